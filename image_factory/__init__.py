@@ -1,0 +1,3 @@
+"""Build golden Linux images with the distributions' own network installers."""
+
+__version__ = "2.0.0"

@@ -1,0 +1,18 @@
+"""SHA-256 of an artifact, in the form that sha256sum reads."""
+
+import dataclasses
+import hashlib
+
+from . import interrupts
+from .log import logger, step
+from .model import Artifact, Build
+
+
+def add_sha256(build: Build, artifact: Artifact) -> Artifact:
+    """Write the checksum beside *artifact*, and return it with the checksum."""
+    with step(f"Checksumming {artifact.path.name}"):
+        with artifact.path.open("rb") as file, interrupts.interruptible():
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        artifact.checksum_path.write_text(f"{digest}  {artifact.path.name}\n", encoding="utf-8")
+        logger.info("SHA-256 of %s: %s", artifact.path.name, digest)
+    return dataclasses.replace(artifact, sha256=digest)

@@ -1,0 +1,158 @@
+"""The command line: the only module that prints and exits."""
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NoReturn
+
+from . import __version__, interrupts, log, pipeline
+from .errors import ConfigurationError, ImageFactoryError
+from .model import Artifact, Plan
+from .settings import Configuration, ImageSettings, declarations
+from .units import format_size
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message[:1].upper()}{message[1:]}.", hint="'image-factory --help' lists the options.")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, with a flag for each setting that declares one."""
+    parser = _Parser(prog="image-factory", description="Build golden Linux images.")
+    parser.add_argument(
+        "image",
+        nargs="?",
+        metavar="IMAGE",
+        default=os.environ.get("IMAGE"),
+        help="image to build: a section of the configuration (default: the environment's IMAGE)",
+    )
+    parser.add_argument("--version", action="version", version=f"image-factory {__version__}")
+    for key, declaration in declarations(ImageSettings):
+        if not declaration.flags:
+            continue
+        default = declaration.default_text()
+        shown = f" (default: {default})" if default not in (None, "") else ""
+        name = key.replace("-", "_")
+        if declaration.metavar is None:
+            parser.add_argument(
+                *declaration.flags, dest=name, action=argparse.BooleanOptionalAction, default=None, help=declaration.help + shown
+            )
+        else:
+            parser.add_argument(*declaration.flags, dest=name, metavar=declaration.metavar, help=declaration.help + shown)
+    parser.add_argument("--list", action="store_true", help="list the configured images, one a line")
+    parser.add_argument("--check", action="store_true", help="check all that can be known before a build, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="--check, then print each step with its commands, and stop")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def _flag_texts(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the settings that were given as flags, as text that their parsers read."""
+    texts = {}
+    for key, declaration in declarations(ImageSettings):
+        value = getattr(arguments, key.replace("-", "_"), None) if declaration.flags else None
+        if isinstance(value, bool):
+            texts[key] = "yes" if value else "no"
+        elif value is not None:
+            texts[key] = value
+    return texts
+
+
+def _print_steps(plan: Plan) -> None:
+    for name, commands in pipeline.describe_build(plan):
+        print(f"# {name}")
+        for argv in commands:
+            print(shlex.join(argv))
+
+
+def summary(artifacts: Sequence[Artifact], times: Sequence[log.StepTime], seconds: float) -> str:
+    """Return what was built and how long it took, for people."""
+    lines = []
+    for artifact in artifacts:
+        status = artifact.path.stat()
+        lines += [
+            f"{artifact.path}",
+            f"  virtual size  {format_size(artifact.virtual_size)}",
+            f"  size on disk  {format_size(status.st_blocks * 512)}",
+            f"  SHA-256       {artifact.sha256}",
+        ]
+    lines.append("Seconds per step:")
+    lines += [f"{step.seconds:8.1f}  {step.name}" for step in times]
+    lines.append(f"{seconds:8.1f}  in all")
+    return "\n".join(lines)
+
+
+def _build(plan: Plan) -> None:
+    with ExitStack() as stack:
+        times = stack.enter_context(log.recorded_steps())
+        start = time.monotonic()
+        if plan.log_path is not None:
+            plan.output_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(log.also_to_file(plan.log_path))
+            except OSError as error:
+                raise ConfigurationError(f"Can't write the log file {plan.log_path}: {error.strerror}.") from error
+        try:
+            artifacts = pipeline.build_image(plan)
+        except ImageFactoryError as error:
+            log.to_files(logging.ERROR, error.message)
+            if error.hint:
+                log.to_files(logging.ERROR, error.hint)
+            raise
+        text = summary(artifacts, times, time.monotonic() - start)
+        log.to_files(logging.INFO, text)
+    print(text)
+
+
+def _run(argv: Sequence[str]) -> None:
+    arguments = make_parser().parse_args(argv)
+    log.set_up()
+    configuration = Configuration(os.environ)
+    if arguments.list:
+        print("\n".join(configuration.images()))
+        return
+    if not arguments.image:
+        raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
+    plan = pipeline.make_plan(configuration, arguments.image, _flag_texts(arguments))
+    with interrupts.handled():
+        pipeline.check_plan(plan)
+        if arguments.dry_run:
+            _print_steps(plan)
+        elif arguments.check:
+            print(f"{plan.image} can be built.")
+        else:
+            _build(plan)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run image-factory with *argv*; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        _run(argv)
+        sys.stdout.flush()
+        return 0
+    except ImageFactoryError as error:
+        message, hint, status = error.message, error.hint, error.exit_status
+    except KeyboardInterrupt:
+        message, hint, status = "Interrupted.", None, 130
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        message = f"Internal error: {type(error).__name__}: {error}"
+        hint, status = "Run it again with --debug, and report what it shows.", 1
+    if debug:
+        traceback.print_exc()
+    print(f"image-factory: error: {log.printable(message)}", file=sys.stderr)
+    if hint:
+        print(f"image-factory: hint: {log.printable(hint)}", file=sys.stderr)
+    return status

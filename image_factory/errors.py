@@ -1,0 +1,62 @@
+"""What can go wrong, as exceptions that carry the message, the next move and the exit status."""
+
+import shlex
+import signal
+from collections.abc import Sequence
+
+
+class ImageFactoryError(Exception):
+    """The root of all expected errors.
+
+    *message* is one line that says what is wrong and where, *hint* one line that says the next move.
+    """
+
+    exit_status = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class BuildError(ImageFactoryError):
+    """A step of the build failed."""
+
+
+class ConfigurationError(ImageFactoryError):
+    """The command line, the configuration or this machine doesn't allow the build to start."""
+
+    exit_status = 2
+
+
+class NoSystemError(BuildError):
+    """The installation left a disk without a system on it."""
+
+
+class CommandError(BuildError):
+    """A program that the build needs failed.
+
+    *status* is its exit status, negative for the signal that killed it, as subprocess has it.
+    *last_lines* are the last lines that it printed.
+    """
+
+    def __init__(self, argv: Sequence[str], status: int, last_lines: Sequence[str]) -> None:
+        if status < 0:
+            reason = f"was killed by {signal.Signals(-status).name}"
+        else:
+            reason = f"failed with status {status}"
+        said = f": {last_lines[-1]}" if last_lines else ""
+        super().__init__(f"{argv[0]} {reason}{said}", hint=f"The command was: {shlex.join(argv)}")
+        self.argv = list(argv)
+        self.status = status
+        self.last_lines = list(last_lines)
+
+
+class Interrupted(ImageFactoryError):
+    """A signal asked the build to stop."""
+
+    def __init__(self, signum: int) -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"Stopped by {name}, nothing was published.")
+        self.signum = signum
+        self.exit_status = 128 + signum

@@ -1,0 +1,202 @@
+"""URI -> a file in the cache that is whole and up to date."""
+
+import json
+import os
+import re
+import ssl
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import httplib2
+
+from . import command, interrupts
+from .errors import BuildError, CommandError, ConfigurationError
+from .log import logger
+from .settings import Source
+from .units import format_size
+
+TRIES = 3
+_PAUSE_SECONDS = (1.0, 3.0)
+_TIMEOUT_SECONDS = 30.0
+# httplib2 keeps a whole response in memory, so large files are asked for in parts.
+_PART_SIZE = 16 << 20
+_RSYNC_STATUS_TRANSIENT = (5, 10, 11, 12, 30, 35)  # rsync(1): protocol start, socket, file and stream I/O, timeouts
+
+_Response = dict[str, Any]
+
+
+class _Transient(Exception):
+    """A failure that the next try may not meet."""
+
+
+def fetch(source: Source, directory: Path) -> Path:
+    """Return a local path of *source*: the file itself, or a copy in *directory* as new as the server's.
+
+    BuildError if it can't be had; the cache has then what it had before.
+    """
+    if source.path is not None:
+        return source.path
+    name = source.name
+    if not name or name in (".", ".."):
+        raise ConfigurationError(f"{source.uri} names no file.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"The cache {directory} can't be made: {error.strerror}.", hint="See --cache-dir.") from error
+    target = directory / name
+    for attempt in range(1, TRIES + 1):
+        try:
+            if source.uri.lower().startswith("rsync:"):
+                _rsync(source.uri, target)
+            else:
+                _download(source.uri, target)
+            return target
+        except _Transient as error:
+            if attempt == TRIES:
+                raise BuildError(f"Can't fetch {source.uri}: {error} ({TRIES} tries).") from error
+            pause = _PAUSE_SECONDS[attempt - 1]
+            logger.warning("Fetching %s: %s; trying again in %.0f s.", source.uri, error, pause)
+            with interrupts.interruptible():
+                time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _new_file(target: Path) -> Iterator[IO[bytes]]:
+    """Give a file that takes the place of *target* at the end, and is gone if the body raises."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp's files are their owner's alone, but all users share root's cache.
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def rsync_argv(uri: str, target: Path) -> list[str]:
+    """Return the command that brings the file at *uri* to *target*; rsync itself renames at the end."""
+    return ["rsync", "--no-motd", "--times", "--copy-links", f"--timeout={_TIMEOUT_SECONDS:.0f}", uri, str(target)]
+
+
+def _rsync(uri: str, target: Path) -> None:
+    try:
+        command.run(rsync_argv(uri, target))
+    except CommandError as error:
+        if error.status in _RSYNC_STATUS_TRANSIENT:
+            raise _Transient(error.message) from error
+        raise BuildError(f"Can't fetch {uri}: {error.message}", hint=error.hint) from error
+    if target.stat().st_size == 0:
+        target.unlink()
+        raise BuildError(f"Can't fetch {uri}: the file there is empty.")
+
+
+def _validators_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.validators")
+
+
+def _known_validators(uri: str, target: Path) -> dict[str, str]:
+    """Return the request headers that ask whether *target* is still what is at *uri*."""
+    try:
+        known = json.loads(_validators_path(target).read_text(encoding="utf-8"))
+        if known["uri"] == uri and known["size"] == target.stat().st_size:
+            headers: dict[str, str] = known["headers"]
+            return headers
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}
+
+
+def _remember_validators(uri: str, target: Path, response: _Response) -> None:
+    headers = {}
+    if "etag" in response:
+        headers["if-none-match"] = response["etag"]
+    if "last-modified" in response:
+        headers["if-modified-since"] = response["last-modified"]
+    if headers:
+        known = {"uri": uri, "size": target.stat().st_size, "headers": headers}
+        with _new_file(_validators_path(target)) as file:
+            file.write(json.dumps(known).encode())
+
+
+def _download(uri: str, target: Path) -> None:
+    """Bring *target* up to date with *uri*, in parts where the server can."""
+    logger.info("Fetching %s", uri)
+    http = httplib2.Http(timeout=_TIMEOUT_SECONDS)
+    # The file itself is wanted, not what a server makes of a name that ends in .gz.
+    plain = {"accept-encoding": "identity"}
+    validators = _known_validators(uri, target)
+    response, content = _get(http, uri, plain | validators | {"range": f"bytes=0-{_PART_SIZE - 1}"})
+    if response.status == 304 and validators:
+        logger.info("%s is unchanged.", target.name)
+        return
+    # A server that knows no ranges of an empty file says 416.
+    if (response.status in (200, 206) and not content) or response.status == 416:
+        raise BuildError(f"Can't fetch {uri}: the file there is empty.")
+    if response.status not in (200, 206):
+        raise BuildError(f"Can't fetch {uri}: the server says {response.status} {response.reason}.")
+    with _new_file(target) as file:
+        file.write(content)
+        if response.status == 206:
+            _fetch_rest(http, uri, plain, response, file)
+        size = file.tell()
+        _validators_path(target).unlink(missing_ok=True)
+    _remember_validators(uri, target, response)
+    logger.info("Fetched %s: %s", target.name, format_size(size))
+
+
+def _fetch_rest(http: httplib2.Http, uri: str, headers: dict[str, str], first: _Response, file: IO[bytes]) -> None:
+    """Fetch the parts after the *first*, which is in *file* already."""
+    size = _range_size(uri, first, 0, file.tell())
+    # The parts are of one file only while its validator is the same; a weak one doesn't do.
+    strong = first.get("etag", "")
+    same = strong if strong and not strong.startswith("W/") else first.get("last-modified", "")
+    # Redirections may lead to another mirror each time.
+    where = first.get("content-location", uri)
+    while (start := file.tell()) < size:
+        end = min(start + _PART_SIZE, size)
+        part = headers | {"range": f"bytes={start}-{end - 1}"} | ({"if-range": same} if same else {})
+        response, content = _get(http, where, part)
+        if response.status == 200:
+            raise _Transient("the file changed on the server meanwhile")
+        if response.status != 206:
+            raise BuildError(f"Can't fetch {uri}: the server says {response.status} {response.reason}.")
+        if _range_size(uri, response, start, len(content)) != size or not content:
+            raise _Transient("the file changed on the server meanwhile")
+        file.write(content)
+
+
+def _range_size(uri: str, response: _Response, start: int, length: int) -> int:
+    """Return the whole file's size that a partial *response* of *length* bytes at *start* names."""
+    match = re.fullmatch(r"bytes ([0-9]+)-([0-9]+)/([0-9]+)", response.get("content-range", ""))
+    if not match or int(match[1]) != start or int(match[2]) != start + length - 1:
+        raise BuildError(f"Can't fetch {uri}: the server sent another part than was asked for.")
+    return int(match[3])
+
+
+def _get(http: httplib2.Http, uri: str, headers: dict[str, str]) -> tuple[Any, bytes]:
+    """Return response and content; _Transient for what another try may cure."""
+    try:
+        with interrupts.interruptible():
+            response, content = http.request(uri, headers=headers)
+    except (ssl.SSLCertVerificationError, httplib2.RedirectLimit, httplib2.RedirectMissingLocation) as error:
+        raise BuildError(f"Can't fetch {uri}: {error}.") from error
+    except httplib2.ServerNotFoundError as error:
+        raise _Transient(f"{error}") from error
+    # http.client's and httplib2's own, of a connection that breaks off among others.
+    except (OSError, httplib2.HttpLib2Error, httplib2.http.client.HTTPException) as error:
+        raise _Transient(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+    if response.status >= 500 or response.status in (408, 429):
+        raise _Transient(f"the server says {response.status} {response.reason}")
+    length = response.get("content-length")
+    if response.status in (200, 206) and length is not None and int(length) != len(content) and "-content-encoding" not in response:
+        raise _Transient(f"{len(content)} of {length} bytes came")
+    return response, content

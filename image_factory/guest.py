@@ -1,0 +1,233 @@
+"""The installation machine: virt-install's command line, its life and death, and its console."""
+
+import contextlib
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import arch, command
+from .errors import BuildError, CommandError, ConfigurationError
+from .log import logger, printable, step
+from .model import Build, Plan
+from .settings import ImageSettings
+
+# How each installer is told of its answer file, which is in the root of the initrd.
+ANSWER_FILE_ARGUMENTS = {
+    "preseed": "preseed/url=file:///{name}",
+    "kickstart": "inst.ks=file:///{name}",
+    "yast": "autoyast=file:///{name}",
+}
+
+# A kernel prints its banner in well under a second on a KVM that works, nested ones included.
+PROBE_SECONDS = 5.0
+_PROBE_BANNER = b"Linux version"
+
+_VIRSH_SECONDS = 60.0
+# virt-install removes its copies of kernel and initrd on SIGINT, but not before libvirt answers.
+_VIRT_INSTALL_STOP_SECONDS = 60.0
+
+
+def kernel_arguments(settings: ImageSettings) -> str:
+    """Return the kernel's command line: the answer file, then what the user appends."""
+    words = []
+    if settings.answer_file_key and settings.answer_file:
+        words.append(ANSWER_FILE_ARGUMENTS[settings.answer_file_key].format(name=settings.answer_file.name))
+    if settings.append.strip():
+        words.append(settings.append.strip())
+    return " ".join(words)
+
+
+def option(*parts: str) -> str:
+    """Join the *parts* of an option for virt-install, which splits it at commas but in double quotes."""
+    return ",".join(f'"{_escaped(part)}"' if set(part) & set(',"\\') else part for part in parts)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _graphics(settings: ImageSettings) -> str:
+    if settings.vnc is None:
+        return "none"
+    host, display = settings.vnc
+    parts = ["vnc", f"port={-1 if display is None else 5900 + display}"]
+    return ",".join([*parts, f"listen={host}"] if host else parts)
+
+
+def virt_install_argv(build: Build, location: str, virt_type: str) -> list[str]:
+    """Return the command of the installation.
+
+    *location* is the value of --location, *virt_type* ``kvm`` or ``qemu``.
+    """
+    settings = build.plan.settings
+    network = settings.network + (f",mac={settings.mac}" if settings.mac else "")
+    osinfo = settings.osinfo or "detect=on,require=off"
+    # libvirt 9.0 knows no model ``max``.
+    cpu = "host-passthrough" if virt_type == "kvm" else "mode=maximum"
+    # ``--noreboot``: the guest must stay off until its logs are removed.
+    # ``cache=unsafe``: the disk is thrown away when the installation fails.
+    argv = [
+        "virt-install",
+        "--connect", build.plan.libvirt_uri,
+        "--name", build.vm_name,
+        "--virt-type", virt_type,
+        "--cpu", cpu,
+        "--vcpus", str(settings.cores),
+        "--memory", str(settings.ram >> 20),
+        "--osinfo", osinfo,
+        "--disk", option(f"path={build.disk_path}", "bus=virtio", "format=raw", "cache=unsafe", "discard=unmap"),
+        "--network", network,
+        "--graphics", _graphics(settings),
+        "--console", option("pty", "target_type=serial", f"log.file={build.console_path}"),
+        "--noautoconsole",
+        "--wait", "-1",
+        "--noreboot",
+        "--location", location,
+        "--extra-args", kernel_arguments(settings),
+    ]  # fmt: skip
+    if settings.answer_file:
+        argv += ["--initrd-inject", str(settings.answer_file.absolute())]
+    return argv
+
+
+def check_libvirt(plan: Plan) -> None:
+    """Raise ConfigurationError unless libvirt answers."""
+    try:
+        command.run(["virsh", "--connect", plan.libvirt_uri, "uri"], capture=True, timeout=_VIRSH_SECONDS)
+    except BuildError as error:
+        said = error.last_lines[-1] if isinstance(error, CommandError) and error.last_lines else error.message
+        if plan.as_root:
+            hint = "Start it: systemctl start libvirtd (package libvirt-daemon-system)."
+        else:
+            hint = "The session's libvirt starts by itself where the package libvirt-daemon is installed."
+        raise ConfigurationError(f"libvirt is not reachable at {plan.libvirt_uri}: {said}", hint=hint) from error
+
+
+@contextmanager
+def _removing_vm(build: Build) -> Iterator[None]:
+    """Remove the machine on the way out, whatever the reason is."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            remove_vm(build.plan, build.vm_name)
+        except BuildError as release_error:
+            logger.error("%s", release_error.message)
+            error.add_note(release_error.message)
+        raise
+    remove_vm(build.plan, build.vm_name)
+
+
+def remove_vm(plan: Plan, name: str) -> None:
+    """Destroy and undefine the machine *name*; it's no error if there is none."""
+    virsh = ["virsh", "--connect", plan.libvirt_uri]
+
+    def names(*states: str) -> list[str]:
+        return command.run([*virsh, "list", "--name", *states], capture=True, timeout=_VIRSH_SECONDS).split()
+
+    if name in names():
+        # It may power off by itself at this moment.
+        with contextlib.suppress(CommandError):
+            command.run([*virsh, "destroy", name], timeout=_VIRSH_SECONDS)
+    if name in names("--all"):
+        command.run([*virsh, "undefine", name, "--nvram"], timeout=_VIRSH_SECONDS)
+    if name in names("--all"):
+        raise BuildError(f"The virtual machine {name} can't be removed from {plan.libvirt_uri}.")
+
+
+@contextmanager
+def _console_shown(build: Build) -> Iterator[None]:
+    try:
+        yield
+    except BuildError:
+        log_console(build)
+        raise
+
+
+def install(build: Build, location: str, virt_type: str) -> None:
+    """Run the installer until the guest is off; BuildError unless it powered off by itself."""
+    with step("Installing"), _removing_vm(build), _console_shown(build):
+        command.run(
+            virt_install_argv(build, location, virt_type),
+            stop_signal=signal.SIGINT,
+            stop_seconds=_VIRT_INSTALL_STOP_SECONDS,
+        )
+        state = command.run(
+            ["virsh", "--connect", build.plan.libvirt_uri, "domstate", "--reason", build.vm_name],
+            capture=True,
+            timeout=_VIRSH_SECONDS,
+        ).strip()
+        if state != "shut off (shutdown)":
+            raise BuildError(
+                f"The installation machine did not power off by itself: {state}.",
+                hint=f"What it printed is in {build.plan.console_path}.",
+            )
+
+
+def choose_virt_type(plan: Plan, kernel: Path | None) -> str:
+    """Return ``kvm`` or ``qemu``.
+
+    ``auto`` takes KVM only when *kernel* prints under it, as /dev/kvm may be there, and open, and
+    useless, where this machine is a virtual one itself.
+    """
+    if plan.settings.virt_type != "auto":
+        return plan.settings.virt_type
+    with step("Probing KVM"):
+        reason = why_not_kvm(kernel)
+    if reason is None:
+        return "kvm"
+    logger.warning(
+        "KVM is not used: %s. Emulation takes about ten times as long. 'virt-type = kvm' or 'qemu' skips this probe.", reason
+    )
+    return "qemu"
+
+
+def why_not_kvm(kernel: Path | None) -> str | None:
+    """Start *kernel* under KVM until it prints to its serial port; return what is wrong, or None."""
+    machine = arch.host()
+    try:
+        with open("/dev/kvm", "r+b", buffering=0):
+            pass
+    except OSError as error:
+        return f"/dev/kvm: {error.strerror}"
+    if kernel is None:
+        return "there is no kernel to probe it with"
+    if not shutil.which(machine.qemu):
+        return f"{machine.qemu} is missing"
+    argv = [
+        machine.qemu,
+        "-accel", "kvm",
+        "-m", "256",
+        "-nodefaults",
+        "-no-user-config",
+        "-display", "none",
+        "-no-reboot",
+        "-serial", "stdio",
+        "-kernel", str(kernel),
+        "-append", f"console={machine.console} earlyprintk=serial,{machine.console} panic=-1",
+    ]  # fmt: skip
+    output = command.read_until(argv, _PROBE_BANNER, PROBE_SECONDS)
+    if _PROBE_BANNER in output:
+        return None
+    return f"the installer's kernel printed nothing under it within {PROBE_SECONDS:.0f} s"
+
+
+def console_tail(path: Path, lines: int = 40) -> list[str]:
+    """Return the last *lines* that the guest printed, fit to be shown; empty if there is no log."""
+    try:
+        with path.open("rb") as console:
+            console.seek(0, 2)
+            console.seek(max(0, console.tell() - 64 * 1024))
+            text = console.read().decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    shown = [printable(line.replace("\r", "\n").strip("\n").rpartition("\n")[2]).rstrip() for line in text.split("\n")]
+    return [line for line in shown if line][-lines:]
+
+
+def log_console(build: Build) -> None:
+    """Log the end of what the guest of *build* printed, as it tells why the installation failed."""
+    for line in console_tail(build.console_path):
+        logger.error("console: %s", line)

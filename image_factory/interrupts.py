@@ -1,0 +1,72 @@
+"""SIGINT, SIGTERM and SIGHUP, delivered only where the build can take them.
+
+A signal handler that raises can strike between the acquisition of a resource and the ``with`` that
+releases it.  So a signal is only noted, unless the program is inside ``interruptible()``, where it
+waits for something long.  The first signal ends the build; later ones are ignored, as the clean-up
+is under way then.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from .errors import Interrupted
+from .log import logger
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _State:
+    pending: int | None = None
+    raised = False
+    depth = 0
+
+
+_state = _State()
+
+
+def _raise_pending() -> None:
+    if _state.pending is not None and not _state.raised:
+        _state.raised = True
+        raise Interrupted(_state.pending)
+
+
+def _on_signal(signum: int, frame: FrameType | None) -> None:
+    if _state.raised:
+        logger.warning("Already stopping: cleaning up.")
+        return
+    if _state.pending is None:
+        _state.pending = signum
+    if _state.depth:
+        _raise_pending()
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Turn the signals into Interrupted inside.
+
+    A signal that is ignored stays ignored: nohup and a shell's background jobs rely on it.
+    """
+    _state.pending, _state.raised, _state.depth = None, False, 0
+    previous = {
+        number: signal.signal(number, _on_signal)
+        for number in _SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let a signal raise Interrupted at any point inside, also one that came before."""
+    _state.depth += 1
+    try:
+        _raise_pending()
+        yield
+    finally:
+        _state.depth -= 1

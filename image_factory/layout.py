@@ -1,0 +1,57 @@
+"""Partition tables, read with pyparted from a disk image, with no root and no device."""
+
+from pathlib import Path
+
+import _ped
+import parted
+
+from .errors import NoSystemError
+from .model import Partition
+
+# As libparted names the filesystems that can hold a root.
+ROOT_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs")
+
+
+def read_partitions(image: Path) -> list[Partition]:
+    """Return the partitions of *image* in the order of the disk; NoSystemError if there is no table."""
+    try:
+        device = parted.getDevice(str(image))
+        disk = parted.newDisk(device)
+    except (parted.DeviceException, parted.IOException) as error:
+        raise NoSystemError(f"The disk can't be read: {_one_line(error)}") from error
+    except (parted.DiskException, _ped.PartedException) as error:
+        raise NoSystemError(f"The disk has no partition table that can be read: {_one_line(error)}") from error
+    return [
+        Partition(
+            number=partition.number,
+            offset=partition.geometry.start * device.sectorSize,
+            size=partition.geometry.length * device.sectorSize,
+            filesystem=partition.fileSystem.type if partition.fileSystem else None,
+        )
+        for partition in sorted(disk.partitions, key=lambda partition: partition.geometry.start)
+        if partition.type in (parted.PARTITION_NORMAL, parted.PARTITION_LOGICAL)
+    ]
+
+
+def root_candidates(partitions: list[Partition]) -> list[Partition]:
+    """Return those of *partitions* that can be the root filesystem, the largest first.
+
+    NoSystemError if there is none.
+    """
+    candidates = [partition for partition in partitions if partition.filesystem in ROOT_FILESYSTEMS]
+    if not candidates:
+        raise NoSystemError(f"The disk has no root filesystem, only {describe(partitions)}.")
+    return sorted(candidates, key=lambda partition: partition.size, reverse=True)
+
+
+def describe(partitions: list[Partition]) -> str:
+    """Return *partitions* as a phrase."""
+    if not partitions:
+        return "a partition table without partitions"
+    return ", ".join(
+        f"partition {partition.number} ({partition.filesystem or 'no known filesystem'})" for partition in partitions
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,107 @@
+"""Log lines that are safe to show, and the steps of a build with their seconds."""
+
+import contextvars
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger("image-factory")
+
+# The form that the released program logs in: what reads its logs goes on working.
+FORMAT = "%(asctime)s %(name)s [%(process)d] %(levelname)s: %(message)s"
+
+# CSI and OSC sequences, then other escapes of two characters (ECMA-48).
+_ESCAPE_SEQUENCE = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]?|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_]|[ -/]+[0-~])"
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Return *text* without terminal escape sequences and with other control characters as ``?``.
+
+    Newlines and tabs stay.  What a guest or a program prints reaches a user's terminal only
+    through this.
+    """
+    return _CONTROL.sub("?", _ESCAPE_SEQUENCE.sub("", text))
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _add_handler(handler: logging.Handler) -> None:
+    handler.setFormatter(_PrintableFormatter(FORMAT))
+    logger.addHandler(handler)
+
+
+def set_up() -> None:
+    """Log to stderr, from here on."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    _add_handler(logging.StreamHandler(sys.stderr))
+
+
+@contextmanager
+def also_to_file(path: Path) -> Iterator[None]:
+    """Log to *path* too, which is written anew; OSError where that is not possible."""
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    _add_handler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step that has ended, and the seconds it took."""
+
+    name: str
+    seconds: float
+
+
+_step_times: contextvars.ContextVar[list[StepTime]] = contextvars.ContextVar("step_times")
+
+
+@contextmanager
+def recorded_steps() -> Iterator[list[StepTime]]:
+    """Give a list that receives each step that ends inside."""
+    times: list[StepTime] = []
+    token = _step_times.set(times)
+    try:
+        yield times
+    finally:
+        _step_times.reset(token)
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Announce a step, and say how long it took, or that it failed."""
+    logger.info("%s ...", name)
+    start = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        logger.info("%s: failed after %.1f s", name, time.monotonic() - start)
+        raise
+    seconds = time.monotonic() - start
+    times = _step_times.get(None)
+    if times is not None:
+        times.append(StepTime(name, seconds))
+    logger.info("%s: done in %.1f s", name, seconds)
+
+
+def to_files(level: int, message: str) -> None:
+    """Log *message* into the log file only, where there is one: stderr gets it in another form."""
+    record = logger.makeRecord(logger.name, level, "", 0, message, (), None)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)

@@ -1,0 +1,128 @@
+"""The nouns of a build: frozen, and passed from step to step."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .settings import Destination, ImageSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be built; made from text, checked, and not changed any more.
+
+    *output_dir* is absolute.  *destinations* has the upload destinations of each format's file, in
+    the order of the formats.
+    """
+
+    image: str
+    settings: ImageSettings
+    date: datetime.date
+    output_dir: Path
+    destinations: dict[str, tuple[Destination, ...]]
+
+    @property
+    def base_name(self) -> str:
+        """``IMAGE-YYYY-MM-DD``, which all files of the build begin with."""
+        return f"{self.image}-{self.date.isoformat()}"
+
+    def file_name(self, image_format: str) -> str:
+        """Return the name of the artifact of *image_format*."""
+        return f"{self.base_name}.{image_format}"
+
+    @property
+    def log_path(self) -> Path | None:
+        """Where the log file is to be, None if none is wanted."""
+        if not self.settings.log_file:
+            return None
+        return self.output_dir / (self.settings.log_filename or f"{self.base_name}.log")
+
+    @property
+    def console_path(self) -> Path:
+        """Where the log of the guest's serial console is to be."""
+        return self.output_dir / f"{self.base_name}.console.log"
+
+    @property
+    def work_path(self) -> Path:
+        """The hidden working directory of builds of this image."""
+        return self.output_dir / f".image-factory-{self.image}"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where the downloads of this image are kept."""
+        return self.settings.cache_dir.absolute() / self.image
+
+    @property
+    def as_root(self) -> bool:
+        """Whether the build runs as root, so in the system's libvirt and without sudo."""
+        return os.geteuid() == 0
+
+    @property
+    def libvirt_uri(self) -> str:
+        """The libvirt that the installation runs in."""
+        return "qemu:///system" if self.as_root else "qemu:///session"
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build under way: its plan, its own *directory* and the name of its virtual machine."""
+
+    plan: Plan
+    directory: Path
+    vm_name: str
+
+    @property
+    def disk_path(self) -> Path:
+        """The raw disk that the system is installed on."""
+        return self.directory / "disk.raw"
+
+    @property
+    def console_path(self) -> Path:
+        """What the guest printed to its serial console, while the build runs."""
+        return self.directory / "console.log"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A raw disk with an installed system."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition: *offset* and *size* in bytes, *filesystem* as libparted names it or None."""
+
+    number: int
+    offset: int
+    size: int
+    filesystem: str | None
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The root filesystem of a disk, mounted at *path*."""
+
+    path: Path
+    partition: Partition
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished file of a disk of *virtual_size* bytes.
+
+    *upload* is false for one that is only kept, as ``keep-raw`` asks.  *sha256* is None until it is
+    known.
+    """
+
+    path: Path
+    format: str
+    virtual_size: int
+    upload: bool = True
+    sha256: str | None = None
+
+    @property
+    def checksum_path(self) -> Path:
+        """The file beside it that sha256sum reads."""
+        return self.path.with_name(f"{self.path.name}.sha256sum")

@@ -1,0 +1,163 @@
+"""One build, top to bottom.  The steps here are the steps listed in image-factory(1)."""
+
+import dataclasses
+import datetime
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import arch, checksum, clean, command, guest, mounts, privileged, publish, shrink, workspace
+from .errors import ConfigurationError, NoSystemError
+from .model import Artifact, Build, Disk, Plan
+from .outputs import OUTPUTS
+from .settings import Configuration, check_image_name
+from .sources import SOURCES
+from .units import format_size
+
+
+def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]) -> Plan:
+    """Return the plan of a build of *image*; ConfigurationError names what is wrong in the text.
+
+    *flags* (key -> text) win over the configuration files.
+    """
+    check_image_name(image)
+    settings = configuration.image(image, flags)
+    plan = Plan(image, settings, datetime.date.today(), settings.output_dir.absolute(), {})
+    destinations = {
+        image_format: tuple(
+            configuration.destination(section, plan.file_name(image_format), named_by=image)
+            for section in settings.upload_destinations
+        )
+        for image_format in settings.format
+    }
+    return dataclasses.replace(plan, destinations=destinations)
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise ConfigurationError if it can be known now that *plan* can't be carried out here."""
+    arch.host()
+    _check_files(plan)
+    command.require(_programs(plan))
+    _check_space(plan)
+    if not plan.as_root:
+        privileged.check()
+    guest.check_libvirt(plan)
+
+
+def _programs(plan: Plan) -> list[str]:
+    names = SOURCES["installer"].programs(plan) + ["zerofree"]
+    if not plan.as_root:
+        names.append("sudo")
+    if plan.settings.upload_destinations:
+        names.append("rsync")
+    if plan.settings.post_build_command:
+        names.append(plan.settings.post_build_command[0])
+    for destinations in plan.destinations.values():
+        names += [words[0] for destination in destinations for words in destination.commands]
+    # A path among them is relative to the directory that the command will run in.
+    return [str(plan.output_dir / name) if "/" in name else name for name in dict.fromkeys(names)]
+
+
+def _check_files(plan: Plan) -> None:
+    SOURCES["installer"].check(plan)
+    for where, path in (("output-dir", plan.output_dir), ("cache-dir", plan.cache_dir)):
+        _check_writable(f"[{plan.image}] {where}", path)
+    if plan.log_path is not None and not os.access(plan.log_path.parent, os.W_OK) and plan.log_path.parent.exists():
+        raise ConfigurationError(f"[{plan.image}] log-filename: {plan.log_path.parent} is not writable.")
+
+
+def _existing_parent(path: Path) -> Path:
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
+def _check_writable(where: str, path: Path) -> None:
+    """Raise ConfigurationError unless *path* is, or can be made, a directory to write to."""
+    existing = _existing_parent(path)
+    if not existing.is_dir():
+        raise ConfigurationError(f"{where}: {existing} is not a directory.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{where}: {existing} is not writable.", hint="Give another with a flag; see --help.")
+
+
+def _check_space(plan: Plan) -> None:
+    free = shutil.disk_usage(_existing_parent(plan.output_dir)).free
+    if free < plan.settings.image_size:
+        raise ConfigurationError(
+            f"{plan.output_dir} has {format_size(free)} free, the disk may grow to "
+            f"{format_size(plan.settings.image_size)}.",
+            hint="Free some space, or build elsewhere with --output-dir.",
+        )
+
+
+def build_image(plan: Plan) -> list[Artifact]:
+    """Carry out *plan*; what it returns exists under its final name, or nothing does."""
+    with workspace.opened(plan) as build:
+        disk = SOURCES["installer"].produce(build)
+        artifacts = finish_disk(build, disk)
+        artifacts = publish.move_into_place(build, artifacts)
+    publish.upload(plan, artifacts)
+    publish.run_post_build_command(plan, artifacts)
+    return artifacts
+
+
+def finish_disk(build: Build, disk: Disk) -> list[Artifact]:
+    """Turn an installed disk into artifacts with checksums, in the working directory."""
+    try:
+        with mounts.mounted(disk) as tree:
+            clean.show_installer_logs(build, tree)
+            clean.remove_installer_logs(build, tree)
+            shrink.trim_filesystem(build, tree)
+    except NoSystemError:
+        guest.log_console(build)
+        raise
+    shrink.zero_unused_blocks(build, disk, tree.partition)
+    artifacts = write_outputs(build, disk)
+    return [checksum.add_sha256(build, artifact) for artifact in artifacts]
+
+
+def write_outputs(build: Build, disk: Disk) -> list[Artifact]:
+    """Write each format that is asked for, and the raw image if it is to be kept."""
+    settings = build.plan.settings
+    artifacts = [OUTPUTS[image_format].write(build, disk) for image_format in settings.format]
+    if settings.keep_raw and "raw" not in settings.format:
+        artifacts.append(dataclasses.replace(OUTPUTS["raw"].write(build, disk), upload=False))
+    return artifacts
+
+
+def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps of *plan* in their order, each with the commands it will run.
+
+    What is known only in the build stands in capitals or as XXXXXXXX.
+    """
+    build = Build(plan, plan.work_path, f"image-factory-{plan.image}-XXXXXXXX")
+    tree = f"{mounts.MOUNT_DIRECTORY}/{mounts.MOUNT_PREFIX}XXXXXXXX/tree"
+    helper = privileged.helper_argv
+    steps = SOURCES["installer"].describe(build)
+    steps.append(("Mounting the root partition", [privileged.mount_image_argv(build.disk_path, "OFFSET", "SIZE", tree)]))
+    if plan.settings.installer_logs:
+        steps.append(("Showing installer logs", [helper("show", tree, pattern) for pattern in clean.SHOWN_LOGS]))
+    steps += [
+        ("Removing installer logs", [helper("remove", tree, pattern) for pattern in clean.INSTALLER_LOGS]),
+        ("Freeing unused blocks", [helper("trim", tree)]),
+        ("Unmounting", [helper("umount", tree)]),
+        ("Zeroing unused blocks", [shrink.zerofree_argv(build.disk_path, "OFFSET")]),
+    ]
+    artifacts = []
+    for image_format in plan.settings.format:
+        steps.append((f"Writing {image_format}", OUTPUTS[image_format].commands(build)))
+        artifacts.append(Artifact(plan.output_dir / plan.file_name(image_format), image_format, plan.settings.image_size))
+    kept = list(artifacts)
+    if plan.settings.keep_raw and "raw" not in plan.settings.format:
+        kept.append(Artifact(plan.output_dir / plan.file_name("raw"), "raw", plan.settings.image_size, upload=False))
+    steps += [(f"Checksumming {artifact.path.name}", []) for artifact in kept]
+    steps.append((f"Publishing in {plan.output_dir}", []))
+    for artifact in artifacts:
+        for destination, commands in publish.upload_commands(plan, artifact):
+            steps.append((f"Uploading {artifact.path.name} to {destination.section}", commands))
+    post_build = publish.post_build_argv(plan, artifacts)
+    if post_build:
+        steps.append(("Running the post-build command", [post_build]))
+    return steps

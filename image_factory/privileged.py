@@ -1,0 +1,104 @@
+"""What needs root: one function per verb of image-factory-sudo-helper.
+
+Root runs the helper as it is, so that there is one implementation of what touches a guest's
+filesystem; an ordinary user runs it through sudo, which never asks for a password.
+"""
+
+import os
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+from . import __version__, command
+from .errors import CommandError, ConfigurationError
+
+HELPER = "image-factory-sudo-helper"
+
+
+def helper_path() -> str:
+    """Return the helper that belongs to this program: the one beside it, else the one on PATH.
+
+    One that an ordinary user can change is not taken, as no sudo rule should name it.
+    """
+    beside = Path(sys.argv[0]).resolve().parent / HELPER
+    try:
+        status = beside.stat()
+    except OSError:
+        return HELPER
+    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if os.geteuid() == 0 or (status.st_uid == 0 and not writable):
+        return str(beside)
+    return HELPER
+
+
+def helper_argv(*arguments: str) -> list[str]:
+    """Return the command that runs the helper with *arguments* as root."""
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    return [*sudo, helper_path(), *arguments]
+
+
+def _run(*arguments: str) -> str:
+    # A root shell that was started with sudo still has the SUDO_ variables of its user, whom the
+    # helper would take for its caller.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
+    return command.run(helper_argv(*arguments), capture=True, env=environment, new_session=False)
+
+
+def check() -> None:
+    """Raise ConfigurationError unless the helper can be run as root, and is of this version."""
+    if os.geteuid() == 0 and not shutil.which(helper_path()):
+        raise ConfigurationError(f"{HELPER} is missing.", hint="Install image-factory again.")
+    try:
+        version = _run("version").strip()
+    except CommandError as error:
+        user = os.environ.get("USER") or str(os.getuid())
+        path = helper_path() if os.path.isabs(helper_path()) else f"/usr/bin/{HELPER}"
+        raise ConfigurationError(
+            f"{HELPER} can't be run as root: {error.last_lines[-1] if error.last_lines else error.message}",
+            hint=f"Allow it with a line in /etc/sudoers.d: {user} ALL = NOPASSWD: {path}",
+        ) from error
+    if version != __version__:
+        raise ConfigurationError(
+            f"{HELPER} is of version {version}, image-factory of {__version__}.", hint="Install both from one release."
+        )
+
+
+def mount_image_argv(image: Path, offset: int | str, size: int | str, directory: Path | str) -> list[str]:
+    """Return the command of mount_image."""
+    return helper_argv("mount-image", str(image), str(offset), str(size), str(directory))
+
+
+def mount_image(image: Path, offset: int, size: int, directory: Path) -> None:
+    """Attach *size* bytes at *offset* of *image* to a loop device and mount it at *directory*.
+
+    The loop device goes away by itself when the filesystem is unmounted.
+    """
+    _run("mount-image", str(image), str(offset), str(size), str(directory))
+
+
+def umount(directory: Path) -> None:
+    """Unmount what is mounted at *directory*."""
+    _run("umount", str(directory))
+
+
+def show(directory: Path, pattern: str) -> str:
+    """Return the regular files below the tree at *directory* that *pattern* matches, with headings.
+
+    Only the last part of *pattern* may have ``*``.  No link is followed.
+    """
+    return _run("show", str(directory), pattern)
+
+
+def remove(directory: Path, pattern: str) -> list[str]:
+    """Remove what *pattern* matches below the tree at *directory*; return the paths that are gone."""
+    return _run("remove", str(directory), pattern).splitlines()
+
+
+def trim(directory: Path) -> int | None:
+    """Free the unused blocks of the filesystem at *directory*.
+
+    Returns their bytes, None where the filesystem or its disk can't.
+    """
+    answer = _run("trim", str(directory)).strip()
+    return int(answer) if answer.isdigit() else None

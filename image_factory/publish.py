@@ -1,0 +1,88 @@
+"""Put the artifacts where they belong: final names, uploads, post-build command."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import command
+from .errors import BuildError
+from .log import step
+from .model import Artifact, Build, Plan
+from .settings import Destination
+
+
+def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """Give *artifacts* and their checksums their final names: all, or none and BuildError.
+
+    Older files of these names are replaced; they come back if one can't be.
+    """
+    target = build.plan.output_dir
+    with step("Publishing"), contextlib.ExitStack() as undo:
+        for artifact in artifacts:
+            # The checksum goes first: at no time is there an artifact with an older one's checksum
+            # but for the moment between the two.
+            for path in (artifact.checksum_path, artifact.path):
+                undo.callback(_replace(path, target / path.name, build.directory))
+        undo.pop_all()
+    return [dataclasses.replace(artifact, path=target / artifact.path.name) for artifact in artifacts]
+
+
+def _replace(source: Path, target: Path, directory: Path) -> Callable[[], None]:
+    """Rename *source* to *target*; return what takes that back."""
+    older = directory / f"older-{target.name}"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.link(target, older, follow_symlinks=False)
+        os.replace(source, target)
+    except OSError as error:
+        raise BuildError(f"Can't publish {target}: {error.strerror}.") from error
+
+    def take_back() -> None:
+        if older.is_symlink() or older.exists():
+            os.replace(older, target)
+        else:
+            target.unlink()
+
+    return take_back
+
+
+def rsync_argv(destination: Destination, artifact: Artifact) -> list[str]:
+    """Return the command that uploads *artifact* and its checksum; it runs beside them."""
+    return ["rsync", *destination.arguments, artifact.path.name, artifact.checksum_path.name, destination.target]
+
+
+def upload_commands(plan: Plan, artifact: Artifact) -> list[tuple[Destination, list[list[str]]]]:
+    """Return for each destination of *artifact* the commands that serve it, in their order."""
+    if not artifact.upload:
+        return []
+    return [
+        (destination, [rsync_argv(destination, artifact), *map(list, destination.commands)])
+        for destination in plan.destinations[artifact.format]
+    ]
+
+
+def upload(plan: Plan, artifacts: Sequence[Artifact]) -> None:
+    """Upload *artifacts* to each destination in turn."""
+    for artifact in artifacts:
+        for destination, commands in upload_commands(plan, artifact):
+            with step(f"Uploading {artifact.path.name} to {destination.section}"):
+                for argv in commands:
+                    command.run(argv, cwd=plan.output_dir)
+
+
+def post_build_argv(plan: Plan, artifacts: Sequence[Artifact]) -> list[str] | None:
+    """Return the user's command with the artifacts' file names, None if there is none."""
+    if not plan.settings.post_build_command:
+        return None
+    names = [artifact.path.name for artifact in artifacts if artifact.upload]
+    return [*plan.settings.post_build_command, *names]
+
+
+def run_post_build_command(plan: Plan, artifacts: Sequence[Artifact]) -> None:
+    """Run the user's command beside the artifacts, with their file names."""
+    argv = post_build_argv(plan, artifacts)
+    if argv:
+        with step("Running the post-build command"):
+            command.run(argv, cwd=plan.output_dir)

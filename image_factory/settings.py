@@ -1,0 +1,506 @@
+"""The settings: each declared once, with its parser, default, help text and flags.
+
+The INI reader, argparse, the defaults and the manual's check all come from the declarations here.
+"""
+
+import configparser
+import difflib
+import os
+import re
+import shlex
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigurationError
+from .log import logger
+from .units import parse_size
+
+SYSTEM_FILE = Path("/etc/image-factory.conf")
+USER_FILE = Path("~/.config/image-factory.conf")
+FILE_VARIABLE = "IMAGE_FACTORY_CONFIG"
+
+FORMATS = ("raw", "qcow2")
+UPLOAD_TYPES = ("rsync",)
+ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast")
+
+# The file names of an image have its name, date, format and ".sha256sum": together at most 255 bytes.
+_LONGEST_NAME = 200
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+~@-]*")
+
+
+# Parsers: text -> value, or ValueError with what is accepted.
+
+
+def parse_text(text: str) -> str:
+    """Any text."""
+    return text
+
+
+def parse_boolean(text: str) -> bool:
+    """A boolean as configparser reads them."""
+    try:
+        return configparser.ConfigParser.BOOLEAN_STATES[text.strip().lower()]
+    except KeyError:
+        raise ValueError("yes, no, true, false, on, off, 1 or 0") from None
+
+
+def parse_count(text: str) -> int:
+    """A whole number above zero."""
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text.strip()):
+        raise ValueError("a whole number from 1 to 9999")
+    return int(text)
+
+
+def parse_memory(text: str) -> int:
+    """A size of at least 1 MiB."""
+    size = parse_size(text)
+    if size < 1 << 20:
+        raise ValueError("a size of at least 1 MiB such as 1G, 512 MiB or 2 GB")
+    return size
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Image formats, with commas."""
+    formats = tuple(dict.fromkeys(split_list(text)))
+    if not formats or not set(formats) <= set(FORMATS):
+        raise ValueError(f"{' or '.join(FORMATS)}, or several with commas")
+    return formats
+
+
+def parse_mac(text: str) -> str:
+    """A MAC address of one station, not of a group: libvirt refuses those."""
+    mac = text.strip().lower()
+    if not re.fullmatch(r"([0-9a-f]{2}:){5}[0-9a-f]{2}", mac) or int(mac[:2], 16) & 1:
+        raise ValueError("a unicast MAC address such as 52:54:00:12:34:56")
+    return mac
+
+
+def parse_vnc(text: str) -> tuple[str, int | None]:
+    """``HOST:DISPLAY``, or ``HOST`` for a free display; gives the host and the display."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(?::([0-9]{1,5}))?", text.strip())
+    # VNC's display N is TCP port 5900 + N.
+    if not text.strip() or not match or int(match[2] or 0) > 65535 - 5900:
+        raise ValueError("HOST:DISPLAY with a display from 0 to 59635, or HOST")
+    return match[1].strip("[]"), None if match[2] is None else int(match[2])
+
+
+def parse_words(text: str) -> tuple[str, ...]:
+    """Words, split like a shell does."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"words as a shell has them ({str(error).lower()})") from None
+
+
+def parse_command(text: str) -> tuple[str, ...]:
+    """A command, split like a shell does."""
+    words = parse_words(text)
+    if not words:
+        raise ValueError("a command")
+    return words
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Words with commas between them."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def parse_path(text: str) -> Path:
+    """A path; ``~`` is the home directory."""
+    if not text.strip() or "\0" in text:
+        raise ValueError("a path")
+    return Path(os.path.expanduser(text.strip()))
+
+
+def parse_answer_file(text: str) -> Path:
+    """The path of an answer file, whose name goes on the kernel's command line."""
+    path = parse_path(text)
+    if not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*", path.name):
+        raise ValueError("a path whose last part has only letters, digits and . _ + -")
+    return path
+
+
+def parse_file_name(text: str) -> Path:
+    """The path of a file."""
+    path = parse_path(text)
+    if text.strip().endswith("/") or path.name in ("", ".", ".."):
+        raise ValueError("the name of a file")
+    return path
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a file comes from: a local *path*, or a *uri* to fetch."""
+
+    uri: str
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name, empty for a URI that ends in a slash."""
+        if self.path is not None:
+            return self.path.name
+        return urllib.parse.unquote(urllib.parse.urlsplit(self.uri).path.rpartition("/")[2])
+
+
+def parse_source(text: str) -> Source:
+    """A path, or a URI of the schemes file, http, https and rsync."""
+    text = text.strip()
+    parts = urllib.parse.urlsplit(text)
+    scheme = parts.scheme.lower()
+    if scheme == "file" and parts.path and parts.netloc in ("", "localhost"):
+        return Source(text, Path(urllib.request.url2pathname(parts.path)))
+    if scheme in ("http", "https", "rsync") and parts.hostname and parts.path.strip("/"):
+        return Source(text)
+    if not scheme and not parts.netloc and parts.path and "\0" not in text:
+        return Source(text, Path(os.path.expanduser(text)))
+    raise ValueError("a path, or a URI that begins with file:, http://, https:// or rsync://")
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return a parser of one of *choices*, whatever its case."""
+
+    def parse(text: str) -> str:
+        if text.strip().lower() not in choices:
+            raise ValueError(", ".join(choices[:-1]) + f" or {choices[-1]}")
+        return text.strip().lower()
+
+    return parse
+
+
+def default_cache_dir() -> str:
+    """Return where downloads are kept: root's are the machine's."""
+    return "/var/cache/image-factory" if os.geteuid() == 0 else "~/.cache/image-factory"
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of a setting.  *default* is text, as a user would write it, or None."""
+
+    parse: Callable[[str], Any]
+    help: str
+    default: str | Callable[[], str] | None = None
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+
+    def default_text(self) -> str | None:
+        """Return the default as a user would write it, None if there is none."""
+        return self.default() if callable(self.default) else self.default
+
+
+def _setting(*arguments: Any, **keywords: Any) -> Any:
+    return field(metadata={"declaration": Declaration(*arguments, **keywords)})
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """The settings of one image; sizes in bytes."""
+
+    linux: Source | None = _setting(parse_source, "path or URI of the netboot kernel")
+    initrd: Source | None = _setting(parse_source, "path or URI of the netboot initrd")
+    installer_image: Source | None = _setting(
+        parse_source, "ISO or installation tree for virt-install's --location, instead of linux and initrd"
+    )
+    append: str = _setting(parse_text, "extra kernel arguments", "")
+    preseed: Path | None = _setting(parse_answer_file, "answer file of the Debian and Ubuntu installer")
+    kickstart: Path | None = _setting(parse_answer_file, "answer file of the Fedora and Enterprise Linux installer")
+    yast: Path | None = _setting(parse_answer_file, "answer file of the openSUSE installer")
+    cores: int = _setting(parse_count, "processors of the installation machine", "1")
+    ram: int = _setting(parse_memory, "memory of the installation machine", "1G")
+    image_size: int = _setting(parse_size, "size of the disk", "2G", ("--image-size",), "SIZE")
+    format: tuple[str, ...] = _setting(
+        parse_formats, "raw, qcow2, or several with commas", "raw", ("-f", "--format"), "FORMAT"
+    )
+    mac: str | None = _setting(
+        parse_mac, "MAC address of the installation machine (default: libvirt's choice)", None, ("--mac",), "MAC"
+    )
+    cache_dir: Path = _setting(
+        parse_path, "where downloads are kept", default_cache_dir, ("-c", "--cache-dir"), "CACHE_DIR"
+    )
+    installer_logs: bool = _setting(
+        parse_boolean, "print the installer's logs into the log before they are removed", "no", ("--installer-logs",)
+    )
+    log_file: bool = _setting(parse_boolean, "also log into a file", "no", ("--log-file",))
+    log_filename: Path | None = _setting(
+        parse_file_name, "that file (default: IMAGE-DATE.log)", None, ("--log-filename",), "FILE"
+    )
+    output_dir: Path = _setting(
+        parse_path, "where the artifacts and the log go", ".", ("-o", "--output-dir"), "DIR"
+    )
+    keep_raw: bool = _setting(parse_boolean, "keep the raw image too", "no")
+    compression: str = _setting(one_of("zstd", "zlib", "none"), "compression of qcow2", "zstd")
+    vnc: tuple[str, int | None] | None = _setting(
+        parse_vnc, "HOST:DISPLAY of the installation machine's screen; HOST alone picks a free display"
+    )
+    osinfo: str | None = _setting(parse_text, "name of the operating system for virt-install")
+    virt_type: str = _setting(one_of("auto", "kvm", "qemu"), "kvm, qemu (emulation) or auto", "auto")
+    network: str = _setting(parse_text, "virt-install's network", "user,model=virtio")
+    upload_destinations: tuple[str, ...] = _setting(
+        split_list, "sections of upload destinations, with commas; empty means none", ""
+    )
+    post_build_command: tuple[str, ...] = _setting(
+        parse_words, "command run at the end, with the image's file name as first argument", ""
+    )
+
+    @property
+    def answer_file_key(self) -> str | None:
+        """The key that names the answer file, None if none does."""
+        return next((key for key in ANSWER_FILE_KEYS if getattr(self, key)), None)
+
+    @property
+    def answer_file(self) -> Path | None:
+        """The answer file, whichever key names it."""
+        path: Path | None = getattr(self, self.answer_file_key) if self.answer_file_key else None
+        return path
+
+
+@dataclass(frozen=True)
+class UploadSettings:
+    """The settings of one upload destination."""
+
+    upload_type: str = _setting(one_of(*UPLOAD_TYPES), "kind of the upload; required")
+    upload_target: str = _setting(parse_command, "where to, in the form that the upload type has; required")
+    upload_args: tuple[str, ...] = _setting(parse_words, "extra arguments of the upload program", "")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """An upload destination, ready to use.
+
+    *commands* are run after the upload; ``${image}`` in them stands for the file, so they are made
+    for each file by ``Configuration.destination``.
+    """
+
+    section: str
+    type: str
+    target: str
+    arguments: tuple[str, ...]
+    commands: tuple[tuple[str, ...], ...]
+
+
+def declarations(kind: type[Any]) -> Iterator[tuple[str, Declaration]]:
+    """Give the key and the declaration of each setting of *kind*, keys with dashes."""
+    for entry in fields(kind):
+        yield entry.name.replace("_", "-"), entry.metadata["declaration"]
+
+
+def _normal_key(key: str) -> str:
+    return key.lower().replace("_", "-")
+
+
+def check_image_name(name: str) -> None:
+    """Raise ConfigurationError unless *name* can be the start of a file name and the name of a VM."""
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        shown = name if len(name) <= 60 else name[:57] + "..."
+        raise ConfigurationError(
+            f"{shown!r} is no image name.",
+            hint=f"An image name has at most {_LONGEST_NAME} letters, digits and . _ + ~ @ -, and doesn't begin with - or a dot.",
+        )
+
+
+def find_data_dir() -> Path:
+    """Return the directory of the shipped recipes and configuration.
+
+    It is ``data`` beside the package in a checkout, and ``share/image-factory`` under the prefix
+    that the package is installed below.
+    """
+    package = Path(__file__).resolve().parent
+    candidates = [package.parent / "data", *(parent / "share/image-factory" for parent in package.parents)]
+    for candidate in candidates:
+        if (candidate / "image-factory.conf").is_file():
+            return candidate
+    raise ConfigurationError(
+        f"The shipped image-factory.conf isn't installed for {package}.", hint="Install image-factory again."
+    )
+
+
+class Configuration:
+    """The configuration files, read and merged; values are parsed when they are asked for."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Read the files that apply; ConfigurationError if one can't be read."""
+        self._parser = configparser.ConfigParser(
+            defaults={"data-dir": str(find_data_dir()).replace("$", "$$")},
+            interpolation=configparser.ExtendedInterpolation(),
+        )
+        self._parser.optionxform = _normal_key  # type: ignore[assignment,method-assign]
+        if FILE_VARIABLE in environment:
+            self.files = [Path(environment[FILE_VARIABLE])]
+            self._read(self.files[0], f" (named by {FILE_VARIABLE})")
+        else:
+            shipped = find_data_dir() / "image-factory.conf"
+            candidates = [shipped, SYSTEM_FILE, USER_FILE.expanduser()]
+            self.files = [path for path in candidates if os.path.lexists(path)]
+            for path in self.files:
+                self._read(path)
+
+    def _read(self, path: Path, named: str = "") -> None:
+        where = f"{path}{named}"
+        try:
+            with path.open(encoding="utf-8-sig") as file:
+                self._parser.read_file(file, str(path))
+        except OSError as error:
+            raise ConfigurationError(f"Can't read the configuration {where}: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(
+                f"The configuration {where} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.",
+                hint=f"Convert it: iconv -f latin1 -t utf-8 {shlex.quote(str(path))}",
+            ) from error
+        except configparser.DuplicateSectionError as error:
+            raise ConfigurationError(f"{where}, line {error.lineno}: section [{error.section}] is there twice.") from error
+        except configparser.DuplicateOptionError as error:
+            raise ConfigurationError(
+                f"{where}, line {error.lineno}: [{error.section}] has {error.option!r} twice ('-' and '_' are the same in keys)."
+            ) from error
+        except configparser.MissingSectionHeaderError as error:
+            raise ConfigurationError(
+                f"{where}, line {error.lineno}: {error.line.strip()!r} comes before any [section]."
+            ) from error
+        except configparser.ParsingError as error:
+            line, text = error.errors[0]
+            raise ConfigurationError(
+                f"{where}, line {line}: {text} is neither a [section] nor KEY = VALUE."
+            ) from error
+        except configparser.Error as error:
+            raise ConfigurationError(f"{where}: {' '.join(str(error).split())}") from error
+
+    def images(self) -> list[str]:
+        """Return the names of the configured images, in the order of the files."""
+        return [
+            name
+            for name, section in self._parser.items()
+            if name != self._parser.default_section
+            and "upload-type" not in section
+            and any(key in section for key in ("linux", "initrd", "installer-image"))
+        ]
+
+    def image(self, name: str, flags: Mapping[str, str]) -> ImageSettings:
+        """Return the settings of image *name*; *flags* (key -> text) win over the files."""
+        if name not in self._parser or name == self._parser.default_section:
+            raise ConfigurationError(
+                f"No image {name!r} is configured in {', '.join(map(str, self.files)) or 'any file'}.",
+                hint=self._suggestion(name),
+            )
+        self._warn_of_near_misses(name, ImageSettings)
+        settings = ImageSettings(**self._values(name, ImageSettings, flags))
+        _check_sources(name, settings)
+        return settings
+
+    def destination(self, section: str, image_file: str, *, named_by: str) -> Destination:
+        """Return upload destination *section* with ``${image}`` standing for *image_file*.
+
+        *named_by* is the image whose settings name it, for the error.
+        """
+        if section not in self._parser or section == self._parser.default_section:
+            raise ConfigurationError(
+                f"[{named_by}] upload-destinations: there is no section [{section}].",
+                hint=f"Add a section [{section}] with upload_type and upload_target.",
+            )
+        for key in ("upload-type", "upload-target"):
+            if key not in self._parser[section]:
+                raise ConfigurationError(
+                    f"[{section}] lacks '{key.replace('-', '_')}'. It is {dict(declarations(UploadSettings))[key].help}.",
+                    hint=f"[{section}] is an upload destination of [{named_by}].",
+                )
+        self._warn_of_near_misses(section, UploadSettings)
+        settings = UploadSettings(**self._values(section, UploadSettings, {}))
+        numbered = [f"post-upload-command{number}" for number in _count_up(section, self._parser)]
+        commands = [
+            self._parse(section, key, parse_command, {"image": image_file})
+            for key in ["post-upload-command", *numbered]
+            if key in self._parser[section]
+        ]
+        target = self._text(section, "upload-target", {"image": image_file}).strip()
+        return Destination(section, settings.upload_type, target, settings.upload_args, tuple(commands))
+
+    def _suggestion(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.images(), n=3, cutoff=0.5)
+        if near:
+            return f"Did you mean {' or '.join(near)}? 'image-factory --list' lists them all."
+        return "'image-factory --list' lists the configured images."
+
+    def _warn_of_near_misses(self, section: str, kind: type[Any]) -> None:
+        known = [key for key, _ in declarations(kind)]
+        for key in self._parser[section]:
+            if key in known or re.fullmatch(r"post-upload-command[0-9]*", key):
+                continue
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+            if near:
+                logger.warning("[%s] %s is not a key of image-factory. Did you mean %s?", section, key, near[0])
+
+    def _values(self, section: str, kind: type[Any], flags: Mapping[str, str]) -> dict[str, Any]:
+        values = {}
+        for key, declaration in declarations(kind):
+            if key in flags:
+                value = _parsed(f"{declaration.flags[-1]}", flags[key], declaration.parse)
+            elif key in self._parser[section]:
+                value = self._parse(section, key, declaration.parse)
+            else:
+                default = declaration.default_text()
+                value = None if default is None else declaration.parse(default)
+            values[key.replace("-", "_")] = value
+        return values
+
+    def _parse(
+        self, section: str, key: str, parse: Callable[[str], Any], variables: Mapping[str, str] | None = None
+    ) -> Any:
+        return _parsed(f"[{section}] {key}", self._text(section, key, variables), parse)
+
+    def _text(self, section: str, key: str, variables: Mapping[str, str] | None = None) -> str:
+        where = f"[{section}] {key}"
+        escaped = {name: value.replace("$", "$$") for name, value in (variables or {}).items()}
+        try:
+            return self._parser.get(section, key, vars=escaped)
+        except configparser.InterpolationMissingOptionError as error:
+            raise ConfigurationError(
+                f"{where}: ${{{error.reference}}} is not defined.",
+                hint=f"Define {error.reference} in [{section}] or [DEFAULT]; a dollar sign itself is written $$.",
+            ) from error
+        except configparser.InterpolationDepthError as error:
+            raise ConfigurationError(f"{where}: its ${{...}} go round in a circle.") from error
+        except configparser.InterpolationSyntaxError as error:
+            raise ConfigurationError(
+                f"{where}: {self._parser.get(section, key, raw=True)!r} has a '$' that begins no ${{...}}.",
+                hint="Write $$ for a dollar sign.",
+            ) from error
+
+
+def _count_up(section: str, parser: configparser.ConfigParser) -> Iterator[int]:
+    number = 1
+    while f"post-upload-command{number}" in parser[section]:
+        yield number
+        number += 1
+
+
+def _parsed(where: str, text: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: {text!r} is not accepted, only {error}.") from error
+
+
+def _named(keys: Sequence[str]) -> str:
+    return " and ".join(f"'{key}'" for key in keys)
+
+
+def _check_sources(name: str, settings: ImageSettings) -> None:
+    answers = [key for key in ANSWER_FILE_KEYS if getattr(settings, key)]
+    if len(answers) > 1:
+        raise ConfigurationError(
+            f"[{name}] has {_named(answers)}. An image has one answer file.", hint="Remove all but one."
+        )
+    if settings.installer_image:
+        return
+    missing = [key for key in ("linux", "initrd") if not getattr(settings, key)]
+    if missing:
+        what = " and ".join(f"the URI of the netboot {dict(linux='kernel', initrd='initrd')[key]}" for key in missing)
+        raise ConfigurationError(
+            f"[{name}] lacks {_named(missing)}. It is {what}."
+            if len(missing) == 1
+            else f"[{name}] lacks {_named(missing)}. They are {what}.",
+            hint="Or name an ISO or an installation tree with 'installer_image'.",
+        )

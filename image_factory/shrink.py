@@ -1,0 +1,34 @@
+"""Free the blocks that no file uses."""
+
+from pathlib import Path
+
+from . import command, privileged
+from .log import logger, step
+from .model import Build, Disk, Partition, Tree
+from .units import format_size
+
+
+def trim_filesystem(build: Build, tree: Tree) -> None:
+    """Give the unused blocks of the mounted filesystem back, where it can."""
+    with step("Freeing unused blocks"):
+        freed = privileged.trim(tree.path)
+        if freed is None:
+            logger.info("This filesystem or this disk can't free blocks.")
+        else:
+            logger.info("%s were unused.", format_size(freed))
+
+
+def zerofree_argv(disk: Path, offset: int | str) -> list[str]:
+    """Return the command that zeroes the unused blocks of the ext filesystem at *offset* of *disk*.
+
+    libext2fs takes an offset after the name of the file, so it needs neither root nor a device.
+    """
+    return ["zerofree", f"{disk}?offset={offset}"]
+
+
+def zero_unused_blocks(build: Build, disk: Disk, partition: Partition) -> None:
+    """Zero what is left in the unused blocks of *partition*, on ext2, ext3 and ext4."""
+    if partition.filesystem not in ("ext2", "ext3", "ext4"):
+        return
+    with step("Zeroing unused blocks"):
+        command.run(zerofree_argv(disk.path, partition.offset))

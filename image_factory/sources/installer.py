@@ -1,0 +1,145 @@
+"""Make a disk with the distribution's own installer, run by virt-install."""
+
+import os
+from pathlib import Path
+
+from .. import arch, command, fetch, guest
+from ..errors import BuildError, ConfigurationError
+from ..log import step
+from ..model import Build, Disk, Plan
+from ..settings import Source
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that the installation needs."""
+    names = ["qemu-img", "virsh", "virt-install", arch.host().qemu]
+    settings = plan.settings
+    if settings.answer_file:
+        # virt-install injects it with cpio, which its Debian package doesn't depend on.
+        names.append("cpio")
+    sources = (settings.linux, settings.initrd, settings.installer_image)
+    if any(source and source.uri.lower().startswith("rsync:") for source in sources):
+        names.append("rsync")
+    if settings.installer_image and not is_tree(settings.installer_image):
+        names.append("xorriso")
+    return names
+
+
+def is_tree(source: Source) -> bool:
+    """Whether *source* is an installation tree, which virt-install reads itself, and no ISO file."""
+    if source.path is not None:
+        return source.path.is_dir()
+    return not source.name.lower().endswith(".iso")
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if a local file that the installer needs can't be read."""
+    for key in ("linux", "initrd", "installer_image"):
+        source: Source | None = getattr(plan.settings, key)
+        if source is not None and source.path is not None:
+            _check_readable(f"[{plan.image}] {key.replace('_', '-')}", source.path, directory=key == "installer_image")
+        elif source is not None and not source.name and key != "installer_image":
+            raise ConfigurationError(f"[{plan.image}] {key}: {source.uri} names no file.")
+    if plan.settings.answer_file:
+        _check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
+
+
+def _check_readable(where: str, path: Path, *, directory: bool = False) -> None:
+    if directory and path.is_dir():
+        return
+    try:
+        if not path.is_file():
+            reason = "is not a file" if path.exists() else "is not there"
+            raise ConfigurationError(f"{where}: {path} {reason}.")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{where}: {path} can't be read: {error.strerror}.") from error
+
+
+def create_argv(build: Build) -> list[str]:
+    """Return the command that makes the empty disk."""
+    return ["qemu-img", "create", "-q", "-f", "raw", str(build.disk_path), str(build.plan.settings.image_size)]
+
+
+def _netboot(build: Build) -> Path:
+    return build.directory / "netboot"
+
+
+def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps with the commands they will run."""
+    plan = build.plan
+    settings = plan.settings
+    fetches = []
+    for source in (settings.linux, settings.initrd, settings.installer_image):
+        if source is None or source.path is not None or (source is settings.installer_image and is_tree(source)):
+            continue
+        target = plan.cache_dir / source.name
+        rsync = source.uri.lower().startswith("rsync:")
+        fetches.append(fetch.rsync_argv(source.uri, target) if rsync else ["(httplib2)", "GET", source.uri, str(target)])
+    if settings.installer_image and is_tree(settings.installer_image):
+        location = str(settings.installer_image.path or settings.installer_image.uri)
+    elif settings.installer_image:
+        location = str(settings.installer_image.path or plan.cache_dir / settings.installer_image.name)
+    else:
+        location = _location(build)
+    virt_type = "kvm-or-qemu" if settings.virt_type == "auto" else settings.virt_type
+    return [
+        ("Creating the disk", [create_argv(build)]),
+        ("Caching the installer", fetches),
+        ("Installing", [guest.virt_install_argv(build, location, virt_type)]),
+    ]
+
+
+def produce(build: Build) -> Disk:
+    """Install onto a new disk; BuildError if that fails."""
+    with step("Creating the disk"):
+        command.run(create_argv(build))
+    with step("Caching the installer"):
+        location, kernel = _prepare_installer(build)
+    virt_type = guest.choose_virt_type(build.plan, kernel)
+    guest.install(build, location, virt_type)
+    return Disk(build.disk_path)
+
+
+def _location(build: Build) -> str:
+    # The names in one directory of its own are free of what virt-install's option syntax knows.
+    return guest.option(str(_netboot(build)), "kernel=linux", "initrd=initrd")
+
+
+def _prepare_installer(build: Build) -> tuple[str, Path | None]:
+    """Return virt-install's --location, and the installer's kernel where it is known."""
+    settings = build.plan.settings
+    if settings.installer_image is None:
+        netboot = _netboot(build)
+        netboot.mkdir(mode=0o755)
+        for name, source in (("linux", settings.linux), ("initrd", settings.initrd)):
+            assert source is not None
+            (netboot / name).symlink_to(fetch.fetch(source, build.plan.cache_dir).absolute())
+        return _location(build), (netboot / "linux").resolve()
+    if is_tree(settings.installer_image):
+        path = settings.installer_image.path
+        return str(path.absolute() if path else settings.installer_image.uri), _kernel_of_tree(path)
+    iso = fetch.fetch(settings.installer_image, build.plan.cache_dir).absolute()
+    return str(iso), _kernel_of_iso(build, iso)
+
+
+def _kernel_of_tree(path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    return next((path / kernel for kernel in arch.host().installer_kernels if (path / kernel).is_file()), None)
+
+
+def _kernel_of_iso(build: Build, iso: Path) -> Path | None:
+    """Copy the kernel of *iso* out of it, for the probe of KVM; None if it isn't found."""
+    if build.plan.settings.virt_type != "auto":
+        return None
+    target = build.directory / "probe-kernel"
+    for kernel in arch.host().installer_kernels:
+        try:
+            command.run(["xorriso", "-osirrox", "on", "-indev", str(iso), "-extract", f"/{kernel}", str(target)])
+        except BuildError:
+            continue
+        os.chmod(target, 0o600)
+        return target
+    return None

@@ -36,14 +36,12 @@ def show_installer_logs(build: Build, tree: Tree) -> None:
     if not build.plan.settings.installer_logs:
         return
     with step("Showing installer logs"):
-        for pattern in SHOWN_LOGS:
-            for line in privileged.show(tree.path, pattern).splitlines():
-                logger.info("| %s", line)
+        for line in privileged.show(tree.path, SHOWN_LOGS).splitlines():
+            logger.info("| %s", line)
 
 
 def remove_installer_logs(build: Build, tree: Tree) -> None:
     """Remove the installer's logs."""
     with step("Removing installer logs"):
-        for pattern in INSTALLER_LOGS:
-            for path in privileged.remove(tree.path, pattern):
-                logger.info("Removed /%s", path)
+        for path in privileged.remove(tree.path, INSTALLER_LOGS):
+            logger.info("Removed /%s", path)

@@ -20,7 +20,9 @@ from .units import format_size
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message[:1].upper()}{message[1:]}.", hint="'image-factory --help' lists the options.")
+        raise ConfigurationError(
+            f"{message[:1].upper()}{message[1:]}.", hint="'image-factory --help' lists the options."
+        )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,13 +44,21 @@ def make_parser() -> argparse.ArgumentParser:
         name = key.replace("-", "_")
         if declaration.metavar is None:
             parser.add_argument(
-                *declaration.flags, dest=name, action=argparse.BooleanOptionalAction, default=None, help=declaration.help + shown
+                *declaration.flags,
+                dest=name,
+                action=argparse.BooleanOptionalAction,
+                default=None,
+                help=declaration.help + shown,
             )
         else:
-            parser.add_argument(*declaration.flags, dest=name, metavar=declaration.metavar, help=declaration.help + shown)
+            parser.add_argument(
+                *declaration.flags, dest=name, metavar=declaration.metavar, help=declaration.help + shown
+            )
     parser.add_argument("--list", action="store_true", help="list the configured images, one a line")
     parser.add_argument("--check", action="store_true", help="check all that can be known before a build, and stop")
-    parser.add_argument("--dry-run", action="store_true", help="--check, then print each step with its commands, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="--check, then print each step with its commands, and stop"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 

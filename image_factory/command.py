@@ -1,5 +1,6 @@
 """Run programs: the only module that uses subprocess."""
 
+import contextlib
 import os
 import selectors
 import shlex
@@ -130,7 +131,9 @@ def run(
             raise
         if not finished:
             _stop(process, stop_signal, stop_seconds)
-            raise BuildError(f"{argv[0]} did not end within {timeout:.0f} s", hint=f"The command was: {shlex.join(argv)}")
+            raise BuildError(
+                f"{argv[0]} did not end within {timeout:.0f} s", hint=f"The command was: {shlex.join(argv)}"
+            )
     if process.returncode:
         raise CommandError(argv, process.returncode, last_lines)
     return captured.decode("utf-8", errors="replace")
@@ -202,10 +205,8 @@ def _stop(process: subprocess.Popen[bytes], stop_signal: signal.Signals, seconds
         except subprocess.TimeoutExpired:
             continue
     # What the program has started in its group and left behind.
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
@@ -217,7 +218,12 @@ def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
     output = bytearray()
     deadline = time.monotonic() + seconds
     process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, start_new_session=True
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+        start_new_session=True,
     )
     with process:
         try:

@@ -1,5 +1,6 @@
 """URI -> a file in the cache that is whole and up to date."""
 
+import http.client
 import json
 import os
 import re
@@ -130,11 +131,11 @@ def _remember_validators(uri: str, target: Path, response: _Response) -> None:
 def _download(uri: str, target: Path) -> None:
     """Bring *target* up to date with *uri*, in parts where the server can."""
     logger.info("Fetching %s", uri)
-    http = httplib2.Http(timeout=_TIMEOUT_SECONDS)
+    client = httplib2.Http(timeout=_TIMEOUT_SECONDS)
     # The file itself is wanted, not what a server makes of a name that ends in .gz.
     plain = {"accept-encoding": "identity"}
     validators = _known_validators(uri, target)
-    response, content = _get(http, uri, plain | validators | {"range": f"bytes=0-{_PART_SIZE - 1}"})
+    response, content = _get(client, uri, plain | validators | {"range": f"bytes=0-{_PART_SIZE - 1}"})
     if response.status == 304 and validators:
         logger.info("%s is unchanged.", target.name)
         return
@@ -146,14 +147,14 @@ def _download(uri: str, target: Path) -> None:
     with _new_file(target) as file:
         file.write(content)
         if response.status == 206:
-            _fetch_rest(http, uri, plain, response, file)
+            _fetch_rest(client, uri, plain, response, file)
         size = file.tell()
         _validators_path(target).unlink(missing_ok=True)
     _remember_validators(uri, target, response)
     logger.info("Fetched %s: %s", target.name, format_size(size))
 
 
-def _fetch_rest(http: httplib2.Http, uri: str, headers: dict[str, str], first: _Response, file: IO[bytes]) -> None:
+def _fetch_rest(client: httplib2.Http, uri: str, headers: dict[str, str], first: _Response, file: IO[bytes]) -> None:
     """Fetch the parts after the *first*, which is in *file* already."""
     size = _range_size(uri, first, 0, file.tell())
     # The parts are of one file only while its validator is the same; a weak one doesn't do.
@@ -164,7 +165,7 @@ def _fetch_rest(http: httplib2.Http, uri: str, headers: dict[str, str], first: _
     while (start := file.tell()) < size:
         end = min(start + _PART_SIZE, size)
         part = headers | {"range": f"bytes={start}-{end - 1}"} | ({"if-range": same} if same else {})
-        response, content = _get(http, where, part)
+        response, content = _get(client, where, part)
         if response.status == 200:
             raise _Transient("the file changed on the server meanwhile")
         if response.status != 206:
@@ -182,21 +183,26 @@ def _range_size(uri: str, response: _Response, start: int, length: int) -> int:
     return int(match[3])
 
 
-def _get(http: httplib2.Http, uri: str, headers: dict[str, str]) -> tuple[Any, bytes]:
+def _get(client: httplib2.Http, uri: str, headers: dict[str, str]) -> tuple[Any, bytes]:
     """Return response and content; _Transient for what another try may cure."""
     try:
         with interrupts.interruptible():
-            response, content = http.request(uri, headers=headers)
+            response, content = client.request(uri, headers=headers)
     except (ssl.SSLCertVerificationError, httplib2.RedirectLimit, httplib2.RedirectMissingLocation) as error:
         raise BuildError(f"Can't fetch {uri}: {error}.") from error
     except httplib2.ServerNotFoundError as error:
         raise _Transient(f"{error}") from error
     # http.client's and httplib2's own, of a connection that breaks off among others.
-    except (OSError, httplib2.HttpLib2Error, httplib2.http.client.HTTPException) as error:
+    except (OSError, httplib2.HttpLib2Error, http.client.HTTPException) as error:
         raise _Transient(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
     if response.status >= 500 or response.status in (408, 429):
         raise _Transient(f"the server says {response.status} {response.reason}")
     length = response.get("content-length")
-    if response.status in (200, 206) and length is not None and int(length) != len(content) and "-content-encoding" not in response:
+    if (
+        response.status in (200, 206)
+        and length is not None
+        and int(length) != len(content)
+        and "-content-encoding" not in response
+    ):
         raise _Transient(f"{len(content)} of {length} bytes came")
     return response, content

@@ -59,13 +59,13 @@ def _graphics(settings: ImageSettings) -> str:
 def virt_install_argv(build: Build, location: str, virt_type: str) -> list[str]:
     """Return the command of the installation.
 
-    *location* is the value of --location, *virt_type* ``kvm`` or ``qemu``.
+    *location* is the value of --location, *virt_type* ``kvm`` or ``qemu``, or what stands for it.
     """
     settings = build.plan.settings
     network = settings.network + (f",mac={settings.mac}" if settings.mac else "")
     osinfo = settings.osinfo or "detect=on,require=off"
     # libvirt 9.0 knows no model ``max``.
-    cpu = "host-passthrough" if virt_type == "kvm" else "mode=maximum"
+    cpu = {"kvm": "host-passthrough", "qemu": "mode=maximum"}.get(virt_type, "CPU")
     # ``--noreboot``: the guest must stay off until its logs are removed.
     # ``cache=unsafe``: the disk is thrown away when the installation fails.
     argv = [
@@ -179,7 +179,8 @@ def choose_virt_type(plan: Plan, kernel: Path | None) -> str:
     if reason is None:
         return "kvm"
     logger.warning(
-        "KVM is not used: %s. Emulation takes about ten times as long. 'virt-type = kvm' or 'qemu' skips this probe.", reason
+        "KVM is not used: %s. Emulation takes about ten times as long. 'virt-type = kvm' or 'qemu' skips this probe.",
+        reason,
     )
     return "qemu"
 

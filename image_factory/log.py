@@ -16,9 +16,7 @@ logger = logging.getLogger("image-factory")
 FORMAT = "%(asctime)s %(name)s [%(process)d] %(levelname)s: %(message)s"
 
 # CSI and OSC sequences, then other escapes of two characters (ECMA-48).
-_ESCAPE_SEQUENCE = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]?|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_]|[ -/]+[0-~])"
-)
+_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]?|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_]|[ -/]+[0-~])")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

@@ -46,7 +46,7 @@ def check_plan(plan: Plan) -> None:
 
 
 def _programs(plan: Plan) -> list[str]:
-    names = SOURCES["installer"].programs(plan) + ["zerofree"]
+    names = [*SOURCES["installer"].programs(plan), "zerofree"]
     if not plan.as_root:
         names.append("sudo")
     if plan.settings.upload_destinations:
@@ -109,11 +109,12 @@ def finish_disk(build: Build, disk: Disk) -> list[Artifact]:
         with mounts.mounted(disk) as tree:
             clean.show_installer_logs(build, tree)
             clean.remove_installer_logs(build, tree)
-            shrink.trim_filesystem(build, tree)
+            freed = shrink.trim_filesystem(build, tree)
     except NoSystemError:
         guest.log_console(build)
         raise
-    shrink.zero_unused_blocks(build, disk, tree.partition)
+    if not freed:
+        shrink.zero_unused_blocks(build, disk, tree.partition)
     artifacts = write_outputs(build, disk)
     return [checksum.add_sha256(build, artifact) for artifact in artifacts]
 
@@ -136,19 +137,21 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
     tree = f"{mounts.MOUNT_DIRECTORY}/{mounts.MOUNT_PREFIX}XXXXXXXX/tree"
     helper = privileged.helper_argv
     steps = SOURCES["installer"].describe(build)
-    steps.append(("Mounting the root partition", [privileged.mount_image_argv(build.disk_path, "OFFSET", "SIZE", tree)]))
+    steps.append(("Mounting the root partition", [helper("mount-image", str(build.disk_path), "OFFSET", "SIZE", tree)]))
     if plan.settings.installer_logs:
-        steps.append(("Showing installer logs", [helper("show", tree, pattern) for pattern in clean.SHOWN_LOGS]))
+        steps.append(("Showing installer logs", [helper("show", tree, *clean.SHOWN_LOGS)]))
     steps += [
-        ("Removing installer logs", [helper("remove", tree, pattern) for pattern in clean.INSTALLER_LOGS]),
+        ("Removing installer logs", [helper("remove", tree, *clean.INSTALLER_LOGS)]),
         ("Freeing unused blocks", [helper("trim", tree)]),
         ("Unmounting", [helper("umount", tree)]),
-        ("Zeroing unused blocks", [shrink.zerofree_argv(build.disk_path, "OFFSET")]),
+        ("Zeroing unused blocks, where they can't be freed", [shrink.zerofree_argv(build.disk_path, "OFFSET")]),
     ]
     artifacts = []
     for image_format in plan.settings.format:
         steps.append((f"Writing {image_format}", OUTPUTS[image_format].commands(build)))
-        artifacts.append(Artifact(plan.output_dir / plan.file_name(image_format), image_format, plan.settings.image_size))
+        artifacts.append(
+            Artifact(plan.output_dir / plan.file_name(image_format), image_format, plan.settings.image_size)
+        )
     kept = list(artifacts)
     if plan.settings.keep_raw and "raw" not in plan.settings.format:
         kept.append(Artifact(plan.output_dir / plan.file_name("raw"), "raw", plan.settings.image_size, upload=False))

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__, command
@@ -64,11 +65,6 @@ def check() -> None:
         )
 
 
-def mount_image_argv(image: Path, offset: int | str, size: int | str, directory: Path | str) -> list[str]:
-    """Return the command of mount_image."""
-    return helper_argv("mount-image", str(image), str(offset), str(size), str(directory))
-
-
 def mount_image(image: Path, offset: int, size: int, directory: Path) -> None:
     """Attach *size* bytes at *offset* of *image* to a loop device and mount it at *directory*.
 
@@ -82,17 +78,17 @@ def umount(directory: Path) -> None:
     _run("umount", str(directory))
 
 
-def show(directory: Path, pattern: str) -> str:
-    """Return the regular files below the tree at *directory* that *pattern* matches, with headings.
+def show(directory: Path, patterns: Sequence[str]) -> str:
+    """Return the regular files below the tree at *directory* that *patterns* match, with headings.
 
-    Only the last part of *pattern* may have ``*``.  No link is followed.
+    Only the last part of a pattern may have ``*``.  No link is followed.
     """
-    return _run("show", str(directory), pattern)
+    return _run("show", str(directory), *patterns)
 
 
-def remove(directory: Path, pattern: str) -> list[str]:
-    """Remove what *pattern* matches below the tree at *directory*; return the paths that are gone."""
-    return _run("remove", str(directory), pattern).splitlines()
+def remove(directory: Path, patterns: Sequence[str]) -> list[str]:
+    """Remove what *patterns* match below the tree at *directory*; return the paths that are gone."""
+    return _run("remove", str(directory), *patterns).splitlines()
 
 
 def trim(directory: Path) -> int | None:

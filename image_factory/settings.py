@@ -228,9 +228,7 @@ class ImageSettings:
     log_filename: Path | None = _setting(
         parse_file_name, "that file (default: IMAGE-DATE.log)", None, ("--log-filename",), "FILE"
     )
-    output_dir: Path = _setting(
-        parse_path, "where the artifacts and the log go", ".", ("-o", "--output-dir"), "DIR"
-    )
+    output_dir: Path = _setting(parse_path, "where the artifacts and the log go", ".", ("-o", "--output-dir"), "DIR")
     keep_raw: bool = _setting(parse_boolean, "keep the raw image too", "no")
     compression: str = _setting(one_of("zstd", "zlib", "none"), "compression of qcow2", "zstd")
     vnc: tuple[str, int | None] | None = _setting(
@@ -262,8 +260,8 @@ class ImageSettings:
 class UploadSettings:
     """The settings of one upload destination."""
 
-    upload_type: str = _setting(one_of(*UPLOAD_TYPES), "kind of the upload; required")
-    upload_target: str = _setting(parse_command, "where to, in the form that the upload type has; required")
+    upload_type: str = _setting(one_of(*UPLOAD_TYPES), "kind of the upload")
+    upload_target: str = _setting(parse_command, "place to upload to, in the form that the upload type has")
     upload_args: tuple[str, ...] = _setting(parse_words, "extra arguments of the upload program", "")
 
 
@@ -298,7 +296,7 @@ def check_image_name(name: str) -> None:
         shown = name if len(name) <= 60 else name[:57] + "..."
         raise ConfigurationError(
             f"{shown!r} is no image name.",
-            hint=f"An image name has at most {_LONGEST_NAME} letters, digits and . _ + ~ @ -, and doesn't begin with - or a dot.",
+            hint=f"It has at most {_LONGEST_NAME} letters, digits and . _ + ~ @ -, and begins with none of - . + ~ @",
         )
 
 
@@ -351,10 +349,13 @@ class Configuration:
                 hint=f"Convert it: iconv -f latin1 -t utf-8 {shlex.quote(str(path))}",
             ) from error
         except configparser.DuplicateSectionError as error:
-            raise ConfigurationError(f"{where}, line {error.lineno}: section [{error.section}] is there twice.") from error
+            raise ConfigurationError(
+                f"{where}, line {error.lineno}: section [{error.section}] is there twice."
+            ) from error
         except configparser.DuplicateOptionError as error:
             raise ConfigurationError(
-                f"{where}, line {error.lineno}: [{error.section}] has {error.option!r} twice ('-' and '_' are the same in keys)."
+                f"{where}, line {error.lineno}: [{error.section}] has {error.option!r} twice.",
+                hint="'-' and '_' are the same in keys.",
             ) from error
         except configparser.MissingSectionHeaderError as error:
             raise ConfigurationError(
@@ -362,9 +363,7 @@ class Configuration:
             ) from error
         except configparser.ParsingError as error:
             line, text = error.errors[0]
-            raise ConfigurationError(
-                f"{where}, line {line}: {text} is neither a [section] nor KEY = VALUE."
-            ) from error
+            raise ConfigurationError(f"{where}, line {line}: {text} is neither a [section] nor KEY = VALUE.") from error
         except configparser.Error as error:
             raise ConfigurationError(f"{where}: {' '.join(str(error).split())}") from error
 
@@ -400,10 +399,10 @@ class Configuration:
                 f"[{named_by}] upload-destinations: there is no section [{section}].",
                 hint=f"Add a section [{section}] with upload_type and upload_target.",
             )
-        for key in ("upload-type", "upload-target"):
-            if key not in self._parser[section]:
+        for key, declaration in declarations(UploadSettings):
+            if declaration.default_text() is None and key not in self._parser[section]:
                 raise ConfigurationError(
-                    f"[{section}] lacks '{key.replace('-', '_')}'. It is {dict(declarations(UploadSettings))[key].help}.",
+                    f"[{section}] lacks '{key.replace('-', '_')}'. It is the {declaration.help}.",
                     hint=f"[{section}] is an upload destination of [{named_by}].",
                 )
         self._warn_of_near_misses(section, UploadSettings)
@@ -497,10 +496,12 @@ def _check_sources(name: str, settings: ImageSettings) -> None:
         return
     missing = [key for key in ("linux", "initrd") if not getattr(settings, key)]
     if missing:
-        what = " and ".join(f"the URI of the netboot {dict(linux='kernel', initrd='initrd')[key]}" for key in missing)
+        what = {
+            "linux": "It is the URI of the netboot kernel.",
+            "initrd": "It is the URI of the netboot initrd.",
+            "linux initrd": "They are the URIs of the netboot kernel and initrd.",
+        }[" ".join(missing)]
         raise ConfigurationError(
-            f"[{name}] lacks {_named(missing)}. It is {what}."
-            if len(missing) == 1
-            else f"[{name}] lacks {_named(missing)}. They are {what}.",
+            f"[{name}] lacks {_named(missing)}. {what}",
             hint="Or name an ISO or an installation tree with 'installer_image'.",
         )

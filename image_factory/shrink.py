@@ -8,14 +8,18 @@ from .model import Build, Disk, Partition, Tree
 from .units import format_size
 
 
-def trim_filesystem(build: Build, tree: Tree) -> None:
-    """Give the unused blocks of the mounted filesystem back, where it can."""
+def trim_filesystem(build: Build, tree: Tree) -> bool:
+    """Give the unused blocks of the mounted filesystem back; return whether that was possible.
+
+    They are holes of the disk's file then, which read as zeros.
+    """
     with step("Freeing unused blocks"):
         freed = privileged.trim(tree.path)
         if freed is None:
-            logger.info("This filesystem or this disk can't free blocks.")
-        else:
-            logger.info("%s were unused.", format_size(freed))
+            logger.info("This filesystem, or the one that the disk is on, can't free blocks.")
+            return False
+        logger.info("%s were unused.", format_size(freed))
+        return True
 
 
 def zerofree_argv(disk: Path, offset: int | str) -> list[str]:
@@ -27,7 +31,11 @@ def zerofree_argv(disk: Path, offset: int | str) -> list[str]:
 
 
 def zero_unused_blocks(build: Build, disk: Disk, partition: Partition) -> None:
-    """Zero what is left in the unused blocks of *partition*, on ext2, ext3 and ext4."""
+    """Zero what is in the unused blocks of *partition*, on ext2, ext3 and ext4.
+
+    It reads them one by one, so that it takes longer than the conversion of the disk: only for what
+    could not be freed.
+    """
     if partition.filesystem not in ("ext2", "ext3", "ext4"):
         return
     with step("Zeroing unused blocks"):

@@ -16,4 +16,4 @@ class Output(Protocol):
         """Make the artifact in the working directory; BuildError if that fails."""
 
 
-OUTPUTS: dict[str, Output] = {"raw": raw, "qcow2": qcow2}  # type: ignore[dict-item]
+OUTPUTS: dict[str, Output] = {"raw": raw, "qcow2": qcow2}

@@ -22,4 +22,4 @@ class Source(Protocol):
         """Make the disk; BuildError if that fails."""
 
 
-SOURCES: dict[str, Source] = {"installer": installer}  # type: ignore[dict-item]
+SOURCES: dict[str, Source] = {"installer": installer}

@@ -70,25 +70,22 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
     """Return the steps with the commands they will run."""
     plan = build.plan
     settings = plan.settings
-    fetches = []
+    steps: list[tuple[str, list[list[str]]]] = [("Creating the disk", [create_argv(build)])]
     for source in (settings.linux, settings.initrd, settings.installer_image):
         if source is None or source.path is not None or (source is settings.installer_image and is_tree(source)):
             continue
         target = plan.cache_dir / source.name
-        rsync = source.uri.lower().startswith("rsync:")
-        fetches.append(fetch.rsync_argv(source.uri, target) if rsync else ["(httplib2)", "GET", source.uri, str(target)])
-    if settings.installer_image and is_tree(settings.installer_image):
-        location = str(settings.installer_image.path or settings.installer_image.uri)
-    elif settings.installer_image:
-        location = str(settings.installer_image.path or plan.cache_dir / settings.installer_image.name)
-    else:
+        by_rsync = source.uri.lower().startswith("rsync:")
+        steps.append((f"Caching {source.uri} as {target}", [fetch.rsync_argv(source.uri, target)] if by_rsync else []))
+    if settings.installer_image is None:
         location = _location(build)
-    virt_type = "kvm-or-qemu" if settings.virt_type == "auto" else settings.virt_type
-    return [
-        ("Creating the disk", [create_argv(build)]),
-        ("Caching the installer", fetches),
-        ("Installing", [guest.virt_install_argv(build, location, virt_type)]),
-    ]
+    elif is_tree(settings.installer_image):
+        location = str(settings.installer_image.path or settings.installer_image.uri)
+    else:
+        location = str(settings.installer_image.path or plan.cache_dir / settings.installer_image.name)
+    virt_type = "VIRT-TYPE" if settings.virt_type == "auto" else settings.virt_type
+    steps.append(("Installing", [guest.virt_install_argv(build, location, virt_type)]))
+    return steps
 
 
 def produce(build: Build) -> Disk:

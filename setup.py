@@ -1,0 +1,25 @@
+"""Packaging: pip install image-factory."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+INIT = (HERE / "image_factory/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
+assert VERSION is not None
+
+setup(
+    name="image-factory",
+    version=VERSION[1],
+    description="Build golden Linux images with the distributions' own network installers",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="ISC",
+    python_requires=">=3.11",
+    packages=["image_factory", "image_factory.outputs", "image_factory.sources"],
+    scripts=["image-factory", "image-factory-sudo-helper"],
+    data_files=[("share/image-factory", sorted(str(path.relative_to(HERE)) for path in (HERE / "data").iterdir()))],
+    install_requires=["httplib2", "pyparted"],
+)

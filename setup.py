@@ -19,7 +19,11 @@ setup(
     license="ISC",
     python_requires=">=3.11",
     packages=["image_factory", "image_factory.outputs", "image_factory.sources"],
-    scripts=["image-factory", "image-factory-sudo-helper"],
-    data_files=[("share/image-factory", sorted(str(path.relative_to(HERE)) for path in (HERE / "data").iterdir()))],
+    scripts=["image-factory"],
+    # The helper is data: the first line of a script would be changed, and -I lost.
+    data_files=[
+        ("bin", ["image-factory-sudo-helper"]),
+        ("share/image-factory", sorted(str(path.relative_to(HERE)) for path in (HERE / "data").iterdir())),
+    ],
     install_requires=["httplib2", "pyparted"],
 )

@@ -1,6 +1,7 @@
 """The command line: the only module that prints and exits."""
 
 import argparse
+import io
 import logging
 import os
 import shlex
@@ -19,6 +20,11 @@ from .units import format_size
 
 
 class _Parser(argparse.ArgumentParser):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        # Here, not at Python's exit, so that main sees that the reader of --help has gone.
+        sys.stdout.flush()
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(
             f"{message[:1].upper()}{message[1:]}.", hint="'image-factory --help' lists the options."
@@ -79,7 +85,7 @@ def _print_steps(plan: Plan) -> None:
     for name, commands in pipeline.describe_build(plan):
         print(f"# {name}")
         for argv in commands:
-            print(shlex.join(argv))
+            print(f"#   {' '.join(argv[1:])}" if argv[0] == "#" else shlex.join(argv))
 
 
 def summary(artifacts: Sequence[Artifact], times: Sequence[log.StepTime], seconds: float) -> str:
@@ -104,8 +110,8 @@ def _build(plan: Plan) -> None:
         times = stack.enter_context(log.recorded_steps())
         start = time.monotonic()
         if plan.log_path is not None:
-            plan.output_dir.mkdir(parents=True, exist_ok=True)
             try:
+                plan.log_path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(log.also_to_file(plan.log_path))
             except OSError as error:
                 raise ConfigurationError(f"Can't write the log file {plan.log_path}: {error.strerror}.") from error
@@ -126,7 +132,8 @@ def _run(argv: Sequence[str]) -> None:
     log.set_up()
     configuration = Configuration(os.environ)
     if arguments.list:
-        print("\n".join(configuration.images()))
+        for name in configuration.images():
+            print(name)
         return
     if not arguments.image:
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
@@ -141,28 +148,53 @@ def _run(argv: Sequence[str]) -> None:
             _build(plan)
 
 
+def _one_line(text: str) -> str:
+    return log.printable(" ".join(text.splitlines()))
+
+
+def _set_up_stdout() -> None:
+    """Make print work whatever it is given: a path may have bytes that are no text, and stdout may be closed."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush_stdout() -> None:
+    """Write what print has kept, or drop it where that can't be: Python would complain at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run image-factory with *argv*; return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    _set_up_stdout()
     try:
         _run(argv)
         sys.stdout.flush()
         return 0
     except ImageFactoryError as error:
+        failure: BaseException = error
         message, hint, status = error.message, error.hint, error.exit_status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        failure = error
         message, hint, status = "Interrupted.", None, 130
     except BrokenPipeError:
-        # The reader of our output has gone; Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has gone.
+        _flush_stdout()
         return 1
     except Exception as error:
+        failure = error
         message = f"Internal error: {type(error).__name__}: {error}"
         hint, status = "Run it again with --debug, and report what it shows.", 1
+    _flush_stdout()
     if debug:
-        traceback.print_exc()
-    print(f"image-factory: error: {log.printable(message)}", file=sys.stderr)
+        traceback.print_exception(failure)
+    print(f"image-factory: error: {_one_line(message)}", file=sys.stderr)
     if hint:
-        print(f"image-factory: hint: {log.printable(hint)}", file=sys.stderr)
+        print(f"image-factory: hint: {_one_line(hint)}", file=sys.stderr)
     return status

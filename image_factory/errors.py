@@ -1,5 +1,6 @@
 """What can go wrong, as exceptions that carry the message, the next move and the exit status."""
 
+import re
 import shlex
 import signal
 from collections.abc import Sequence
@@ -45,7 +46,9 @@ class CommandError(BuildError):
             reason = f"was killed by {signal.Signals(-status).name}"
         else:
             reason = f"failed with status {status}"
-        said = f": {last_lines[-1]}" if last_lines else ""
+        # Many programs, virt-install among them, say the reason first and good advice after it.
+        errors = [line for line in last_lines if re.match(r"error\b", line, re.IGNORECASE)]
+        said = "".join(f": {line}" for line in (errors or list(last_lines))[-1:])
         super().__init__(f"{argv[0]} {reason}{said}", hint=f"The command was: {shlex.join(argv)}")
         self.argv = list(argv)
         self.status = status
@@ -57,6 +60,6 @@ class Interrupted(ImageFactoryError):
 
     def __init__(self, signum: int) -> None:
         name = signal.Signals(signum).name
-        super().__init__(f"Stopped by {name}, nothing was published.")
+        super().__init__(f"Stopped by {name}.")
         self.signum = signum
         self.exit_status = 128 + signum

@@ -7,6 +7,7 @@ import re
 import ssl
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from .units import format_size
 TRIES = 3
 _PAUSE_SECONDS = (1.0, 3.0)
 _TIMEOUT_SECONDS = 30.0
+_REDIRECTIONS = 5
 # httplib2 keeps a whole response in memory, so large files are asked for in parts.
 _PART_SIZE = 16 << 20
 _RSYNC_STATUS_TRANSIENT = (5, 10, 11, 12, 30, 35)  # rsync(1): protocol start, socket, file and stream I/O, timeouts
@@ -42,7 +44,7 @@ def fetch(source: Source, directory: Path) -> Path:
     if source.path is not None:
         return source.path
     name = source.name
-    if not name or name in (".", ".."):
+    if not name:
         raise ConfigurationError(f"{source.uri} names no file.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -51,11 +53,13 @@ def fetch(source: Source, directory: Path) -> Path:
     target = directory / name
     for attempt in range(1, TRIES + 1):
         try:
-            if source.uri.lower().startswith("rsync:"):
+            if source.by_rsync:
                 _rsync(source.uri, target)
             else:
                 _download(source.uri, target)
             return target
+        except OSError as error:
+            raise BuildError(f"Can't write {target}: {error.strerror or error}.", hint="See --cache-dir.") from error
         except _Transient as error:
             if attempt == TRIES:
                 raise BuildError(f"Can't fetch {source.uri}: {error} ({TRIES} tries).") from error
@@ -85,19 +89,30 @@ def _new_file(target: Path) -> Iterator[IO[bytes]]:
 
 def rsync_argv(uri: str, target: Path) -> list[str]:
     """Return the command that brings the file at *uri* to *target*; rsync itself renames at the end."""
-    return ["rsync", "--no-motd", "--times", "--copy-links", f"--timeout={_TIMEOUT_SECONDS:.0f}", uri, str(target)]
+    # ``-ii``: say which files are there, unchanged ones too.
+    # ``--min-size``: an empty file is no reason to lose the one in the cache.
+    return [
+        "rsync", "--no-motd",
+        "--times",
+        "--copy-links",
+        "-ii",
+        "--min-size=1",
+        f"--contimeout={_TIMEOUT_SECONDS:.0f}",
+        f"--timeout={_TIMEOUT_SECONDS:.0f}",
+        uri,
+        str(target),
+    ]  # fmt: skip
 
 
 def _rsync(uri: str, target: Path) -> None:
     try:
-        command.run(rsync_argv(uri, target))
+        items = command.run(rsync_argv(uri, target), capture=True)
     except CommandError as error:
         if error.status in _RSYNC_STATUS_TRANSIENT:
             raise _Transient(error.message) from error
         raise BuildError(f"Can't fetch {uri}: {error.message}", hint=error.hint) from error
-    if target.stat().st_size == 0:
-        target.unlink()
-        raise BuildError(f"Can't fetch {uri}: the file there is empty.")
+    if not re.search(r"^[>.]f", items, re.MULTILINE):
+        raise BuildError(f"Can't fetch {uri}: what is there is empty, or no file.")
 
 
 def _validators_path(target: Path) -> Path:
@@ -132,10 +147,11 @@ def _download(uri: str, target: Path) -> None:
     """Bring *target* up to date with *uri*, in parts where the server can."""
     logger.info("Fetching %s", uri)
     client = httplib2.Http(timeout=_TIMEOUT_SECONDS)
+    client.follow_redirects = False
     # The file itself is wanted, not what a server makes of a name that ends in .gz.
     plain = {"accept-encoding": "identity"}
     validators = _known_validators(uri, target)
-    response, content = _get(client, uri, plain | validators | {"range": f"bytes=0-{_PART_SIZE - 1}"})
+    where, response, content = _follow(client, uri, plain | validators | {"range": f"bytes=0-{_PART_SIZE - 1}"})
     if response.status == 304 and validators:
         logger.info("%s is unchanged.", target.name)
         return
@@ -147,7 +163,8 @@ def _download(uri: str, target: Path) -> None:
     with _new_file(target) as file:
         file.write(content)
         if response.status == 206:
-            _fetch_rest(client, uri, plain, response, file)
+            # From the same place: redirections may lead to another mirror each time.
+            _fetch_rest(client, where, plain, response, file)
         size = file.tell()
         _validators_path(target).unlink(missing_ok=True)
     _remember_validators(uri, target, response)
@@ -160,12 +177,10 @@ def _fetch_rest(client: httplib2.Http, uri: str, headers: dict[str, str], first:
     # The parts are of one file only while its validator is the same; a weak one doesn't do.
     strong = first.get("etag", "")
     same = strong if strong and not strong.startswith("W/") else first.get("last-modified", "")
-    # Redirections may lead to another mirror each time.
-    where = first.get("content-location", uri)
     while (start := file.tell()) < size:
         end = min(start + _PART_SIZE, size)
         part = headers | {"range": f"bytes={start}-{end - 1}"} | ({"if-range": same} if same else {})
-        response, content = _get(client, where, part)
+        response, content = _get(client, uri, part)
         if response.status == 200:
             raise _Transient("the file changed on the server meanwhile")
         if response.status != 206:
@@ -183,26 +198,42 @@ def _range_size(uri: str, response: _Response, start: int, length: int) -> int:
     return int(match[3])
 
 
+def _follow(client: httplib2.Http, uri: str, headers: dict[str, str]) -> tuple[str, Any, bytes]:
+    """Follow redirections from *uri*; return where they end, response and content.
+
+    httplib2 itself would drop the validators on the way, and not say where it has come to.
+    """
+    where = uri
+    for _ in range(_REDIRECTIONS):
+        response, content = _get(client, where, headers)
+        if response.status not in (301, 302, 303, 307, 308) or "location" not in response:
+            return where, response, content
+        where = urllib.parse.urljoin(where, response["location"])
+        if urllib.parse.urlsplit(where).scheme not in ("http", "https"):
+            raise BuildError(f"Can't fetch {uri}: the server redirects to {where}.")
+    raise BuildError(f"Can't fetch {uri}: more than {_REDIRECTIONS} redirections.")
+
+
 def _get(client: httplib2.Http, uri: str, headers: dict[str, str]) -> tuple[Any, bytes]:
     """Return response and content; _Transient for what another try may cure."""
     try:
         with interrupts.interruptible():
             response, content = client.request(uri, headers=headers)
-    except (ssl.SSLCertVerificationError, httplib2.RedirectLimit, httplib2.RedirectMissingLocation) as error:
+    # UnicodeError: a host name that no DNS can have.
+    except (ssl.SSLCertVerificationError, UnicodeError) as error:
         raise BuildError(f"Can't fetch {uri}: {error}.") from error
     except httplib2.ServerNotFoundError as error:
         raise _Transient(f"{error}") from error
     # http.client's and httplib2's own, of a connection that breaks off among others.
     except (OSError, httplib2.HttpLib2Error, http.client.HTTPException) as error:
-        raise _Transient(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+        raise _Transient(" ".join([type(error).__name__, *str(error).split()])) from error
     if response.status >= 500 or response.status in (408, 429):
         raise _Transient(f"the server says {response.status} {response.reason}")
-    length = response.get("content-length")
-    if (
-        response.status in (200, 206)
-        and length is not None
-        and int(length) != len(content)
-        and "-content-encoding" not in response
-    ):
-        raise _Transient(f"{len(content)} of {length} bytes came")
+    if response.status in (200, 206):
+        # httplib2 has unpacked it, and takes no notice of a packed stream that breaks off.
+        if "-content-encoding" in response:
+            raise BuildError(f"Can't fetch {uri}: the server compresses it, though it was asked not to.")
+        length = response.get("content-length")
+        if length is not None and int(length) != len(content):
+            raise _Transient(f"{len(content)} of {length} bytes came")
     return response, content

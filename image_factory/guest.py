@@ -1,8 +1,11 @@
 """The installation machine: virt-install's command line, its life and death, and its console."""
 
 import contextlib
-import shutil
+import os
+import pwd
+import re
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +26,10 @@ ANSWER_FILE_ARGUMENTS = {
 # A kernel prints its banner in well under a second on a KVM that works, nested ones included.
 PROBE_SECONDS = 5.0
 _PROBE_BANNER = b"Linux version"
+
+_QEMU_USER = "libvirt-qemu"
+_QEMU_CONFIGURATION = Path("/etc/libvirt/qemu.conf")
+_QEMU_USER_CHANGED = re.compile(r"^\s*user\s*=", re.MULTILINE)
 
 _VIRSH_SECONDS = 60.0
 # virt-install removes its copies of kernel and initrd on SIGINT, but not before libvirt answers.
@@ -105,6 +112,41 @@ def check_libvirt(plan: Plan) -> None:
         raise ConfigurationError(f"libvirt is not reachable at {plan.libvirt_uri}: {said}", hint=hint) from error
 
 
+def check_reachable(plan: Plan) -> None:
+    """Raise ConfigurationError if QEMU of the system's libvirt can't get into the output directory.
+
+    It runs as a user of its own, libvirt-qemu on Debian, unless qemu.conf says otherwise.
+    """
+    if not plan.as_root or _QEMU_USER_CHANGED.search(_text_of(_QEMU_CONFIGURATION)):
+        return
+    try:
+        account = pwd.getpwnam(_QEMU_USER)
+    except KeyError:
+        return
+    for directory in (plan.output_dir, *plan.output_dir.parents):
+        if not directory.exists():
+            continue
+        status = directory.stat()
+        if status.st_uid == account.pw_uid:
+            enter = status.st_mode & stat.S_IXUSR
+        elif status.st_gid in os.getgrouplist(_QEMU_USER, account.pw_gid):
+            enter = status.st_mode & stat.S_IXGRP
+        else:
+            enter = status.st_mode & stat.S_IXOTH
+        if not enter:
+            raise ConfigurationError(
+                f"QEMU, which libvirt runs as user {_QEMU_USER}, can't enter {directory}.",
+                hint="Build in another directory with --output-dir, or as an ordinary user.",
+            )
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 @contextmanager
 def _removing_vm(build: Build) -> Iterator[None]:
     """Remove the machine on the way out, whatever the reason is."""
@@ -185,19 +227,10 @@ def choose_virt_type(plan: Plan, kernel: Path | None) -> str:
     return "qemu"
 
 
-def why_not_kvm(kernel: Path | None) -> str | None:
-    """Start *kernel* under KVM until it prints to its serial port; return what is wrong, or None."""
+def probe_argv(kernel: Path) -> list[str]:
+    """Return the command that starts *kernel* under KVM with its serial port on stdout."""
     machine = arch.host()
-    try:
-        with open("/dev/kvm", "r+b", buffering=0):
-            pass
-    except OSError as error:
-        return f"/dev/kvm: {error.strerror}"
-    if kernel is None:
-        return "there is no kernel to probe it with"
-    if not shutil.which(machine.qemu):
-        return f"{machine.qemu} is missing"
-    argv = [
+    return [
         machine.qemu,
         "-accel", "kvm",
         "-m", "256",
@@ -209,7 +242,18 @@ def why_not_kvm(kernel: Path | None) -> str | None:
         "-kernel", str(kernel),
         "-append", f"console={machine.console} earlyprintk=serial,{machine.console} panic=-1",
     ]  # fmt: skip
-    output = command.read_until(argv, _PROBE_BANNER, PROBE_SECONDS)
+
+
+def why_not_kvm(kernel: Path | None) -> str | None:
+    """Start *kernel* under KVM until it prints to its serial port; return what is wrong, or None."""
+    try:
+        with open("/dev/kvm", "r+b", buffering=0):
+            pass
+    except OSError as error:
+        return f"/dev/kvm: {error.strerror}"
+    if kernel is None:
+        return "there is no kernel to probe it with"
+    output = command.read_until(probe_argv(kernel), _PROBE_BANNER, PROBE_SECONDS)
     if _PROBE_BANNER in output:
         return None
     return f"the installer's kernel printed nothing under it within {PROBE_SECONDS:.0f} s"

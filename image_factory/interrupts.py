@@ -42,6 +42,13 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
         _raise_pending()
 
 
+def _ignore(signum: int, frame: FrameType | None) -> None:
+    """Take no notice.
+
+    Unlike SIG_IGN it isn't inherited: programs that are started can still be stopped by the signal.
+    """
+
+
 @contextmanager
 def handled() -> Iterator[None]:
     """Turn the signals into Interrupted inside.
@@ -49,12 +56,11 @@ def handled() -> Iterator[None]:
     A signal that is ignored stays ignored: nohup and a shell's background jobs rely on it.
     """
     _state.pending, _state.raised, _state.depth = None, False, 0
-    previous = {
-        number: signal.signal(number, _on_signal)
-        for number in _SIGNALS
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
+    previous = {}
     try:
+        for number in _SIGNALS:
+            ignored = signal.getsignal(number) is signal.SIG_IGN
+            previous[number] = signal.signal(number, _ignore if ignored else _on_signal)
         yield
     finally:
         for number, handler in previous.items():

@@ -21,6 +21,9 @@ def read_partitions(image: Path) -> list[Partition]:
         raise NoSystemError(f"The disk can't be read: {_one_line(error)}") from error
     except (parted.DiskException, _ped.PartedException) as error:
         raise NoSystemError(f"The disk has no partition table that can be read: {_one_line(error)}") from error
+    # libparted's name for a filesystem on the whole disk.
+    if disk.type == "loop":
+        raise NoSystemError("The disk has no partition table, only a filesystem.")
     return [
         Partition(
             number=partition.number,

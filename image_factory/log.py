@@ -6,9 +6,12 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
+
+from .errors import Interrupted
 
 logger = logging.getLogger("image-factory")
 
@@ -34,6 +37,22 @@ class _PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """A handler that a log which can't be written doesn't disturb.
+
+    The disk may be full, or the reader gone: no reason for logging's traceback.  But a signal may
+    have come while the handler wrote, and logging would swallow what ends the build.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if isinstance(sys.exc_info()[1], Interrupted):
+            raise
+
+
+class _FileHandler(_Handler, logging.FileHandler):
+    pass
+
+
 def _add_handler(handler: logging.Handler) -> None:
     handler.setFormatter(_PrintableFormatter(FORMAT))
     logger.addHandler(handler)
@@ -43,19 +62,22 @@ def set_up() -> None:
     """Log to stderr, from here on."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    _add_handler(logging.StreamHandler(sys.stderr))
+    _add_handler(_Handler(sys.stderr))
 
 
 @contextmanager
 def also_to_file(path: Path) -> Iterator[None]:
     """Log to *path* too, which is written anew; OSError where that is not possible."""
-    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    # A message may have a path with bytes that are no text.
+    handler = _FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
     _add_handler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        # A full disk.
+        with suppress(OSError):
+            handler.close()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from .errors import BuildError, CommandError, NoSystemError
 from .log import logger, step
 from .model import Disk, Partition, Plan, Tree
 
+STEP = "Mounting the root partition"
+
 # The helper mounts nowhere else.
 MOUNT_DIRECTORY = Path("/tmp")
 MOUNT_PREFIX = "image-factory."
@@ -44,7 +46,8 @@ def mounted(disk: Disk) -> Iterator[Tree]:
 def _mounted_partition(disk: Disk, partition: Partition) -> Iterator[Tree]:
     # The directory around the mount point is the user's alone: no one else sees the guest's files.
     with _mount_point() as path:
-        with step(f"Mounting partition {partition.number} ({partition.filesystem})"):
+        with step(STEP):
+            logger.info("Partition %d has %s.", partition.number, partition.filesystem)
             # The helper takes no path with a link in it.
             privileged.mount_image(disk.path.resolve(), partition.offset, partition.size, path)
         with _unmounting(path):

@@ -40,8 +40,8 @@ def check_plan(plan: Plan) -> None:
     _check_files(plan)
     command.require(_programs(plan))
     _check_space(plan)
-    if not plan.as_root:
-        privileged.check()
+    guest.check_reachable(plan)
+    privileged.check()
     guest.check_libvirt(plan)
 
 
@@ -109,11 +109,11 @@ def finish_disk(build: Build, disk: Disk) -> list[Artifact]:
         with mounts.mounted(disk) as tree:
             clean.show_installer_logs(build, tree)
             clean.remove_installer_logs(build, tree)
-            freed = shrink.trim_filesystem(build, tree)
+            zeroed = shrink.trim_filesystem(build, disk, tree)
     except NoSystemError:
         guest.log_console(build)
         raise
-    if not freed:
+    if not zeroed:
         shrink.zero_unused_blocks(build, disk, tree.partition)
     artifacts = write_outputs(build, disk)
     return [checksum.add_sha256(build, artifact) for artifact in artifacts]
@@ -121,15 +121,24 @@ def finish_disk(build: Build, disk: Disk) -> list[Artifact]:
 
 def write_outputs(build: Build, disk: Disk) -> list[Artifact]:
     """Write each format that is asked for, and the raw image if it is to be kept."""
-    settings = build.plan.settings
-    artifacts = [OUTPUTS[image_format].write(build, disk) for image_format in settings.format]
-    if settings.keep_raw and "raw" not in settings.format:
-        artifacts.append(dataclasses.replace(OUTPUTS["raw"].write(build, disk), upload=False))
-    return artifacts
+    formats = _formats(build.plan)
+    written = {name: OUTPUTS[name].write(build, disk) for name in _raw_last(formats)}
+    wanted = build.plan.settings.format
+    return [dataclasses.replace(written[name], upload=name in wanted) for name in formats]
+
+
+def _formats(plan: Plan) -> list[str]:
+    wanted = plan.settings.format
+    return [*wanted, *(["raw"] if plan.settings.keep_raw and "raw" not in wanted else [])]
+
+
+def _raw_last(formats: list[str]) -> list[str]:
+    """Return *formats* with raw at the end: it is the disk itself, and none can be written after it."""
+    return sorted(formats, key="raw".__eq__)
 
 
 def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
-    """Return the steps of *plan* in their order, each with the commands it will run.
+    """Return the steps of *plan* in their order, as the log names them, each with its commands.
 
     What is known only in the build stands in capitals or as XXXXXXXX.
     """
@@ -137,29 +146,26 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
     tree = f"{mounts.MOUNT_DIRECTORY}/{mounts.MOUNT_PREFIX}XXXXXXXX/tree"
     helper = privileged.helper_argv
     steps = SOURCES["installer"].describe(build)
-    steps.append(("Mounting the root partition", [helper("mount-image", str(build.disk_path), "OFFSET", "SIZE", tree)]))
+    steps.append((mounts.STEP, [helper("mount-image", str(build.disk_path), "OFFSET", "SIZE", tree)]))
     if plan.settings.installer_logs:
         steps.append(("Showing installer logs", [helper("show", tree, *clean.SHOWN_LOGS)]))
     steps += [
         ("Removing installer logs", [helper("remove", tree, *clean.INSTALLER_LOGS)]),
         ("Freeing unused blocks", [helper("trim", tree)]),
         ("Unmounting", [helper("umount", tree)]),
-        ("Zeroing unused blocks, where they can't be freed", [shrink.zerofree_argv(build.disk_path, "OFFSET")]),
+        # Only where they can't be freed.
+        ("Zeroing unused blocks", [shrink.zerofree_argv(build.disk_path, "OFFSET")]),
     ]
-    artifacts = []
-    for image_format in plan.settings.format:
-        steps.append((f"Writing {image_format}", OUTPUTS[image_format].commands(build)))
-        artifacts.append(
-            Artifact(plan.output_dir / plan.file_name(image_format), image_format, plan.settings.image_size)
-        )
-    kept = list(artifacts)
-    if plan.settings.keep_raw and "raw" not in plan.settings.format:
-        kept.append(Artifact(plan.output_dir / plan.file_name("raw"), "raw", plan.settings.image_size, upload=False))
-    steps += [(f"Checksumming {artifact.path.name}", []) for artifact in kept]
-    steps.append((f"Publishing in {plan.output_dir}", []))
-    for artifact in artifacts:
-        for destination, commands in publish.upload_commands(plan, artifact):
-            steps.append((f"Uploading {artifact.path.name} to {destination.section}", commands))
+    formats = _formats(plan)
+    steps += [(OUTPUTS[name].STEP, OUTPUTS[name].commands(build)) for name in _raw_last(formats)]
+    artifacts = [
+        Artifact(plan.output_dir / plan.file_name(name), name, plan.settings.image_size, name in plan.settings.format)
+        for name in formats
+    ]
+    steps += [(f"Checksumming {artifact.path.name}", []) for artifact in artifacts]
+    steps.append(("Publishing", []))
+    for artifact, destination, commands in publish.upload_commands(plan, artifacts):
+        steps.append((f"Uploading {artifact.path.name} to {destination.section}", commands))
     post_build = publish.post_build_argv(plan, artifacts)
     if post_build:
         steps.append(("Running the post-build command", [post_build]))

@@ -23,14 +23,16 @@ def helper_path() -> str:
     One that an ordinary user can change is not taken, as no sudo rule should name it.
     """
     beside = Path(sys.argv[0]).resolve().parent / HELPER
-    try:
-        status = beside.stat()
-    except OSError:
+    if not beside.is_file():
         return HELPER
-    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if os.geteuid() == 0 or (status.st_uid == 0 and not writable):
+    if os.geteuid() == 0 or all(_is_roots(path) for path in (beside, beside.parent)):
         return str(beside)
     return HELPER
+
+
+def _is_roots(path: Path) -> bool:
+    status = path.stat()
+    return status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def helper_argv(*arguments: str) -> list[str]:
@@ -48,7 +50,7 @@ def _run(*arguments: str) -> str:
 
 def check() -> None:
     """Raise ConfigurationError unless the helper can be run as root, and is of this version."""
-    if os.geteuid() == 0 and not shutil.which(helper_path()):
+    if os.geteuid() == 0 and not shutil.which(helper_path(), path=command.search_path()):
         raise ConfigurationError(f"{HELPER} is missing.", hint="Install image-factory again.")
     try:
         version = _run("version").strip()

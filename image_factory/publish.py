@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from . import command
@@ -30,22 +31,39 @@ def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifac
 
 
 def _replace(source: Path, target: Path, directory: Path) -> Callable[[], None]:
-    """Rename *source* to *target*; return what takes that back."""
+    """Rename *source* to *target*; return what takes that back.  BuildError if nothing has changed."""
     older = directory / f"older-{target.name}"
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.link(target, older, follow_symlinks=False)
-        os.replace(source, target)
-    except OSError as error:
-        raise BuildError(f"Can't publish {target}: {error.strerror}.") from error
 
     def take_back() -> None:
-        if older.is_symlink() or older.exists():
+        if os.path.lexists(older):
             os.replace(older, target)
         else:
             target.unlink()
 
+    try:
+        _keep(target, older)
+        try:
+            os.replace(source, target)
+        except BaseException:
+            if os.path.lexists(older):
+                os.replace(older, target)
+            raise
+    except OSError as error:
+        raise BuildError(f"Can't publish {target}: {error.strerror}.") from error
     return take_back
+
+
+def _keep(target: Path, older: Path) -> None:
+    """Give the file at *target*, if there is one, the name *older* too."""
+    if target.is_dir() and not target.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    try:
+        os.link(target, older, follow_symlinks=False)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        # It's someone else's, or this filesystem has no hard links: for a moment it's only there.
+        target.rename(older)
 
 
 def rsync_argv(destination: Destination, artifact: Artifact) -> list[str]:
@@ -53,23 +71,22 @@ def rsync_argv(destination: Destination, artifact: Artifact) -> list[str]:
     return ["rsync", *destination.arguments, artifact.path.name, artifact.checksum_path.name, destination.target]
 
 
-def upload_commands(plan: Plan, artifact: Artifact) -> list[tuple[Destination, list[list[str]]]]:
-    """Return for each destination of *artifact* the commands that serve it, in their order."""
-    if not artifact.upload:
-        return []
-    return [
-        (destination, [rsync_argv(destination, artifact), *map(list, destination.commands)])
-        for destination in plan.destinations[artifact.format]
-    ]
+def upload_commands(
+    plan: Plan, artifacts: Sequence[Artifact]
+) -> Iterator[tuple[Artifact, Destination, list[list[str]]]]:
+    """Give the uploads, destination by destination: file, destination and the commands in their order."""
+    uploaded = [artifact for artifact in artifacts if artifact.upload]
+    for destinations in zip(*(plan.destinations[artifact.format] for artifact in uploaded), strict=True):
+        for artifact, destination in zip(uploaded, destinations, strict=True):
+            yield artifact, destination, [rsync_argv(destination, artifact), *map(list, destination.commands)]
 
 
 def upload(plan: Plan, artifacts: Sequence[Artifact]) -> None:
     """Upload *artifacts* to each destination in turn."""
-    for artifact in artifacts:
-        for destination, commands in upload_commands(plan, artifact):
-            with step(f"Uploading {artifact.path.name} to {destination.section}"):
-                for argv in commands:
-                    command.run(argv, cwd=plan.output_dir)
+    for artifact, destination, commands in upload_commands(plan, artifacts):
+        with step(f"Uploading {artifact.path.name} to {destination.section}"):
+            for argv in commands:
+                command.run(argv, cwd=plan.output_dir)
 
 
 def post_build_argv(plan: Plan, artifacts: Sequence[Artifact]) -> list[str] | None:

@@ -3,6 +3,7 @@
 The INI reader, argparse, the defaults and the manual's check all come from the declarations here.
 """
 
+import codecs
 import configparser
 import difflib
 import os
@@ -29,6 +30,7 @@ ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast")
 
 # The file names of an image have its name, date, format and ".sha256sum": together at most 255 bytes.
 _LONGEST_NAME = 200
+_COMMAND_KEY = re.compile(r"post-upload-command[0-9]*")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+~@-]*")
 
 
@@ -38,6 +40,11 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+~@-]*")
 def parse_text(text: str) -> str:
     """Any text."""
     return text
+
+
+def parse_line(text: str) -> str:
+    """Any text; the line breaks of a value over several lines become blanks."""
+    return " ".join(line.strip() for line in text.strip().splitlines())
 
 
 def parse_boolean(text: str) -> bool:
@@ -104,6 +111,13 @@ def parse_command(text: str) -> tuple[str, ...]:
     return words
 
 
+def parse_target(text: str) -> str:
+    """The place of an upload."""
+    if not text.strip():
+        raise ValueError("a place to upload to")
+    return text.strip()
+
+
 def split_list(text: str) -> tuple[str, ...]:
     """Words with commas between them."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
@@ -140,25 +154,37 @@ class Source:
     path: Path | None = None
 
     @property
+    def by_rsync(self) -> bool:
+        """Whether rsync fetches it; else, unless it is local, HTTP does."""
+        return self.uri.lower().startswith("rsync:")
+
+    @property
     def name(self) -> str:
-        """The file's name, empty for a URI that ends in a slash."""
+        """The file's name, empty for a URI that has none, as it ends in a slash."""
         if self.path is not None:
             return self.path.name
-        return urllib.parse.unquote(urllib.parse.urlsplit(self.uri).path.rpartition("/")[2])
+        name = urllib.parse.unquote(urllib.parse.urlsplit(self.uri).path.rpartition("/")[2])
+        return "" if name in (".", "..") or set(name) & set("/\0") else name
 
 
 def parse_source(text: str) -> Source:
     """A path, or a URI of the schemes file, http, https and rsync."""
+    accepted = "a path, or a URI that begins with file:, http://, https:// or rsync://"
     text = text.strip()
-    parts = urllib.parse.urlsplit(text)
+    try:
+        parts = urllib.parse.urlsplit(text)
+        # Reading it is what checks it.
+        _ = parts.port
+    except ValueError:
+        raise ValueError(accepted) from None
     scheme = parts.scheme.lower()
     if scheme == "file" and parts.path and parts.netloc in ("", "localhost"):
         return Source(text, Path(urllib.request.url2pathname(parts.path)))
-    if scheme in ("http", "https", "rsync") and parts.hostname and parts.path.strip("/"):
+    if scheme in ("http", "https", "rsync") and parts.hostname and parts.path.strip("/") and not re.search(r"\s", text):
         return Source(text)
     if not scheme and not parts.netloc and parts.path and "\0" not in text:
         return Source(text, Path(os.path.expanduser(text)))
-    raise ValueError("a path, or a URI that begins with file:, http://, https:// or rsync://")
+    raise ValueError(accepted)
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -166,7 +192,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text.strip().lower() not in choices:
-            raise ValueError(", ".join(choices[:-1]) + f" or {choices[-1]}")
+            raise ValueError(" or ".join(filter(None, (", ".join(choices[:-1]), choices[-1]))))
         return text.strip().lower()
 
     return parse
@@ -205,7 +231,7 @@ class ImageSettings:
     installer_image: Source | None = _setting(
         parse_source, "ISO or installation tree for virt-install's --location, instead of linux and initrd"
     )
-    append: str = _setting(parse_text, "extra kernel arguments", "")
+    append: str = _setting(parse_line, "extra kernel arguments", "")
     preseed: Path | None = _setting(parse_answer_file, "answer file of the Debian and Ubuntu installer")
     kickstart: Path | None = _setting(parse_answer_file, "answer file of the Fedora and Enterprise Linux installer")
     yast: Path | None = _setting(parse_answer_file, "answer file of the openSUSE installer")
@@ -261,7 +287,7 @@ class UploadSettings:
     """The settings of one upload destination."""
 
     upload_type: str = _setting(one_of(*UPLOAD_TYPES), "kind of the upload")
-    upload_target: str = _setting(parse_command, "place to upload to, in the form that the upload type has")
+    upload_target: str = _setting(parse_target, "place to upload to, in the form that the upload type has")
     upload_args: tuple[str, ...] = _setting(parse_words, "extra arguments of the upload program", "")
 
 
@@ -326,12 +352,12 @@ class Configuration:
             interpolation=configparser.ExtendedInterpolation(),
         )
         self._parser.optionxform = _normal_key  # type: ignore[assignment,method-assign]
-        if FILE_VARIABLE in environment:
+        if environment.get(FILE_VARIABLE):
             self.files = [Path(environment[FILE_VARIABLE])]
             self._read(self.files[0], f" (named by {FILE_VARIABLE})")
         else:
             shipped = find_data_dir() / "image-factory.conf"
-            candidates = [shipped, SYSTEM_FILE, USER_FILE.expanduser()]
+            candidates = [shipped, SYSTEM_FILE, Path(os.path.expanduser(USER_FILE))]
             self.files = [path for path in candidates if os.path.lexists(path)]
             for path in self.files:
                 self._read(path)
@@ -339,13 +365,15 @@ class Configuration:
     def _read(self, path: Path, named: str = "") -> None:
         where = f"{path}{named}"
         try:
-            with path.open(encoding="utf-8-sig") as file:
-                self._parser.read_file(file, str(path))
+            data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+            # Without their ends, lines look better in messages.
+            self._parser.read_file(data.decode().split("\n"), str(path))
         except OSError as error:
             raise ConfigurationError(f"Can't read the configuration {where}: {error.strerror}.") from error
         except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
             raise ConfigurationError(
-                f"The configuration {where} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.",
+                f"{where}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8.",
                 hint=f"Convert it: iconv -f latin1 -t utf-8 {shlex.quote(str(path))}",
             ) from error
         except configparser.DuplicateSectionError as error:
@@ -406,15 +434,11 @@ class Configuration:
                     hint=f"[{section}] is an upload destination of [{named_by}].",
                 )
         self._warn_of_near_misses(section, UploadSettings)
-        settings = UploadSettings(**self._values(section, UploadSettings, {}))
-        numbered = [f"post-upload-command{number}" for number in _count_up(section, self._parser)]
-        commands = [
-            self._parse(section, key, parse_command, {"image": image_file})
-            for key in ["post-upload-command", *numbered]
-            if key in self._parser[section]
-        ]
-        target = self._text(section, "upload-target", {"image": image_file}).strip()
-        return Destination(section, settings.upload_type, target, settings.upload_args, tuple(commands))
+        variables = {"image": image_file}
+        settings = UploadSettings(**self._values(section, UploadSettings, {}, variables))
+        keys = sorted(filter(_COMMAND_KEY.fullmatch, self._parser[section]), key=_command_number)
+        commands = tuple(self._parse(section, key, parse_command, variables) for key in keys)
+        return Destination(section, settings.upload_type, settings.upload_target, settings.upload_args, commands)
 
     def _suggestion(self, name: str) -> str:
         near = difflib.get_close_matches(name, self.images(), n=3, cutoff=0.5)
@@ -425,19 +449,21 @@ class Configuration:
     def _warn_of_near_misses(self, section: str, kind: type[Any]) -> None:
         known = [key for key, _ in declarations(kind)]
         for key in self._parser[section]:
-            if key in known or re.fullmatch(r"post-upload-command[0-9]*", key):
+            if key in known or _COMMAND_KEY.fullmatch(key):
                 continue
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
             if near:
                 logger.warning("[%s] %s is not a key of image-factory. Did you mean %s?", section, key, near[0])
 
-    def _values(self, section: str, kind: type[Any], flags: Mapping[str, str]) -> dict[str, Any]:
+    def _values(
+        self, section: str, kind: type[Any], flags: Mapping[str, str], variables: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         values = {}
         for key, declaration in declarations(kind):
             if key in flags:
                 value = _parsed(f"{declaration.flags[-1]}", flags[key], declaration.parse)
             elif key in self._parser[section]:
-                value = self._parse(section, key, declaration.parse)
+                value = self._parse(section, key, declaration.parse, variables)
             else:
                 default = declaration.default_text()
                 value = None if default is None else declaration.parse(default)
@@ -468,11 +494,9 @@ class Configuration:
             ) from error
 
 
-def _count_up(section: str, parser: configparser.ConfigParser) -> Iterator[int]:
-    number = 1
-    while f"post-upload-command{number}" in parser[section]:
-        yield number
-        number += 1
+def _command_number(key: str) -> int:
+    """Return which of the commands after an upload *key* is: the one without a number is the first."""
+    return int(key.removeprefix("post-upload-command") or -1)
 
 
 def _parsed(where: str, text: str, parse: Callable[[str], Any]) -> Any:

@@ -1,5 +1,6 @@
 """Free the blocks that no file uses."""
 
+import os
 from pathlib import Path
 
 from . import command, privileged
@@ -8,10 +9,11 @@ from .model import Build, Disk, Partition, Tree
 from .units import format_size
 
 
-def trim_filesystem(build: Build, tree: Tree) -> bool:
-    """Give the unused blocks of the mounted filesystem back; return whether that was possible.
+def trim_filesystem(build: Build, disk: Disk, tree: Tree) -> bool:
+    """Give the unused blocks of the mounted filesystem back; return whether they all are zeros now.
 
-    They are holes of the disk's file then, which read as zeros.
+    They are holes of the disk's file then.  A file has no holes that are smaller than a block of
+    the filesystem that it is on.
     """
     with step("Freeing unused blocks"):
         freed = privileged.trim(tree.path)
@@ -19,7 +21,7 @@ def trim_filesystem(build: Build, tree: Tree) -> bool:
             logger.info("This filesystem, or the one that the disk is on, can't free blocks.")
             return False
         logger.info("%s were unused.", format_size(freed))
-        return True
+        return os.statvfs(tree.path).f_bsize >= os.statvfs(disk.path).f_bsize
 
 
 def zerofree_argv(disk: Path, offset: int | str) -> list[str]:
@@ -33,8 +35,8 @@ def zerofree_argv(disk: Path, offset: int | str) -> list[str]:
 def zero_unused_blocks(build: Build, disk: Disk, partition: Partition) -> None:
     """Zero what is in the unused blocks of *partition*, on ext2, ext3 and ext4.
 
-    It reads them one by one, so that it takes longer than the conversion of the disk: only for what
-    could not be freed.
+    It reads them one by one, which takes longer than the conversion of the disk: only for what could
+    not be freed.
     """
     if partition.filesystem not in ("ext2", "ext3", "ext4"):
         return

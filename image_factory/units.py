@@ -21,10 +21,10 @@ def _factor(unit: str) -> int:
 def parse_size(text: str) -> int:
     """Return the number of bytes that *text* stands for.
 
-    K, M, G, T, P and E are binary, as qemu-img has them, and so are KiB, MiB, ...; kB, MB, GB, ...
-    are decimal.  Raises ValueError with the accepted forms.
+    K, M, G, T, P and E are binary and may be small letters, as qemu-img has them; KiB, MiB, ... are
+    binary too; kB, MB, GB, ... are decimal.  Raises ValueError with the accepted forms.
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKMGTPE]?B|[kKMGTPE]iB|[kKMGTPE]|)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kKMGTPE]?B|[kKMGTPE]iB|[kKMGTPEmgtpe]|)", text.strip())
     if not match:
         raise ValueError(SIZE_FORMS)
     number, unit = match.groups()
@@ -41,6 +41,7 @@ def format_size(size: int) -> str:
     value = float(size)
     for prefix in _PREFIXES:
         value /= 1024
-        if value < 1024 or prefix == _PREFIXES[-1]:
+        # 1023.96 would be shown as 1024.0.
+        if value < 1023.95 or prefix == _PREFIXES[-1]:
             break
     return f"{value:.1f} {prefix}iB"

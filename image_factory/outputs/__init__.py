@@ -7,7 +7,9 @@ from . import qcow2, raw
 
 
 class Output(Protocol):
-    """A format of artifacts."""
+    """A format of artifacts; *STEP* is the name of the step that writes it."""
+
+    STEP: str
 
     def commands(self, build: Build) -> list[list[str]]:
         """Return the commands it will run."""

@@ -6,6 +6,8 @@ from .. import command
 from ..log import step
 from ..model import Artifact, Build, Disk
 
+STEP = "Converting to qcow2"
+
 
 def convert_argv(build: Build, target: Path) -> list[str]:
     """Return the command that writes *target*."""
@@ -32,6 +34,6 @@ def commands(build: Build) -> list[list[str]]:
 def write(build: Build, disk: Disk) -> Artifact:
     """Convert the disk."""
     path = build.directory / build.plan.file_name("qcow2")
-    with step("Converting to qcow2"):
+    with step(STEP):
         command.run(convert_argv(build, path))
     return Artifact(path, "qcow2", disk.path.stat().st_size)

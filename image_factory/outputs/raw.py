@@ -5,6 +5,8 @@ import os
 from ..log import step
 from ..model import Artifact, Build, Disk
 
+STEP = "Naming the raw image"
+
 
 def commands(build: Build) -> list[list[str]]:
     """Return the commands it will run: none."""
@@ -12,13 +14,13 @@ def commands(build: Build) -> list[list[str]]:
 
 
 def write(build: Build, disk: Disk) -> Artifact:
-    """Give the disk itself the artifact's name."""
+    """Give the disk itself the artifact's name, so that it's the last format to be written."""
     path = build.directory / build.plan.file_name("raw")
-    with step("Naming the raw image"):
-        # A second name: the disk is still there for other formats, and no block is copied.
-        os.link(disk.path, path)
+    virtual_size = disk.path.stat().st_size
+    with step(STEP):
+        disk.path.rename(path)
         # libvirt's QEMU may have changed who can read it.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(path, 0o666 & ~umask)
-    return Artifact(path, "raw", disk.path.stat().st_size)
+    return Artifact(path, "raw", virtual_size)

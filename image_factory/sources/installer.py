@@ -18,7 +18,7 @@ def programs(plan: Plan) -> list[str]:
         # virt-install injects it with cpio, which its Debian package doesn't depend on.
         names.append("cpio")
     sources = (settings.linux, settings.initrd, settings.installer_image)
-    if any(source and source.uri.lower().startswith("rsync:") for source in sources):
+    if any(source and source.by_rsync for source in sources):
         names.append("rsync")
     if settings.installer_image and not is_tree(settings.installer_image):
         names.append("xorriso")
@@ -37,9 +37,13 @@ def check(plan: Plan) -> None:
     for key in ("linux", "initrd", "installer_image"):
         source: Source | None = getattr(plan.settings, key)
         if source is not None and source.path is not None:
-            _check_readable(f"[{plan.image}] {key.replace('_', '-')}", source.path, directory=key == "installer_image")
-        elif source is not None and not source.name and key != "installer_image":
+            _check_readable(f"[{plan.image}] {key}", source.path, directory=key == "installer_image")
+        elif source is not None and key != "installer_image" and not source.name:
             raise ConfigurationError(f"[{plan.image}] {key}: {source.uri} names no file.")
+        elif source is not None and key == "installer_image" and source.by_rsync and is_tree(source):
+            raise ConfigurationError(
+                f"[{plan.image}] {key}: virt-install reads no tree by rsync.", hint="Give its http or https URL."
+            )
     if plan.settings.answer_file:
         _check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
 
@@ -70,13 +74,14 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
     """Return the steps with the commands they will run."""
     plan = build.plan
     settings = plan.settings
-    steps: list[tuple[str, list[list[str]]]] = [("Creating the disk", [create_argv(build)])]
+    fetches = []
     for source in (settings.linux, settings.initrd, settings.installer_image):
         if source is None or source.path is not None or (source is settings.installer_image and is_tree(source)):
             continue
         target = plan.cache_dir / source.name
-        by_rsync = source.uri.lower().startswith("rsync:")
-        steps.append((f"Caching {source.uri} as {target}", [fetch.rsync_argv(source.uri, target)] if by_rsync else []))
+        # What httplib2 does is no command: a comment among them.
+        comment = ["#", "GET", source.uri, "->", str(target)]
+        fetches.append(fetch.rsync_argv(source.uri, target) if source.by_rsync else comment)
     if settings.installer_image is None:
         location = _location(build)
     elif is_tree(settings.installer_image):
@@ -84,8 +89,12 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
     else:
         location = str(settings.installer_image.path or plan.cache_dir / settings.installer_image.name)
     virt_type = "VIRT-TYPE" if settings.virt_type == "auto" else settings.virt_type
-    steps.append(("Installing", [guest.virt_install_argv(build, location, virt_type)]))
-    return steps
+    return [
+        ("Creating the disk", [create_argv(build)]),
+        ("Caching the installer", fetches),
+        *([("Probing KVM", [guest.probe_argv(Path("KERNEL"))])] if settings.virt_type == "auto" else []),
+        ("Installing", [guest.virt_install_argv(build, location, virt_type)]),
+    ]
 
 
 def produce(build: Build) -> Disk:

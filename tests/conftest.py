@@ -1,0 +1,230 @@
+"""What the tests share: this machine made ready, two ordinary users, the installed program."""
+
+import os
+import pwd
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from image_factory import guest  # noqa: E402
+
+KVM = Path("/dev/kvm")
+HIDDEN_KVM = Path("/dev/kvm.off")
+SUDOERS = Path("/etc/sudoers.d/image-factory-check")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.geteuid() != 0:
+        pytest.exit("The tests make users and mounts, so they run as root: make check.", returncode=2)
+
+
+def run(*argv: str | Path, check: bool = True, **keywords: object) -> subprocess.CompletedProcess[str]:
+    """Run a program of the test's own; what it prints is shown if it fails."""
+    done = subprocess.run(
+        [str(word) for word in argv],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        **keywords,  # type: ignore[call-overload]
+    )
+    if check and done.returncode:
+        pytest.fail(f"{shlex.join(map(str, argv))} failed with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done
+
+
+def wait_for(condition: object, seconds: float, what: str) -> None:
+    """Call *condition* until it is true; fail after *seconds*."""
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds:.0f} s for {what}")
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def base() -> Iterator[Path]:
+    """A directory that all users can enter; its name is short, as libvirt's sockets are below."""
+    directory = Path(tempfile.mkdtemp(prefix="if-check.", dir="/var/tmp"))
+    directory.chmod(0o755)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def stand_in(base: Path) -> Path:
+    """The directory with the stand-in installer's linux and initrd.gz."""
+    directory = base / "stand-in"
+    run(REPOSITORY / "tests/stand_in/build", directory)
+    return directory
+
+
+@contextmanager
+def hidden_kvm(kernel: Path) -> Iterator[None]:
+    """Put /dev/kvm out of the way where it is there and useless: it slows the system's libvirt down."""
+    if KVM.exists() and guest.why_not_kvm(kernel):
+        KVM.rename(HIDDEN_KVM)
+    try:
+        yield
+    finally:
+        # Also the one that a killed run has hidden.
+        if HIDDEN_KVM.exists() and not KVM.exists():
+            HIDDEN_KVM.rename(KVM)
+
+
+@contextmanager
+def daemon(name: str) -> Iterator[None]:
+    """Have the daemon *name* running."""
+    if run("pgrep", "-x", "-u", "root", name, check=False).returncode == 0:
+        yield
+        return
+    run(name, "-d")
+    try:
+        yield
+    finally:
+        run("pkill", "-x", "-u", "root", name, check=False)
+        wait_for(lambda: run("pgrep", "-x", "-u", "root", name, check=False).returncode, 20, f"{name} to end")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine(stand_in: Path) -> Iterator[None]:
+    """This machine with the system's libvirt running."""
+    with hidden_kvm(stand_in / "linux"), daemon("virtlogd"), daemon("libvirtd"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def prefix(base: Path) -> Path:
+    """Where the program is installed."""
+    directory = base / "usr"
+    run("make", "-C", REPOSITORY, "install", f"PREFIX={directory}")
+    return directory
+
+
+@dataclass
+class User:
+    """A user to build as; root has no sudo rule and needs none."""
+
+    name: str
+    home: Path
+    program: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_root(self) -> bool:
+        return self.name == "root"
+
+    @property
+    def uid(self) -> int:
+        return pwd.getpwnam(self.name).pw_uid
+
+    @property
+    def helper(self) -> Path:
+        return self.program.with_name("image-factory-sudo-helper")
+
+    @property
+    def libvirt_uri(self) -> str:
+        return "qemu:///system" if self.is_root else "qemu:///session"
+
+    def argv(self, *words: str | Path, **environment: str) -> list[str]:
+        """Return the command that runs *words* as this user, with nothing of our environment."""
+        variables = {
+            "HOME": str(self.home),
+            "USER": self.name,
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "LANG": "C.UTF-8",
+            **self.environment,
+            **environment,
+        }
+        return [
+            *([] if self.is_root else ["runuser", "-u", self.name, "--"]),
+            "env",
+            "-i",
+            *(f"{key}={value}" for key, value in variables.items()),
+            *map(str, words),
+        ]
+
+    def run(self, *words: str | Path, check: bool = True, **keywords: object) -> subprocess.CompletedProcess[str]:
+        return run(*self.argv(*words), check=check, **{"cwd": self.home, **keywords})
+
+    def directory(self, name: str) -> Path:
+        """Make a directory of this user's in its home."""
+        path = self.home / name
+        path.mkdir(mode=0o755)
+        shutil.chown(path, self.name)
+        return path
+
+
+@pytest.fixture(scope="session")
+def users(base: Path, prefix: Path) -> Iterator[dict[str, User]]:
+    """Root and the ordinary users ``a`` and ``b``, who may run the helper and nothing else as root."""
+    found = {"root": User("root", base / "root", prefix / "bin/image-factory")}
+    found["root"].home.mkdir()
+    with ExitStack() as stack:
+        for letter in ("a", "b"):
+            name, home = f"image-factory-test-{letter}", base / letter
+            run("userdel", name, check=False)
+            run("useradd", "--no-log-init", "--create-home", "--home-dir", home, "--shell", "/bin/sh", name)
+            stack.callback(remove_user, name)
+            home.chmod(0o755)
+            found[letter] = User(name, home, prefix / "bin/image-factory")
+        rules = [f"{found[letter].name} ALL = NOPASSWD: {found[letter].helper}\n" for letter in ("a", "b")]
+        SUDOERS.write_text("".join(rules))
+        SUDOERS.chmod(0o440)
+        stack.callback(SUDOERS.unlink)
+        yield found
+
+
+def remove_user(name: str) -> None:
+    """End what *name* runs (its libvirt among that), and remove it."""
+
+    def gone() -> bool:
+        run("pkill", "-KILL", "-u", name, check=False)
+        return run("pgrep", "-u", name, check=False).returncode != 0
+
+    wait_for(gone, 20, f"the processes of {name} to end")
+    run("userdel", name)
+
+
+def vms(user: User, directory: Path) -> list[str]:
+    """Return the virtual machines of *user* that have a disk in *directory*."""
+    virsh = ["virsh", "--connect", user.libvirt_uri]
+    names = user.run(*virsh, "list", "--all", "--name").stdout.split()
+    # Others than the test's may come and go.
+    return [name for name in names if str(directory) in user.run(*virsh, "dumpxml", name, check=False).stdout]
+
+
+def machine_state() -> list[str]:
+    """Return the loop devices, mounts and directories of builds on this machine."""
+    state = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").stdout.splitlines()
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [
+        *state,
+        *(line for line in mounts if "/tmp/image-factory." in line),
+        *map(str, Path("/tmp").glob("image-factory.*")),
+    ]
+
+
+def left_behind(user: User, directory: Path) -> list[str]:
+    """Return what a build of *user* in *directory* should not have left."""
+    left = [f"VM {name}" for name in vms(user, directory)]
+    left += [f"file {path}" for path in directory.rglob("*") if path.name.startswith(".image-factory")]
+    scratch = Path("/var/lib/libvirt/boot") if user.is_root else user.home / ".cache/virt-manager/boot"
+    left += [f"file {path}" for path in scratch.glob("virtinst-*")]
+    processes = run("ps", "-eo", "args").stdout.splitlines()
+    left += [f"process {line}" for line in processes if "qemu-system" in line and str(directory) in line]
+    return left

@@ -1,0 +1,403 @@
+"""Whole builds with the stand-in installer in real virtual machines."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from ..conftest import REPOSITORY, User, left_behind, machine_state, run, vms, wait_for
+
+TODAY = date.today().isoformat()
+ANSWERS = "stand-in/hostname string golden\nd-i passwd/root-password password s3cret\n"
+SURVIVORS = ("var/log/dpkg.log", "var/log/installer-not-really", "root/.bashrc", "etc/fstab")
+INSTALLER_LOGS = (
+    "root/anaconda-ks.cfg",
+    "root/original-ks.cfg",
+    "root/install.log",
+    "root/install.log.syslog",
+    "var/log/anaconda",
+    "var/log/anaconda.syslog",
+    "var/log/installer",
+    "var/log/YaST2",
+    "var/lib/YaST2",
+    "var/adm/autoinstall",
+)
+
+
+@dataclass
+class Build:
+    """A place to build the stand-in in, as one user."""
+
+    user: User
+    directory: Path
+    stand_in: Path
+
+    def configure(self, *, arguments: str = "", extra: str = "", netboot: str | None = None) -> None:
+        """Write a configuration whose installer gets the kernel *arguments*."""
+        netboot = netboot or str(self.stand_in)
+        (self.directory / "answers.cfg").write_text(ANSWERS)
+        (self.directory / "image-factory.conf").write_text(
+            f"""
+[DEFAULT]
+format = qcow2
+[stand-in]
+linux = {netboot}/linux
+initrd = {netboot}/initrd.gz
+preseed = {self.directory}/answers.cfg
+append = console=ttyS0 {arguments}
+image-size = 512M
+ram = 512M
+virt-type = qemu
+{extra}
+"""
+        )
+
+    def argv(self, *flags: str | Path) -> list[str]:
+        configuration = str(self.directory / "image-factory.conf")
+        program = [self.user.program, *flags, "stand-in"]
+        return self.user.argv(*program, IMAGE_FACTORY_CONFIG=configuration, SSH_AUTH_SOCK="")
+
+    def run(self, *flags: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return run(*self.argv(*flags), check=check, cwd=self.directory)
+
+    @contextmanager
+    def started(self, *flags: str | Path) -> Iterator["subprocess.Popen[str]"]:
+        """Start a build whose stderr goes to the file stderr; killed on the way out."""
+        with (self.directory / "stderr").open("w") as stderr:
+            process = subprocess.Popen(
+                self.argv(*flags),
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def stderr(self) -> str:
+        return (self.directory / "stderr").read_text()
+
+    def pid(self) -> int:
+        """Return the process of image-factory itself, below runuser."""
+        found = run("pgrep", "-u", self.user.name, "-f", f"^/usr/bin/python3 {self.user.program}").stdout.split()
+        assert len(found) == 1
+        return int(found[0])
+
+    def wait_for_guest(self, line: str) -> None:
+        """Wait until the guest has printed *line*."""
+        console = self.directory / ".image-factory-stand-in/console.log"
+        wait_for(
+            lambda: console.is_file() and line in console.read_text(errors="replace"), 90, f"{line!r} on the console"
+        )
+
+    def files(self) -> set[str]:
+        return {path.name for path in self.directory.iterdir()}
+
+    def errors(self, done: subprocess.CompletedProcess[str]) -> list[str]:
+        return [line for line in done.stderr.splitlines() if line.startswith("image-factory: ")]
+
+
+@pytest.fixture(params=["root", "a"])
+def build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
+    yield from new_build(users[request.param], request, stand_in)
+
+
+@pytest.fixture
+def user_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
+    yield from new_build(users["a"], request, stand_in)
+
+
+def new_build(user: User, request: pytest.FixtureRequest, stand_in: Path) -> Iterator[Build]:
+    before = set(machine_state())
+    directory = user.directory(re.sub(r"[^a-z]+", "-", request.node.name)[:24] + os.urandom(2).hex())
+    yield Build(user, directory, stand_in)
+    assert [*left_behind(user, directory), *(set(machine_state()) - before)] == []
+
+
+@contextmanager
+def mounted(image: Path) -> Iterator[Path]:
+    """Give the root filesystem of a raw *image* (MBR, one partition), mounted read-only."""
+    directory = image.parent / "mnt"
+    directory.mkdir()
+    run("mount", "-o", "ro,noload,loop,offset=1048576", image, directory)
+    try:
+        yield directory
+    finally:
+        run("umount", directory)
+        directory.rmdir()
+
+
+def logged_commands(log: str) -> list[list[str]]:
+    mark = " INFO: Running: "
+    return [shlex.split(line.partition(mark)[2]) for line in log.splitlines() if mark in line]
+
+
+def normal(argv: list[str]) -> list[str]:
+    """Replace what a dry run can't know."""
+    text = "\0".join(argv)
+    text = re.sub(r"/tmp/image-factory\.[^/]+/", "/tmp/image-factory.XXXXXXXX/", text)
+    text = re.sub(r"image-factory-stand-in-[0-9a-f]{8}\b", "image-factory-stand-in-XXXXXXXX", text)
+    text = re.sub(r"disk\.raw\x00[0-9]+\x00[0-9]+", "disk.raw\0OFFSET\0SIZE", text)
+    text = re.sub(r"\?offset=[0-9]+", "?offset=OFFSET", text)
+    return text.split("\0")
+
+
+def test_whole_build(build: Build) -> None:
+    upload = build.user.directory(f"upload-{build.directory.name}")
+    build.configure(
+        extra=f"""
+format = raw,qcow2
+installer-logs = yes
+log-file = yes
+upload_destinations = here
+post-build-command = sh -c 'echo built "$$@"' post-build
+[here]
+upload_type = rsync
+upload_target = {upload}/
+upload_args = --times
+post-upload-command = stat --format 'uploaded %n' {upload}/${{image}}
+post-upload-command1 = sh -c 'echo one "$$1"' command ${{image}}
+"""
+    )
+    older = build.directory / f"stand-in-{TODAY}.qcow2"
+    older.write_text("older")
+
+    dry = build.run("--dry-run")
+    assert build.files() == {"answers.cfg", "image-factory.conf", older.name}
+    done = build.run()
+
+    raw, qcow2 = (build.directory / f"stand-in-{TODAY}.{image_format}" for image_format in ("raw", "qcow2"))
+    log = build.directory / f"stand-in-{TODAY}.log"
+    checksums = {f"{path.name}.sha256sum" for path in (raw, qcow2)}
+    console = f"stand-in-{TODAY}.console.log"
+    sources = {"answers.cfg", "image-factory.conf"}
+    assert build.files() == {*sources, raw.name, qcow2.name, log.name, console, *checksums}
+    for name in checksums:
+        assert run("sha256sum", "--check", "--strict", name, cwd=build.directory).stdout.endswith(": OK\n")
+    assert {path.name for path in upload.iterdir()} == {raw.name, qcow2.name, *checksums}
+    run("cmp", qcow2, upload / qcow2.name)
+
+    # What the image has: the answer file and the arguments arrived, the logs are gone, the rest is there.
+    info = json.loads(run("qemu-img", "info", "--output=json", qcow2).stdout)
+    assert info["virtual-size"] == 512 << 20
+    assert info["format-specific"]["data"]["compression-type"] == "zstd"
+    run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, qcow2)
+    assert raw.stat().st_blocks * 512 < 64 << 20
+    # With -v its last line is "to be zeroed/free/all blocks".
+    assert run("zerofree", "-n", "-v", f"{raw}?offset=1048576").stdout.splitlines()[-1].startswith("0/")
+    with mounted(raw) as tree:
+        assert (tree / "etc/hostname").read_text() == "golden\n"
+        assert hashlib.sha256(ANSWERS.encode()).hexdigest() in (tree / "etc/stand-in/answer-file.sha256").read_text()
+        assert "preseed/url=file:///answers.cfg console=ttyS0" in (tree / "etc/stand-in/cmdline").read_text()
+        assert [path for path in INSTALLER_LOGS if os.path.lexists(tree / path)] == []
+        assert [path for path in SURVIVORS if not os.path.lexists(tree / path)] == []
+        assert (tree / "root").stat().st_mode & 0o7777 == 0o700
+
+    # What was said: steps with seconds, every command, what commands printed, the installer's logs.
+    text = log.read_text()
+    for step in ("Creating the disk", "Caching the installer", "Installing", "Removing installer logs", "Publishing"):
+        assert re.search(rf"INFO: {step}: done in [0-9]+\.[0-9] s$", text, re.MULTILINE)
+    for line in (
+        "| ==> /var/log/installer/syslog <==",
+        "| stand-in installer log: installer/syslog",
+        "| stand-in installer log: YaST2/y2log",
+        "Removed /var/log/installer",
+        f"stat: uploaded {upload}/{qcow2.name}",
+        f"sh: one {raw.name}",
+        f"sh: built {raw.name} {qcow2.name}",
+        f"SHA-256 of {raw.name}: ",
+    ):
+        assert f" INFO: {line}" in text
+    assert "s3cret" not in text
+    assert "\x1b" not in text + done.stderr
+    assert done.stdout in text
+    assert f"{qcow2}\n  virtual size  512.0 MiB\n" in done.stdout
+
+    # A dry run tells exactly the commands of the build, but for those that look after the VM.
+    announced = [normal(shlex.split(line)) for line in dry.stdout.splitlines() if not line.startswith("#")]
+    ran = [normal(argv) for argv in logged_commands(text) if argv[0] != "virsh"]
+    assert ran == announced
+    named = [line[2:] for line in dry.stdout.splitlines() if re.match("# [A-Z]", line)]
+    assert named == re.findall(r" INFO: (.*): done in [0-9.]+ s$", text, re.M)
+
+
+def test_cached_downloads(user_build: Build) -> None:
+    """Kernel and initrd come over HTTP once; an unchanged file is not downloaded again."""
+    requests: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            requests.append(f"{self.path} {int(str(code))}")
+
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Handler, directory=str(user_build.stand_in))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        netboot = f"http://127.0.0.1:{server.server_port}"
+        # With the disk untouched a build ends after two seconds, and its cache is there all the same.
+        user_build.configure(netboot=netboot, arguments="stand-in=empty-disk")
+        user_build.run(check=False)
+        assert requests == ["/linux 200", "/initrd.gz 200"]
+        user_build.run(check=False)
+        assert requests[2:] == ["/linux 304", "/initrd.gz 304"]
+        server.shutdown()
+    cache = user_build.user.home / ".cache/image-factory/stand-in"
+    assert {path.name for path in cache.iterdir() if path.name[0] != "."} == {"linux", "initrd.gz"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("empty-disk", "The disk has no partition table that can be read"),
+        ("no-filesystem", "The disk has no root filesystem, only partition 1 (no known filesystem)"),
+    ],
+)
+def test_no_system_on_the_disk(user_build: Build, mode: str, reason: str) -> None:
+    user_build.configure(arguments=f"stand-in={mode}")
+    done = user_build.run(check=False)
+    assert done.returncode == 1
+    assert user_build.errors(done)[0].startswith(f"image-factory: error: {reason}")
+    assert re.search(r" ERROR: console: stand-in: ", done.stderr)
+    console = user_build.directory / f"stand-in-{TODAY}.console.log"
+    assert user_build.files() == {"answers.cfg", "image-factory.conf", console.name}
+    assert console.stat().st_mode & 0o777 == 0o600
+
+
+def test_hostile_links(build: Build) -> None:
+    """A guest whose log directories are links to the host's /etc changes nothing of the host."""
+    listing = ("find", "/etc", "-path", "/etc/libvirt", "-prune", "-o", "-ls")
+    before = run(*listing).stdout
+    build.configure(arguments="stand-in=links", extra="installer-logs = yes\nformat = raw")
+    done = build.run()
+    assert run(*listing).stdout == before
+    assert "| root:" not in done.stderr
+    with mounted(build.directory / f"stand-in-{TODAY}.raw") as tree:
+        assert (tree / "var/log").is_symlink()
+        assert (tree / "etc/installer/syslog").exists()
+
+
+def test_root_between_other_partitions(build: Build) -> None:
+    build.configure(arguments="stand-in=gpt", extra="compression = none")
+    build.run()
+    info = json.loads(run("qemu-img", "info", "--output=json", build.directory / f"stand-in-{TODAY}.qcow2").stdout)
+    assert info["format-specific"]["data"]["compression-type"] == "zlib"
+
+
+def test_full_disk_and_reboot(user_build: Build) -> None:
+    """A guest that has filled its disk is finished too, and one that reboots stays off."""
+    user_build.configure(arguments="stand-in=fill-disk,reboot", extra="keep-raw = yes\ncompression = zlib")
+    user_build.run()
+    assert {path.suffix for path in user_build.directory.glob(f"stand-in-{TODAY}.*")} == {
+        ".raw", ".qcow2", ".sha256sum", ".log",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_while_installing(build: Build, number: signal.Signals) -> None:
+    build.configure(arguments="stand-in=hang", extra="log-file = yes")
+    older = build.directory / f"stand-in-{TODAY}.qcow2"
+    older.write_text("older")
+    with build.started() as process:
+        build.wait_for_guest("stand-in: ")
+        os.kill(build.pid(), number)
+        assert process.wait(60) == 128 + number
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+    assert build.stderr().splitlines()[-1] == f"image-factory: error: Stopped by {number.name}."
+    assert older.read_text() == "older"
+    log, console = (f"stand-in-{TODAY}.{suffix}" for suffix in ("log", "console.log"))
+    assert build.files() == {"answers.cfg", "image-factory.conf", "stderr", older.name, log, console}
+
+
+def test_second_build_of_the_same_image(user_build: Build) -> None:
+    user_build.configure(arguments="stand-in=hang")
+    with user_build.started() as process:
+        user_build.wait_for_guest("stand-in: ")
+        second = user_build.run(check=False)
+        assert second.returncode == 2
+        assert user_build.errors(second)[0] == (
+            f"image-factory: error: Another build of stand-in is under way in {user_build.directory}."
+        )
+        assert len(vms(user_build.user, user_build.directory)) == 1
+        os.kill(user_build.pid(), signal.SIGTERM)
+        assert process.wait(60) == 143
+
+
+def test_build_after_a_killed_one(build: Build) -> None:
+    build.configure(arguments="stand-in=hang")
+    with build.started() as process:
+        build.wait_for_guest("stand-in: ")
+        os.kill(build.pid(), signal.SIGKILL)
+        process.wait(60)
+    assert vms(build.user, build.directory)
+    build.configure(arguments="stand-in=empty-disk")
+    done = build.run(check=False)
+    assert "WARNING: Cleaning up after a build of stand-in that was killed." in done.stderr
+    assert build.errors(done)[0].startswith("image-factory: error: The disk has no partition table")
+
+
+def test_killed_machine(user_build: Build) -> None:
+    user_build.configure(arguments="stand-in=hang")
+    with user_build.started() as process:
+        user_build.wait_for_guest("stand-in: ")
+        run("pkill", "-KILL", "-u", user_build.user.name, "qemu-system")
+        assert process.wait(60) == 1
+    error, hint = user_build.stderr().splitlines()[-2:]
+    assert error == "image-factory: error: The installation machine did not power off by itself: shut off (crashed)."
+    assert hint.startswith("image-factory: hint: What it printed is in ")
+
+
+def test_unmounting_what_a_killed_build_left(build: Build, tmp_path: Path) -> None:
+    """A build that is killed while the disk is mounted leaves a mount; the next one removes it."""
+    build.configure(arguments="stand-in=slow:1", extra=f"post-build-command = {REPOSITORY}/none")
+    work = build.directory / ".image-factory-stand-in"
+    work.mkdir()
+    disk = work / "disk.raw"
+    run("truncate", "-s", "64M", disk)
+    run("mke2fs", "-q", "-t", "ext4", disk)
+    for path in (work, disk):
+        run("chown", build.user.name, path)
+    point = Path(build.user.run("mktemp", "-d", "/tmp/image-factory.XXXXXXXX").stdout.strip())
+    build.user.run("mkdir", "-m", "700", point / "tree")
+    sudo = [] if build.user.is_root else ["sudo", "-n"]
+    build.user.run(*sudo, build.user.helper, "mount-image", disk, "0", str(64 << 20), point / "tree")
+    assert os.path.ismount(point / "tree")
+    build.configure(arguments="stand-in=empty-disk")
+    done = build.run(check=False)
+    assert "WARNING: Cleaning up after a build of stand-in that was killed." in done.stderr
+    assert build.errors(done)[0].startswith("image-factory: error: The disk has no partition table")
+
+
+def test_failing_upload(user_build: Build) -> None:
+    """The image is there when an upload fails, and the post-build command is not run."""
+    user_build.configure(
+        extra="""
+upload_destinations = nowhere
+post-build-command = touch post-build-ran
+[nowhere]
+upload_type = rsync
+upload_target = /nonexistent/directory/
+"""
+    )
+    done = user_build.run(check=False)
+    assert done.returncode == 1
+    assert user_build.errors(done)[0].startswith("image-factory: error: rsync failed with status ")
+    assert f"stand-in-{TODAY}.qcow2.sha256sum" in user_build.files()
+    assert "post-build-ran" not in user_build.files()

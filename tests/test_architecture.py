@@ -1,0 +1,144 @@
+"""The layout of the program: imports point downwards only, and some things have one place."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "image_factory"
+HELPER = REPOSITORY / "image-factory-sudo-helper"
+
+# A module may import those of the levels below its own, not those beside it.
+LEVELS = [
+    {"cli"},
+    {"pipeline"},
+    {"sources", "outputs"},
+    {"sources.installer", "outputs.raw", "outputs.qcow2"},
+    {"workspace"},
+    {"clean", "shrink", "checksum", "publish", "mounts", "guest", "fetch"},
+    {"layout", "privileged"},
+    {"command"},
+    {"interrupts"},
+    {"arch", "model"},
+    {"settings"},
+    {"log"},
+    {"units", "errors"},
+    # The version.
+    {""},
+]
+
+
+def module_name(path: Path) -> str:
+    """Return the name of the module below the package: ``sources.installer``, ``""`` for the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(name: str) -> Iterator[str]:
+    """Give the absolute names of what module *name* imports, wherever it does."""
+    path = MODULES[name]
+    package = ["image_factory", *(name.split(".") if name else [])]
+    if path.name != "__init__.py":
+        package.pop()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                # A module of a package, or a name in a module.
+                inner = f"{source}.{alias.name}".removeprefix("image_factory.")
+                yield f"image_factory.{inner}" if inner in MODULES else source
+
+
+def own_imports(name: str) -> set[str]:
+    """Return the modules of the package that *name* imports."""
+    names = {found for found in imports(name) if found.split(".")[0] == "image_factory"}
+    return {found.removeprefix("image_factory").removeprefix(".") for found in names}
+
+
+def level(name: str) -> int:
+    return next(number for number, names in enumerate(LEVELS) if name in names)
+
+
+def test_every_module_has_one_level() -> None:
+    listed = [name for names in LEVELS for name in names]
+    assert sorted(listed) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_downwards(name: str) -> None:
+    assert own_imports(name) <= MODULES.keys()
+    wrong = {found for found in own_imports(name) if level(found) <= level(name)}
+    assert not wrong
+
+
+def test_what_is_read_as_imports() -> None:
+    """The tests above would find nothing wrong if nothing was found."""
+    assert {"pipeline", "settings", "log", "interrupts", ""} <= own_imports("cli")
+    assert {"command", "fetch", "guest", "log", "settings"} <= own_imports("sources.installer")
+    assert "sources.installer" in own_imports("sources")
+    assert "subprocess" in imports("command")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_command_starts_programs(name: str) -> None:
+    if name == "command":
+        return
+    found = {found.split(".")[0] for found in imports(name)}
+    assert not found & {"subprocess", "pty", "multiprocessing", "asyncio", "ctypes"}
+    starters = ("system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "startfile")
+    for node in ast.walk(tree(MODULES[name])):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            assert node.attr not in starters and not node.attr.startswith(("exec", "spawn")), f"line {node.lineno}"
+
+
+def uses_of_the_terminal(name: str) -> list[str]:
+    """Return where module *name* prints, writes to stdout or exits."""
+    found = []
+    for node in ast.walk(tree(MODULES[name])):
+        if isinstance(node, ast.Name) and node.id in ("print", "input", "exit", "quit", "SystemExit"):
+            found.append(f"{node.id} in line {node.lineno}")
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            whole = f"{node.value.id}.{node.attr}"
+            if whole in ("sys.exit", "sys.stdout", "os._exit", "os.abort"):
+                found.append(f"{whole} in line {node.lineno}")
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_cli_prints_and_exits(name: str) -> None:
+    if name == "cli":
+        assert uses_of_the_terminal(name)
+    else:
+        assert uses_of_the_terminal(name) == []
+
+
+def test_packages_beside_the_standard_library() -> None:
+    names = {found.split(".")[0] for name in MODULES for found in imports(name)}
+    assert names - sys.stdlib_module_names == {"image_factory", "httplib2", "parted", "_ped"}
+
+
+def test_helper_stands_alone() -> None:
+    text = HELPER.read_text(encoding="utf-8")
+    assert text.splitlines()[0] == "#!/usr/bin/python3 -I"
+    imported = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add((node.module or "").split(".")[0])
+    assert imported
+    assert imported <= sys.stdlib_module_names

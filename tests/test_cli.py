@@ -1,0 +1,515 @@
+"""The command line, as a user meets it: output, exit status, and one clear line for each mistake."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from image_factory import __version__
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NOBODY = 65534
+LONG_NAME = "a" * 300
+
+CONFIGURATION = """
+[x]
+linux = linux
+initrd = initrd
+
+[Debian-12]
+linux = linux
+initrd = initrd
+image-size = 1G
+
+[nothing]
+append = quiet
+[half]
+linux = linux
+[answers]
+linux = linux
+initrd = initrd
+preseed = answer.cfg
+kickstart = answer.cfg
+[no-file]
+linux = absent
+initrd = initrd
+[no-answer]
+linux = linux
+initrd = initrd
+preseed = absent.cfg
+[directory]
+linux = .
+initrd = initrd
+[bad-size]
+linux = linux
+initrd = initrd
+image-size = -1G
+[bad-vnc]
+linux = linux
+initrd = initrd
+vnc = localhost:port
+[unknown-variable]
+linux = ${mirror}/linux
+initrd = initrd
+[circle]
+linux = ${there}
+there = ${linux}
+initrd = initrd
+
+[up-absent]
+linux = linux
+initrd = initrd
+upload_destinations = absent
+[up-no-type]
+linux = linux
+initrd = initrd
+upload_destinations = no-type
+[no-type]
+upload_target = /srv
+[up-no-target]
+linux = linux
+initrd = initrd
+upload_destinations = no-target
+[no-target]
+upload_type = rsync
+[up-bad-type]
+linux = linux
+initrd = initrd
+upload_destinations = bad-type
+[bad-type]
+upload_type = ftp
+upload_target = /srv
+
+[no-command]
+linux = linux
+initrd = initrd
+post-build-command = no-such-command --now
+[two-lines]
+linux = linux
+initrd = initrd
+preseed = first
+  second
+
+[x y]
+linux = linux
+initrd = initrd
+[-x]
+linux = linux
+initrd = initrd
+"""
+
+
+@dataclass
+class Place:
+    """The home and current directory of a run."""
+
+    path: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def argv(self, *arguments: str) -> list[str]:
+        return ["/usr/bin/python3", str(REPOSITORY / "image-factory"), *arguments]
+
+    def variables(self) -> dict[str, str]:
+        defaults = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(self.path),
+            "LANG": "C.UTF-8",
+            "IMAGE_FACTORY_CONFIG": str(self.path / "own.conf"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        return defaults | self.environment
+
+    def run(self, *arguments: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*before, *self.argv(*arguments)],
+            env=self.variables(),
+            cwd=self.path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def files(self) -> list[Path]:
+        return sorted(self.path.rglob("*"))
+
+    def refused(self, *arguments: str, before: tuple[str, ...] = ()) -> tuple[str, str]:
+        """Return error and hint of a command line that is refused before anything is created."""
+        existing = self.files()
+        done = self.run(*arguments, before=before)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == ""
+        assert self.files() == existing
+        lines = done.stderr.splitlines()
+        while lines and re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ image-factory \[\d+\] INFO: ", lines[0]):
+            del lines[0]
+        assert lines[0].startswith("image-factory: error: "), done.stderr
+        assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("image-factory: hint: ")), done.stderr
+        hint = lines[1].removeprefix("image-factory: hint: ") if lines[1:] else ""
+        return lines[0].removeprefix("image-factory: error: "), hint
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    (tmp_path / "own.conf").write_text(CONFIGURATION)
+    for name in ("linux", "initrd", "answer.cfg"):
+        (tmp_path / name).write_text("a file\n")
+    return Place(tmp_path)
+
+
+# Arguments, and what the error has to name.
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "no image": ([], "No image is named."),
+    "empty image": ([""], "No image is named."),
+    "unknown image": (["debian-12"], "No image 'debian-12' is configured"),
+    "no such image": (["zzz"], "No image 'zzz' is configured"),
+    "the defaults": (["DEFAULT"], "No image 'DEFAULT' is configured"),
+    "no installer": (["nothing"], "[nothing] lacks 'linux' and 'initrd'."),
+    "no initrd": (["half"], "[half] lacks 'initrd'."),
+    "two answer files": (["answers"], "[answers] has 'preseed' and 'kickstart'."),
+    "no kernel file": (["no-file"], "[no-file] linux: absent is not there."),
+    "no answer file": (["no-answer"], "[no-answer] preseed: absent.cfg is not there."),
+    "directory for a kernel": (["directory"], "[directory] linux: . is not a file."),
+    "size in the file": (["bad-size"], "[bad-size] image-size: '-1G' is not accepted, only a size above zero"),
+    "size -1G": (["x", "--image-size=-1G"], "--image-size: '-1G' is not accepted, only a size above zero"),
+    "size -1G, apart": (["x", "--image-size", "-1G"], "--image-size"),
+    "size 0": (["x", "--image-size", "0"], "--image-size: '0' is not accepted"),
+    "size G": (["x", "--image-size", "G"], "--image-size: 'G' is not accepted"),
+    "size 1e9": (["x", "--image-size", "1e9"], "--image-size: '1e9' is not accepted"),
+    "size 2 GX": (["x", "--image-size", "2 GX"], "--image-size: '2 GX' is not accepted"),
+    "empty size": (["x", "--image-size", ""], "--image-size: '' is not accepted"),
+    "huge size": (["x", "--image-size", "9" * 5000], "--image-size: '999"),
+    "format": (["x", "-f", "vmdk"], "--format: 'vmdk' is not accepted, only raw or qcow2"),
+    "one format of two": (["x", "--format", "raw,vmdk"], "--format: 'raw,vmdk' is not accepted"),
+    "MAC": (["x", "--mac", "52:54:00:12:34"], "--mac: '52:54:00:12:34' is not accepted, only a unicast MAC"),
+    "multicast MAC": (["x", "--mac", "01:54:00:12:34:56"], "--mac: '01:54:00:12:34:56' is not accepted"),
+    "vnc": (["bad-vnc"], "[bad-vnc] vnc: 'localhost:port' is not accepted, only HOST:DISPLAY"),
+    "upload section": (["up-absent"], "[up-absent] upload-destinations: there is no section [absent]."),
+    "upload type": (["up-no-type"], "[no-type] lacks 'upload_type'."),
+    "upload target": (["up-no-target"], "[no-target] lacks 'upload_target'."),
+    "unknown upload type": (["up-bad-type"], "[bad-type] upload-type: 'ftp' is not accepted, only rsync."),
+    "unknown variable": (["unknown-variable"], "[unknown-variable] linux: ${mirror} is not defined."),
+    "circle": (["circle"], "[circle] linux: its ${...} go round in a circle."),
+    "name with a slash": (["a/b"], "'a/b' is no image name."),
+    "name with dots": ([".."], "'..' is no image name."),
+    "name with a blank": (["x y"], "'x y' is no image name."),
+    "name with a dash": (["--", "-x"], "'-x' is no image name."),
+    "name with a line break": (["x\ny"], "'x\\ny' is no image name."),
+    "long name": ([LONG_NAME], "is no image name."),
+    "post-build command": (["no-command"], "Missing programs: no-such-command."),
+    "space": (["x", "--image-size", "7E"], "free, the disk may grow to 7.0 EiB."),
+    "output is a file": (["x", "--image-size", "1M", "-o", "linux"], "[x] output-dir: "),
+    "output below a file": (["x", "--image-size", "1M", "-o", "linux/a"], "linux is not a directory."),
+    "cache is a file": (["x", "--image-size", "1M", "-c", "linux"], "[x] cache-dir: "),
+    "empty output": (["x", "-o", ""], "--output-dir: '' is not accepted"),
+    "empty log file": (["x", "--log-filename", ""], "--log-filename: '' is not accepted"),
+    "value with a line break": (["two-lines"], "[two-lines] preseed: 'first\\nsecond' is not accepted"),
+    "unknown flag": (["x", "--colour"], "Unrecognized arguments: --colour."),
+    "two images": (["x", "Debian-12"], "Unrecognized arguments: Debian-12."),
+    "flag without its value": (["x", "-f"], "Argument -f/--format: expected one argument."),
+    "escape sequence": (["x", "--\x1b[2Jcolour"], "Unrecognized arguments: --colour."),
+}
+
+
+@pytest.mark.parametrize("row", REFUSED)
+@pytest.mark.parametrize("mode", [(), ("--check",), ("--dry-run",)], ids=["build", "check", "dry-run"])
+def test_refused(place: Place, row: str, mode: tuple[str, ...]) -> None:
+    arguments, named = REFUSED[row]
+    error, _ = place.refused(*mode, *arguments)
+    assert named in error
+    assert len(error) < 6000
+
+
+def test_near_names_are_in_the_hint(place: Place) -> None:
+    assert place.refused("debian-12")[1] == "Did you mean Debian-12? 'image-factory --list' lists them all."
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "syntax": (b"[x]\nlinux\n", "own.conf (named by IMAGE_FACTORY_CONFIG), line 2: 'linux' is neither a [section]"),
+    "no section": (b"linux = /l\n", "line 1: 'linux = /l' comes before any [section]."),
+    "duplicate key": (b"[x]\nimage_size = 1\nimage-size = 2\n", "line 3: [x] has 'image-size' twice."),
+    "duplicate section": (b"[x]\n[x]\n", "line 2: section [x] is there twice."),
+    "not UTF-8": (b"[x]\nappend = \xe9\n", "line 2: byte 0xe9 is not UTF-8."),
+}
+
+
+@pytest.mark.parametrize("row", FILES)
+@pytest.mark.parametrize("arguments", [("x",), ("--list",), ("x", "--check")])
+def test_bad_file_is_refused(place: Place, row: str, arguments: tuple[str, ...]) -> None:
+    content, named = FILES[row]
+    (place.path / "own.conf").write_bytes(content)
+    assert named in place.refused(*arguments)[0]
+
+
+def test_missing_configuration_file(place: Place) -> None:
+    (place.path / "own.conf").unlink()
+    assert place.refused("x")[0].endswith("(named by IMAGE_FACTORY_CONFIG): No such file or directory.")
+
+
+# What the machine lacks.
+
+PACKAGES = {
+    "qemu-img": "qemu-utils",
+    "virsh": "libvirt-clients",
+    "virt-install": "virtinst",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "cpio": "cpio",
+    "rsync": "rsync",
+    "xorriso": "xorriso",
+}
+
+
+@pytest.mark.parametrize("missing", [*([name] for name in PACKAGES), list(PACKAGES)], ids="+".join)
+def test_missing_program_is_named_with_its_package(place: Place, missing: list[str]) -> None:
+    (place.path / "own.conf").write_text(
+        "[x]\nlinux = linux\ninitrd = initrd\nimage-size = 1M\npreseed = answer.cfg\nupload_destinations = up\n"
+        "installer_image = linux\n[up]\nupload_type = rsync\nupload_target = /srv\n"
+    )
+    programs = place.path / "bin"
+    programs.mkdir()
+    for name in PACKAGES.keys() - set(missing):
+        found = shutil.which(name)
+        assert found
+        (programs / name).symlink_to(found)
+    place.environment["PATH"] = str(programs)
+    error, hint = place.refused("x")
+    # They are named in the order in which a build needs them.
+    assert error.startswith("Missing programs: ")
+    assert sorted(error.removeprefix("Missing programs: ").removesuffix(".").split(", ")) == sorted(missing)
+    assert hint == f"Install them: apt-get install {' '.join(sorted(PACKAGES[name] for name in missing))}"
+
+
+@pytest.fixture
+def small(place: Place) -> Iterator[Path]:
+    """A filesystem of 4 MiB."""
+    path = place.path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def test_not_enough_space(place: Place, small: Path) -> None:
+    error, hint = place.refused("x", "-o", "small/images", "--image-size", "5M")
+    assert error == f"{small}/images has 4.0 MiB free, the disk may grow to 5.0 MiB."
+    assert "--output-dir" in hint
+    assert place.run("x", "--check", "-o", "small/images", "--image-size", "3M").returncode == 0
+
+
+WITHOUT_LIBVIRT = 'mount -t tmpfs tmpfs /run/libvirt && exec "$@"'
+
+
+def test_libvirt_not_reachable(place: Place) -> None:
+    before = ("unshare", "--mount", "sh", "-c", WITHOUT_LIBVIRT, "sh")
+    error, hint = place.refused("x", "--image-size", "1M", before=before)
+    assert error.startswith("libvirt is not reachable at qemu:///system: ")
+    assert "No such file or directory" in error
+    assert hint == "Start it: systemctl start libvirtd (package libvirt-daemon-system)."
+
+
+# An ordinary user.
+
+
+@pytest.fixture
+def ordinary() -> Iterator[Place]:
+    """A place of user nobody's, with a copy of the program, as the checkout may not be readable for others."""
+    directory = Path(tempfile.mkdtemp(prefix="image-factory-test.", dir="/var/tmp"))
+    try:
+        directory.chmod(0o755)
+        for name in ("image_factory", "data"):
+            shutil.copytree(REPOSITORY / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("image-factory", "image-factory-sudo-helper"):
+            shutil.copy(REPOSITORY / name, directory)
+        subprocess.run(["chmod", "-R", "u=rwX,go=rX", directory], check=True)
+        home = directory / "home"
+        home.mkdir()
+        shutil.chown(home, NOBODY)
+        (home / "own.conf").write_text(CONFIGURATION)
+        for name in ("linux", "initrd", "answer.cfg"):
+            (home / name).write_text("a file\n")
+        yield _Ordinary(home)
+    finally:
+        shutil.rmtree(directory)
+
+
+class _Ordinary(Place):
+    def argv(self, *arguments: str) -> list[str]:
+        program = self.path.parent / "image-factory"
+        # runuser sets HOME to the one of the list of users.
+        user = ["/usr/sbin/runuser", "-u", "nobody", "--", "env", f"HOME={self.path}"]
+        return [*user, "/usr/bin/python3", str(program), *arguments]
+
+
+@pytest.mark.parametrize("flags", [("-o", "closed"), ("-o", "closed/new"), ("-c", "closed/cache"), ("-o", "/")])
+def test_directory_not_writable(ordinary: Place, flags: tuple[str, str]) -> None:
+    (ordinary.path / "closed").mkdir()
+    error, hint = ordinary.refused("x", "--image-size", "1M", *flags)
+    key = "output-dir" if flags[0] == "-o" else "cache-dir"
+    where = ordinary.path / "closed" if flags[1] != "/" else "/"
+    assert error == f"[x] {key}: {where} is not writable."
+    assert hint == "Give another with a flag; see --help."
+
+
+def test_log_file_not_writable(ordinary: Place) -> None:
+    (ordinary.path / "closed").mkdir()
+    error, _ = ordinary.refused("x", "--image-size", "1M", "--log-file", "--log-filename", "closed/x.log")
+    assert error == f"[x] log-filename: {ordinary.path}/closed is not writable."
+
+
+@pytest.mark.parametrize(("image", "key", "name"), [("x", "linux", "linux"), ("no-answer", "preseed", "absent.cfg")])
+def test_file_not_readable(ordinary: Place, image: str, key: str, name: str) -> None:
+    (ordinary.path / name).touch()
+    (ordinary.path / name).chmod(0)
+    error, _ = ordinary.refused(image, "--image-size", "1M")
+    assert error == f"[{image}] {key}: {name} can't be read: Permission denied."
+
+
+def test_helper_that_can_not_be_run_as_root(ordinary: Place) -> None:
+    error, hint = ordinary.refused("x", "--image-size", "1M")
+    assert error.startswith("image-factory-sudo-helper can't be run as root: ")
+    helper = ordinary.path.parent / "image-factory-sudo-helper"
+    assert hint == f"Allow it with a line in /etc/sudoers.d: nobody ALL = NOPASSWD: {helper}"
+
+
+# What works.
+
+
+def test_version(place: Place) -> None:
+    done = place.run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"image-factory {__version__}\n", "")
+
+
+def test_help_names_each_option_of_the_manual(place: Place) -> None:
+    done = place.run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    options = """-h --version -c --cache-dir -f --format --image-size --mac --installer-logs --no-installer-logs
+        --log-file --no-log-file --log-filename -o --output-dir --list --check --dry-run IMAGE --debug"""
+    assert set(options.split()) <= set(re.findall(r"(?<![\w-])(?:-{1,2}[a-z-]+|IMAGE)", done.stdout))
+    assert place.run("-h").stdout == done.stdout
+
+
+def test_list(place: Place) -> None:
+    (place.path / "own.conf").write_text("[b]\nlinux = /l\n[up]\nupload_type = rsync\n[a]\ninstaller_image = /i\n")
+    done = place.run("--list")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "b\na\n", "")
+
+
+def test_list_of_no_images(place: Place) -> None:
+    (place.path / "own.conf").write_text("")
+    done = place.run("--list")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_list_of_the_shipped_images(place: Place) -> None:
+    (place.path / "own.conf").unlink()
+    place.environment["IMAGE_FACTORY_CONFIG"] = ""
+    done = place.run("--list")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Debian-13-server" in done.stdout.splitlines()
+
+
+def test_check(place: Place) -> None:
+    existing = place.files()
+    done = place.run("x", "--check", "--image-size", "1M")
+    assert (done.returncode, done.stdout) == (0, "x can be built.\n")
+    assert "error" not in done.stderr
+    assert place.files() == existing
+
+
+def test_image_from_the_environment(place: Place) -> None:
+    place.environment["IMAGE"] = "Debian-12"
+    assert place.run("--check").stdout == "Debian-12 can be built.\n"
+    assert place.run("--check", "x", "--image-size", "1M").stdout == "x can be built.\n"
+    place.environment["IMAGE"] = "zzz"
+    assert place.refused()[0].startswith("No image 'zzz' is configured")
+    place.environment["IMAGE"] = ""
+    assert place.refused()[0] == "No image is named."
+
+
+def test_flags_win_over_the_file_in_both_directions(place: Place) -> None:
+    with (place.path / "own.conf").open("a") as file:
+        file.write("[logs]\nlinux = linux\ninitrd = initrd\nimage-size = 1M\ninstaller-logs = yes\nformat = qcow2\n")
+    assert "# Showing installer logs" in place.run("logs", "--dry-run").stdout
+    shown = place.run("logs", "--dry-run", "--no-installer-logs", "-f", "raw", "--mac", "52:54:00:00:00:01").stdout
+    assert "# Showing installer logs" not in shown
+    assert "# Writing qcow2" not in shown
+    assert "# Writing raw" in shown
+    assert ",mac=52:54:00:00:00:01 " in shown
+
+
+def test_debug_shows_the_traceback(place: Place) -> None:
+    done = place.run("zzz", "--debug")
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert any("image_factory/settings.py" in line for line in lines)
+    assert lines[-2].startswith("image-factory: error: No image 'zzz'")
+
+
+def test_path_that_is_no_text(place: Place) -> None:
+    directory = os.fsdecode(b"caf\xe9")
+    done = place.run("x", "--dry-run", "--image-size", "1M", "-o", directory)
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9/.image-factory-x/disk.raw" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", ["--list", "--help", "--version"])
+def test_reader_that_has_gone(place: Place, arguments: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stdout:
+        done = subprocess.run(
+            place.argv(arguments), env=place.variables(), stdout=stdout, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("arguments", ["--list", "--help", "--version"])
+def test_stdout_that_is_closed(place: Place, arguments: str) -> None:
+    done = place.run(before=("sh", "-c", 'exec "$@" "$0" >&-', arguments))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_disk_full_at_stdout(place: Place) -> None:
+    with open("/dev/full", "w") as stdout:
+        done = subprocess.run(
+            place.argv("--list"), env=place.variables(), stdout=stdout, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("image-factory: error: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signal_in_the_checks(place: Place, signum: signal.Signals, status: int) -> None:
+    programs = place.path / "bin"
+    programs.mkdir()
+    # A libvirt that never answers.
+    (programs / "virsh").write_text("#!/bin/sh\necho there >&2\nexec sleep 600\n")
+    (programs / "virsh").chmod(0o755)
+    place.environment["PATH"] = f"{programs}:/usr/bin:/bin"
+    with subprocess.Popen(
+        place.argv("x", "--check", "--image-size", "1M"),
+        env=place.variables(),
+        cwd=place.path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.endswith("virsh: there\n"):
+                break
+        process.send_signal(signum)
+        stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (status, "")
+    assert stderr == f"image-factory: error: Stopped by {signum.name}.\n"

@@ -1,0 +1,350 @@
+"""Programs are run with everything they print in the log, and are gone afterwards."""
+
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from image_factory import command
+from image_factory.errors import BuildError, CommandError, ConfigurationError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Give the messages that were logged, without the one that shows the command."""
+    caplog.set_level(logging.INFO, logger="image-factory")
+    return lambda: [message for message in caplog.messages if not message.startswith("Running: ")]
+
+
+def shell(script: str) -> list[str]:
+    return ["sh", "-c", script]
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(program)]
+
+
+def gone(pid: int) -> bool:
+    """Whether process *pid* has ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# Output.
+
+
+def test_output_and_exact_command_are_logged(log: Callable[[], list[str]], caplog: pytest.LogCaptureFixture) -> None:
+    argv = shell("echo out; echo 'two words' >&2")
+    assert command.run(argv) == ""
+    assert log() == ["sh: out", "sh: two words"]
+    assert caplog.messages[0] == f"Running: {shlex.join(argv)}"
+
+
+def test_captured_output_is_returned_and_only_stderr_logged(log: Callable[[], list[str]]) -> None:
+    assert command.run(shell("printf 'a\\n b '; echo problem >&2"), capture=True) == "a\n b "
+    assert log() == ["sh: problem"]
+
+
+def test_output_comes_while_the_program_runs(tmp_path: Path) -> None:
+    """The log shows a line at once: the program waits for what the log handler makes of it."""
+    flag = tmp_path / "seen"
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == "sh: first":
+                flag.touch()
+
+    handler = Handler()
+    command.logger.addHandler(handler)
+    command.logger.setLevel(logging.INFO)
+    try:
+        command.run(shell(f"echo first; until [ -e {flag} ]; do sleep 0.05; done"), timeout=20)
+    finally:
+        command.logger.removeHandler(handler)
+
+
+def test_last_line_without_an_end(log: Callable[[], list[str]]) -> None:
+    command.run(shell("printf 'one\\n\\n  \\ntwo'"))
+    assert log() == ["sh: one", "sh: two"]
+
+
+def test_only_the_last_state_of_a_progress_bar_is_logged(log: Callable[[], list[str]]) -> None:
+    command.run(shell(r"printf '10%%\r 50%%\r100%%\r\ndone\r\n  (1.00/100%%)\r  (99.00/100%%)\r'"))
+    assert log() == ["sh: 100%", "sh: done", "sh:   (99.00/100%)"]
+
+
+def test_line_of_ten_megabytes(log: Callable[[], list[str]]) -> None:
+    command.run(python("import sys; sys.stdout.write('x' * 10_000_000); print('end')"))
+    lines = [line.partition(": ")[2] for line in log()]
+    assert "".join(lines) == "x" * 10_000_000 + "end"
+    assert max(map(len, lines)) < 200_000
+
+
+def test_much_output_is_captured_whole() -> None:
+    program = "import sys; [print('y' * 999, file=file) for _ in range(3000) for file in (sys.stdout, sys.stderr)]"
+    assert command.run(python(program), capture=True) == ("y" * 999 + "\n") * 3000
+
+
+def test_binary_output(log: Callable[[], list[str]]) -> None:
+    command.run(python("import os; os.write(1, bytes(range(256)) + b'\\n' + b'\\xff\\n')"))
+    assert log()[-1].endswith(": \N{REPLACEMENT CHARACTER}")
+    assert command.run(shell(r"printf 'a\377b'"), capture=True) == "a\N{REPLACEMENT CHARACTER}b"
+
+
+def test_escape_sequences_do_not_reach_the_log(tmp_path: Path) -> None:
+    program = f"""
+        import sys; sys.path.insert(0, {str(REPOSITORY)!r})
+        from pathlib import Path
+        from image_factory import command, log
+        log.set_up()
+        with log.also_to_file(Path({str(tmp_path / "log")!r})):
+            command.run(["printf", r"\\033[2J\\033]0;title\\007red \\033[31;1m\\233mtext\\010\\000\\n"])
+            command.run(["printf", r"\\007 \\302\\2331m\\n"])
+            command.run(["printf", r"x%070000d\\033[31m%065000d\\033]8;;http://a\\n", "0", "0"])
+            try:
+                command.run(["sh", "-c", r"printf '\\033[31mred\\n'; exit 3"])
+            except command.CommandError as error:
+                print(log.printable(error.message))
+    """
+    done = subprocess.run(python(program), capture_output=True, check=True)
+    for shown in (done.stdout, done.stderr, (tmp_path / "log").read_bytes()):
+        text = shown.decode()
+        assert not [character for character in text if not character.isprintable() and character != "\n"]
+    assert "sh failed with status 3: red\n" in done.stdout.decode()
+    assert "printf: red " in (tmp_path / "log").read_text()
+
+
+# What the program is given.
+
+
+def test_stdin_is_empty() -> None:
+    assert command.run(shell("cat; echo end"), capture=True, timeout=10) == "end\n"
+
+
+def test_locale_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("FROM_PARENT", "yes")
+    assert command.run(shell("echo $LC_ALL $FROM_PARENT"), capture=True) == "C.UTF-8 yes\n"
+    assert command.run(shell("echo $LC_ALL $FROM_PARENT $OWN"), capture=True, env={"OWN": "1"}) == "C.UTF-8 1\n"
+
+
+@pytest.mark.parametrize("new_session", [True, False])
+def test_process_group_and_session(new_session: bool) -> None:
+    program = "import os; print(os.getpid() == os.getpgrp(), os.getpid() == os.getsid(0))"
+    assert command.run(python(program), capture=True, new_session=new_session) == f"True {new_session}\n"
+
+
+def test_no_controlling_terminal() -> None:
+    """Under a terminal of our own, which the program would otherwise get."""
+    program = f"""
+        import os, pty, sys
+        sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory import command
+        child, terminal = pty.fork()
+        if child == 0:
+            open("/dev/tty").close()
+            command.run(["sh", "-c", "! (: </dev/tty)"])
+            os._exit(0)
+        os.set_blocking(terminal, True)
+        try:
+            while os.read(terminal, 1024):
+                pass
+        except OSError:
+            pass
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert subprocess.run(python(program), timeout=30).returncode == 0
+
+
+def test_working_directory(tmp_path: Path) -> None:
+    assert command.run(["pwd"], capture=True, cwd=tmp_path) == f"{tmp_path}\n"
+
+
+def test_program_in_sbin_is_found_without_it_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert "losetup" in command.run(["losetup", "--version"], capture=True)
+
+
+# Failure.
+
+
+def test_status_and_last_lines_are_in_the_error() -> None:
+    argv = shell("seq 30; echo reason >&2; exit 7")
+    with pytest.raises(CommandError) as caught:
+        command.run(argv)
+    error = caught.value
+    assert (error.argv, error.status) == (argv, 7)
+    assert error.last_lines == [*map(str, range(12, 31)), "reason"]
+    assert error.message == "sh failed with status 7: reason"
+    assert error.hint == f"The command was: {shlex.join(argv)}"
+    assert error.exit_status == 1
+
+
+def test_signal_is_in_the_error() -> None:
+    with pytest.raises(CommandError) as caught:
+        command.run(shell("kill -SEGV $$"))
+    assert (caught.value.status, caught.value.message) == (-signal.SIGSEGV, "sh was killed by SIGSEGV")
+
+
+def test_captured_output_is_not_in_the_error() -> None:
+    with pytest.raises(CommandError) as caught:
+        command.run(shell("echo secret; echo reason >&2; exit 1"), capture=True)
+    assert caught.value.last_lines == ["reason"]
+
+
+def test_missing_program() -> None:
+    with pytest.raises(BuildError) as caught:
+        command.run(["no-such-program"])
+    assert (caught.value.message, caught.value.hint) == ("Can't run no-such-program: No such file or directory", None)
+
+
+def test_missing_program_of_a_known_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError) as caught:
+        command.run(["qemu-img", "info"])
+    assert caught.value.hint == "Install it: apt-get install qemu-utils"
+
+
+def test_program_that_can_not_be_executed(tmp_path: Path) -> None:
+    (tmp_path / "broken").write_text("")
+    (tmp_path / "broken").chmod(0o644)
+    with pytest.raises(BuildError, match=r"Can't run .*/broken: Permission denied"):
+        command.run([str(tmp_path / "broken")])
+
+
+def test_require_names_all_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command.require(["losetup"])
+    with pytest.raises(ConfigurationError) as caught:
+        command.require(["virsh", "losetup", "no-such-program", "qemu-img"])
+    assert caught.value.message == "Missing programs: virsh, no-such-program, qemu-img."
+    assert caught.value.hint == "Install them: apt-get install libvirt-clients no-such-program qemu-utils"
+
+
+def test_packages_are_those_that_debian_has_the_programs_in() -> None:
+    for program, package in command.PACKAGES.items():
+        owner = subprocess.run(["dpkg", "-S", f"*bin/{program}"], capture_output=True, text=True, check=True).stdout
+        assert package in {line.partition(":")[0] for line in owner.splitlines()}, program
+
+
+# The end of a program.
+
+
+def test_timeout(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(BuildError) as caught:
+        command.run(shell(f"echo $$ > {tmp_path}/pid; sleep 60"), timeout=1)
+    assert time.monotonic() - start < 8
+    assert caught.value.message == "sh did not end within 1 s"
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_timeout_while_it_prints_all_the_time() -> None:
+    with pytest.raises(BuildError, match="yes did not end within 1 s"):
+        command.run(["yes", "x" * 4000], capture=True, timeout=1)
+
+
+def test_grandchild_that_keeps_the_pipe_open_does_not_block(tmp_path: Path) -> None:
+    start = time.monotonic()
+    output = command.run(shell(f"setsid sleep 60 & echo $! > {tmp_path}/pid; echo done"), capture=True)
+    assert time.monotonic() - start < 5
+    assert output == "done\n"
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def test_grandchild_that_prints_for_ever_does_not_block(tmp_path: Path) -> None:
+    start = time.monotonic()
+    command.run(shell(f"setsid yes & echo $! > {tmp_path}/pid"), capture=True)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert time.monotonic() - start < 5
+
+
+def test_output_may_end_before_the_program() -> None:
+    start = time.monotonic()
+    with pytest.raises(CommandError) as caught:
+        command.run(shell("exec >&- 2>&-; sleep 1; exit 5"))
+    assert caught.value.status == 5
+    assert 1 <= time.monotonic() - start < 5
+
+
+def test_stop_signal_and_patience(tmp_path: Path) -> None:
+    """A program that cleans up on SIGINT is given the time to do it."""
+    script = f"trap 'sleep 1; touch {tmp_path}/clean; exit' INT; trap '' TERM; while :; do sleep 0.1; done"
+    with pytest.raises(BuildError):
+        command.run(shell(script), timeout=0.5, stop_signal=signal.SIGINT)
+    assert (tmp_path / "clean").exists()
+
+
+def test_program_that_ignores_the_signal_is_killed_with_its_group(tmp_path: Path) -> None:
+    script = f"trap '' TERM; sleep 60 & echo $$ $! > {tmp_path}/pids; while :; do sleep 0.1; done"
+    start = time.monotonic()
+    with pytest.raises(BuildError):
+        command.run(shell(script), timeout=0.5, stop_seconds=0.5)
+    assert time.monotonic() - start < 8
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 2
+    wait_for(lambda: all(map(gone, pids)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("trap", ["", "trap '' TERM INT HUP; "], ids=["obedient", "stubborn"])
+def test_signal_to_us_stops_the_program(tmp_path: Path, number: signal.Signals, trap: str) -> None:
+    script = f"{trap}sleep 60 & echo $$ $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pids; wait; wait"
+    program = f"""
+        import sys; sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory import command, errors, interrupts
+        with interrupts.handled():
+            try:
+                command.run(["sh", "-c", {script!r}], stop_seconds=0.5)
+            except errors.Interrupted as error:
+                print(error.message)
+                sys.exit(error.exit_status)
+    """
+    with subprocess.Popen(python(program), stdout=subprocess.PIPE, text=True) as process:
+        wait_for((tmp_path / "pids").exists)
+        pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+        process.send_signal(number)
+        stdout, _ = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (128 + number, f"Stopped by {number.name}.\n")
+    wait_for(lambda: all(map(gone, pids)))
+
+
+# read_until.
+
+
+def test_read_until_stops_the_program_when_it_has_said_it(tmp_path: Path) -> None:
+    start = time.monotonic()
+    output = command.read_until(shell(f"echo $$ > {tmp_path}/pid; echo a; echo wanted; sleep 60"), b"wanted", 30)
+    assert time.monotonic() - start < 10
+    assert output.startswith(b"a\nwanted")
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_read_until_gives_up(tmp_path: Path) -> None:
+    start = time.monotonic()
+    assert command.read_until(shell(f"echo $$ > {tmp_path}/pid; echo a; sleep 60"), b"wanted", 1) == b"a\n"
+    assert 1 <= time.monotonic() - start < 10
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_read_until_the_end_of_the_program() -> None:
+    assert command.read_until(shell("echo a; exit 3"), b"wanted", 30) == b"a\n"

@@ -1,0 +1,392 @@
+"""image-factory-sudo-helper, run for real by ordinary users through sudo.
+
+What each refused call must not do is checked on the outside: victims of root's and of another
+user's stay as they were.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .conftest import User, machine_state, run
+
+IMAGE_SIZE = 16 << 20
+# In the tables below: directories of user a and of user b, a mounted image of each, a file of root's.
+WORDS = ("OWN", "OTHER", "MOUNTED", "THEIRS", "IMAGE", "THEIR_IMAGE", "ROOTS", "LOOP")
+
+
+@dataclass
+class Scene:
+    """Two users who build: each has an image, mounted in a directory of its own."""
+
+    users: dict[str, User]
+    directories: dict[str, Path]
+    images: dict[str, Path]
+    mounts: dict[str, Path]
+    victim: Path
+
+    def helper(self, *words: str | bytes, user: str = "a", **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run the helper through sudo as *user*."""
+        own = self.users[user]
+        argv: list[str | bytes] = [*own.argv("sudo", "-n", own.helper, **environment), *words]
+        return subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", cwd=own.home, timeout=60
+        )
+
+    def fill_in(self, word: str) -> str:
+        loop = run("findmnt", "--noheadings", "--output", "SOURCE", self.mounts["b"]).stdout.strip()
+        values = {
+            "OWN": self.directories["a"],
+            "OTHER": self.directories["b"],
+            "MOUNTED": self.mounts["a"],
+            "THEIRS": self.mounts["b"],
+            "IMAGE": self.images["a"],
+            "THEIR_IMAGE": self.images["b"],
+            "ROOTS": self.victim,
+            "LOOP": loop,
+        }
+        for name in WORDS:
+            word = word.replace(f"<{name}>", str(values[name]))
+        return word
+
+    def outside(self) -> list[str]:
+        """Return what must not change: victims with modes, owners, times, and all mounts and loop devices."""
+        paths = [self.victim.parent, Path("/etc/shadow"), self.images["b"], self.directories["b"]]
+        listing = run("find", *paths, "-xdev", "-printf", "%p %m %U %G %s %T@ %l\n").stdout
+        inside = run("find", self.mounts["b"], "-printf", "%p %m %U %s %T@ %l\n").stdout
+        return [listing, inside, *machine_state()]
+
+
+def make_image(user: User, name: str, tree: Path) -> Path:
+    image = user.home / name
+    run("truncate", "-s", str(IMAGE_SIZE), image)
+    run("mke2fs", "-q", "-t", "ext4", "-d", tree, image)
+    run("chown", user.name, image)
+    return image
+
+
+@pytest.fixture(scope="module")
+def scene(users: dict[str, User], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """The guest's tree has links, a device, a setuid file and a socket where logs belong."""
+    tree = tmp_path_factory.mktemp("tree")
+    victim = users["root"].home / "victims" / "secret"
+    victim.parent.mkdir()
+    victim.write_text("root's secret\n")
+    victim.chmod(0o600)
+    for path in ("etc", "root", "var/log/installer", "var/log/YaST2", "var/adm", "usr/bin"):
+        (tree / path).mkdir(parents=True, exist_ok=True)
+    (tree / "root").chmod(0o700)
+    (tree / "etc/fstab").write_text("")
+    (tree / "root/install.log").write_text("an installer's log\n")
+    (tree / "var/log/installer/syslog").write_text("line one\nline two")
+    (tree / "var/log/installer/status").symlink_to(victim)
+    (tree / "var/log/anaconda").symlink_to(victim.parent)
+    (tree / "var/lib").symlink_to(victim.parent)
+    (tree / "var/adm/autoinstall").symlink_to("/etc")
+    os.mknod(tree / "var/log/YaST2/y2log", 0o666 | 0o020000, os.makedev(1, 5))
+    os.mkfifo(tree / "var/log/YaST2/fifo")
+    (tree / "usr/bin/rootshell").write_bytes(Path("/bin/dash").read_bytes())
+    (tree / "usr/bin/rootshell").chmod(0o4755)
+    images = {name: make_image(users[name], "image.raw", tree) for name in "ab"}
+    directories = {}
+    for name in "ab":
+        directories[name] = Path(users[name].run("mktemp", "-d", "/tmp/image-factory.XXXXXXXX").stdout.strip())
+        users[name].run("mkdir", "-m", "700", directories[name] / "tree", directories[name] / "empty")
+        users[name].run("touch", directories[name] / "file")
+        users[name].run("mkdir", directories[name] / "full", directories[name] / "full/x")
+        users[name].run("ln", "-s", "/etc", directories[name] / "link")
+    found = Scene(users, directories, images, {name: directories[name] / "tree" for name in "ab"}, victim)
+    try:
+        for name in "ab":
+            done = found.helper(
+                "mount-image", str(images[name]), "0", str(IMAGE_SIZE), str(found.mounts[name]), user=name
+            )
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        yield found
+    finally:
+        for name in "ab":
+            run("umount", found.mounts[name], check=False)
+            run("rm", "-r", directories[name])
+
+
+REFUSED: list[tuple[str, list[str | bytes]]] = [
+    ("no words", []),
+    ("empty word", [""]),
+    ("unknown verb", ["rm", "-rf", "<OWN>"]),
+    ("verb in capitals", ["UMOUNT", "<MOUNTED>"]),
+    ("verb with a blank", ["umount ", "<MOUNTED>"]),
+    ("joined words", ["umount <MOUNTED>"]),
+    ("umount without argument", ["umount"]),
+    ("umount of two", ["umount", "<MOUNTED>", "<MOUNTED>"]),
+    ("umount with an option", ["umount", "-l", "<MOUNTED>"]),
+    ("umount of the root", ["umount", "/"]),
+    ("umount of a system mount", ["umount", "/proc"]),
+    ("umount of a directory that is no mount", ["umount", "<OWN>/empty"]),
+    ("umount of the directory around the mount", ["umount", "<OWN>"]),
+    ("umount of another user's mount", ["umount", "<THEIRS>"]),
+    ("umount of what isn't there", ["umount", "/tmp/image-factory.nothing"]),
+    ("umount with ..", ["umount", "<OWN>/../<MOUNTED>"]),
+    ("umount with a trailing slash", ["umount", "<MOUNTED>/"]),
+    ("umount with //", ["umount", "<OWN>//tree"]),
+    ("umount with .", ["umount", "<OWN>/./tree"]),
+    ("umount with a newline", ["umount", "<MOUNTED>\n"]),
+    ("umount relative", ["umount", "tmp/image-factory.x"]),
+    ("umount elsewhere", ["umount", "/var/tmp/image-factory.x"]),
+    ("umount of another prefix", ["umount", "/tmp/image-factory"]),
+    ("umount below a link", ["umount", "<OWN>/link/tree"]),
+    ("umount of a very long name", ["umount", "/tmp/image-factory." + "x" * 5000]),
+    ("umount not UTF-8", ["umount", b"/tmp/image-factory.\xff\xfe"]),
+    ("umount with an escape sequence", ["umount", "/tmp/image-factory.\x1b[2J"]),
+    ("mount of no device", ["mount", "/etc/passwd", "<OWN>/empty"]),
+    ("mount of another device", ["mount", "/dev/vda", "<OWN>/empty"]),
+    ("mount of the control device", ["mount", "/dev/loop-control", "<OWN>/empty"]),
+    ("mount of a partition", ["mount", "/dev/loop0p1", "<OWN>/empty"]),
+    ("mount with ..", ["mount", "/dev/loop0/../vda", "<OWN>/empty"]),
+    ("mount of another user's loop device", ["mount", "<LOOP>", "<OWN>/empty"]),
+    ("mount of a free loop device", ["mount", "/dev/loop4242", "<OWN>/empty"]),
+    ("mount with options", ["mount", "-o", "suid", "/dev/loop0", "<OWN>/empty"]),
+    ("mount with a type", ["mount", "-t", "proc", "proc", "<OWN>/empty"]),
+    ("bind mount", ["mount", "--bind", "/etc", "<OWN>/empty"]),
+    ("mount elsewhere", ["mount", "/dev/loop0", "/etc"]),
+    ("mount without directory", ["mount", "/dev/loop0"]),
+    ("image: of another user", ["mount-image", "<THEIR_IMAGE>", "0", "512", "<OWN>/empty"]),
+    ("image: of root's", ["mount-image", "<ROOTS>", "0", "512", "<OWN>/empty"]),
+    ("image: a device", ["mount-image", "/dev/vda", "0", "512", "<OWN>/empty"]),
+    ("image: a directory", ["mount-image", "<OWN>", "0", "512", "<OWN>/empty"]),
+    ("image: not there", ["mount-image", "<OWN>/none", "0", "512", "<OWN>/empty"]),
+    ("image: empty", ["mount-image", "<OWN>/file", "0", "512", "<OWN>/empty"]),
+    ("image: through a link", ["mount-image", "<OWN>/link/shadow", "0", "512", "<OWN>/empty"]),
+    ("image: relative", ["mount-image", "image.raw", "0", "512", "<OWN>/empty"]),
+    ("image: with ..", ["mount-image", "/tmp/../etc/shadow", "0", "512", "<OWN>/empty"]),
+    ("image: with a newline", ["mount-image", "<IMAGE>\n", "0", "512", "<OWN>/empty"]),
+    ("image: negative offset", ["mount-image", "<IMAGE>", "-512", "512", "<OWN>/empty"]),
+    ("image: odd offset", ["mount-image", "<IMAGE>", "1", "512", "<OWN>/empty"]),
+    ("image: hexadecimal offset", ["mount-image", "<IMAGE>", "0x200", "512", "<OWN>/empty"]),
+    ("image: no size", ["mount-image", "<IMAGE>", "0", "0", "<OWN>/empty"]),
+    ("image: size past the end", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE + 512), "<OWN>/empty"]),
+    ("image: offset past the end", ["mount-image", "<IMAGE>", str(IMAGE_SIZE), "512", "<OWN>/empty"]),
+    ("image: size that overflows", ["mount-image", "<IMAGE>", "512", "9" * 18, "<OWN>/empty"]),
+    ("image: size of many digits", ["mount-image", "<IMAGE>", "512", "9" * 5000, "<OWN>/empty"]),
+    ("image: digits of another script", ["mount-image", "<IMAGE>", "\u0660", "512", "<OWN>/empty"]),
+    ("image: no filesystem in it", ["mount-image", "<IMAGE>", "8388608", "4194304", "<OWN>/empty"]),
+    ("directory: not the caller's", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OTHER>/empty"]),
+    ("directory: not empty", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/full"]),
+    ("directory: mounted on", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<MOUNTED>"]),
+    ("directory: in a mount", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<MOUNTED>/etc"]),
+    ("directory: a link", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/link"]),
+    ("directory: below a link", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/link/ssh"]),
+    ("directory: a file", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/file"]),
+    ("directory: /tmp", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "/tmp"]),
+    ("directory: seen by others", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>"]),
+    ("remove: nothing named", ["remove", "<MOUNTED>"]),
+    ("remove: absolute", ["remove", "<MOUNTED>", "/etc/passwd"]),
+    ("remove: with ..", ["remove", "<MOUNTED>", "../../etc/passwd"]),
+    ("remove: with .. in the middle", ["remove", "<MOUNTED>", "var/../etc"]),
+    ("remove: the root", ["remove", "<MOUNTED>", "."]),
+    ("remove: one bad among good", ["remove", "<MOUNTED>", "var/log/none", "../x"]),
+    ("remove: a pattern in the middle", ["remove", "<MOUNTED>", "*/log"]),
+    ("remove: outside of a mount", ["remove", "<OWN>", "file"]),
+    ("remove: in another user's mount", ["remove", "<THEIRS>", "root/install.log"]),
+    ("remove: below the mount's root", ["remove", "<MOUNTED>/etc", "fstab"]),
+    ("show: outside of a mount", ["show", "<OWN>", "file"]),
+    ("show: in another user's mount", ["show", "<THEIRS>", "root/install.log"]),
+    ("show: through a link", ["show", "<OWN>/link", "shadow"]),
+    ("trim: outside of a mount", ["trim", "<OWN>"]),
+    ("trim: another user's mount", ["trim", "<THEIRS>"]),
+    ("trim: the machine's root", ["trim", "/"]),
+    ("chmod: of a bad mode", ["chmod", "u+s", "<MOUNTED>/etc"]),
+    ("chmod: of no mode", ["chmod", "o+", "<MOUNTED>/etc"]),
+    ("chmod: of a number", ["chmod", "4777", "<MOUNTED>/etc"]),
+    ("chmod: of several modes", ["chmod", "o+r,u+s", "<MOUNTED>/etc"]),
+    ("chmod: with another option", ["chmod", "--reference=/etc/passwd", "o+r", "<MOUNTED>/etc"]),
+    ("chmod: outside of a mount", ["chmod", "o+rwx", "<OWN>/file"]),
+    ("chmod: through a link of the caller's", ["chmod", "-R", "o+rwx", "<OWN>/link"]),
+    ("chmod: below a link of the caller's", ["chmod", "o+rwx", "<OWN>/link/shadow"]),
+    ("chmod: a link of the guest's", ["chmod", "o+rwx", "<MOUNTED>/var/log/installer/status"]),
+    ("chmod: below a link of the guest's", ["chmod", "o+rwx", "<MOUNTED>/var/lib/secret"]),
+    ("chmod: recursively below a link of the guest's", ["chmod", "-R", "o+rwx", "<MOUNTED>/var/log/anaconda"]),
+    ("chmod: another user's mount", ["chmod", "o+rwx", "<THEIRS>/root"]),
+    ("chmod: a device", ["chmod", "o+rwx", "<MOUNTED>/var/log/YaST2/y2log"]),
+    ("chmod: with ..", ["chmod", "o+rwx", "<MOUNTED>/../../etc/shadow"]),
+    ("version with more", ["version", "x"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "words"), REFUSED, ids=[name for name, _ in REFUSED])
+def test_refused(scene: Scene, name: str, words: list[str | bytes]) -> None:
+    before = scene.outside()
+    done = scene.helper(*(scene.fill_in(word) if isinstance(word, str) else word for word in words))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("image-factory-sudo-helper: Command ")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.strip().isprintable()
+    assert scene.outside() == before
+
+
+@contextmanager
+def own_mount(scene: Scene) -> Iterator[Path]:
+    """Give a second mount of user a's, of a fresh copy of the image."""
+    point = scene.directories["a"] / "empty"
+    image = scene.images["a"].with_name("copy.raw")
+    scene.users["a"].run("cp", scene.images["a"], image)
+    done = scene.helper("mount-image", str(image), "0", str(IMAGE_SIZE), str(point))
+    assert (done.returncode, done.stderr) == (0, "")
+    try:
+        yield point
+    finally:
+        done = scene.helper("umount", str(point))
+        assert (done.returncode, done.stderr) == (0, "")
+        image.unlink()
+
+
+def test_mount_is_harmless(scene: Scene) -> None:
+    before = machine_state()
+    with own_mount(scene) as point:
+        options = run("findmnt", "--noheadings", "--output", "OPTIONS", point).stdout.strip().split(",")
+        assert {"nosuid", "nodev", "noexec", "nosymfollow"} <= set(options)
+        # No one else gets there, and a setuid shell in it isn't even run.
+        assert scene.users["b"].run("ls", point, check=False).returncode != 0
+        assert scene.users["a"].run(point / "usr/bin/rootshell", "-c", "id", check=False).returncode != 0
+        assert scene.users["a"].run("cat", point / "var/log/YaST2/y2log", check=False).returncode != 0
+    assert machine_state() == before
+
+
+def test_show_and_remove_stay_inside(scene: Scene) -> None:
+    outside = scene.outside()
+    with own_mount(scene) as point:
+        patterns = ("root/install.log*", "var/log/installer", "var/log/anaconda*", "var/lib/secret", "var/log/YaST2")
+        done = scene.helper("show", str(point), *patterns, "var/adm/autoinstall", "none/at/all")
+        assert done.stdout == (
+            "==> /root/install.log <==\nan installer's log\n"
+            "==> /var/log/installer/syslog <==\nline one\nline two\n"
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        done = scene.helper("remove", str(point), *patterns, "var/adm/autoinstall")
+        assert done.stdout.split() == [
+            "root/install.log", "var/log/installer", "var/log/anaconda", "var/log/YaST2", "var/adm/autoinstall",
+        ]  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        assert sorted(path.name for path in (point / "var").iterdir()) == ["adm", "lib", "log"]
+        assert list((point / "var/log").iterdir()) == []
+    assert scene.outside() == outside
+
+
+def test_trim_frees_blocks(scene: Scene) -> None:
+    with own_mount(scene) as point:
+        done = scene.helper("trim", str(point))
+        assert done.returncode == 0
+        assert 1 << 20 < int(done.stdout) < IMAGE_SIZE
+
+
+def test_released_forms(scene: Scene) -> None:
+    """chmod, mount of a loop device and umount, as the released program called them."""
+    user = scene.users["a"]
+    image = user.home / "released.raw"
+    user.run("cp", scene.images["a"], image)
+    # The released program attached it itself, with the rights of group disk.
+    device = run("losetup", "--find", "--show", image).stdout.strip()
+    point = Path(user.run("mktemp", "-d", "/tmp/image-factory.XXXXXXXX").stdout.strip())
+    try:
+        assert scene.helper("mount", device, str(point)).returncode == 0
+        assert scene.helper("umount", str(point), user="b").returncode == 1
+        assert user.run("ls", point / "root", check=False).returncode != 0
+        assert scene.helper("chmod", "o+rwx", f"{point}/root").returncode == 0
+        user.run("rm", "-f", point / "root/install.log")
+        assert scene.helper("chmod", "o-rwx", f"{point}/root").returncode == 0
+        assert (point / "root").stat().st_mode & 0o7777 == 0o700
+        assert scene.helper("chmod", "-R", "o+rwx", f"{point}/var/log").returncode == 0
+        assert (point / "var/log/installer/syslog").stat().st_mode & 0o7 == 0o6 | 0o1
+        assert scene.victim.stat().st_mode & 0o7777 == 0o600
+        assert scene.helper("chmod", "o-w", f"{point}/var/log/installer/syslog").returncode == 0
+        assert scene.helper("umount", str(point)).returncode == 0
+        assert not os.path.ismount(point)
+    finally:
+        run("umount", point, check=False)
+        run("losetup", "--detach", device)
+        point.rmdir()
+
+
+def test_loop_device_of_a_file_that_was_swapped(scene: Scene) -> None:
+    """A loop device of root's file isn't the caller's when a file of the caller's has taken the name."""
+    directory = scene.users["a"].directory("swapped")
+    image = directory / "image.raw"
+    run("cp", scene.images["a"], image)
+    device = run("losetup", "--find", "--show", image).stdout.strip()
+    try:
+        image.unlink()
+        scene.users["a"].run("cp", scene.images["a"], image)
+        done = scene.helper("mount", device, str(scene.directories["a"] / "empty"))
+        assert done.returncode == 1
+        assert "not a regular file of yours" in done.stderr
+    finally:
+        run("losetup", "--detach", device)
+
+
+def test_dry_run_prints_only(scene: Scene) -> None:
+    """DRYRUN gets through where the sudoers line has SETENV; without it sudo removes it."""
+    helper = scene.users["a"].helper
+    before = machine_state()
+    words = ["umount", str(scene.mounts["a"])]
+    done = run("env", "DRYRUN=1", helper, *words)
+    assert done.stdout == f"image-factory-sudo-helper: umount {scene.mounts['a']}\n"
+    assert run("env", "DRYRUN=1", helper, "umount", "/", check=False).returncode == 1
+    assert machine_state() == before
+
+
+@pytest.mark.parametrize(
+    "variable", ["LD_PRELOAD", "BASH_ENV", "ENV", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "PATH"]
+)
+def test_environment_of_the_caller_is_not_used(scene: Scene, variable: str) -> None:
+    home = scene.users["a"].home
+    trap = home / "trap"
+    trap.mkdir(exist_ok=True)
+    for name in ("os.py", "contextlib.py", "sitecustomize.py", "usercustomize.py", "startup"):
+        (trap / name).write_text(f"open({str(home / 'sprung')!r}, 'w').close()\n")
+    done = scene.helper(
+        "version", **{variable: str(trap / "startup" if variable.endswith(("ENV", "STARTUP")) else trap)}
+    )
+    assert done.returncode == 0 or variable == "PATH"
+    assert not (home / "sprung").exists()
+
+
+def test_claimed_uid_is_not_believed(scene: Scene) -> None:
+    """SUDO_UID of the caller's environment is overwritten by sudo."""
+    done = scene.helper("umount", str(scene.mounts["b"]), SUDO_UID="0", SUDO_GID="0")
+    assert done.returncode == 1
+    assert os.path.ismount(scene.mounts["b"])
+
+
+def test_not_through_sudo(scene: Scene) -> None:
+    user = scene.users["a"]
+    done = user.run(user.helper, "umount", scene.mounts["a"], check=False)
+    assert done.returncode == 1
+    assert "has to be run as root, through sudo" in done.stderr
+
+
+def test_closed_descriptors(scene: Scene) -> None:
+    """With its standard descriptors closed, what the helper prints doesn't go into the image."""
+    user = scene.users["a"]
+    with own_mount(scene) as point:
+        line = f"exec sudo -n {user.helper} show {point} root/install.log <&- >&- 2>&-"
+        user.run("sh", "-c", line, check=False)
+    run("e2fsck", "-fn", scene.images["a"])
+
+
+def test_limits(scene: Scene) -> None:
+    """Limits of the caller make a call fail as a whole, or not at all."""
+    user = scene.users["a"]
+    point = scene.directories["a"] / "empty"
+    before = machine_state()
+    mount = f"sudo -n {user.helper} mount-image {scene.images['a'].with_name('limits.raw')} 0 {IMAGE_SIZE} {point}"
+    user.run("cp", scene.images["a"], scene.images["a"].with_name("limits.raw"))
+    for limit in ("-f 0", "-n 6", "-v 20000", "-c 0", "-t 1"):
+        done = user.run("sh", "-c", f"ulimit {limit}; exec {mount}", check=False)
+        if done.returncode == 0:
+            assert scene.helper("umount", str(point)).returncode == 0
+        assert machine_state() == before, limit

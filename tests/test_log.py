@@ -1,0 +1,220 @@
+"""The log: safe to show, with the steps and their seconds, on stderr and in a file."""
+
+import logging
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from image_factory import log
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# As the released program has it.
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} image-factory \[\d+\] (INFO|WARNING|ERROR): (.*)")
+
+PRINTABLE = {
+    "plain text": "plain text",
+    "a\tb\nc": "a\tb\nc",
+    "grün \N{GRINNING FACE}": "grün \N{GRINNING FACE}",
+    "\x1b[31mred\x1b[0m": "red",
+    "\x1b[1;31;40mred\x1b[m": "red",
+    "\x1b[2J\x1b[H\x1b[?25l": "",
+    "\x1b[38:5:1mred": "red",
+    "\x1b]0;title\x07after": "after",
+    "\x1b]0;title\x1b\\after": "after",
+    "\x1b]8;;http://example.com\x07link\x1b]8;;\x07": "link",
+    "\x1b]52;c;aGk=\x07": "",
+    "\x1b]0;no end": "",
+    "\x1b(B\x1b)0text": "text",
+    "\x1bc\x1b7": "?c?7",
+    "\x1bM": "",
+    "\x1bP1$r0m\x1b\\": "1$r0m",
+    "\x1b[": "",
+    "\x1b[31": "",
+    "\x1b": "?",
+    "\x1b\x1b[31m": "?",
+    "a\rb": "a?b",
+    "a\x08b\x00\x07": "a?b??",
+    "a\x7fb": "a?b",
+    "\x9b31mred": "?31mred",
+    "\x85\x9d": "??",
+    "\x0b\x0c": "??",
+    "\udce9": "\udce9",
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), PRINTABLE.items(), ids=map(ascii, PRINTABLE))
+def test_printable(text: str, shown: str) -> None:
+    assert log.printable(text) == shown
+
+
+def test_nothing_that_controls_a_terminal_is_left() -> None:
+    controls = [chr(code) for code in [*range(32), *range(0x7F, 0xA0)] if chr(code) not in "\t\n"]
+    for first in controls:
+        for second in [*controls, *"[](Pc;\\ m"]:
+            shown = log.printable(f"{first}{second}31m{first}x{second}")
+            assert not set(shown) & set(controls)
+
+
+def test_printable_takes_no_more_than_linear_time() -> None:
+    start = time.monotonic()
+    for text in (
+        "\x1b[" + "1;" * 500_000,
+        "\x1b]" * 500_000,
+        "\x1b[ " * 300_000,
+        "\x1b" * 1_000_000,
+        "\x1b  " * 300_000,
+    ):
+        log.printable(text)
+    assert time.monotonic() - start < 10
+
+
+# Each program has log, and the path of a file.
+HEAD = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(REPOSITORY)!r})
+from image_factory import log
+path = Path(sys.argv[1])
+log.set_up()
+"""
+
+
+def run(program: str, path: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", HEAD + textwrap.dedent(program), path], capture_output=True, text=True, timeout=60
+    )
+
+
+def messages(text: str) -> list[tuple[str, str]]:
+    found = [LINE.fullmatch(line) for line in text.splitlines()]
+    assert all(found), text
+    return [(match[1], match[2]) for match in found if match]
+
+
+def test_form_of_a_line(tmp_path: Path) -> None:
+    done = run("log.logger.info('a %s', 'b'); log.logger.warning('c'); log.logger.debug('d')", tmp_path / "log")
+    assert done.stdout == ""
+    assert messages(done.stderr) == [("INFO", "a b"), ("WARNING", "c")]
+
+
+def test_file_has_what_stderr_has_while_it_is_open(tmp_path: Path) -> None:
+    program = r"""
+        log.logger.info("before")
+        with log.also_to_file(path):
+            log.logger.info("in\x1b[31mside")
+        log.logger.info("after")
+    """
+    (tmp_path / "log").write_text("older\n" * 100)
+    done = run(program, tmp_path / "log")
+    assert messages((tmp_path / "log").read_text()) == [("INFO", "inside")]
+    assert messages(done.stderr) == [("INFO", "before"), ("INFO", "inside"), ("INFO", "after")]
+
+
+def test_file_is_closed_when_the_body_raises(tmp_path: Path) -> None:
+    program = """
+        try:
+            with log.also_to_file(path):
+                raise ValueError
+        except ValueError:
+            log.logger.info("after")
+        assert not [link for link in Path("/proc/self/fd").iterdir() if link.resolve() == path]
+    """
+    done = run(program, tmp_path / "log")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_message_for_the_file_only(tmp_path: Path) -> None:
+    program = """
+        import logging
+        log.to_files(logging.ERROR, "not there")
+        with log.also_to_file(path):
+            log.to_files(logging.ERROR, "100% there")
+    """
+    done = run(program, tmp_path / "log")
+    assert done.stderr == ""
+    assert messages((tmp_path / "log").read_text()) == [("ERROR", "100% there")]
+
+
+@pytest.mark.parametrize("place", ["absent/log", "."])
+def test_file_that_can_not_be_made(tmp_path: Path, place: str) -> None:
+    program = """
+        try:
+            with log.also_to_file(path):
+                sys.exit(3)
+        except OSError:
+            log.logger.info("no file")
+    """
+    done = run(program, tmp_path / place)
+    assert messages(done.stderr) == [("INFO", "no file")]
+
+
+def test_text_that_is_not_unicode(tmp_path: Path) -> None:
+    program = r"""
+        with log.also_to_file(path):
+            log.logger.info("caf%s \N{SNOWMAN}", os.fsdecode(b"\xe9"))
+    """
+    done = run(program, tmp_path / "log")
+    assert messages(done.stderr) == [("INFO", r"caf\udce9 ☃")]
+    assert (tmp_path / "log").read_text(encoding="utf-8") == done.stderr
+
+
+def test_full_disk_gives_no_traceback() -> None:
+    program = """
+        with log.also_to_file(path):
+            log.logger.info("goes on")
+    """
+    done = run(program, "/dev/full")
+    assert (done.returncode, messages(done.stderr)) == (0, [("INFO", "goes on")])
+
+
+# Steps.
+
+
+def test_step_is_announced_and_timed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="image-factory")
+    with log.recorded_steps() as times:
+        with log.step("Sleeping"):
+            assert caplog.messages == ["Sleeping ..."]
+            time.sleep(0.25)
+        with log.step("Waking"):
+            pass
+    assert [step.name for step in times] == ["Sleeping", "Waking"]
+    assert 0.25 <= times[0].seconds < 5
+    assert times[1].seconds < 0.25
+    assert re.fullmatch(r"Sleeping: done in [0-9]\.[0-9] s", caplog.messages[1])
+
+
+def test_step_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="image-factory")
+    for failure in (ValueError, KeyboardInterrupt):
+        caplog.clear()
+        with log.recorded_steps() as times, pytest.raises(failure), log.step("Failing"):
+            raise failure
+        assert times == []
+        assert re.fullmatch(r"Failing: failed after 0\.[0-9] s", caplog.messages[-1])
+
+
+def test_step_without_a_record(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="image-factory")
+    with log.recorded_steps() as times:
+        pass
+    with log.step("Alone"):
+        pass
+    assert times == []
+    assert caplog.messages == ["Alone ...", "Alone: done in 0.0 s"]
+
+
+def test_steps_in_steps_and_records_in_records() -> None:
+    with log.recorded_steps() as outer:
+        with log.recorded_steps() as inner, log.step("a"), log.step("b"):
+            pass
+        with log.step("c"):
+            pass
+    assert [step.name for step in inner] == ["b", "a"]
+    assert [step.name for step in outer] == ["c"]

@@ -1,0 +1,166 @@
+"""The manual pages, README and NEWS say what the program has."""
+
+import argparse
+import importlib.machinery
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import image_factory
+from image_factory import cli, pipeline, settings
+from image_factory.settings import Configuration, ImageSettings, UploadSettings, declarations
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MANUAL = REPOSITORY / "image-factory.1.md"
+HELPER_MANUAL = REPOSITORY / "image-factory-sudo-helper.1.md"
+README = REPOSITORY / "README.md"
+
+
+def entries(page: Path, heading: str) -> dict[str, str]:
+    """Return the bold words of the terms below *heading* of *page*, with what is said of them."""
+    section = re.split(rf"^# {heading}\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
+    section = re.split(r"^# ", section, flags=re.MULTILINE)[0]
+    found = {}
+    for term, text in re.findall(r"^(\S.*)\n:   (.*(?:\n    .*)*)", section, re.MULTILINE):
+        for words in re.findall(r"\*\*(.+?)\*\*", term):
+            found[words.replace("\\", "")] = text
+    return found
+
+
+def options(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def ini_examples(page: Path) -> list[str]:
+    return re.findall(r"^```ini\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def helper() -> ModuleType:
+    path = REPOSITORY / "image-factory-sudo-helper"
+    loader = importlib.machinery.SourceFileLoader("image_factory_sudo_helper", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, loader.name, module)
+        patch.setattr(sys, "dont_write_bytecode", True)
+        loader.exec_module(module)
+        return module
+
+
+@pytest.mark.parametrize(
+    ("kind", "heading"), [(ImageSettings, "CONFIGURATION"), (UploadSettings, "UPLOAD DESTINATIONS")]
+)
+def test_each_setting_has_an_entry_with_its_default(kind: type[Any], heading: str) -> None:
+    found = entries(MANUAL, heading)
+    for key, declaration in declarations(kind):
+        assert key in found
+        # A default that is computed, the current directory, or none at all is told in words.
+        if isinstance(declaration.default, str) and declaration.default not in ("", "."):
+            assert f"Default: *{declaration.default}*." in " ".join(found[key].split())
+
+
+def test_the_manual_has_no_setting_that_is_unknown() -> None:
+    known = {key for key, _ in declarations(ImageSettings)}
+    assert set(entries(MANUAL, "CONFIGURATION")) == known
+    known = {key for key, _ in declarations(UploadSettings)}
+    commands = {"post-upload-command", "post-upload-command1", "post-upload-command2"}
+    assert set(entries(MANUAL, "UPLOAD DESTINATIONS")) == known | commands
+
+
+def test_the_manual_has_the_options_of_the_command_line() -> None:
+    assert set(entries(MANUAL, "OPTIONS")) == set(options(cli.make_parser()))
+
+
+def test_the_manual_has_each_step_that_is_logged() -> None:
+    terms = entries(MANUAL, "STEPS")
+    for path in (REPOSITORY / "image_factory").rglob("*.py"):
+        for name in re.findall(r'\bstep\(f?"([^"{]+)', path.read_text(encoding="utf-8")):
+            assert any(term.startswith(name) for term in terms), f"{path.name} logs the step {name!r}"
+
+
+def test_the_manual_has_the_exit_statuses() -> None:
+    assert set(entries(MANUAL, "EXIT STATUS")) == {"0", "1", "2", "129", "130", "143"}
+
+
+def test_the_helper_manual_has_each_verb(helper: ModuleType) -> None:
+    found = entries(HELPER_MANUAL, "COMMANDS")
+    synopsis = HELPER_MANUAL.read_text(encoding="utf-8").partition("# DESCRIPTION")[0]
+    for verb in helper.VERBS:
+        assert verb.words[0] in found
+        assert f"**image-factory-sudo-helper** **{verb.words[0]}**" in synopsis
+
+
+def test_the_helper_is_of_the_package_version(helper: ModuleType) -> None:
+    assert image_factory.__version__ == helper.VERSION
+
+
+def test_news_begins_with_this_version() -> None:
+    news = (REPOSITORY / "NEWS.md").read_text(encoding="utf-8")
+    assert news.startswith(f"# image-factory {image_factory.__version__} (")
+
+
+@pytest.mark.parametrize("page", [MANUAL, HELPER_MANUAL], ids=lambda page: page.name)
+def test_a_page_is_shown_without_warnings(page: Path, tmp_path: Path) -> None:
+    target = tmp_path / page.stem
+    subprocess.run(["pandoc", "--standalone", "--to", "man", page, "--output", target], check=True)
+    done = subprocess.run(
+        ["man", "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", target],
+        env=os.environ | {"LC_ALL": "C.UTF-8", "MANROFFSEQ": "", "MANWIDTH": "80"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_readme_names_each_target_of_make() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    readme = README.read_text(encoding="utf-8")
+    # ``all`` is the target of a plain ``make``.
+    for target in set(phony[1].split()) - {"all", ".FORCE"}:
+        assert re.search(rf"\bmake {target}\b", readme), f"README doesn't say what 'make {target}' does"
+
+
+@pytest.mark.parametrize("page", [README, MANUAL, REPOSITORY / "NEWS.md"], ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^):]+)\)", page.read_text(encoding="utf-8")):
+        assert (REPOSITORY / target).exists(), f"{page.name} links to {target}"
+
+
+def test_there_are_examples_of_configuration() -> None:
+    assert len(ini_examples(README)) >= 3
+    assert len(ini_examples(MANUAL)) >= 2
+
+
+@pytest.mark.parametrize(
+    "example",
+    [*ini_examples(README), *ini_examples(MANUAL)],
+    ids=lambda example: example.partition("\n")[0].strip("[]"),
+)
+def test_an_example_is_a_configuration_that_works(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An example is the user's file, which is read after the shipped one."""
+    (tmp_path / ".config").mkdir()
+    (tmp_path / ".config/image-factory.conf").write_text(example, encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(settings, "SYSTEM_FILE", tmp_path / "not-there.conf")
+    configuration = Configuration({})
+    for name in re.findall(r"^\[(Debian.*)\]$", example, re.MULTILINE):
+        assert name in configuration.images()
+    for name in configuration.images():
+        pipeline.make_plan(configuration, name, {})

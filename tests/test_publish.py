@@ -1,0 +1,283 @@
+"""Artifacts get their checksums and names, all or none, and are uploaded."""
+
+import datetime
+import hashlib
+import json
+import logging
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from image_factory import checksum, publish
+from image_factory.errors import BuildError, CommandError
+from image_factory.model import Artifact, Build, Plan
+from image_factory.settings import Configuration, Destination, ImageSettings
+
+DATE = datetime.date(2024, 2, 29)
+RAW, QCOW2 = "x-2024-02-29.raw", "x-2024-02-29.qcow2"
+SUM = ".sha256sum"
+
+
+class Place:
+    """A build with its output directory, and two artifacts that are ready to be published."""
+
+    def __init__(self, path: Path, **settings: object) -> None:
+        self.output = path / "output"
+        self.work = self.output / ".image-factory-x"
+        self.work.mkdir(parents=True)
+        configuration = path / "own.conf"
+        configuration.write_text("[x]\nlinux = /l\ninitrd = /i\n")
+        self.settings: ImageSettings = Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)}).image("x", {})
+        self.artifacts: list[Artifact] = []
+        for image_format in ("raw", "qcow2"):
+            artifact = Artifact(self.work / f"x-2024-02-29.{image_format}", image_format, 4096)
+            artifact.path.write_text(f"new {image_format}\n")
+            self.artifacts.append(checksum.add_sha256(self.build(), artifact))
+
+    def plan(self, *destinations: Destination, command: tuple[str, ...] = ()) -> Plan:
+        settings = ImageSettings(**{**self.settings.__dict__, "post_build_command": command})
+        return Plan("x", settings, DATE, self.output, {"raw": destinations, "qcow2": destinations})
+
+    def build(self) -> Build:
+        return Build(self.plan(), self.work, "image-factory-x-00000000")
+
+    def published(self) -> dict[str, str]:
+        return {path.name: path.read_text() for path in self.output.iterdir() if path.is_file()}
+
+    def older(self) -> dict[str, str]:
+        files = {name: f"older {name}\n" for name in (RAW, RAW + SUM, QCOW2, QCOW2 + SUM)}
+        for name, text in files.items():
+            (self.output / name).write_text(text)
+        return files
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+# Checksums.
+
+
+def test_checksum_is_one_that_sha256sum_reads(place: Place) -> None:
+    for artifact in place.artifacts:
+        digest = hashlib.sha256(artifact.path.read_bytes()).hexdigest()
+        assert artifact.sha256 == digest
+        assert artifact.checksum_path.name == artifact.path.name + SUM
+        assert artifact.checksum_path.read_text() == f"{digest}  {artifact.path.name}\n"
+        subprocess.run(["sha256sum", "--check", "--strict", artifact.checksum_path.name], cwd=place.work, check=True)
+
+
+def test_checksum_of_an_empty_file_and_of_one_with_holes(place: Place) -> None:
+    for size in (0, 300 << 20):
+        with place.artifacts[0].path.open("wb") as file:
+            file.truncate(size)
+        found = checksum.add_sha256(place.build(), place.artifacts[0])
+        done = subprocess.run(["sha256sum", found.path], capture_output=True, text=True, check=True)
+        assert found.sha256 == done.stdout.split()[0]
+
+
+def test_checksums_check_where_they_are_published(place: Place) -> None:
+    publish.move_into_place(place.build(), place.artifacts)
+    subprocess.run(["sha256sum", "--check", "--strict", RAW + SUM, QCOW2 + SUM], cwd=place.output, check=True)
+
+
+# Into place.
+
+
+def test_all_are_published(place: Place) -> None:
+    published = publish.move_into_place(place.build(), place.artifacts)
+    assert [artifact.path for artifact in published] == [place.output / RAW, place.output / QCOW2]
+    assert [artifact.sha256 for artifact in published] == [artifact.sha256 for artifact in place.artifacts]
+    assert set(place.published()) == {RAW, RAW + SUM, QCOW2, QCOW2 + SUM}
+    assert place.published()[RAW] == "new raw\n"
+    assert list(place.work.iterdir()) == []
+
+
+def test_older_files_are_replaced(place: Place) -> None:
+    before = place.older()
+    publish.move_into_place(place.build(), place.artifacts)
+    after = place.published()
+    assert set(after) == set(before)
+    assert not set(after.values()) & set(before.values())
+
+
+def test_reader_of_an_older_file_keeps_it(place: Place) -> None:
+    place.older()
+    with (place.output / RAW).open() as reader:
+        publish.move_into_place(place.build(), place.artifacts)
+        assert reader.read() == f"older {RAW}\n"
+
+
+def test_older_link_is_replaced_itself(place: Place) -> None:
+    (place.output / "target").write_text("untouched\n")
+    (place.output / RAW).symlink_to("target")
+    (place.output / QCOW2).symlink_to("nowhere")
+    publish.move_into_place(place.build(), place.artifacts)
+    assert not (place.output / RAW).is_symlink()
+    assert not (place.output / QCOW2).is_symlink()
+    assert (place.output / "target").read_text() == "untouched\n"
+
+
+@pytest.mark.parametrize("name", [RAW, RAW + SUM, QCOW2, QCOW2 + SUM])
+@pytest.mark.parametrize("older", [False, True])
+def test_none_is_published_when_one_can_not_be(place: Place, name: str, older: bool) -> None:
+    """A directory is in the way of one."""
+    before = place.older() if older else {}
+    before.pop(name, None)
+    (place.output / name).unlink(missing_ok=True)
+    (place.output / name).mkdir()
+    (place.output / name / "file").touch()
+    with pytest.raises(BuildError) as caught:
+        publish.move_into_place(place.build(), place.artifacts)
+    assert caught.value.message == f"Can't publish {place.output / name}: Is a directory."
+    assert place.published() == before
+    assert (place.output / name / "file").exists()
+
+
+def test_links_come_back_when_one_can_not_be_published(place: Place) -> None:
+    (place.output / RAW).symlink_to("nowhere")
+    (place.output / QCOW2).mkdir()
+    with pytest.raises(BuildError):
+        publish.move_into_place(place.build(), place.artifacts)
+    assert os.readlink(place.output / RAW) == "nowhere"
+
+
+def test_artifact_that_has_gone(place: Place) -> None:
+    before = place.older()
+    place.artifacts[1].path.unlink()
+    with pytest.raises(BuildError, match=f"Can't publish .*/{QCOW2}: No such file or directory"):
+        publish.move_into_place(place.build(), place.artifacts)
+    assert place.published() == before
+
+
+# Uploads.
+
+# Writes down where it runs and what it is given, then does what the real one does.
+RECORDER = """#!/usr/bin/python3
+import json, os, sys
+with open({recorded!r}, "a") as file:
+    print(json.dumps([os.getcwd(), {name!r}, *sys.argv[1:]]), file=file)
+if {real!r}:
+    os.execv({real!r}, [{name!r}, *sys.argv[1:]])
+"""
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands ``rsync`` (the real one) and ``tell`` that write themselves down in this file."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, real in (("rsync", "/usr/bin/rsync"), ("tell", "")):
+        (programs / name).write_text(RECORDER.format(recorded=str(tmp_path / "recorded"), name=name, real=real))
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return tmp_path / "recorded"
+
+
+def calls(recorded: Path, directory: Path) -> list[list[str]]:
+    """Return the calls, all of which were made in *directory*."""
+    found = [json.loads(line) for line in recorded.read_text().splitlines()]
+    assert {call[0] for call in found} == {str(directory)}
+    return [call[1:] for call in found]
+
+
+def test_uploads_in_their_order_with_the_real_rsync(place: Place, tmp_path: Path, recorded: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second place"
+    first.mkdir()
+    second.mkdir()
+    destinations = (
+        Destination("first", "rsync", f"{first}/", ("--chmod=u=rw,go=", "-q"), (("tell", "1 a", "$x"), ("tell", "1b"))),
+        Destination("second", "rsync", f"{second}/", (), (("tell", "2"),)),
+    )
+    artifacts = publish.move_into_place(place.build(), place.artifacts)
+    publish.upload(place.plan(*destinations), artifacts)
+    expected = []
+    for name in (RAW, QCOW2):
+        upload = [name, name + SUM]
+        expected += [
+            ["rsync", "--chmod=u=rw,go=", "-q", *upload, f"{first}/"],
+            ["tell", "1 a", "$x"],
+            ["tell", "1b"],
+            ["rsync", *upload, f"{second}/"],
+            ["tell", "2"],
+        ]
+    assert calls(recorded, place.output) == expected
+    for directory in (first, second):
+        assert {path.name for path in directory.iterdir()} == {RAW, RAW + SUM, QCOW2, QCOW2 + SUM}
+        subprocess.run(["sha256sum", "--check", RAW + SUM, QCOW2 + SUM], cwd=directory, check=True)
+    assert (first / RAW).stat().st_mode & 0o777 == 0o600
+
+
+def test_commands_are_those_that_a_dry_run_shows(place: Place) -> None:
+    destination = Destination("up", "rsync", "host:/srv/", ("-e", "ssh -p 2"), (("tell", RAW),))
+    assert list(publish.upload_commands(place.plan(destination), place.artifacts[0])) == [
+        (
+            destination,
+            [["rsync", "-e", "ssh -p 2", RAW, RAW + SUM, "host:/srv/"], ["tell", RAW]],
+        )
+    ]
+
+
+def test_artifact_that_is_only_kept_is_not_uploaded(place: Place, recorded: Path) -> None:
+    plan = place.plan(Destination("up", "rsync", "/srv/", (), ()), command=("tell",))
+    kept = Artifact(place.output / RAW, "raw", 4096, upload=False)
+    other = Artifact(place.output / QCOW2, "qcow2", 4096)
+    assert list(publish.upload_commands(plan, kept)) == []
+    assert publish.post_build_argv(plan, [kept, other]) == ["tell", QCOW2]
+    assert not recorded.exists()
+
+
+def test_upload_that_fails_ends_the_build(place: Place, tmp_path: Path, recorded: Path) -> None:
+    """What is published stays, and the later uploads don't take place."""
+    destinations = (
+        Destination("first", "rsync", f"{tmp_path}/absent/deep/", (), (("tell", "never"),)),
+        Destination("second", "rsync", f"{tmp_path}/", (), ()),
+    )
+    artifacts = publish.move_into_place(place.build(), place.artifacts)
+    with pytest.raises(CommandError) as caught:
+        publish.upload(place.plan(*destinations), artifacts)
+    assert caught.value.argv[0] == "rsync"
+    assert caught.value.exit_status == 1
+    assert [call[0] for call in calls(recorded, place.output)] == ["rsync"]
+    assert set(place.published()) == {RAW, RAW + SUM, QCOW2, QCOW2 + SUM}
+
+
+def test_command_after_an_upload_that_fails_ends_the_build(place: Place, tmp_path: Path, recorded: Path) -> None:
+    (tmp_path / "there").mkdir()
+    commands = (("sh", "-c", "echo refused >&2; exit 9"), ("tell", "never"))
+    destination = Destination("up", "rsync", f"{tmp_path}/there/", (), commands)
+    artifacts = publish.move_into_place(place.build(), place.artifacts)
+    with pytest.raises(CommandError) as caught:
+        publish.upload(place.plan(destination), artifacts)
+    assert (caught.value.status, caught.value.last_lines) == (9, ["refused"])
+    assert [call[0] for call in calls(recorded, place.output)] == ["rsync"]
+
+
+def test_post_build_command(place: Place, recorded: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="image-factory")
+    plan = place.plan(command=("tell", "It is there"))
+    artifacts = publish.move_into_place(place.build(), place.artifacts)
+    publish.run_post_build_command(plan, artifacts)
+    assert calls(recorded, place.output) == [["tell", "It is there", RAW, QCOW2]]
+    assert f"Running: {shlex.join(['tell', 'It is there', RAW, QCOW2])}" in caplog.messages
+
+
+def test_first_argument_of_the_post_build_command_is_the_image(place: Place) -> None:
+    plan = place.plan(command=("sh", "-c", 'test -f "$1" && sha256sum --check "$1.sha256sum"', "sh"))
+    artifacts = publish.move_into_place(place.build(), place.artifacts)
+    publish.run_post_build_command(plan, artifacts)
+
+
+def test_no_post_build_command(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="image-factory")
+    publish.run_post_build_command(place.plan(), place.artifacts)
+    assert caplog.messages == []
+
+
+def test_post_build_command_that_fails(place: Place) -> None:
+    with pytest.raises(CommandError):
+        publish.run_post_build_command(place.plan(command=("false",)), place.artifacts)

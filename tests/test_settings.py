@@ -1,0 +1,672 @@
+"""The settings: files, flags, parsers, and what is said about mistakes."""
+
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from image_factory import settings
+from image_factory.errors import ConfigurationError
+from image_factory.settings import (
+    Configuration,
+    Destination,
+    ImageSettings,
+    Source,
+    UploadSettings,
+    check_image_name,
+    declarations,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHIPPED_IMAGE = "Debian-13-server"
+MINIMAL = "[x]\nlinux = /boot/linux\ninitrd = /boot/initrd\n"
+
+Read = Callable[..., Configuration]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """Read a configuration of one file with the text, or the bytes, given."""
+
+    def read_text(text: str | bytes) -> Configuration:
+        path = tmp_path / "test.conf"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return Configuration({settings.FILE_VARIABLE: str(path)})
+
+    return read_text
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The places of the system's file and the user's, neither of which is there yet."""
+    monkeypatch.setattr(settings, "SYSTEM_FILE", tmp_path / "etc.conf")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".config").mkdir()
+    return tmp_path / "etc.conf", tmp_path / ".config/image-factory.conf"
+
+
+def error_of(action: Callable[[], Any]) -> ConfigurationError:
+    """Return the error that *action* raises, which has one line."""
+    with pytest.raises(ConfigurationError) as caught:
+        action()
+    assert caught.value.message
+    assert "\n" not in caught.value.message + (caught.value.hint or "")
+    assert caught.value.exit_status == 2
+    return caught.value
+
+
+# Every setting: what a user writes, and what becomes of it.
+
+IMAGE_ROWS: dict[str, tuple[str, Any]] = {
+    "linux": ("http://example.com/linux", Source("http://example.com/linux")),
+    "initrd": ("/boot/initrd", Source("/boot/initrd", Path("/boot/initrd"))),
+    "installer_image": ("file:///srv/a%20b.iso", Source("file:///srv/a%20b.iso", Path("/srv/a b.iso"))),
+    "append": ("console=ttyS0\n  quiet", "console=ttyS0 quiet"),
+    "preseed": ("/srv/debian.cfg", Path("/srv/debian.cfg")),
+    "kickstart": ("/srv/fedora.ks", Path("/srv/fedora.ks")),
+    "yast": ("/srv/suse.xml", Path("/srv/suse.xml")),
+    "cores": ("4", 4),
+    "ram": ("1.5G", 1536 << 20),
+    "image_size": ("10 GB", 10**10),
+    "format": ("qcow2, raw", ("qcow2", "raw")),
+    "mac": ("52:54:00:AB:cd:ef", "52:54:00:ab:cd:ef"),
+    "cache_dir": ("/srv/cache", Path("/srv/cache")),
+    "installer_logs": ("True", True),
+    "log_file": ("on", True),
+    "log_filename": ("build.log", Path("build.log")),
+    "output_dir": ("/srv/images", Path("/srv/images")),
+    "keep_raw": ("1", True),
+    "compression": ("zlib", "zlib"),
+    "vnc": ("localhost:13", ("localhost", 13)),
+    "osinfo": ("debian11", "debian11"),
+    "virt_type": ("qemu", "qemu"),
+    "network": ("bridge=br0", "bridge=br0"),
+    "upload_destinations": ("mirror-a, mirror-b", ("mirror-a", "mirror-b")),
+    "post_build_command": ("/usr/bin/notify --title 'It is there'", ("/usr/bin/notify", "--title", "It is there")),
+}
+UPLOAD_ROWS: dict[str, tuple[str, Any]] = {
+    "upload_type": ("rsync", "rsync"),
+    "upload_target": ("example.com::images/it's here", "example.com::images/it's here"),
+    "upload_args": ("-e 'ssh -p 2222' --chmod=a+r", ("-e", "ssh -p 2222", "--chmod=a+r")),
+}
+
+
+def test_every_setting_has_a_row_and_help() -> None:
+    for kind, rows in ((ImageSettings, IMAGE_ROWS), (UploadSettings, UPLOAD_ROWS)):
+        known = dict(declarations(kind))
+        assert [key.replace("-", "_") for key in known] == list(rows)
+        for key, declaration in known.items():
+            assert re.fullmatch(r"\S.*[^.\s]", declaration.help), key
+
+
+def rows_with_both_separators() -> list[tuple[str, str, str, Any]]:
+    return [
+        (key.replace("_", separator), key, *row)
+        for key, row in IMAGE_ROWS.items()
+        for separator in ("_-" if "_" in key else "_")
+    ]
+
+
+@pytest.mark.parametrize(("written", "name", "text", "value"), rows_with_both_separators())
+def test_image_setting_is_set(read: Read, written: str, name: str, text: str, value: Any) -> None:
+    others = "" if name in ("linux", "initrd") else "linux = /l\ninitrd = /i\n"
+    missing = {"linux": "initrd = /i\n", "initrd": "linux = /l\n"}.get(name, "")
+    image = read(f"[x]\n{others}{missing}{written} = {text}\n").image("x", {})
+    assert getattr(image, name) == value
+    default = getattr(read("[x]\nlinux = /l2\ninitrd = /i2\n").image("x", {}), name)
+    assert default != value
+
+
+@pytest.mark.parametrize("separator", "_-")
+@pytest.mark.parametrize(("name", "row"), UPLOAD_ROWS.items())
+def test_upload_setting_is_set(read: Read, separator: str, name: str, row: tuple[str, Any]) -> None:
+    texts = {"upload_type": "rsync", "upload_target": "/srv", "upload_args": "-v"} | {name: row[0]}
+    lines = [f"{key.replace('_', separator)} = {text}\n" for key, text in texts.items()]
+    destination = read("[up]\n" + "".join(lines)).destination("up", "x.raw", named_by="x")
+    shown = {
+        "upload_type": destination.type,
+        "upload_target": destination.target,
+        "upload_args": destination.arguments,
+    }
+    assert shown[name] == row[1]
+
+
+def test_defaults(read: Read) -> None:
+    image = read(MINIMAL).image("x", {})
+    assert image == ImageSettings(
+        linux=Source("/boot/linux", Path("/boot/linux")),
+        initrd=Source("/boot/initrd", Path("/boot/initrd")),
+        append="",
+        cores=1,
+        ram=1 << 30,
+        image_size=2 << 30,
+        format=("raw",),
+        cache_dir=Path("/var/cache/image-factory"),
+        installer_logs=False,
+        log_file=False,
+        output_dir=Path("."),
+        keep_raw=False,
+        compression="zstd",
+        virt_type="auto",
+        network="user,model=virtio",
+        upload_destinations=(),
+        post_build_command=(),
+        installer_image=None,
+        preseed=None,
+        kickstart=None,
+        yast=None,
+        mac=None,
+        log_filename=None,
+        vnc=None,
+        osinfo=None,
+    )
+
+
+def test_default_cache_of_an_ordinary_user_is_below_the_home_directory() -> None:
+    program = (
+        f"import os, sys; sys.path.insert(0, {str(REPOSITORY)!r}); import image_factory.settings as s; "
+        "os.setuid(65534); print(s.default_cache_dir(), s.parse_path(s.default_cache_dir()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={"HOME": "/home/u"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "~/.cache/image-factory /home/u/.cache/image-factory\n"
+
+
+# Parsers.
+
+GOOD: list[tuple[str, str, Any]] = [
+    ("linux", "rsync://example.com/pub/linux", Source("rsync://example.com/pub/linux")),
+    ("linux", "HTTPS://example.com:8443/linux", Source("HTTPS://example.com:8443/linux")),
+    ("linux", "http://[::1]:8080/linux", Source("http://[::1]:8080/linux")),
+    ("linux", "file:/boot/linux", Source("file:/boot/linux", Path("/boot/linux"))),
+    ("linux", "file://localhost/boot/linux", Source("file://localhost/boot/linux", Path("/boot/linux"))),
+    ("linux", "netboot/linux", Source("netboot/linux", Path("netboot/linux"))),
+    ("linux", "/with blank#and?more", Source("/with blank#and?more", Path("/with blank#and?more"))),
+    ("linux", "~/linux", Source("~/linux", Path("/home/tester/linux"))),
+    ("preseed", "~/debian.cfg", Path("/home/tester/debian.cfg")),
+    ("cores", " 16 ", 16),
+    ("cores", "9999", 9999),
+    ("ram", "1M", 1 << 20),
+    ("ram", "1073741824", 1 << 30),
+    ("format", "raw", ("raw",)),
+    ("format", "qcow2,qcow2,raw", ("qcow2", "raw")),
+    ("format", "raw,", ("raw",)),
+    ("keep-raw", "YES", True),
+    ("keep-raw", "false", False),
+    ("keep-raw", "off", False),
+    ("keep-raw", "0", False),
+    ("vnc", "localhost", ("localhost", None)),
+    ("vnc", "0.0.0.0:0", ("0.0.0.0", 0)),
+    ("vnc", ":1", ("", 1)),
+    ("vnc", "[::1]:1", ("::1", 1)),
+    ("vnc", "localhost:59635", ("localhost", 59635)),
+    ("compression", "NONE", "none"),
+    ("virt-type", "Auto", "auto"),
+    ("virt-type", "kvm", "kvm"),
+    ("upload-destinations", "", ()),
+    ("upload-destinations", " , ", ()),
+    ("post-build-command", "", ()),
+    ("log-filename", "/var/log/x.log", Path("/var/log/x.log")),
+]
+
+URI_FORMS = "only a path, or a URI that begins with file:, http://, https:// or rsync://"
+SIZE_FORMS = "only a size above zero such as 2G"
+BOOLEANS = "only yes, no, true, false, on, off, 1 or 0"
+MAC = "only a unicast MAC address such as 52:54:00:12:34:56"
+VNC = "only HOST:DISPLAY with a display from 0 to 59635, or HOST"
+FORMATS = "only raw or qcow2, or several with commas"
+COUNT = "only a whole number from 1 to 9999"
+ANSWER = "only a path whose last part has only letters, digits and . _ + -"
+
+BAD: list[tuple[str, str, str]] = [
+    *(
+        ("linux", text, URI_FORMS)
+        for text in (
+            "",
+            "ftp://example.com/linux",
+            "http:///linux",
+            "http://example.com",
+            "http://example.com/",
+            "https:linux",
+            "http://[::1/linux",
+            "http://example.com:port/linux",
+            "http://example.com:99999/linux",
+            "http://example.com/a b",
+            "rsync://example.com",
+            "file://example.com/linux",
+            "file:",
+            "//example.com/linux",
+            "example.com:linux",
+            "/a\0b",
+        )
+    ),
+    *(("preseed", text, ANSWER) for text in ("/srv/a b", "/srv/a,b", "/", "/srv/..", "/srv/-a", "/srv/'a'")),
+    ("preseed", "", "only a path"),
+    ("cache_dir", "", "only a path"),
+    ("output-dir", " ", "only a path"),
+    *(("log-filename", text, "only the name of a file") for text in ("logs/", "..", "/", ".")),
+    *(("cores", text, COUNT) for text in ("0", "-1", "1.5", "two", "", "10000", "0x2")),
+    *(("ram", text, SIZE_FORMS) for text in ("-1G", "0", "much", "")),
+    *(("ram", text, "only a size of at least 1 MiB") for text in ("1", "1023K")),
+    *(("image_size", text, SIZE_FORMS) for text in ("-1G", "0", "G", "1e9", "2 GX", "", "0.0000001K", "9E")),
+    *(("format", text, FORMATS) for text in ("vmdk", "raw,vmdk", "", ",", "raw qcow2", "RAW")),
+    *(
+        ("mac", text, MAC)
+        for text in ("", "52:54:00:12:34", "52:54:00:12:34:5g", "52-54-00-12-34-56", "01:00:5e:00:00:01", "RANDOM")
+    ),
+    *(("installer-logs", text, BOOLEANS) for text in ("", "maybe", "2", "y")),
+    ("log-file", "sometimes", BOOLEANS),
+    ("keep-raw", "-", BOOLEANS),
+    ("compression", "xz", "only zstd, zlib or none"),
+    ("virt-type", "xen", "only auto, kvm or qemu"),
+    *(
+        ("vnc", text, VNC)
+        for text in ("", ":", "localhost:", "localhost:x", "localhost:-1", "localhost:59636", "a b:1")
+    ),
+    ("post-build-command", "notify 'me", "only words as a shell has them (no closing quotation)"),
+]
+
+
+@pytest.mark.parametrize(("key", "text", "value"), GOOD)
+def test_value_is_read(read: Read, monkeypatch: pytest.MonkeyPatch, key: str, text: str, value: Any) -> None:
+    monkeypatch.setenv("HOME", "/home/tester")
+    others = "linux = /l\ninitrd = /i\n" if key != "linux" else "initrd = /i\n"
+    image = read(f"[x]\n{others}{key} = {text}\n").image("x", {})
+    assert getattr(image, key.replace("-", "_")) == value
+
+
+@pytest.mark.parametrize(("key", "text", "accepted"), BAD)
+def test_bad_value_names_section_key_value_and_what_is_accepted(read: Read, key: str, text: str, accepted: str) -> None:
+    others = "linux = /l\ninitrd = /i\n" if key != "linux" else "initrd = /i\n"
+    configuration = read(f"[x]\n{others}{key} = {text}\n")
+    message = error_of(lambda: configuration.image("x", {})).message
+    assert message.startswith(f"[x] {key.replace('_', '-')}: {text.strip()!r} is not accepted, {accepted}")
+
+
+@pytest.mark.parametrize(
+    ("key", "flag"), [(key, each.flags[-1]) for key, each in declarations(ImageSettings) if each.metavar]
+)
+def test_bad_flag_names_the_flag(read: Read, key: str, flag: str) -> None:
+    configuration = read(MINIMAL)
+    error = error_of(lambda: configuration.image("x", {key: ""}))
+    assert error.message.startswith(f"{flag}: '' is not accepted, only ")
+
+
+@pytest.mark.parametrize("name", ["a", "Debian-13-server", "_x", "a.b_c+d~e@f-1", "9", "a" * 200])
+def test_image_name(name: str) -> None:
+    check_image_name(name)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "-a", ".a", "..", "a" * 201, "a" * 300, "ä", "a\n", "a:b", "a,b"])
+def test_bad_image_name(name: str) -> None:
+    error = error_of(lambda: check_image_name(name))
+    assert error.message.endswith("is no image name.")
+    assert len(error.message) < 100
+
+
+# Files and flags.
+
+
+def test_later_files_win_and_flags_win_over_files(files: tuple[Path, Path]) -> None:
+    shipped = Configuration({}).image(SHIPPED_IMAGE, {})
+    system, user = files
+    system.write_text(f"[{SHIPPED_IMAGE}]\nram = 2G\nCores = 3\n")
+    assert Configuration({}).files == [settings.find_data_dir() / "image-factory.conf", system]
+    assert Configuration({}).image(SHIPPED_IMAGE, {}).ram == 2 << 30
+    user.write_text(f"[{SHIPPED_IMAGE}]\nram = 3G\nimage_size = 5G\n")
+    both = Configuration({})
+    assert both.files[1:] == [system, user]
+    image = both.image(SHIPPED_IMAGE, {"image-size": "7G", "format": "raw"})
+    assert (image.ram, image.cores, image.image_size, image.format) == (3 << 30, 3, 7 << 30, ("raw",))
+    assert image.linux == shipped.linux
+
+
+def test_variable_of_a_later_file_changes_an_earlier_one(files: tuple[Path, Path]) -> None:
+    files[1].write_text("[DEFAULT]\ndebian-mirror = http://mirror.example.com/debian\n")
+    linux = Configuration({}).image(SHIPPED_IMAGE, {}).linux
+    assert linux is not None
+    assert linux.uri.startswith("http://mirror.example.com/debian/dists/trixie/")
+
+
+def test_dash_and_underscore_are_the_same_between_files(files: tuple[Path, Path]) -> None:
+    files[0].write_text(f"[{SHIPPED_IMAGE}]\nimage-size = 3G\n")
+    files[1].write_text(f"[{SHIPPED_IMAGE}]\nimage_size = 4G\n")
+    assert Configuration({}).image(SHIPPED_IMAGE, {}).image_size == 4 << 30
+
+
+@pytest.mark.parametrize("reference", ["my_var", "my-var", "MY_VAR", "DEFAULT:my_var", "x:my-var"])
+def test_dash_and_underscore_are_the_same_in_references(read: Read, reference: str) -> None:
+    image = read(f"[DEFAULT]\nmy_var = quiet\n{MINIMAL}append = ${{{reference}}}\n").image("x", {})
+    assert image.append == "quiet"
+
+
+def test_named_file_replaces_all(files: tuple[Path, Path], tmp_path: Path) -> None:
+    files[0].write_text("[system]\nlinux = /l\n")
+    (tmp_path / "own.conf").write_text(MINIMAL)
+    configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(tmp_path / "own.conf")})
+    assert configuration.images() == ["x"]
+    assert configuration.files == [tmp_path / "own.conf"]
+
+
+def test_empty_variable_names_no_file(files: tuple[Path, Path]) -> None:
+    assert Configuration({"IMAGE_FACTORY_CONFIG": ""}).images() == [SHIPPED_IMAGE]
+
+
+def test_named_file_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "absent.conf"
+    message = error_of(lambda: Configuration({"IMAGE_FACTORY_CONFIG": str(path)})).message
+    assert message == (
+        f"Can't read the configuration {path} (named by IMAGE_FACTORY_CONFIG): No such file or directory."
+    )
+
+
+def test_named_file_that_is_a_directory(tmp_path: Path) -> None:
+    message = error_of(lambda: Configuration({"IMAGE_FACTORY_CONFIG": str(tmp_path)})).message
+    assert message.endswith("Is a directory.")
+
+
+def test_link_to_nowhere_is_no_missing_file(files: tuple[Path, Path]) -> None:
+    files[1].symlink_to("nowhere")
+    assert str(files[1]) in error_of(lambda: Configuration({})).message
+
+
+def test_file_that_may_not_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "secret.conf"
+    path.write_text(MINIMAL)
+    path.chmod(0)
+    # The directories above are root's alone, so the child reaches the file from inside.
+    tmp_path.chmod(0o711)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.chdir(tmp_path)
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            Configuration({"IMAGE_FACTORY_CONFIG": path.name})
+        except ConfigurationError as error:
+            status = 0 if f"{path.name} (named by IMAGE_FACTORY_CONFIG): Permission denied." in error.message else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_user_without_a_home_directory() -> None:
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "image-factory", "--list"],
+        env={"PATH": os.environ["PATH"]},
+        user=54321,
+        group=54321,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert SHIPPED_IMAGE in done.stdout.splitlines()
+
+
+def test_data_dir(read: Read) -> None:
+    image = read(f"{MINIMAL}preseed = ${{data_dir}}/a.cfg\nkickstart_dir = ${{data-dir}}\n").image("x", {})
+    assert image.preseed == settings.find_data_dir() / "a.cfg"
+    assert (settings.find_data_dir() / "image-factory.conf").is_file()
+
+
+def test_data_dir_can_be_set(read: Read) -> None:
+    image = read(f"[DEFAULT]\ndata_dir = /srv\n{MINIMAL}preseed = ${{data_dir}}/a.cfg\n").image("x", {})
+    assert image.preseed == Path("/srv/a.cfg")
+
+
+def test_data_dir_with_a_dollar_sign(tmp_path: Path) -> None:
+    """The program in a directory whose name would be a reference."""
+    place = tmp_path / "a${b}$c"
+    place.mkdir()
+    subprocess.run(["cp", "-r", REPOSITORY / "image_factory", REPOSITORY / "data", place], check=True)
+    (tmp_path / "own.conf").write_text(f"{MINIMAL}preseed = ${{data_dir}}/a.cfg\n")
+    program = (
+        "import os; from image_factory.settings import Configuration;"
+        "print(Configuration(os.environ).image('x', {}).preseed)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=place,
+        env={"IMAGE_FACTORY_CONFIG": str(tmp_path / "own.conf"), "PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{place}/data/a.cfg\n"
+
+
+@pytest.mark.parametrize("place", ["share/image-factory", "lib/python3/dist-packages"])
+def test_data_dir_below_the_prefix(tmp_path: Path, place: str) -> None:
+    package = tmp_path / "usr" / place
+    package.mkdir(parents=True)
+    subprocess.run(["cp", "-r", REPOSITORY / "image_factory", package], check=True)
+    (tmp_path / "usr/share/image-factory").mkdir(parents=True, exist_ok=True)
+    program = "from image_factory.settings import find_data_dir; print(find_data_dir())"
+    argv = [sys.executable, "-c", program]
+    environment = {"PYTHONPATH": str(package)}
+    missing = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "ConfigurationError: The shipped image-factory.conf isn't installed" in missing.stderr
+    (tmp_path / "usr/share/image-factory/image-factory.conf").touch()
+    found = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout == f"{tmp_path}/usr/share/image-factory\n"
+
+
+def test_images_are_the_sections_that_can_be_installed(read: Read) -> None:
+    text = """
+        [DEFAULT]
+        mirror = http://example.com
+        [b]
+        linux = /l
+        [up]
+        upload_type = rsync
+        linux = /l
+        [a]
+        installer-image = /a.iso
+        [variables]
+        dist = trixie
+        [c]
+        initrd = ${unknown}
+    """
+    assert read("\n".join(line.strip() for line in text.splitlines())).images() == ["b", "a", "c"]
+
+
+def test_unknown_image_has_near_names(read: Read) -> None:
+    configuration = read("[Debian-12]\nlinux = /l\n[Debian-13]\nlinux = /l\n[Fedora]\nlinux = /l\n")
+    error = error_of(lambda: configuration.image("debian-13", {}))
+    assert error.message.startswith("No image 'debian-13' is configured in ")
+    assert error.hint == "Did you mean Debian-13 or Debian-12? 'image-factory --list' lists them all."
+    assert (
+        error_of(lambda: configuration.image("zzz", {})).hint == "'image-factory --list' lists the configured images."
+    )
+    assert error_of(lambda: configuration.image("DEFAULT", {})).message.startswith("No image 'DEFAULT'")
+
+
+# Mistakes in the text.
+
+NEAR_MISSES = {
+    "upload_destination": "upload-destinations",
+    "imagesize": "image-size",
+    "keepraw": "keep-raw",
+    "post-build-comand": "post-build-command",
+    "pressed": "preseed",
+}
+
+
+@pytest.mark.parametrize(("written", "meant"), NEAR_MISSES.items())
+def test_near_miss_of_a_key_gets_a_warning(
+    read: Read, caplog: pytest.LogCaptureFixture, written: str, meant: str
+) -> None:
+    configuration = read(f"{MINIMAL}{written} = x\n")
+    with caplog.at_level(logging.WARNING, logger="image-factory"):
+        configuration.image("x", {})
+    shown = written.replace("_", "-")
+    assert caplog.messages == [f"[x] {shown} is not a key of image-factory. Did you mean {meant}?"]
+
+
+def test_variables_of_the_user_get_no_warning(read: Read, caplog: pytest.LogCaptureFixture) -> None:
+    text = f"{MINIMAL}dist = trixie\nnetboot = x\nmirror = x\nrelease = 13\narch = amd64\nversion = 1\nurl = x\n"
+    with caplog.at_level(logging.WARNING, logger="image-factory"):
+        read(text).image("x", {})
+    assert caplog.messages == []
+
+
+def test_near_miss_in_an_upload_section(read: Read, caplog: pytest.LogCaptureFixture) -> None:
+    text = "[up]\nupload_type = rsync\nupload_target = /srv\nupload_arg = -v\npost_upload_command7 = true\n"
+    with caplog.at_level(logging.WARNING, logger="image-factory"):
+        read(text).destination("up", "x.raw", named_by="x")
+    assert caplog.messages == ["[up] upload-arg is not a key of image-factory. Did you mean upload-args?"]
+
+
+INTERPOLATIONS = [
+    ("${unknown}", "[x] append: ${unknown} is not defined.", "Define unknown in [x] or [DEFAULT]"),
+    ("${nowhere:key}", "[x] append: ${nowhere:key} is not defined.", "Define"),
+    ("${x:unknown}", "[x] append: ${x:unknown} is not defined.", "Define"),
+    ("${append}", "[x] append: its ${...} go round in a circle.", ""),
+    ("${other}\nother = ${append}", "[x] append: its ${...} go round in a circle.", ""),
+    ("5$", "[x] append: '5$' has a '$' that begins no ${...}.", "Write $$"),
+    ("$HOME", "[x] append: '$HOME' has a '$' that begins no ${...}.", "Write $$"),
+    ("${HOME", "[x] append: '${HOME' has a '$' that begins no ${...}.", "Write $$"),
+]
+
+
+@pytest.mark.parametrize(("text", "message", "hint"), INTERPOLATIONS)
+def test_interpolation_error(read: Read, text: str, message: str, hint: str) -> None:
+    configuration = read(f"{MINIMAL}append = {text}\n")
+    error = error_of(lambda: configuration.image("x", {}))
+    assert error.message == message
+    assert (error.hint or "").startswith(hint)
+
+
+def test_two_dollar_signs_are_one(read: Read) -> None:
+    assert read(f"{MINIMAL}append = a=$$b$${{c}}\n").image("x", {}).append == "a=$b${c}"
+
+
+def test_percent_sign_is_nothing_special(read: Read) -> None:
+    assert read(f"{MINIMAL}append = a=%(b)s %%\n").image("x", {}).append == "a=%(b)s %%"
+
+
+def test_mistake_in_another_section_doesnt_matter(read: Read) -> None:
+    assert read(f"{MINIMAL}[y]\nlinux = ${{unknown}}\nram = much\n").image("x", {}).ram == 1 << 30
+
+
+SYNTAX: list[tuple[str | bytes, str]] = [
+    ("[x]\nlinux\n", ", line 2: 'linux' is neither a [section] nor KEY = VALUE."),
+    ("[x]\n= /l\n", ", line 2: '= /l' is neither a [section] nor KEY = VALUE."),
+    ("linux = /l\n", ", line 1: 'linux = /l' comes before any [section]."),
+    ("[x\nlinux = /l\n", ", line 1: '[x' comes before any [section]."),
+    ("[x]\nlinux = /l\n\n[x]\n", ", line 4: section [x] is there twice."),
+    ("[x]\nimage-size = 1G\nimage_size = 2G\n", ", line 3: [x] has 'image-size' twice."),
+    ("[x]\nLinux = 1G\nlinux = 2G\n", ", line 3: [x] has 'linux' twice."),
+    (b"[x]\nappend = caf\xe9\n", ", line 2: byte 0xe9 is not UTF-8."),
+    (b"# comment\n" * 5000 + b"\xe9\n", ", line 5001: byte 0xe9 is not UTF-8."),
+    (b"\xef\xbb\xbf[x]\n# \xff\n", ", line 2: byte 0xff is not UTF-8."),
+    ("[x]\n".encode("utf-16"), ", line 1: byte 0xff is not UTF-8."),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), SYNTAX, ids=[message for _, message in SYNTAX])
+def test_syntax_error_names_file_and_line(read: Read, tmp_path: Path, text: str | bytes, message: str) -> None:
+    error = error_of(lambda: read(text))
+    assert error.message == f"{tmp_path}/test.conf (named by IMAGE_FACTORY_CONFIG){message}"
+    if "UTF-8" in message:
+        assert error.hint == f"Convert it: iconv -f latin1 -t utf-8 {shlex.quote(f'{tmp_path}/test.conf')}"
+
+
+def test_byte_order_mark_and_line_ends_of_windows(read: Read) -> None:
+    text = ("\ufeff" + MINIMAL + "append = a\n  b\ncores = 2\n").replace("\n", "\r\n")
+    image = read(text.encode()).image("x", {})
+    assert (image.append, image.cores, image.linux) == ("a b", 2, Source("/boot/linux", Path("/boot/linux")))
+
+
+SOURCES = [
+    ("", "[x] lacks 'linux' and 'initrd'. They are the URIs of the netboot kernel and initrd."),
+    ("linux = /l", "[x] lacks 'initrd'. It is the URI of the netboot initrd."),
+    ("initrd = /i", "[x] lacks 'linux'. It is the URI of the netboot kernel."),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), SOURCES)
+def test_missing_installer(read: Read, text: str, message: str) -> None:
+    configuration = read(f"[x]\n{text}\n")
+    error = error_of(lambda: configuration.image("x", {}))
+    assert (error.message, error.hint) == (
+        message,
+        "Or name an ISO or an installation tree with 'installer_image'.",
+    )
+
+
+def test_installer_image_takes_the_place_of_both(read: Read) -> None:
+    assert read("[x]\ninstaller_image = /x.iso\n").image("x", {}).linux is None
+
+
+@pytest.mark.parametrize("keys", [("preseed", "kickstart"), ("kickstart", "yast"), ("preseed", "yast")])
+def test_two_answer_files(read: Read, keys: tuple[str, str]) -> None:
+    configuration = read(MINIMAL + "".join(f"{key} = /a\n" for key in keys))
+    error = error_of(lambda: configuration.image("x", {}))
+    assert error.message == f"[x] has '{keys[0]}' and '{keys[1]}'. An image has one answer file."
+
+
+@pytest.mark.parametrize("key", ["preseed", "kickstart", "yast"])
+def test_answer_file(read: Read, key: str) -> None:
+    image = read(f"{MINIMAL}{key} = /a.cfg\n").image("x", {})
+    assert (image.answer_file_key, image.answer_file) == (key, Path("/a.cfg"))
+    none = read(MINIMAL).image("x", {})
+    assert (none.answer_file_key, none.answer_file) == (None, None)
+
+
+# Upload destinations.
+
+UPLOAD = "[up]\nupload_type = rsync\nupload-target = host:/srv/\n"
+
+
+def test_commands_after_an_upload_are_in_the_order_of_their_numbers(read: Read) -> None:
+    configuration = read(
+        f"{UPLOAD}post-upload-command10 = ten\npost_upload_command2 = two\npost-upload-command = none\n"
+        "post-upload-command1 = one '${image} of $$1'\n"
+    )
+    assert configuration.destination("up", "x.raw", named_by="x") == Destination(
+        "up", "rsync", "host:/srv/", (), (("none",), ("one", "x.raw of $1"), ("two",), ("ten",))
+    )
+
+
+def test_image_in_an_upload_section_wins_over_a_variable(read: Read) -> None:
+    text = f"[DEFAULT]\nimage = wrong\n{UPLOAD}post-upload-command = echo ${{image}}\nupload_args = --x=${{image}}\n"
+    destination = read(text).destination("up", "a$b.raw", named_by="x")
+    assert (destination.commands, destination.arguments) == ((("echo", "a$b.raw"),), ("--x=a$b.raw",))
+
+
+BAD_UPLOADS = [
+    ("", "[x] upload-destinations: there is no section [up]."),
+    ("[up]\nupload_target = /srv\n", "[up] lacks 'upload_type'. It is the kind of the upload."),
+    (
+        "[up]\nupload_type = rsync\n",
+        "[up] lacks 'upload_target'. It is the place to upload to, in the form that the upload type has.",
+    ),
+    ("[up]\nupload_type = ftp\nupload_target = /srv\n", "[up] upload-type: 'ftp' is not accepted, only rsync."),
+    ("[up]\nupload_type =\nupload_target = /srv\n", "[up] upload-type: '' is not accepted, only rsync."),
+    (
+        "[up]\nupload_type = rsync\nupload_target =\n",
+        "[up] upload-target: '' is not accepted, only a place to upload to.",
+    ),
+    (f"{UPLOAD}upload_args = 'a\n", '[up] upload-args: "\'a" is not accepted, only words as a shell has them'),
+    (f"{UPLOAD}post-upload-command3 =\n", "[up] post-upload-command3: '' is not accepted, only a command."),
+    (f"{UPLOAD}post-upload-command = ${{imag}}\n", "[up] post-upload-command: ${imag} is not defined."),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_UPLOADS)
+def test_bad_upload_section(read: Read, text: str, message: str) -> None:
+    configuration = read(MINIMAL + text)
+    error = error_of(lambda: configuration.destination("up", "x.raw", named_by="x"))
+    assert error.message.startswith(message)

@@ -23,9 +23,14 @@ ANSWER_FILE_ARGUMENTS = {
     "yast": "autoyast=file:///{name}",
 }
 
+KVM_DEVICE = Path("/dev/kvm")
+
 # A kernel prints its banner in well under a second on a KVM that works, nested ones included.
 PROBE_SECONDS = 5.0
 _PROBE_BANNER = b"Linux version"
+
+# virt-install 4.1 escapes them twice in the console's path.
+_NOT_IN_PATHS = frozenset("&<>'\"")
 
 _QEMU_USER = "libvirt-qemu"
 _QEMU_CONFIGURATION = Path("/etc/libvirt/qemu.conf")
@@ -47,12 +52,12 @@ def kernel_arguments(settings: ImageSettings) -> str:
 
 
 def option(*parts: str) -> str:
-    """Join the *parts* of an option for virt-install, which splits it at commas but in double quotes."""
-    return ",".join(f'"{_escaped(part)}"' if set(part) & set(',"\\') else part for part in parts)
+    """Join the *parts* of an option for virt-install, which splits it at commas but in double quotes.
 
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
+    The parts have no double quotes themselves; see check_output_dir.
+    """
+    escaped = (part.replace("\\", "\\\\") for part in parts)
+    return ",".join(f'"{part}"' if set(part) & set(",\\") else part for part in escaped)
 
 
 def _graphics(settings: ImageSettings) -> str:
@@ -112,11 +117,17 @@ def check_libvirt(plan: Plan) -> None:
         raise ConfigurationError(f"libvirt is not reachable at {plan.libvirt_uri}: {said}", hint=hint) from error
 
 
-def check_reachable(plan: Plan) -> None:
-    """Raise ConfigurationError if QEMU of the system's libvirt can't get into the output directory.
+def check_output_dir(plan: Plan) -> None:
+    """Raise ConfigurationError if virt-install or QEMU can't use the output directory.
 
-    It runs as a user of its own, libvirt-qemu on Debian, unless qemu.conf says otherwise.
+    QEMU of the system's libvirt runs as a user of its own, libvirt-qemu on Debian, unless qemu.conf
+    says otherwise.
     """
+    if set(str(plan.output_dir)) & _NOT_IN_PATHS:
+        raise ConfigurationError(
+            f"[{plan.image}] output-dir: virt-install can't use {plan.output_dir}.",
+            hint=f"Use a path without {' '.join(sorted(_NOT_IN_PATHS))}",
+        )
     if not plan.as_root or _QEMU_USER_CHANGED.search(_text_of(_QEMU_CONFIGURATION)):
         return
     try:
@@ -247,10 +258,10 @@ def probe_argv(kernel: Path) -> list[str]:
 def why_not_kvm(kernel: Path | None) -> str | None:
     """Start *kernel* under KVM until it prints to its serial port; return what is wrong, or None."""
     try:
-        with open("/dev/kvm", "r+b", buffering=0):
+        with KVM_DEVICE.open("r+b", buffering=0):
             pass
     except OSError as error:
-        return f"/dev/kvm: {error.strerror}"
+        return f"{KVM_DEVICE}: {error.strerror}"
     if kernel is None:
         return "there is no kernel to probe it with"
     output = command.read_until(probe_argv(kernel), _PROBE_BANNER, PROBE_SECONDS)

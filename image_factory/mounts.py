@@ -56,17 +56,21 @@ def _mounted_partition(disk: Disk, partition: Partition) -> Iterator[Tree]:
 
 @contextmanager
 def _mount_point() -> Iterator[Path]:
-    """Give an empty directory; it is removed with rmdir, which spares what is still mounted there."""
+    """Give an empty directory, and remove it on the way out unless something is still mounted there."""
     directory = Path(tempfile.mkdtemp(prefix=MOUNT_PREFIX, dir=MOUNT_DIRECTORY))
+    path = directory / "tree"
     try:
-        path = directory / "tree"
         path.mkdir(mode=0o700)
-        try:
-            yield path
-        finally:
-            path.rmdir()
+        yield path
     finally:
-        directory.rmdir()
+        _remove_mount_point(path)
+
+
+def _remove_mount_point(path: Path) -> None:
+    # That it could not be unmounted has been said.  rmdir spares a guest's files in any case.
+    if not os.path.ismount(path):
+        path.rmdir()
+        path.parent.rmdir()
 
 
 @contextmanager
@@ -110,8 +114,7 @@ def release_left_mounts(plan: Plan, directory: Path) -> None:
             umount(mount_point)
             parent = mount_point.parent
             if parent.parent == MOUNT_DIRECTORY and parent.name.startswith(MOUNT_PREFIX):
-                mount_point.rmdir()
-                parent.rmdir()
+                _remove_mount_point(mount_point)
 
 
 def _loop_mounts() -> list[tuple[str, Path]]:

@@ -40,7 +40,7 @@ def check_plan(plan: Plan) -> None:
     _check_files(plan)
     command.require(_programs(plan))
     _check_space(plan)
-    guest.check_reachable(plan)
+    guest.check_output_dir(plan)
     privileged.check()
     guest.check_libvirt(plan)
 

@@ -47,8 +47,12 @@ def _locked_directory(plan: Plan) -> Iterator[Path]:
     # QEMU of the system's libvirt runs as a user of its own, which has to get through.
     mode = 0o711 if plan.as_root else 0o700
     while True:
-        path.mkdir(parents=True, exist_ok=True, mode=mode)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=mode)
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            # A link, a file or someone else's directory is in its place.
+            raise BuildError(f"The working directory {path} can't be made: {error.strerror}.") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us may have removed what we opened.

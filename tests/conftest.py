@@ -210,7 +210,9 @@ def vms(user: User, directory: Path) -> list[str]:
 
 def machine_state() -> list[str]:
     """Return the loop devices, mounts and directories of builds on this machine."""
-    state = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").stdout.splitlines()
+    loops = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").stdout.splitlines()
+    # Others than the tests' may come and go.
+    state = [line for line in loops if "/if-check." in line or "/pytest-of-" in line]
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     return [
         *state,

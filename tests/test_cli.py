@@ -156,12 +156,20 @@ class Place:
         return lines[0].removeprefix("image-factory: error: "), hint
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    (tmp_path / "own.conf").write_text(CONFIGURATION)
+def fill(directory: Path) -> None:
+    (directory / "own.conf").write_text(CONFIGURATION)
     for name in ("linux", "initrd", "answer.cfg"):
-        (tmp_path / name).write_text("a file\n")
-    return Place(tmp_path)
+        (directory / name).write_text("a file\n")
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    """A place that QEMU of the system's libvirt can get into, unlike tmp_path."""
+    with tempfile.TemporaryDirectory(prefix="image-factory-test.", dir="/var/tmp") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        fill(directory)
+        yield Place(directory)
 
 
 # Arguments, and what the error has to name.
@@ -305,6 +313,12 @@ def test_not_enough_space(place: Place, small: Path) -> None:
     assert place.run("x", "--check", "-o", "small/images", "--image-size", "3M").returncode == 0
 
 
+def test_directory_that_qemu_can_not_enter(place: Place) -> None:
+    (place.path / "closed").mkdir(mode=0o700)
+    error, _ = place.refused("x", "--image-size", "1M", "-o", "closed/images")
+    assert error.endswith(f", can't enter {place.path}/closed.")
+
+
 WITHOUT_LIBVIRT = 'mount -t tmpfs tmpfs /run/libvirt && exec "$@"'
 
 
@@ -333,9 +347,7 @@ def ordinary() -> Iterator[Place]:
         home = directory / "home"
         home.mkdir()
         shutil.chown(home, NOBODY)
-        (home / "own.conf").write_text(CONFIGURATION)
-        for name in ("linux", "initrd", "answer.cfg"):
-            (home / name).write_text("a file\n")
+        fill(home)
         yield _Ordinary(home)
     finally:
         shutil.rmtree(directory)
@@ -441,8 +453,8 @@ def test_flags_win_over_the_file_in_both_directions(place: Place) -> None:
     assert "# Showing installer logs" in place.run("logs", "--dry-run").stdout
     shown = place.run("logs", "--dry-run", "--no-installer-logs", "-f", "raw", "--mac", "52:54:00:00:00:01").stdout
     assert "# Showing installer logs" not in shown
-    assert "# Writing qcow2" not in shown
-    assert "# Writing raw" in shown
+    assert "qcow2" not in shown
+    assert ".raw\n" in shown
     assert ",mac=52:54:00:00:00:01 " in shown
 
 

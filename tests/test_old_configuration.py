@@ -3,6 +3,8 @@
 import datetime
 import os
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,16 +20,22 @@ IMAGES = ["Debian-11-server", "Ubuntu-20.04-server", "Fedora-36-server", "openSU
 
 
 @pytest.fixture
-def configuration(tmp_path: Path) -> Path:
-    """The old file, with the directory of the test in it and the answer files that it names."""
-    path = tmp_path / "image-factory.conf"
-    text = (DATA / "image-factory-1.0.2.conf").read_text()
-    path.write_text(text.replace("@HERE@", str(tmp_path)))
-    for name in ANSWER_FILES:
-        answer = tmp_path / "answers" / name
-        answer.parent.mkdir(parents=True, exist_ok=True)
-        answer.write_text("# an answer file\n")
-    return path
+def configuration() -> Iterator[Path]:
+    """The old file, with the directory of the test in it and the answer files that it names.
+
+    QEMU of the system's libvirt can get into the directory, unlike tmp_path.
+    """
+    with tempfile.TemporaryDirectory(prefix="image-factory-test.", dir="/var/tmp") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        path = directory / "image-factory.conf"
+        text = (DATA / "image-factory-1.0.2.conf").read_text()
+        path.write_text(text.replace("@HERE@", str(directory)))
+        for name in ANSWER_FILES:
+            answer = directory / "answers" / name
+            answer.parent.mkdir(parents=True, exist_ok=True)
+            answer.write_text("# an answer file\n")
+        yield path
 
 
 def run(configuration: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -112,7 +120,7 @@ def test_dry_run(configuration: Path, image: str) -> None:
         if date == datetime.date.today():
             break
     assert done.returncode == 0, done.stderr
-    assert all("INFO: Running: virsh" in line or "INFO: virsh:" in line for line in done.stderr.splitlines())
+    assert all(" INFO: " in line for line in done.stderr.splitlines()), done.stderr
     assert sorted(configuration.parent.rglob("*")) == before
     shown = golden(done.stdout, configuration.parent)
     path = DATA / f"dry-run-{image}.txt"

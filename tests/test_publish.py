@@ -195,17 +195,18 @@ def test_uploads_in_their_order_with_the_real_rsync(place: Place, tmp_path: Path
     )
     artifacts = publish.move_into_place(place.build(), place.artifacts)
     publish.upload(place.plan(*destinations), artifacts)
-    expected = []
-    for name in (RAW, QCOW2):
-        upload = [name, name + SUM]
-        expected += [
-            ["rsync", "--chmod=u=rw,go=", "-q", *upload, f"{first}/"],
-            ["tell", "1 a", "$x"],
-            ["tell", "1b"],
-            ["rsync", *upload, f"{second}/"],
-            ["tell", "2"],
-        ]
-    assert calls(recorded, place.output) == expected
+    assert calls(recorded, place.output) == [
+        ["rsync", "--chmod=u=rw,go=", "-q", RAW, RAW + SUM, f"{first}/"],
+        ["tell", "1 a", "$x"],
+        ["tell", "1b"],
+        ["rsync", "--chmod=u=rw,go=", "-q", QCOW2, QCOW2 + SUM, f"{first}/"],
+        ["tell", "1 a", "$x"],
+        ["tell", "1b"],
+        ["rsync", RAW, RAW + SUM, f"{second}/"],
+        ["tell", "2"],
+        ["rsync", QCOW2, QCOW2 + SUM, f"{second}/"],
+        ["tell", "2"],
+    ]
     for directory in (first, second):
         assert {path.name for path in directory.iterdir()} == {RAW, RAW + SUM, QCOW2, QCOW2 + SUM}
         subprocess.run(["sha256sum", "--check", RAW + SUM, QCOW2 + SUM], cwd=directory, check=True)
@@ -214,19 +215,18 @@ def test_uploads_in_their_order_with_the_real_rsync(place: Place, tmp_path: Path
 
 def test_commands_are_those_that_a_dry_run_shows(place: Place) -> None:
     destination = Destination("up", "rsync", "host:/srv/", ("-e", "ssh -p 2"), (("tell", RAW),))
-    assert list(publish.upload_commands(place.plan(destination), place.artifacts[0])) == [
-        (
-            destination,
-            [["rsync", "-e", "ssh -p 2", RAW, RAW + SUM, "host:/srv/"], ["tell", RAW]],
-        )
-    ]
+    artifact = place.artifacts[0]
+    commands = [["rsync", "-e", "ssh -p 2", RAW, RAW + SUM, "host:/srv/"], ["tell", RAW]]
+    found = list(publish.upload_commands(place.plan(destination), [artifact]))
+    assert found == [(artifact, destination, commands)]
 
 
 def test_artifact_that_is_only_kept_is_not_uploaded(place: Place, recorded: Path) -> None:
     plan = place.plan(Destination("up", "rsync", "/srv/", (), ()), command=("tell",))
     kept = Artifact(place.output / RAW, "raw", 4096, upload=False)
     other = Artifact(place.output / QCOW2, "qcow2", 4096)
-    assert list(publish.upload_commands(plan, kept)) == []
+    assert list(publish.upload_commands(plan, [kept])) == []
+    assert [call[0] for call in publish.upload_commands(plan, [kept, other])] == [other]
     assert publish.post_build_argv(plan, [kept, other]) == ["tell", QCOW2]
     assert not recorded.exists()
 

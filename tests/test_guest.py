@@ -1,0 +1,195 @@
+"""virt-install's command line, the probe of KVM and the console's log."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from image_factory import guest
+from image_factory.errors import ConfigurationError
+from image_factory.model import Build, Plan
+from image_factory.settings import Configuration, ImageSettings
+
+BASE = """[image]
+linux = /netboot/linux
+initrd = /netboot/initrd.gz
+"""
+
+
+def settings(tmp_path: Path, text: str) -> ImageSettings:
+    path = tmp_path / "image-factory.conf"
+    path.write_text(BASE + text)
+    return Configuration({"IMAGE_FACTORY_CONFIG": str(path)}).image("image", {})
+
+
+def plan(tmp_path: Path, text: str = "", output_dir: Path = Path("/output")) -> Plan:
+    return Plan("image", settings(tmp_path, text), datetime.date(2026, 1, 2), output_dir, {})
+
+
+def argv(tmp_path: Path, text: str = "", virt_type: str = "qemu", directory: str = "/output/.work") -> list[str]:
+    return guest.virt_install_argv(Build(plan(tmp_path, text), Path(directory), "vm"), "LOCATION", virt_type)
+
+
+GOLDEN = """virt-install
+--connect qemu:///system
+--name vm
+--virt-type qemu
+--cpu mode=maximum
+--vcpus 1
+--memory 1024
+--osinfo detect=on,require=off
+--disk path=/output/.work/disk.raw,bus=virtio,format=raw,cache=unsafe,discard=unmap
+--network user,model=virtio
+--graphics none
+--console pty,target_type=serial,log.file=/output/.work/console.log
+--noautoconsole
+--wait -1
+--noreboot
+--location LOCATION
+--extra-args 
+"""  # noqa: W291
+
+
+def as_lines(words: list[str]) -> str:
+    """Return an option and its value on one line."""
+    lines: list[str] = []
+    for word in words:
+        if not lines or word.startswith("--") or " " in lines[-1] or not lines[-1].startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines) + "\n"
+
+
+def test_defaults(tmp_path: Path) -> None:
+    assert as_lines(argv(tmp_path)) == GOLDEN
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("cores = 4\nram = 2.5G", ["--vcpus 4", "--memory 2560"]),
+        ("mac = 52:54:00:AB:cd:ef", ["--network user,model=virtio,mac=52:54:00:ab:cd:ef"]),
+        ("network = bridge=br0", ["--network bridge=br0"]),
+        ("vnc = localhost:13", ["--graphics vnc,port=5913,listen=localhost"]),
+        ("vnc = :0", ["--graphics vnc,port=5900"]),
+        ("vnc = 127.0.0.1", ["--graphics vnc,port=-1,listen=127.0.0.1"]),
+        ("vnc = [::1]:1", ["--graphics vnc,port=5901,listen=::1"]),
+        ("osinfo = debian12", ["--osinfo debian12"]),
+        (
+            "preseed = /a/p.cfg\nappend = quiet",
+            ["--extra-args preseed/url=file:///p.cfg quiet", "--initrd-inject /a/p.cfg"],
+        ),
+        ("kickstart = /a/k.ks", ["--extra-args inst.ks=file:///k.ks", "--initrd-inject /a/k.ks"]),
+        ("yast = /a/y.xml", ["--extra-args autoyast=file:///y.xml", "--initrd-inject /a/y.xml"]),
+    ],
+)
+def test_settings_in_the_command(tmp_path: Path, text: str, lines: list[str]) -> None:
+    found = as_lines(argv(tmp_path, text)).splitlines()
+    assert [line for line in lines if line not in found] == []
+
+
+def test_kvm(tmp_path: Path) -> None:
+    lines = as_lines(argv(tmp_path, virt_type="kvm")).splitlines()
+    assert "--virt-type kvm" in lines
+    assert "--cpu host-passthrough" in lines
+
+
+@pytest.mark.parametrize("character", "&<>'\"")
+def test_output_directory_that_virt_install_cannot_use(tmp_path: Path, character: str) -> None:
+    with pytest.raises(ConfigurationError, match="virt-install can't use /var/tmp/"):
+        guest.check_output_dir(plan(tmp_path, output_dir=Path(f"/var/tmp/{character}")))
+
+
+def test_paths_with_commas_and_backslashes(tmp_path: Path) -> None:
+    """virt-install splits options at commas, but not in double quotes; its own parser is asked."""
+    directory = "/out,put x \\y"
+    words = argv(tmp_path, directory=directory)
+    disk = words[words.index("--disk") + 1]
+    done = run_virtinst_parser(disk)
+    assert done["path"] == f"{directory}/disk.raw"
+    assert done["cache"] == "unsafe"
+
+
+def run_virtinst_parser(option: str) -> dict[str, Any]:
+    import sys
+
+    sys.path.append("/usr/share/virt-manager")
+    try:
+        from virtinst import cli
+    finally:
+        sys.path.pop()
+    parsed: dict[str, Any] = cli.parse_optstr_tuples(option)
+    return dict(parsed)
+
+
+class TestProbe:
+    """Where no KVM works, a stand-in for QEMU on PATH tells what the probe makes of its output."""
+
+    @pytest.fixture
+    def qemu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        device = tmp_path / "kvm"
+        device.touch()
+        monkeypatch.setattr(guest, "KVM_DEVICE", device)
+        monkeypatch.setattr(guest, "PROBE_SECONDS", 0.5)
+        program = tmp_path / "bin/qemu-system-x86_64"
+        program.parent.mkdir()
+        monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+        return program
+
+    def write(self, program: Path, script: str) -> None:
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+    def test_kernel_that_prints(self, qemu: Path, tmp_path: Path) -> None:
+        self.write(qemu, f'echo "$@" > {tmp_path}/argv; echo "Linux version 6.1"; exec sleep 60')
+        assert guest.why_not_kvm(Path("/netboot/linux")) is None
+        words = (tmp_path / "argv").read_text()
+        assert "-accel kvm" in words
+        assert "-kernel /netboot/linux" in words
+
+    @pytest.mark.parametrize("script", ["exec sleep 60", "echo SeaBIOS; exec sleep 60", "echo could not; exit 1"])
+    def test_kernel_that_does_not(self, qemu: Path, script: str) -> None:
+        self.write(qemu, script)
+        assert guest.why_not_kvm(Path("/netboot/linux")) == "the installer's kernel printed nothing under it within 0 s"
+
+    def test_no_kernel(self, qemu: Path) -> None:
+        assert guest.why_not_kvm(None) == "there is no kernel to probe it with"
+
+    def test_no_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(guest, "KVM_DEVICE", Path("/dev/none"))
+        assert guest.why_not_kvm(Path("/netboot/linux")) == "/dev/none: No such file or directory"
+
+    @pytest.mark.parametrize("chosen", ["kvm", "qemu"])
+    def test_settings_decide(self, tmp_path: Path, chosen: str) -> None:
+        assert guest.choose_virt_type(plan(tmp_path, f"virt-type = {chosen}"), None) == chosen
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"", []),
+        (b"one\r\ntwo\r\n", ["one", "two"]),
+        (b"10%\r20%\r30%\n", ["30%"]),
+        (b"\x1b[2J\x1b[1;31mred\x1b[0m \x07bell\n\n\n", ["red ?bell"]),
+        (b"\xff\xfe\n", ["\ufffd\ufffd"]),
+        (b"\x00" * 100_000, ["?" * 65536]),
+        (b"".join(b"line %d\n" % number for number in range(100)), [f"line {number}" for number in range(60, 100)]),
+    ],
+)
+def test_console_tail(tmp_path: Path, data: bytes, lines: list[str]) -> None:
+    console = tmp_path / "console.log"
+    console.write_bytes(data)
+    assert guest.console_tail(console) == lines
+
+
+def test_console_tail_of_no_log(tmp_path: Path) -> None:
+    assert guest.console_tail(tmp_path / "none") == []
+
+
+def test_output_directory_that_qemu_cannot_enter(tmp_path: Path) -> None:
+    """pytest's directories are their owner's alone, as root's home is."""
+    with pytest.raises(ConfigurationError, match=r"user libvirt-qemu, can't enter /tmp/pytest-of-root"):
+        guest.check_output_dir(plan(tmp_path, output_dir=tmp_path))
+    guest.check_output_dir(plan(tmp_path, output_dir=Path("/var/tmp")))

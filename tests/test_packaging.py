@@ -1,0 +1,91 @@
+"""The ways to install the program, and its release."""
+
+import os
+import re
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from image_factory import __version__
+
+from .conftest import REPOSITORY, run
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is tracked or will be, without what builds have left in the checkout."""
+    directory = tmp_path_factory.mktemp("copy")
+    # A checkout of another user's is none that root's git reads by itself.
+    git = ("git", "-c", f"safe.directory={REPOSITORY}", "-C", REPOSITORY)
+    names = run(*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
+    for name in filter(None, names):
+        if (REPOSITORY / name).is_file():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, directory / name)
+    yield directory
+
+
+def images(program: Path, *, cwd: Path) -> str:
+    return run("env", "-i", f"HOME={cwd}", "PATH=/usr/bin:/bin", program, "--list", cwd=cwd).stdout
+
+
+def test_from_the_checkout(tmp_path: Path) -> None:
+    assert "Debian-13-server\n" in images(REPOSITORY / "image-factory", cwd=tmp_path)
+
+
+def test_make_install(copy: Path, tmp_path: Path) -> None:
+    run("make", "-C", copy, "install", "PREFIX=/opt/x", f"DESTDIR={tmp_path}/root")
+    prefix = tmp_path / "root/opt/x"
+    assert "Debian-13-server\n" in images(prefix / "bin/image-factory", cwd=tmp_path)
+    helper = prefix / "bin/image-factory-sudo-helper"
+    assert helper.read_text().startswith("#!/usr/bin/python3 -I\n")
+    assert run(helper, "version").stdout == f"{__version__}\n"
+    for page in ("image-factory.1", "image-factory-sudo-helper.1"):
+        assert f"image-factory {__version__}" in (prefix / "share/man/man1" / page).read_text()
+
+
+def test_pip_install(copy: Path, tmp_path: Path) -> None:
+    """Debian's own httplib2 and pyparted serve, so that the test needs no registry."""
+    run("/usr/bin/python3", "-m", "venv", "--system-site-packages", tmp_path / "venv")
+    pip = (tmp_path / "venv/bin/pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
+    run(*pip, copy)
+    assert "Debian-13-server\n" in images(tmp_path / "venv/bin/image-factory", cwd=tmp_path)
+    helper = tmp_path / "venv/bin/image-factory-sudo-helper"
+    assert helper.read_text().startswith("#!/usr/bin/python3 -I\n")
+    assert os.access(helper, os.X_OK)
+
+
+def test_release(copy: Path, tmp_path: Path) -> None:
+    """The tarball has the files of the commit, and is the same when it is made again."""
+    assert run("make", "-s", "-C", copy, "version").stdout == f"{__version__}\n"
+    git = ("git", "-C", copy, "-c", "user.name=x", "-c", "user.email=x@localhost")
+    run(*git, "init", "-q")
+    run(*git, "add", ".")
+    run(*git, "commit", "-q", "-m", "x")
+    tarball = copy / f"image-factory-{__version__}.tar.xz"
+    made = []
+    for _ in range(2):
+        run("make", "-C", copy, "dist")
+        made.append(tarball.read_bytes())
+    assert made[0] == made[1]
+    with tarfile.open(tarball) as archive:
+        names = archive.getnames()
+    for name in ("LICENSE", "README.md", "image_factory/cli.py", "tests/stand_in/build", "data/image-factory.conf"):
+        assert f"image-factory-{__version__}/{name}" in names
+    run("make", "-C", copy, "clean")
+    assert not tarball.exists()
+
+
+def test_helper_has_the_version() -> None:
+    text = (REPOSITORY / "image-factory-sudo-helper").read_text()
+    assert re.search(r'^VERSION = "(.+)"$', text, re.MULTILINE).group(1) == __version__  # type: ignore[union-attr]
+
+
+def test_python_is_debians() -> None:
+    """pyparted and libvirt's tools are of Debian's Python, whatever comes first on PATH."""
+    assert sys.version_info >= (3, 11)
+    assert (REPOSITORY / "image-factory").read_text().startswith("#!/usr/bin/python3\n")

@@ -5,6 +5,8 @@ import shlex
 import signal
 from collections.abc import Sequence
 
+_LONGEST_QUOTE = 300
+
 
 class ImageFactoryError(Exception):
     """The root of all expected errors.
@@ -48,7 +50,7 @@ class CommandError(BuildError):
             reason = f"failed with status {status}"
         # Many programs, virt-install among them, say the reason first and good advice after it.
         errors = [line for line in last_lines if re.match(r"error\b", line, re.IGNORECASE)]
-        said = "".join(f": {line}" for line in (errors or list(last_lines))[-1:])
+        said = "".join(f": {line[:_LONGEST_QUOTE]}" for line in (errors or list(last_lines))[-1:])
         super().__init__(f"{argv[0]} {reason}{said}", hint=f"The command was: {shlex.join(argv)}")
         self.argv = list(argv)
         self.status = status

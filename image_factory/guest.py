@@ -37,6 +37,11 @@ _QEMU_CONFIGURATION = Path("/etc/libvirt/qemu.conf")
 _QEMU_USER_CHANGED = re.compile(r"^\s*user\s*=", re.MULTILINE)
 
 _VIRSH_SECONDS = 60.0
+
+# ``cache=unsafe``: the disk is thrown away when the installation fails.
+# ``error_policy=report``: when the host's disk is full the guest gets an error; by default QEMU would
+# stop it and wait for ever.
+_DISK_OPTIONS = ("bus=virtio", "format=raw", "cache=unsafe", "discard=unmap", "error_policy=report")
 # virt-install removes its copies of kernel and initrd on SIGINT, but not before libvirt answers.
 _VIRT_INSTALL_STOP_SECONDS = 60.0
 
@@ -79,7 +84,6 @@ def virt_install_argv(build: Build, location: str, virt_type: str) -> list[str]:
     # libvirt 9.0 knows no model ``max``.
     cpu = {"kvm": "host-passthrough", "qemu": "mode=maximum"}.get(virt_type, "CPU")
     # ``--noreboot``: the guest must stay off until its logs are removed.
-    # ``cache=unsafe``: the disk is thrown away when the installation fails.
     argv = [
         "virt-install",
         "--connect", build.plan.libvirt_uri,
@@ -89,7 +93,7 @@ def virt_install_argv(build: Build, location: str, virt_type: str) -> list[str]:
         "--vcpus", str(settings.cores),
         "--memory", str(settings.ram >> 20),
         "--osinfo", osinfo,
-        "--disk", option(f"path={build.disk_path}", "bus=virtio", "format=raw", "cache=unsafe", "discard=unmap"),
+        "--disk", option(f"path={build.disk_path}", *_DISK_OPTIONS),
         "--network", network,
         "--graphics", _graphics(settings),
         "--console", option("pty", "target_type=serial", f"log.file={build.console_path}"),

@@ -137,7 +137,13 @@ def test_escape_sequences_do_not_reach_the_log(tmp_path: Path) -> None:
 
 
 def test_stdin_is_empty() -> None:
-    assert command.run(shell("cat; echo end"), capture=True, timeout=10) == "end\n"
+    program = f"""
+        import sys; sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory import command
+        print(command.run(["sh", "-c", "cat; echo end"], capture=True))
+    """
+    done = subprocess.run(python(program), input="typed\n", capture_output=True, text=True, check=True)
+    assert done.stdout == "end\n\n"
 
 
 def test_locale_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +309,14 @@ def test_program_that_ignores_the_signal_is_killed_with_its_group(tmp_path: Path
     pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 2
     wait_for(lambda: all(map(gone, pids)))
+
+
+def test_what_a_program_leaves_behind_when_it_is_stopped_is_killed(tmp_path: Path) -> None:
+    """The program goes on SIGTERM, what it has started doesn't."""
+    script = f"(trap '' TERM; exec sleep 60) & echo $! > {tmp_path}/pid; trap exit TERM; wait"
+    with pytest.raises(BuildError):
+        command.run(shell(script), timeout=0.5)
+    wait_for(lambda: gone(int((tmp_path / "pid").read_text())))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -343,6 +343,14 @@ def test_chunked_answer(server: Server, cache: Cache) -> None:
     assert cache.content() == b"abcdefg"
 
 
+def test_validators_are_of_the_file_that_is_cached(server: Server, cache: Cache) -> None:
+    """Those of an older one would tell the server that we have what it has gone back to."""
+    for version in (File(LARGE), File(LARGE[::-1], etag=None), File(LARGE)):
+        server.script = version
+        cache.fetch(server.uri())
+        assert cache.content() == version.content
+
+
 # Redirections.
 
 

@@ -39,7 +39,7 @@ GOLDEN = """virt-install
 --vcpus 1
 --memory 1024
 --osinfo detect=on,require=off
---disk path=/output/.work/disk.raw,bus=virtio,format=raw,cache=unsafe,discard=unmap
+--disk path=/output/.work/disk.raw,bus=virtio,format=raw,cache=unsafe,discard=unmap,error_policy=report
 --network user,model=virtio
 --graphics none
 --console pty,target_type=serial,log.file=/output/.work/console.log

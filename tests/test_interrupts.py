@@ -106,6 +106,8 @@ def test_place_in_a_place() -> None:
 @pytest.mark.parametrize("second", SIGNALS)
 def test_second_signal_does_not_disturb_the_clean_up(second: signal.Signals) -> None:
     program = f"""
+        from image_factory import log
+        log.set_up()
         with interrupts.handled():
             try:
                 with interrupts.interruptible():
@@ -120,6 +122,7 @@ def test_second_signal_does_not_disturb_the_clean_up(second: signal.Signals) -> 
     """
     done = run(program, signal.SIGTERM)
     assert (done.returncode, done.stdout) == (0, "clean 143\n")
+    assert done.stderr.count("WARNING: Already stopping: cleaning up.\n") == 2
 
 
 def test_first_of_two_signals_counts() -> None:

@@ -7,7 +7,7 @@ from .. import arch, command, fetch, guest
 from ..errors import BuildError, ConfigurationError
 from ..log import step
 from ..model import Build, Disk, Plan
-from ..settings import Source
+from ..settings import ImageSettings, Source
 
 
 def programs(plan: Plan) -> list[str]:
@@ -17,12 +17,17 @@ def programs(plan: Plan) -> list[str]:
     if settings.answer_file:
         # virt-install injects it with cpio, which its Debian package doesn't depend on.
         names.append("cpio")
-    sources = (settings.linux, settings.initrd, settings.installer_image)
-    if any(source and source.by_rsync for source in sources):
+    if any(source.by_rsync for source in _sources(settings).values()):
         names.append("rsync")
     if settings.installer_image and not is_tree(settings.installer_image):
         names.append("xorriso")
     return names
+
+
+def _sources(settings: ImageSettings) -> dict[str, Source]:
+    """Return what the installer is made from, by key: installer_image, else linux and initrd."""
+    keys = ("installer_image",) if settings.installer_image else ("linux", "initrd")
+    return {key: getattr(settings, key) for key in keys}
 
 
 def is_tree(source: Source) -> bool:
@@ -34,13 +39,12 @@ def is_tree(source: Source) -> bool:
 
 def check(plan: Plan) -> None:
     """Raise ConfigurationError if a local file that the installer needs can't be read."""
-    for key in ("linux", "initrd", "installer_image"):
-        source: Source | None = getattr(plan.settings, key)
-        if source is not None and source.path is not None:
+    for key, source in _sources(plan.settings).items():
+        if source.path is not None:
             _check_readable(f"[{plan.image}] {key}", source.path, directory=key == "installer_image")
-        elif source is not None and key != "installer_image" and not source.name:
+        elif key != "installer_image" and not source.name:
             raise ConfigurationError(f"[{plan.image}] {key}: {source.uri} names no file.")
-        elif source is not None and key == "installer_image" and source.by_rsync and is_tree(source):
+        elif key == "installer_image" and source.by_rsync and is_tree(source):
             raise ConfigurationError(
                 f"[{plan.image}] {key}: virt-install reads no tree by rsync.", hint="Give its http or https URL."
             )
@@ -75,8 +79,8 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
     plan = build.plan
     settings = plan.settings
     fetches = []
-    for source in (settings.linux, settings.initrd, settings.installer_image):
-        if source is None or source.path is not None or (source is settings.installer_image and is_tree(source)):
+    for key, source in _sources(settings).items():
+        if source.path is not None or (key == "installer_image" and is_tree(source)):
             continue
         target = plan.cache_dir / source.name
         # What httplib2 does is no command: a comment among them.

@@ -8,12 +8,14 @@ import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from . import arch, command
 from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, printable, step
 from .model import Build, Plan
+from .release import released
 from .settings import ImageSettings
 
 # How each installer is told of its answer file, which is in the root of the initrd.
@@ -162,21 +164,6 @@ def _text_of(path: Path) -> str:
         return ""
 
 
-@contextmanager
-def _removing_vm(build: Build) -> Iterator[None]:
-    """Remove the machine on the way out, whatever the reason is."""
-    try:
-        yield
-    except BaseException as error:
-        try:
-            remove_vm(build.plan, build.vm_name)
-        except BuildError as release_error:
-            logger.error("%s", release_error.message)
-            error.add_note(release_error.message)
-        raise
-    remove_vm(build.plan, build.vm_name)
-
-
 def remove_vm(plan: Plan, name: str) -> None:
     """Destroy and undefine the machine *name*; it's no error if there is none."""
     virsh = ["virsh", "--connect", plan.libvirt_uri]
@@ -205,7 +192,8 @@ def _console_shown(build: Build) -> Iterator[None]:
 
 def install(build: Build, location: str, virt_type: str) -> None:
     """Run the installer until the guest is off; BuildError unless it powered off by itself."""
-    with step("Installing"), _removing_vm(build), _console_shown(build):
+    remove = partial(remove_vm, build.plan, build.vm_name)
+    with step("Installing"), released(remove), _console_shown(build):
         command.run(
             virt_install_argv(build, location, virt_type),
             stop_signal=signal.SIGINT,

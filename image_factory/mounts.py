@@ -6,12 +6,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from . import layout, privileged
-from .errors import BuildError, CommandError, NoSystemError
+from .errors import CommandError, NoSystemError
 from .log import logger, step
 from .model import Disk, Partition, Plan, Tree
+from .release import released
 
 STEP = "Mounting the root partition"
 
@@ -50,7 +52,7 @@ def _mounted_partition(disk: Disk, partition: Partition) -> Iterator[Tree]:
             logger.info("Partition %d has %s.", partition.number, partition.filesystem)
             # The helper takes no path with a link in it.
             privileged.mount_image(disk.path.resolve(), partition.offset, partition.size, path)
-        with _unmounting(path):
+        with released(partial(umount, path)):
             yield Tree(path, partition)
 
 
@@ -71,21 +73,6 @@ def _remove_mount_point(path: Path) -> None:
     if not os.path.ismount(path):
         path.rmdir()
         path.parent.rmdir()
-
-
-@contextmanager
-def _unmounting(path: Path) -> Iterator[None]:
-    """Unmount *path* on the way out; an error in flight gets a note when that fails too."""
-    try:
-        yield
-    except BaseException as error:
-        try:
-            umount(path)
-        except BuildError as release_error:
-            logger.error("%s", release_error.message)
-            error.add_note(release_error.message)
-        raise
-    umount(path)
 
 
 def umount(path: Path) -> None:

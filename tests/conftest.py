@@ -4,6 +4,7 @@ import os
 import pwd
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,10 @@ SUDOERS = Path("/etc/sudoers.d/image-factory-check")
 def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() != 0:
         pytest.exit("The tests make users and mounts, so they run as root: make check.", returncode=2)
+    # What the fixtures have made goes away on these too.  A shell's background jobs and nohup ignore
+    # some of them, and all that is started here would inherit that.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
 
 
 def run(*argv: str | Path, check: bool = True, **keywords: object) -> subprocess.CompletedProcess[str]:

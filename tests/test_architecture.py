@@ -21,7 +21,7 @@ LEVELS = [
     {"clean", "shrink", "checksum", "publish", "mounts", "guest", "fetch"},
     {"layout", "privileged"},
     {"command"},
-    {"interrupts"},
+    {"interrupts", "release"},
     {"arch", "model"},
     {"settings"},
     {"log"},

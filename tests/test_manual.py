@@ -84,7 +84,7 @@ def test_the_manual_has_the_options_of_the_command_line() -> None:
 def test_the_manual_has_each_step_that_is_logged() -> None:
     terms = entries(MANUAL, "STEPS")
     for path in (REPOSITORY / "image_factory").rglob("*.py"):
-        for name in re.findall(r'\bstep\(f?"([^"{]+)', path.read_text(encoding="utf-8")):
+        for name in re.findall(r'\b(?:step\(|STEP = )f?"([^"{]+)', path.read_text(encoding="utf-8")):
             assert any(term.startswith(name) for term in terms), f"{path.name} logs the step {name!r}"
 
 

@@ -92,17 +92,24 @@ def summary(artifacts: Sequence[Artifact], times: Sequence[log.StepTime], second
     """Return what was built and how long it took, for people."""
     lines = []
     for artifact in artifacts:
-        status = artifact.path.stat()
         lines += [
             f"{artifact.path}",
             f"  virtual size  {format_size(artifact.virtual_size)}",
-            f"  size on disk  {format_size(status.st_blocks * 512)}",
+            f"  size on disk  {_size_on_disk(artifact)}",
             f"  SHA-256       {artifact.sha256}",
         ]
     lines.append("Seconds per step:")
     lines += [f"{step.seconds:8.1f}  {step.name}" for step in times]
     lines.append(f"{seconds:8.1f}  in all")
     return "\n".join(lines)
+
+
+def _size_on_disk(artifact: Artifact) -> str:
+    try:
+        return format_size(artifact.path.stat().st_blocks * 512)
+    except OSError:
+        # The user's own commands may take it elsewhere.
+        return "moved away by a command"
 
 
 def _build(plan: Plan) -> None:
@@ -117,10 +124,10 @@ def _build(plan: Plan) -> None:
                 raise ConfigurationError(f"Can't write the log file {plan.log_path}: {error.strerror}.") from error
         try:
             artifacts = pipeline.build_image(plan)
-        except ImageFactoryError as error:
-            log.to_files(logging.ERROR, error.message)
-            if error.hint:
-                log.to_files(logging.ERROR, error.hint)
+        except Exception as error:
+            message, hint = _explain(error)
+            for text in filter(None, (message, hint)):
+                log.to_files(logging.ERROR, text)
             raise
         text = summary(artifacts, times, time.monotonic() - start)
         log.to_files(logging.INFO, text)
@@ -146,6 +153,17 @@ def _run(argv: Sequence[str]) -> None:
             print(f"{plan.image} can be built.")
         else:
             _build(plan)
+
+
+def _explain(error: Exception) -> tuple[str, str | None]:
+    """Return what *error* says to the user, and the next move."""
+    if isinstance(error, ImageFactoryError):
+        return error.message, error.hint
+    if isinstance(error, OSError) and error.strerror:
+        # The disk is full, a directory has gone, ...: no fault of the program's.
+        named = f": {error.filename}" if error.filename is not None else ""
+        return f"{error.strerror}{named}", None
+    return f"Internal error: {type(error).__name__}: {error}", "Run it again with --debug, and report what it shows."
 
 
 def _one_line(text: str) -> str:
@@ -177,11 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(argv)
         sys.stdout.flush()
         return 0
-    except ImageFactoryError as error:
-        failure: BaseException = error
-        message, hint, status = error.message, error.hint, error.exit_status
     except KeyboardInterrupt as error:
-        failure = error
+        failure: BaseException = error
         message, hint, status = "Interrupted.", None, 130
     except BrokenPipeError:
         # The reader of our output has gone.
@@ -189,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         failure = error
-        message = f"Internal error: {type(error).__name__}: {error}"
-        hint, status = "Run it again with --debug, and report what it shows.", 1
+        message, hint = _explain(error)
+        status = error.exit_status if isinstance(error, ImageFactoryError) else 1
     _flush_stdout()
     if debug:
         traceback.print_exception(failure)

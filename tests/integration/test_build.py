@@ -398,6 +398,23 @@ def test_unmounting_what_a_killed_build_left(build: Build, tmp_path: Path) -> No
     assert build.errors(done)[0].startswith("image-factory: error: The disk has no partition table")
 
 
+def test_image_that_a_command_takes_away(user_build: Build) -> None:
+    user_build.configure(extra="post-build-command = rm")
+    done = user_build.run()
+    assert "size on disk  moved away by a command" in done.stdout
+
+
+def test_directory_that_goes_away(user_build: Build) -> None:
+    """No traceback, and no 'internal error', where the working directory is removed by someone."""
+    user_build.configure(arguments="stand-in=slow:2")
+    with user_build.started() as process:
+        user_build.wait_for_guest("stand-in: ")
+        run("rm", "-r", user_build.directory / ".image-factory-stand-in")
+        assert process.wait(60) == 1
+    error = next(line for line in user_build.stderr().splitlines() if line.startswith("image-factory: error: "))
+    assert "Internal" not in error
+
+
 def test_failing_upload(user_build: Build) -> None:
     """The image is there when an upload fails, and the post-build command is not run."""
     user_build.configure(

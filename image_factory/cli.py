@@ -208,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = error.exit_status if isinstance(error, ImageFactoryError) else 1
     _flush_stdout()
     if debug:
-        traceback.print_exception(failure)
+        # It has what programs have printed.
+        print(log.printable("".join(traceback.format_exception(failure))), end="", file=sys.stderr)
     print(f"image-factory: error: {_one_line(message)}", file=sys.stderr)
     if hint:
         print(f"image-factory: hint: {_one_line(hint)}", file=sys.stderr)

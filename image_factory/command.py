@@ -1,6 +1,7 @@
-"""Run programs: the only module that uses subprocess."""
+"""Run programs, and functions in processes of their own: the only module that starts processes."""
 
 import contextlib
+import multiprocessing
 import os
 import selectors
 import shlex
@@ -10,11 +11,16 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 from . import interrupts
-from .errors import BuildError, CommandError, ConfigurationError
+from .errors import BuildError, CommandError, ConfigurationError, CrashError
 from .log import logger
+
+_Argument = TypeVar("_Argument")
+_Result = TypeVar("_Result")
 
 # The Debian package that has each program; see require().
 PACKAGES = {
@@ -210,7 +216,7 @@ def _stop(process: subprocess.Popen[bytes], stop_signal: signal.Signals, seconds
 
 
 def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
-    """Run *argv* until it has printed *wanted* or *seconds* have passed; return what it printed.
+    """Run *argv* until it has printed *wanted* or *seconds* have passed; return the end of what it printed.
 
     The program is stopped then; its status doesn't matter.
     """
@@ -236,6 +242,47 @@ def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
                         if not data:
                             break
                         output += data
+                        if wanted not in output:
+                            del output[:-_LONGEST_LINE]
         finally:
             _stop(process, signal.SIGKILL, 5.0)
     return bytes(output)
+
+
+def call_apart(function: Callable[[_Argument], _Result], argument: _Argument, seconds: float) -> _Result:
+    """Return what *function* returns for *argument*, called in a process of its own.
+
+    It is for a library that crashes, hangs or prints when its data is bad.  What *function* raises is
+    raised here; CrashError if its process dies or takes longer than *seconds*.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_answer, args=(sender, function, argument))
+    process.start()
+    sender.close()
+    try:
+        with interrupts.interruptible():
+            if not receiver.poll(seconds):
+                raise CrashError(f"did not end within {seconds:.0f} s")
+            failure, result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise CrashError.with_status(process.exitcode or 0) from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if failure is not None:
+        raise failure
+    answer: _Result = result
+    return answer
+
+
+def _answer(sender: Connection, function: Callable[[_Argument], _Result], argument: _Argument) -> None:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    try:
+        answer: tuple[Exception | None, _Result | None] = None, function(argument)
+    except Exception as error:
+        answer = error, None
+    sender.send(answer)

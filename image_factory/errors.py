@@ -36,6 +36,18 @@ class NoSystemError(BuildError):
     """The installation left a disk without a system on it."""
 
 
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # Python has no names for most of the real-time signals.
+        return f"signal {number}"
+
+
+def _reason(status: int) -> str:
+    return f"was killed by {_signal_name(-status)}" if status < 0 else f"failed with status {status}"
+
+
 class CommandError(BuildError):
     """A program that the build needs failed.
 
@@ -44,10 +56,7 @@ class CommandError(BuildError):
     """
 
     def __init__(self, argv: Sequence[str], status: int, last_lines: Sequence[str]) -> None:
-        if status < 0:
-            reason = f"was killed by {signal.Signals(-status).name}"
-        else:
-            reason = f"failed with status {status}"
+        reason = _reason(status)
         # Many programs, virt-install among them, say the reason first and good advice after it.
         errors = [line for line in last_lines if re.match(r"error\b", line, re.IGNORECASE)]
         said = "".join(f": {line[:_LONGEST_QUOTE]}" for line in (errors or list(last_lines))[-1:])
@@ -55,6 +64,15 @@ class CommandError(BuildError):
         self.argv = list(argv)
         self.status = status
         self.last_lines = list(last_lines)
+
+
+class CrashError(BuildError):
+    """What ran in a process of its own crashed or hung; the message goes on from its name."""
+
+    @classmethod
+    def with_status(cls, status: int) -> "CrashError":
+        """Return the error for a process that ended with *status*, as CommandError has it."""
+        return cls(_reason(status))
 
 
 class Interrupted(ImageFactoryError):

@@ -5,15 +5,26 @@ from pathlib import Path
 import _ped
 import parted
 
-from .errors import NoSystemError
+from . import command
+from .errors import CrashError, NoSystemError
 from .model import Partition
 
 # As libparted names the filesystems that can hold a root.
 ROOT_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs")
 
+_SECONDS = 60.0
+
 
 def read_partitions(image: Path) -> list[Partition]:
     """Return the partitions of *image* in the order of the disk; NoSystemError if there is no table."""
+    try:
+        # libparted aborts the process on some tables, and a guest can write any.
+        return command.call_apart(_read_partitions, image, _SECONDS)
+    except CrashError as error:
+        raise NoSystemError(f"The disk has no partition table that can be read: libparted {error.message}.") from error
+
+
+def _read_partitions(image: Path) -> list[Partition]:
     try:
         device = parted.getDevice(str(image))
         disk = parted.newDisk(device)

@@ -30,7 +30,7 @@ ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast")
 
 # The file names of an image have its name, date, format and ".sha256sum": together at most 255 bytes.
 _LONGEST_NAME = 200
-_COMMAND_KEY = re.compile(r"post-upload-command[0-9]*")
+_COMMAND_KEY = re.compile(r"post-upload-command[0-9]{0,9}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+~@-]*")
 
 
@@ -119,8 +119,8 @@ def parse_target(text: str) -> str:
 
 
 def split_list(text: str) -> tuple[str, ...]:
-    """Words with commas between them."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+    """Words with commas or line breaks between them."""
+    return tuple(word.strip() for word in re.split(r"[,\n]", text) if word.strip())
 
 
 def parse_path(text: str) -> Path:
@@ -178,8 +178,9 @@ def parse_source(text: str) -> Source:
     except ValueError:
         raise ValueError(accepted) from None
     scheme = parts.scheme.lower()
-    if scheme == "file" and parts.path and parts.netloc in ("", "localhost"):
-        return Source(text, Path(urllib.request.url2pathname(parts.path)))
+    path = urllib.request.url2pathname(parts.path)
+    if scheme == "file" and path and parts.netloc in ("", "localhost") and "\0" not in path:
+        return Source(text, Path(path))
     if scheme in ("http", "https", "rsync") and parts.hostname and parts.path.strip("/") and not re.search(r"\s", text):
         return Source(text)
     if not scheme and not parts.netloc and parts.path and "\0" not in text:
@@ -501,7 +502,11 @@ def _command_number(key: str) -> int:
 
 def _parsed(where: str, text: str, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(text)
+        value = parse(text)
+        # No program takes it in an argument.
+        if "\0" in text:
+            raise ValueError("text without NUL characters")
+        return value
     except ValueError as error:
         raise ConfigurationError(f"{where}: {text!r} is not accepted, only {error}.") from error
 

@@ -57,6 +57,12 @@ class CommandError(BuildError):
         self.last_lines = list(last_lines)
 
 
+def reason_of(error: OSError) -> str:
+    """Return what the system says of *error*, with the file that it is about."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason}: {error.filename}" if error.filename is not None else reason
+
+
 class Interrupted(ImageFactoryError):
     """A signal asked the build to stop."""
 

@@ -100,9 +100,10 @@ def build_image(plan: Plan) -> list[Artifact]:
         # No signal disturbs the publishing itself; one that came before or meanwhile is not lost.
         interrupts.check()
         artifacts = publish.move_into_place(build, artifacts)
-    interrupts.check()
-    publish.upload(plan, artifacts)
-    publish.run_post_build_command(plan, artifacts)
+        interrupts.check()
+        # Still with the lock: a second build would replace the files under the upload.
+        publish.upload(plan, artifacts)
+        publish.run_post_build_command(plan, artifacts)
     return artifacts
 
 

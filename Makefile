@@ -28,6 +28,10 @@ lint: .venv/bin/ruff
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+# What make check has no time for of the table of faults.
+faults: packages-check
+	tests/run-tests -m slow_faults
+
 demo: packages-demo
 	tests/demo
 
@@ -66,4 +70,4 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .FORCE:
-.PHONY: all check lint demo bench acceptance doc install dist version clean .FORCE
+.PHONY: all check lint faults demo bench acceptance doc install dist version clean .FORCE

@@ -10,10 +10,11 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, interrupts, log, pipeline
-from .errors import ConfigurationError, ImageFactoryError
+from . import __version__, interrupts, log, pipeline, workspace
+from .errors import ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
 from .settings import Configuration, ImageSettings, declarations
 from .units import format_size
@@ -65,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="--check, then print each step with its commands, and stop"
     )
+    parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
@@ -137,6 +139,11 @@ def _build(plan: Plan) -> None:
 def _run(argv: Sequence[str]) -> None:
     arguments = make_parser().parse_args(argv)
     log.set_up()
+    if arguments.cleanup:
+        with interrupts.handled():
+            for removed in workspace.remove_left(Path(arguments.output_dir or ".").absolute()):
+                print(removed, flush=True)
+        return
     configuration = Configuration(os.environ)
     if arguments.list:
         for name in configuration.images():
@@ -202,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone.
         _flush_stdout()
         return 1
+    except OSError as error:
+        failure = error
+        message, hint, status = f"{reason_of(error)}.", None, 1
     except Exception as error:
         failure = error
         message, hint = _explain(error)

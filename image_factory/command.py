@@ -1,6 +1,7 @@
 """Run programs, and functions in processes of their own: the only module that starts processes."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import selectors
@@ -10,7 +11,8 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
@@ -41,6 +43,12 @@ _LONGEST_LINE = 64 * 1024
 # What is left in the pipe when a program has exited is read for so long: a daemon that it
 # started may hold the pipe open for ever.
 _DRAIN_SECONDS = 0.2
+_KILL_SECONDS = 5.0
+# What sudo runs as root ends by itself.
+_ROOTS_PATIENCE_SECONDS = 60.0
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None)
 
 
 def search_path() -> str:
@@ -88,6 +96,17 @@ class _Lines:
             self._sink(states[-1].decode("utf-8", errors="replace").rstrip())
 
 
+def _end_with(parent: int, number: signal.Signals) -> None:
+    """Have the kernel send *number* to this process when *parent*, which started it, is killed.
+
+    Else it would go on beside the next build, which cleans up.  A program that sudo runs is not
+    reached, as the kernel takes this back where rights are gained.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -122,13 +141,16 @@ def run(
             bufsize=0,
             start_new_session=new_session,
             process_group=None if new_session else 0,
+            preexec_fn=partial(_end_with, os.getpid(), stop_signal),
         )
+    except subprocess.SubprocessError as error:
+        raise BuildError(f"Can't run {argv[0]}: {error}") from error
     except OSError as error:
         hint = f"Install it: apt-get install {PACKAGES[argv[0]]}" if argv[0] in PACKAGES else None
         raise BuildError(f"Can't run {argv[0]}: {error.strerror}", hint=hint) from error
     last_lines: deque[str] = deque(maxlen=_LAST_LINES)
     captured = bytearray()
-    with process:
+    with _closed(process):
         try:
             with interrupts.interruptible():
                 finished = _communicate(process, captured if capture else None, last_lines, timeout)
@@ -143,6 +165,23 @@ def run(
     if process.returncode:
         raise CommandError(argv, process.returncode, last_lines)
     return captured.decode("utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def _closed(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Close the pipes of *process* on the way out; Popen's own context would wait for it for ever."""
+    try:
+        yield
+    finally:
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+        if process.poll() is None:
+            logger.error("Process %d can't be stopped and goes on: %s", process.pid, _shown(process))
+
+
+def _shown(process: subprocess.Popen[bytes]) -> str:
+    return shlex.join(map(str, process.args)) if isinstance(process.args, list) else str(process.args)
 
 
 def _communicate(
@@ -197,13 +236,13 @@ def _communicate(
 
 def _stop(process: subprocess.Popen[bytes], stop_signal: signal.Signals, seconds: float) -> None:
     """End *process* and its group; what sudo runs as root can't be killed, but is waited for."""
-    for number, patience in ((stop_signal, seconds), (signal.SIGKILL, 5.0)):
+    for number, patience in ((stop_signal, seconds), (signal.SIGKILL, _KILL_SECONDS)):
         if process.poll() is not None:
             break
         try:
             os.killpg(process.pid, number)
         except PermissionError:
-            patience = max(patience, 60.0)
+            patience = max(patience, _ROOTS_PATIENCE_SECONDS)
         except ProcessLookupError:
             pass
         try:
@@ -230,8 +269,9 @@ def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
         stderr=subprocess.STDOUT,
         bufsize=0,
         start_new_session=True,
+        preexec_fn=partial(_end_with, os.getpid(), signal.SIGKILL),
     )
-    with process:
+    with _closed(process):
         try:
             with interrupts.interruptible(), selectors.DefaultSelector() as selector:
                 assert process.stdout is not None

@@ -75,6 +75,12 @@ class CrashError(BuildError):
         return cls(_reason(status))
 
 
+def reason_of(error: OSError) -> str:
+    """Return what the system says of *error*, with the file that it is about."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason}: {error.filename}" if error.filename is not None else reason
+
+
 class Interrupted(ImageFactoryError):
     """A signal asked the build to stop."""
 

@@ -1,5 +1,6 @@
 """URI -> a file in the cache that is whole and up to date."""
 
+import fcntl
 import http.client
 import json
 import os
@@ -29,6 +30,8 @@ _REDIRECTIONS = 5
 _PART_SIZE = 16 << 20
 _RSYNC_STATUS_TRANSIENT = (5, 10, 11, 12, 30, 35)  # rsync(1): protocol start, socket, file and stream I/O, timeouts
 
+_TEMPORARY = re.compile(r"\..+\.(?:[a-z0-9_]{8}|[A-Za-z0-9]{6})")
+
 _Response = dict[str, Any]
 
 
@@ -51,6 +54,36 @@ def fetch(source: Source, directory: Path) -> Path:
     except OSError as error:
         raise BuildError(f"The cache {directory} can't be made: {error.strerror}.", hint="See --cache-dir.") from error
     target = directory / name
+    with _locked(directory):
+        _remove_left_files(directory)
+        return _fetch(source, target)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Let only one build at a time write to the cache *directory*; the lock ends with its process."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Waiting for another build that writes to %s.", directory)
+            with interrupts.interruptible():
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_left_files(directory: Path) -> None:
+    """Remove the temporary files, mkstemp's or rsync's, that a killed build has left."""
+    for path in directory.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            logger.info("Removing %s, which a killed build has left.", path)
+            path.unlink(missing_ok=True)
+
+
+def _fetch(source: Source, target: Path) -> Path:
     for attempt in range(1, TRIES + 1):
         try:
             if source.by_rsync:

@@ -8,13 +8,13 @@ import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 from . import arch, command
 from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, printable, step
-from .model import Build, Plan
+from .model import VM_PREFIX, WORK_PREFIX, Build, Plan, libvirt_uri
 from .release import released
 from .settings import ImageSettings
 
@@ -164,9 +164,9 @@ def _text_of(path: Path) -> str:
         return ""
 
 
-def remove_vm(plan: Plan, name: str) -> None:
-    """Destroy and undefine the machine *name*; it's no error if there is none."""
-    virsh = ["virsh", "--connect", plan.libvirt_uri]
+def remove_vm(name: str) -> None:
+    """Destroy and undefine the machine *name* of this user's; it's no error if there is none."""
+    virsh = ["virsh", "--connect", libvirt_uri()]
 
     def names(*states: str) -> list[str]:
         return command.run([*virsh, "list", "--name", *states], capture=True, timeout=_VIRSH_SECONDS).split()
@@ -178,7 +178,24 @@ def remove_vm(plan: Plan, name: str) -> None:
     if name in names("--all"):
         command.run([*virsh, "undefine", name, "--nvram"], timeout=_VIRSH_SECONDS)
     if name in names("--all"):
-        raise BuildError(f"The virtual machine {name} can't be removed from {plan.libvirt_uri}.")
+        raise BuildError(f"The virtual machine {name} can't be removed from {libvirt_uri()}.")
+
+
+def machines() -> Iterator[tuple[str, Path]]:
+    """Give the machines that builds of this user have made: their names, and where their disks are."""
+    virsh = ["virsh", "--connect", libvirt_uri()]
+    for name in command.run([*virsh, "list", "--all", "--name"], capture=True, timeout=_VIRSH_SECONDS).split():
+        if not name.startswith(VM_PREFIX):
+            continue
+        try:
+            xml = command.run([*virsh, "dumpxml", name], capture=True, timeout=_VIRSH_SECONDS)
+        except CommandError:
+            # It has gone meanwhile.
+            continue
+        for source in ElementTree.fromstring(xml).iterfind("devices/disk[@device='disk']/source[@file]"):
+            directory = Path(source.attrib["file"]).parent
+            if directory.name.startswith(WORK_PREFIX):
+                yield name, directory
 
 
 @contextmanager
@@ -192,8 +209,14 @@ def _console_shown(build: Build) -> Iterator[None]:
 
 def install(build: Build, location: str, virt_type: str) -> None:
     """Run the installer until the guest is off; BuildError unless it powered off by itself."""
-    remove = partial(remove_vm, build.plan, build.vm_name)
+
+    def remove() -> None:
+        remove_vm(build.vm_name)
+        build.vm_record.unlink(missing_ok=True)
+
     with step("Installing"), released(remove), _console_shown(build):
+        # Before there is a machine: it says what a killed build has left.
+        build.vm_record.write_text(build.vm_name + "\n", encoding="utf-8")
         command.run(
             virt_install_argv(build, location, virt_type),
             stop_signal=signal.SIGINT,

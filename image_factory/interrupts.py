@@ -67,6 +67,11 @@ def handled() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def check() -> None:
+    """Raise Interrupted if a signal has come."""
+    _raise_pending()
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Let a signal raise Interrupted at any point inside, also one that came before."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from .errors import Interrupted
+from .errors import BuildError, Interrupted, reason_of
 
 logger = logging.getLogger("image-factory")
 
@@ -104,13 +104,18 @@ def recorded_steps() -> Iterator[list[StepTime]]:
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Announce a step, and say how long it took, or that it failed."""
+    """Announce a step, and say how long it took, or that it failed.
+
+    What the system refuses inside, as with a full disk, becomes a BuildError that names the step.
+    """
     logger.info("%s ...", name)
     start = time.monotonic()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         logger.info("%s: failed after %.1f s", name, time.monotonic() - start)
+        if isinstance(error, OSError):
+            raise BuildError(f"{name} failed: {reason_of(error)}") from error
         raise
     seconds = time.monotonic() - start
     times = _step_times.get(None)

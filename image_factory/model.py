@@ -7,6 +7,15 @@ from pathlib import Path
 
 from .settings import Destination, ImageSettings
 
+# What the names of working directories and virtual machines begin with; an image's name follows.
+WORK_PREFIX = ".image-factory-"
+VM_PREFIX = "image-factory-"
+
+
+def libvirt_uri() -> str:
+    """Return the libvirt that this user's installations run in."""
+    return "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,7 +55,7 @@ class Plan:
     @property
     def work_path(self) -> Path:
         """The hidden working directory of builds of this image."""
-        return self.output_dir / f".image-factory-{self.image}"
+        return self.output_dir / f"{WORK_PREFIX}{self.image}"
 
     @property
     def cache_dir(self) -> Path:
@@ -61,7 +70,7 @@ class Plan:
     @property
     def libvirt_uri(self) -> str:
         """The libvirt that the installation runs in."""
-        return "qemu:///system" if self.as_root else "qemu:///session"
+        return libvirt_uri()
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,11 @@ class Build:
     def disk_path(self) -> Path:
         """The raw disk that the system is installed on."""
         return self.directory / "disk.raw"
+
+    @property
+    def vm_record(self) -> Path:
+        """The file with the name of the virtual machine, there as long as there may be one."""
+        return self.directory / "vm-name"
 
     @property
     def console_path(self) -> Path:

@@ -1,8 +1,11 @@
 """Mount the root filesystem of a disk, and let go of it."""
 
+import contextlib
+import errno
+import fcntl
 import os
 import re
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from . import layout, privileged
-from .errors import CommandError, NoSystemError
+from .errors import BuildError, CommandError, NoSystemError
 from .log import logger, step
-from .model import Disk, Partition, Plan, Tree
+from .model import Disk, Partition, Tree
 from .release import released
 
 STEP = "Mounting the root partition"
@@ -47,61 +50,171 @@ def mounted(disk: Disk) -> Iterator[Tree]:
 @contextmanager
 def _mounted_partition(disk: Disk, partition: Partition) -> Iterator[Tree]:
     # The directory around the mount point is the user's alone: no one else sees the guest's files.
-    with _mount_point() as path:
+    # A signal may stop the wait for the helper when it has mounted already: umount looks.
+    with _mount_point(mount_record(disk.path.parent)) as path, released(partial(umount, path)):
         with step(STEP):
             logger.info("Partition %d has %s.", partition.number, partition.filesystem)
             # The helper takes no path with a link in it.
             privileged.mount_image(disk.path.resolve(), partition.offset, partition.size, path)
-        with released(partial(umount, path)):
-            yield Tree(path, partition)
+        yield Tree(path, partition)
+
+
+def mount_record(directory: Path) -> Path:
+    """Return the link in the working *directory* to the mount point, there as long as there may be one."""
+    return directory / "mount-point"
 
 
 @contextmanager
-def _mount_point() -> Iterator[Path]:
-    """Give an empty directory, and remove it on the way out unless something is still mounted there."""
-    directory = Path(tempfile.mkdtemp(prefix=MOUNT_PREFIX, dir=MOUNT_DIRECTORY))
+def _mount_point(record: Path) -> Iterator[Path]:
+    """Give an empty directory, and remove it on the way out unless something is still mounted there.
+
+    The directory around it is locked: one without a holder is what a killed build has left.
+    """
+    descriptor, directory = _locked_directory(record)
     path = directory / "tree"
     try:
-        path.mkdir(mode=0o700)
-        yield path
+        with released(partial(_remove_mount_point, path, record)):
+            path.mkdir(mode=0o700)
+            yield path
     finally:
-        _remove_mount_point(path)
+        os.close(descriptor)
 
 
-def _remove_mount_point(path: Path) -> None:
+def _locked_directory(record: Path) -> tuple[int, Path]:
+    while True:
+        # The link comes first, so that there is no moment in which a killed build leaves a
+        # directory that no one knows of.
+        directory = MOUNT_DIRECTORY / f"{MOUNT_PREFIX}{secrets.token_hex(4)}"
+        record.unlink(missing_ok=True)
+        record.symlink_to(directory)
+        try:
+            directory.mkdir(mode=0o700)
+        except FileExistsError:
+            continue
+        descriptor = None
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = lock(directory)
+        if descriptor is not None:
+            return descriptor, directory
+        # A clean-up was faster than the lock.
+
+
+def lock(directory: Path) -> int | None:
+    """Return a descriptor that holds the lock of *directory*, None if a running build has it.
+
+    FileNotFoundError if the directory goes away meanwhile.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder before us may have removed what we opened.
+        if os.path.samestat(os.fstat(descriptor), os.lstat(directory)):
+            return descriptor
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _remove_mount_point(path: Path, record: Path | None = None) -> None:
     # That it could not be unmounted has been said.  rmdir spares a guest's files in any case.
-    if not os.path.ismount(path):
-        path.rmdir()
-        path.parent.rmdir()
+    if os.path.ismount(path):
+        return
+    for directory in (path, path.parent):
+        with contextlib.suppress(FileNotFoundError):
+            directory.rmdir()
+    if record is not None:
+        record.unlink(missing_ok=True)
 
 
 def umount(path: Path) -> None:
-    """Unmount *path*, and try again for a short while if it is busy."""
+    """Unmount *path* if something is mounted there, and try again for a short while if it is busy."""
     deadline = time.monotonic() + _UMOUNT_SECONDS
-    while True:
+    while os.path.ismount(path):
         try:
             with step("Unmounting"):
                 privileged.umount(path)
             return
-        except CommandError:
+        except BuildError as error:
             if time.monotonic() > deadline:
-                raise
+                said = error.last_lines[-1] if isinstance(error, CommandError) and error.last_lines else error.message
+                raise BuildError(
+                    f"{path} can't be unmounted: {said} It is held by {_holders(path)}.",
+                    hint="End what holds it, then run image-factory --cleanup.",
+                ) from error
             time.sleep(0.5)
 
 
-def release_left_mounts(plan: Plan, directory: Path) -> None:
-    """Unmount what a killed build of *plan* has left mounted from the images in *directory*."""
+def _holders(path: Path) -> str:
+    """Return the processes that have something below *path* open, as far as this user can see."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        # Those of others can't be read, and others end meanwhile.
+        with contextlib.suppress(OSError):
+            links = [process / name for name in ("cwd", "root", "exe")]
+            with contextlib.suppress(OSError):
+                links += (process / "fd").iterdir()
+            if any(_is_below(link, path) for link in links):
+                name = (process / "comm").read_text(encoding="utf-8", errors="replace").strip()
+                found.append(f"process {process.name} ({name})")
+    return ", ".join(found) or "no process that this user can see"
+
+
+def _is_below(link: Path, path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(os.readlink(link)).is_relative_to(path)
+    return False
+
+
+def release_left_mounts(directory: Path) -> list[Path]:
+    """Unmount what a killed build has left mounted from the images in *directory*; return the mount points."""
+    points = [point for point, image in image_mounts() if image.parent == directory.resolve()]
+    for point in points:
+        umount(point)
+        if _is_ours(point.parent):
+            _remove_mount_point(point)
+    record = mount_record(directory)
+    if record.is_symlink():
+        # It was killed before it had mounted.
+        left = Path(os.readlink(record))
+        if _is_ours(left):
+            _remove_mount_point(left / "tree")
+    return points
+
+
+def _is_ours(directory: Path) -> bool:
+    return directory.parent == MOUNT_DIRECTORY and directory.name.startswith(MOUNT_PREFIX)
+
+
+def remove_left_mount_points() -> Iterator[Path]:
+    """Remove the directories for mounts that killed builds of this user have left; give each."""
+    for directory in sorted(MOUNT_DIRECTORY.glob(f"{MOUNT_PREFIX}*")):
+        # Another's can't be opened, or goes away meanwhile; one with other things in it is spared.
+        with contextlib.suppress(OSError):
+            if directory.lstat().st_uid != os.geteuid() or directory.is_symlink():
+                continue
+            descriptor = lock(directory)
+            if descriptor is None:
+                continue
+            try:
+                _remove_mount_point(directory / "tree")
+                if not directory.exists():
+                    yield directory
+            finally:
+                os.close(descriptor)
+
+
+def image_mounts() -> list[tuple[Path, Path]]:
+    """Return what is mounted of loop devices here: the mount points, and the images' paths."""
+    found = []
     for device, mount_point in _loop_mounts():
-        backing_file = Path("/sys/block", device, "loop/backing_file")
-        try:
-            image = Path(backing_file.read_text(encoding="utf-8").rstrip("\n"))
-        except OSError:
-            continue
-        if image.parent == directory.resolve():
-            umount(mount_point)
-            parent = mount_point.parent
-            if parent.parent == MOUNT_DIRECTORY and parent.name.startswith(MOUNT_PREFIX):
-                _remove_mount_point(mount_point)
+        with contextlib.suppress(OSError):
+            backing_file = Path("/sys/block", device, "loop/backing_file").read_text(encoding="utf-8")
+            found.append((mount_point, Path(backing_file.rstrip("\n"))))
+    return found
 
 
 def _loop_mounts() -> list[tuple[str, Path]]:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import arch, checksum, clean, command, guest, mounts, privileged, publish, shrink, workspace
+from . import arch, checksum, clean, command, guest, interrupts, mounts, privileged, publish, shrink, workspace
 from .errors import ConfigurationError, NoSystemError
 from .model import Artifact, Build, Disk, Plan
 from .outputs import OUTPUTS
@@ -97,9 +97,13 @@ def build_image(plan: Plan) -> list[Artifact]:
     with workspace.opened(plan) as build:
         disk = SOURCES["installer"].produce(build)
         artifacts = finish_disk(build, disk)
+        # No signal disturbs the publishing itself; one that came before or meanwhile is not lost.
+        interrupts.check()
         artifacts = publish.move_into_place(build, artifacts)
-    publish.upload(plan, artifacts)
-    publish.run_post_build_command(plan, artifacts)
+        interrupts.check()
+        # Still with the lock: a second build would replace the files under the upload.
+        publish.upload(plan, artifacts)
+        publish.run_post_build_command(plan, artifacts)
     return artifacts
 
 

@@ -16,6 +16,9 @@ from .errors import CommandError, ConfigurationError
 
 HELPER = "image-factory-sudo-helper"
 
+# A trim or an umount may have much to write to a slow disk, but nothing is waited for for ever.
+_SECONDS = 1800.0
+
 
 def helper_path() -> str:
     """Return the helper that belongs to this program: the one beside it, else the one on PATH.
@@ -45,7 +48,7 @@ def _run(*arguments: str) -> str:
     # A root shell that was started with sudo still has the SUDO_ variables of its user, whom the
     # helper would take for its caller.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
-    return command.run(helper_argv(*arguments), capture=True, env=environment, new_session=False)
+    return command.run(helper_argv(*arguments), capture=True, env=environment, timeout=_SECONDS, new_session=False)
 
 
 def check() -> None:

@@ -13,6 +13,9 @@ from .log import step
 from .model import Artifact, Build, Plan
 from .settings import Destination
 
+# In the working directory while artifacts are published: their names.
+_RECORD = "publishing"
+
 
 def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifact]:
     """Give *artifacts* and their checksums their final names: all, or none and BuildError.
@@ -20,7 +23,7 @@ def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifac
     Older files of these names are replaced; they come back if one can't be.
     """
     target = build.plan.output_dir
-    with step("Publishing"), contextlib.ExitStack() as undo:
+    with step("Publishing"), _recorded(build, artifacts), contextlib.ExitStack() as undo:
         for artifact in artifacts:
             # The checksum goes first: at no time is there an artifact with an older one's checksum
             # but for the moment between the two.
@@ -30,9 +33,40 @@ def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifac
     return [dataclasses.replace(artifact, path=target / artifact.path.name) for artifact in artifacts]
 
 
+@contextlib.contextmanager
+def _recorded(build: Build, artifacts: Sequence[Artifact]) -> Iterator[None]:
+    """Have a record of what is published inside, so that of a build that is killed nothing is."""
+    record = build.directory / _RECORD
+    names = [path.name for artifact in artifacts for path in (artifact.checksum_path, artifact.path)]
+    # Half a record would be worse than none.
+    unfinished = record.with_name(f"{_RECORD}-unfinished")
+    unfinished.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    unfinished.rename(record)
+    yield
+    record.unlink()
+
+
+def take_back(directory: Path) -> None:
+    """Take back what a build that was killed while it published from *directory* has published."""
+    record = directory / _RECORD
+    if not record.is_file():
+        return
+    for name in record.read_text(encoding="utf-8").splitlines():
+        older, target = _older(directory, name), directory.parent / name
+        if os.path.lexists(older):
+            os.replace(older, target)
+        elif not os.path.lexists(directory / name):
+            target.unlink(missing_ok=True)
+    record.unlink()
+
+
+def _older(directory: Path, name: str) -> Path:
+    return directory / f"older-{name}"
+
+
 def _replace(source: Path, target: Path, directory: Path) -> Callable[[], None]:
     """Rename *source* to *target*; return what takes that back.  BuildError if nothing has changed."""
-    older = directory / f"older-{target.name}"
+    older = _older(directory, target.name)
 
     def take_back() -> None:
         if os.path.lexists(older):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .errors import ImageFactoryError
+from .errors import ImageFactoryError, Interrupted
 from .log import logger
 
 
@@ -18,9 +18,18 @@ def released(release: Callable[[], None]) -> Iterator[None]:
         yield
     except BaseException as error:
         try:
-            release()
+            _release(release)
         except (ImageFactoryError, OSError) as release_error:
             logger.error("%s", release_error)
             error.add_note(str(release_error))
         raise
-    release()
+    _release(release)
+
+
+def _release(release: Callable[[], None]) -> None:
+    try:
+        release()
+    except Interrupted:
+        # The signal has stopped it half-way.  Later signals are ignored, so this one is not disturbed.
+        release()
+        raise

@@ -1,17 +1,18 @@
-"""The build's own directory, its lock, and what a killed build has left in it."""
+"""The build's own directory, its lock, and what a killed build has left in it and elsewhere."""
 
-import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from . import guest, mounts
+from . import guest, mounts, publish
 from .errors import BuildError, ConfigurationError
 from .log import logger
-from .model import Build, Plan
+from .model import VM_PREFIX, WORK_PREFIX, Build, Plan
+from .release import released
 
 _VM_FILE = "vm-name"
 
@@ -25,15 +26,17 @@ def opened(plan: Plan) -> Iterator[Build]:
     whatever happens, as it says what the installer did.
     """
     with _locked_directory(plan) as directory:
-        _clear(plan, directory)
-        vm_name = f"image-factory-{plan.image}-{secrets.token_hex(4)}"
-        (directory / _VM_FILE).write_text(vm_name + "\n", encoding="utf-8")
-        build = Build(plan, directory, vm_name)
-        try:
+        if any(directory.iterdir()):
+            logger.warning("Cleaning up after a build of %s that was killed.", plan.image)
+            _clear(directory)
+        build = Build(plan, directory, f"{VM_PREFIX}{plan.image}-{secrets.token_hex(4)}")
+        with released(partial(_keep_console, build)):
             yield build
-        finally:
-            if build.console_path.exists():
-                os.replace(build.console_path, plan.console_path)
+
+
+def _keep_console(build: Build) -> None:
+    if build.console_path.exists():
+        os.replace(build.console_path, build.plan.console_path)
 
 
 @contextmanager
@@ -49,48 +52,127 @@ def _locked_directory(plan: Plan) -> Iterator[Path]:
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True, mode=mode)
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise BuildError(f"The working directory {path} can't be made: {error.strerror}.") from error
+        try:
+            descriptor = mounts.lock(path)
+        except FileNotFoundError:
+            # The holder before us has just removed it.
+            continue
         except OSError as error:
             # A link, a file or someone else's directory is in its place.
             raise BuildError(f"The working directory {path} can't be made: {error.strerror}.") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before us may have removed what we opened.
-            if not os.path.lexists(path) or not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                os.close(descriptor)
-                continue
-            os.fchmod(descriptor, mode)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ConfigurationError(
-                f"Another build of {plan.image} is under way in {plan.output_dir}.",
-                hint="Wait for it to end, or build into another directory with --output-dir.",
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
         break
+    if descriptor is None:
+        raise ConfigurationError(
+            f"Another build of {plan.image} is under way in {plan.output_dir}.",
+            hint="Wait for it to end, or build into another directory with --output-dir.",
+        )
     try:
-        yield path
+        with released(partial(_remove, path)):
+            os.fchmod(descriptor, mode)
+            yield path
     finally:
-        try:
-            shutil.rmtree(path)
-        finally:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
-def _clear(plan: Plan, directory: Path) -> None:
-    """Remove what a killed build has left in *directory*, its virtual machine and mounts included."""
-    entries = list(directory.iterdir())
-    if not entries:
+def _records(directory: Path) -> list[Path]:
+    """Return the records of what could not be released; see Build.vm_record and mounts.mount_record."""
+    return [path for path in (directory / _VM_FILE, mounts.mount_record(directory)) if os.path.lexists(path)]
+
+
+def _remove(directory: Path) -> None:
+    """Remove the working directory, but for the records of what the next build has to release."""
+    records = _records(directory)
+    if not records:
+        shutil.rmtree(directory)
         return
-    logger.warning("Cleaning up after a build of %s that was killed.", plan.image)
+    _remove_entries(directory, spare=records)
+    logger.error("The next build, or image-factory --cleanup, tries again to remove what is left.")
+
+
+def _clear(directory: Path) -> list[str]:
+    """Remove what a killed build has left in *directory*, its virtual machine and mounts included.
+
+    Returns a line for each machine and mount.
+    """
+    removed = []
+    publish.take_back(directory)
     vm_file = directory / _VM_FILE
-    if vm_file.is_file():
-        guest.remove_vm(plan, vm_file.read_text(encoding="utf-8").strip())
-    mounts.release_left_mounts(plan, directory)
-    for entry in entries:
+    # The file is empty if the build was killed at that moment; there is no machine then.
+    if vm_file.is_file() and (name := vm_file.read_text(encoding="utf-8").strip()):
+        guest.remove_vm(name)
+        removed.append(f"virtual machine {name}")
+    removed += [f"mount {path}" for path in mounts.release_left_mounts(directory)]
+    _remove_entries(directory)
+    return removed
+
+
+def _remove_entries(directory: Path, spare: list[Path] | None = None) -> None:
+    for entry in directory.iterdir():
+        if entry in (spare or []):
+            continue
         try:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         except OSError as error:
             raise BuildError(f"Can't remove {entry}, which a killed build has left: {error.strerror}.") from error
+
+
+def remove_left(output_dir: Path) -> Iterator[str]:
+    """Remove what killed builds of this user have left; give a line for each thing removed.
+
+    These are the working directories in *output_dir* with what belongs to them, and wherever the
+    working directory was: virtual machines, mounts and the directories for mounts.  A build that runs
+    holds the lock of its directories.
+    """
+    for directory in sorted(output_dir.glob(f"{WORK_PREFIX}*")):
+        if directory.is_symlink() or not directory.is_dir() or directory.stat().st_uid != os.geteuid():
+            continue
+        with _unused(directory) as unused:
+            if unused:
+                yield from _clear(directory)
+                directory.rmdir()
+                yield f"directory {directory}"
+    for name, directory in guest.machines():
+        with _unused(directory) as unused:
+            if unused:
+                guest.remove_vm(name)
+                yield f"virtual machine {name}"
+    for point, image in mounts.image_mounts():
+        if not image.parent.name.startswith(WORK_PREFIX) or not _is_own(point.parent):
+            continue
+        with _unused(image.parent) as unused:
+            if unused:
+                mounts.umount(point)
+                yield f"mount {point}"
+    for directory in mounts.remove_left_mount_points():
+        yield f"directory {directory}"
+
+
+@contextmanager
+def _unused(directory: Path) -> Iterator[bool]:
+    """Tell whether no build has the working *directory*, and see to it that none takes it meanwhile."""
+    try:
+        descriptor = mounts.lock(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        yield True
+        return
+    except OSError:
+        # It's someone else's.
+        yield False
+        return
+    if descriptor is None:
+        logger.info("A build in %s is under way.", directory)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.geteuid()
+    except OSError:
+        return False

@@ -404,7 +404,7 @@ def test_help_names_each_option_of_the_manual(place: Place) -> None:
     done = place.run("--help")
     assert (done.returncode, done.stderr) == (0, "")
     options = """-h --version -c --cache-dir -f --format --image-size --mac --installer-logs --no-installer-logs
-        --log-file --no-log-file --log-filename -o --output-dir --list --check --dry-run IMAGE --debug"""
+        --log-file --no-log-file --log-filename -o --output-dir --list --check --dry-run --cleanup IMAGE --debug"""
     assert set(options.split()) <= set(re.findall(r"(?<![\w-])(?:-{1,2}[a-z-]+|IMAGE)", done.stdout))
     assert place.run("-h").stdout == done.stdout
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -362,3 +363,43 @@ def test_read_until_gives_up(tmp_path: Path) -> None:
 
 def test_read_until_the_end_of_the_program() -> None:
     assert command.read_until(shell("echo a; exit 3"), b"wanted", 30) == b"a\n"
+
+
+# Parents.
+
+
+def test_program_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory import command
+        command.run(["sh", "-c", "echo $$ >{tmp_path}/pid; exec sleep 600"])
+    """
+    parent = subprocess.Popen(python(program))
+    wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+    pid = int((tmp_path / "pid").read_text())
+    assert not gone(pid)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: gone(pid))
+
+
+def test_program_that_can_not_be_stopped_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, log: Callable[[], list[str]]
+) -> None:
+    """As one of root's that hangs, which sudo runs."""
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "killpg", refuse)
+    monkeypatch.setattr(command, "_ROOTS_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(command, "_KILL_SECONDS", 0.1)
+    start = time.monotonic()
+    with pytest.raises(BuildError, match="did not end within 0 s"):
+        command.run(["sleep", "20"], timeout=0.1, stop_seconds=0.1)
+    assert time.monotonic() - start < 10
+    monkeypatch.undo()
+    match = re.fullmatch(r"Process ([0-9]+) can't be stopped and goes on: .*sleep 20", log()[-1])
+    assert match
+    os.kill(int(match[1]), signal.SIGKILL)

@@ -805,3 +805,31 @@ def test_source_of_a_path_is_not_read(tmp_path: Path) -> None:
     """That is the check's business, before the build."""
     absent = tmp_path / "absent"
     assert fetch.fetch(Source(str(absent), absent), tmp_path / "cache") == absent
+
+
+# What a killed build has left.
+
+
+def test_left_temporary_files_are_removed(tmp_path: Path, server: Server) -> None:
+    left = [".linux.abcd_123", "..linux.validators.x1234567", ".linux.AbC123"]
+    kept = ["other", ".other.validators", "linux.old", ".x"]
+    for name in left + kept:
+        (tmp_path / name).touch()
+    fetch.fetch(parse_source(server.uri()), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not names & set(left)
+    assert names >= {*kept, "linux"}
+
+
+def test_one_build_at_a_time_writes_to_the_cache(tmp_path: Path, server: Server) -> None:
+    done = threading.Event()
+
+    def fetch_it() -> None:
+        fetch.fetch(parse_source(server.uri()), tmp_path)
+        done.set()
+
+    with fetch._locked(tmp_path):
+        threading.Thread(target=fetch_it, daemon=True).start()
+        assert not done.wait(0.5)
+        assert not (tmp_path / "linux").exists()
+    assert done.wait(10)

@@ -70,7 +70,7 @@ def test_unmounted_when_the_body_raises(tmp_path: Path) -> None:
 def test_release_that_fails_is_reported(tmp_path: Path) -> None:
     """A busy mount is an error, not silence; with an error in flight it's a note on that."""
     disk = make_disk(tmp_path, "ext4")
-    busy = pytest.raises(BuildError, match="Device or resource busy")
+    busy = pytest.raises(BuildError, match=r"Device or resource busy\. It is held by process [0-9]+ \(sleep\)\.$")
     with ExitStack() as stack, busy, mounts.mounted(disk) as tree:
         stack.enter_context(held(tree.path))
     mounts.umount(tree.path)

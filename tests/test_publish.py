@@ -281,3 +281,40 @@ def test_no_post_build_command(place: Place, caplog: pytest.LogCaptureFixture) -
 def test_post_build_command_that_fails(place: Place) -> None:
     with pytest.raises(CommandError):
         publish.run_post_build_command(place.plan(command=("false",)), place.artifacts)
+
+
+# Killed while it publishes.
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("renames", range(5))
+def test_what_a_killed_build_has_published_is_taken_back(
+    place: Place, monkeypatch: pytest.MonkeyPatch, older: bool, renames: int
+) -> None:
+    before = place.older() if older else {}
+    real, count = os.replace, iter(range(100))
+
+    class Killed(BaseException):
+        pass
+
+    def replace(source: Path, target: Path) -> None:
+        if next(count) >= renames:
+            # Nothing takes place any more.
+            monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+            raise Killed
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        if renames < 4:
+            with pytest.raises(Killed):
+                publish.move_into_place(place.build(), place.artifacts)
+        else:
+            publish.move_into_place(place.build(), place.artifacts)
+    monkeypatch.undo()
+    publish.take_back(place.work)
+    if renames < 4:
+        assert place.published() == before
+    else:
+        assert place.published()[RAW] == "new raw\n"
+    publish.take_back(place.work)

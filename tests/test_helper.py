@@ -6,6 +6,7 @@ user's stay as they were.
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -390,3 +391,66 @@ def test_limits(scene: Scene) -> None:
         if done.returncode == 0:
             assert scene.helper("umount", str(point)).returncode == 0
         assert machine_state() == before, limit
+
+
+def test_what_is_mounted_in_the_tree_is_spared(scene: Scene) -> None:
+    outside = scene.users["root"].directory("mounted-inside")
+    (outside / "file").write_text("root's\n")
+    with own_mount(scene) as point:
+        run("mount", "--bind", outside, point / "var/log/installer")
+        try:
+            for words in (
+                ("show", str(point), "var"),
+                ("remove", str(point), "var/log"),
+                ("chmod", "-R", "o+rwx", f"{point}/var"),
+            ):
+                done = scene.helper(*words)
+                assert (done.returncode, "root's" in done.stdout) == (1, False)
+                assert "something else is mounted there" in done.stderr
+            assert (outside / "file").read_text() == "root's\n"
+            assert (outside / "file").stat().st_mode & 0o7777 == 0o644
+        finally:
+            run("umount", point / "var/log/installer")
+
+
+def test_hostile_names_and_depth(scene: Scene) -> None:
+    with own_mount(scene) as point:
+        (point / "var/log/zz\n\x1b[2Jb").write_text("text\n")
+        assert scene.helper("show", str(point), "var/log/zz*").stdout == "==> /var/log/zz??[2Jb <==\ntext\n"
+        assert scene.helper("remove", str(point), "var/log/zz*").stdout == "var/log/zz??[2Jb\n"
+        run("sh", "-c", f"cd {point}/var/log && for n in $(seq 400); do mkdir d && cd d; done")
+        for words in (("remove", str(point), "var/log/d"), ("chmod", "-R", "o+rwx", f"{point}/var/log/d")):
+            done = scene.helper(*words)
+            assert done.returncode == 1
+            assert "too many levels" in done.stderr
+
+
+def test_mount_point_is_not_moved_to_a_public_place(scene: Scene) -> None:
+    """A namespace where nothing is mounted on it could rename the directory, with what looks like root's files."""
+    user, point = scene.users["a"], scene.directories["a"] / "empty"
+    elsewhere = user.home / "elsewhere"
+    mover = subprocess.Popen(
+        user.argv("unshare", "-Urm", "sh", "-c", f"read go; mv {point} {elsewhere}"), stdin=subprocess.PIPE
+    )
+    time.sleep(0.5)
+    with own_mount(scene):
+        mover.communicate(b"go\n")
+        assert mover.returncode != 0
+        assert os.path.ismount(point)
+    assert point.owner() == user.name
+
+
+def test_umount_finishes_the_image_that_a_namespace_holds(scene: Scene) -> None:
+    image = scene.images["a"].with_name("copy.raw")
+    with own_mount(scene) as point:
+        holder = subprocess.Popen(
+            scene.users["b"].argv("unshare", "-Urm", "sh", "-c", "read go"), stdin=subprocess.PIPE
+        )
+        time.sleep(0.5)
+        assert scene.helper("remove", str(point), "root/install.log").returncode == 0
+        assert scene.helper("umount", str(point)).returncode == 0
+        try:
+            assert "needs_recovery" not in run("dumpe2fs", "-h", image).stdout
+        finally:
+            holder.communicate(b"go\n")
+        assert scene.helper("mount-image", str(image), "0", str(IMAGE_SIZE), str(point)).returncode == 0

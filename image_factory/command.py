@@ -1,7 +1,9 @@
 """Run programs: the only module that uses subprocess."""
 
 import contextlib
+import io
 import os
+import secrets
 import selectors
 import shlex
 import shutil
@@ -9,7 +11,8 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import interrupts
@@ -19,6 +22,7 @@ from .log import logger
 # The Debian package that has each program; see require().
 PACKAGES = {
     "cpio": "cpio",
+    "guestfish": "guestfish",
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "rsync": "rsync",
@@ -187,6 +191,93 @@ def _communicate(
     finally:
         os.close(exited)
         lines.close()
+
+
+class Conversation:
+    """A program that reads commands, one a line, and knows the command ``echo``; see ``conversation``."""
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        self._argv = argv
+        # What the program itself or a guest's file prints can't be taken for it.
+        self._end = secrets.token_hex(16)
+        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self.process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(env) | {"LC_ALL": "C.UTF-8"},
+            bufsize=0,
+            start_new_session=True,
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._stdin = self.process.stdin
+        self._stdout = io.BufferedReader(self.process.stdout)  # type: ignore[type-var]
+
+    def do(self, line: str) -> list[str]:
+        """Give the command *line*, log it and what it prints; return what it prints."""
+        logger.info("%s> %s", self._argv[0], line)
+        lines = self.ask(line)
+        for answer in lines:
+            logger.info("%s: %s", self._argv[0], answer)
+        return lines
+
+    def ask(self, line: str) -> list[str]:
+        """Give the command *line*, return what it prints; CommandError if the program ends."""
+        lines: list[str] = []
+        with interrupts.interruptible():
+            with contextlib.suppress(BrokenPipeError):
+                self._stdin.write(f"{line}\necho {self._end}\n".encode())
+            for answer in self._lines():
+                if answer == self._end:
+                    return lines
+                lines.append(answer)
+        raise self.failure()
+
+    def end(self) -> None:
+        """Let the program come to its end, which is to be a good one."""
+        with interrupts.interruptible():
+            self._stdin.close()
+            for _ in self._lines():
+                pass
+        if self.process.wait():
+            raise self.failure()
+
+    def _lines(self) -> Iterator[str]:
+        while data := self._stdout.readline(_LONGEST_LINE):
+            line = data.decode("utf-8", errors="replace").rstrip()
+            self._last_lines.append(line)
+            yield line
+
+    def failure(self) -> CommandError:
+        """Return why the program, which has closed its output, did not answer."""
+        return CommandError(self._argv, self.process.wait(), self._last_lines)
+
+
+@contextmanager
+def conversation(argv: Sequence[str], *, env: Mapping[str, str], stop_seconds: float) -> Iterator[Conversation]:
+    """Give a conversation with the program *argv*, which ends at the end of its input.
+
+    After an exception it has *stop_seconds* for that.  When image-factory is killed it sees the end
+    of its input, too.
+    """
+    logger.info("Running: %s", shlex.join(argv))
+    try:
+        talk = Conversation(argv, env)
+    except OSError as error:
+        raise BuildError(f"Can't run {argv[0]}: {error.strerror}") from error
+    with talk.process:
+        try:
+            yield talk
+            talk.end()
+        except BaseException:
+            if talk.process.stdin is not None:
+                talk.process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                talk.process.wait(stop_seconds)
+            _stop(talk.process, signal.SIGTERM, 10)
+            raise
 
 
 def _stop(process: subprocess.Popen[bytes], stop_signal: signal.Signals, seconds: float) -> None:

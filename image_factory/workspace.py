@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import guest, mounts
+from . import guest, loop
 from .errors import BuildError, ConfigurationError
 from .log import logger
 from .model import Build, Plan
@@ -88,7 +88,7 @@ def _clear(plan: Plan, directory: Path) -> None:
     vm_file = directory / _VM_FILE
     if vm_file.is_file():
         guest.remove_vm(plan, vm_file.read_text(encoding="utf-8").strip())
-    mounts.release_left_mounts(plan, directory)
+    loop.release_left_mounts(plan, directory)
     for entry in entries:
         try:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

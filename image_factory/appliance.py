@@ -16,7 +16,7 @@ from . import command, layout
 from .command import Conversation
 from .errors import CommandError, ConfigurationError
 from .log import logger, step
-from .model import Build, Disk, Partition, Plan, Tree
+from .model import Build, Disk, Partition, Plan
 
 STEP = "Mounting the root partition"
 
@@ -68,7 +68,7 @@ def describe(build: Build, shown: Sequence[str], removed: Sequence[str]) -> list
         (STEP, [_ARGV, *_comments(_add_line(Disk(build.disk_path)), "run", _mount_line("DEVICE"))]),
         *([("Showing installer logs", _comments(*(f"download /{pattern}" for pattern in shown)))] if shown else []),
         ("Removing installer logs", _comments(*(f"rm-rf /{pattern}" for pattern in removed))),
-        ("Freeing unused blocks", [_punch_argv(build), *_comments("-fstrim /")]),
+        ("Freeing unused blocks", [_punch_argv(build), *_comments("sync", "-fstrim /")]),
         ("Unmounting", _comments("umount /", "shutdown")),
     ]
 
@@ -195,7 +195,7 @@ def _shown_name(path: str) -> str:
 
 
 @contextmanager
-def mounted(build: Build, disk: Disk) -> Iterator[Tree]:
+def mounted(build: Build, disk: Disk) -> Iterator[ApplianceTree]:
     """Give the root filesystem of *disk*, mounted in the appliance; NoSystemError if there is none."""
     partitions = layout.read_partitions(disk.path)
     with command.conversation(_ARGV, env=environment(build, disk), stop_seconds=_STOP_SECONDS) as guestfish:

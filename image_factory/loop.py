@@ -13,7 +13,7 @@ from pathlib import Path
 from . import layout, privileged
 from .errors import CommandError
 from .log import logger, step
-from .model import Build, Disk, Partition, Plan, Tree
+from .model import Build, Disk, Partition, Plan
 from .release import released
 
 STEP = "Mounting the root partition"
@@ -74,7 +74,7 @@ def describe(build: Build, shown: Sequence[str], removed: Sequence[str]) -> list
 
 
 @contextmanager
-def mounted(build: Build, disk: Disk) -> Iterator[Tree]:
+def mounted(build: Build, disk: Disk) -> Iterator[LoopTree]:
     """Give the root filesystem of *disk*, mounted; NoSystemError if there is none."""
     partitions = layout.read_partitions(disk.path)
     candidates = layout.root_candidates(partitions)

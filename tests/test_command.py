@@ -1,5 +1,6 @@
 """Programs are run with everything they print in the log, and are gone afterwards."""
 
+import contextlib
 import logging
 import os
 import shlex
@@ -362,3 +363,40 @@ def test_read_until_gives_up(tmp_path: Path) -> None:
 
 def test_read_until_the_end_of_the_program() -> None:
     assert command.read_until(shell("echo a; exit 3"), b"wanted", 30) == b"a\n"
+
+
+def talk(**keywords: float) -> contextlib.AbstractContextManager[command.Conversation]:
+    """Have a conversation with a shell, which knows echo."""
+    return command.conversation(["sh"], env=dict(os.environ), stop_seconds=keywords.get("stop_seconds", 5))
+
+
+def test_conversation_answers() -> None:
+    with talk() as shell:
+        assert shell.ask("echo one; echo two >&2") == ["one", "two"]
+        assert shell.ask("true") == []
+        assert shell.do("printf '%s' $LC_ALL; echo") == ["C.UTF-8"]
+
+
+@pytest.mark.parametrize(("line", "status"), [("echo why; exit 3", 3), ("echo why; kill -KILL $$", -9)])
+def test_conversation_that_the_program_ends(line: str, status: int) -> None:
+    with pytest.raises(CommandError, match="why") as raised, talk() as shell:
+        shell.ask(line)
+    assert raised.value.status == status
+
+
+def test_conversation_with_a_bad_end() -> None:
+    with pytest.raises(CommandError, match="status 4"), talk() as shell:
+        shell.ask("trap 'exit 4' EXIT")
+
+
+def test_conversation_is_over_after_an_exception() -> None:
+    with pytest.raises(ZeroDivisionError), talk(stop_seconds=0.2) as shell:
+        shell.ask("(sleep 60) >/dev/null 2>&1 &")
+        raise ZeroDivisionError
+    assert shell.process.poll() is not None
+
+
+def test_conversation_with_a_program_that_is_missing() -> None:
+    missing = command.conversation(["no-such-program"], env={}, stop_seconds=1)
+    with pytest.raises(BuildError, match="Can't run no-such-program: No such file"), missing:
+        pytest.fail("it was started")

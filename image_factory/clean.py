@@ -1,6 +1,5 @@
 """Show and remove what the installers leave behind."""
 
-from . import privileged
 from .log import logger, step
 from .model import Build, Tree
 
@@ -36,12 +35,12 @@ def show_installer_logs(build: Build, tree: Tree) -> None:
     if not build.plan.settings.installer_logs:
         return
     with step("Showing installer logs"):
-        for line in privileged.show(tree.path, SHOWN_LOGS).splitlines():
+        for line in tree.show(SHOWN_LOGS).splitlines():
             logger.info("| %s", line)
 
 
 def remove_installer_logs(build: Build, tree: Tree) -> None:
     """Remove the installer's logs."""
     with step("Removing installer logs"):
-        for path in privileged.remove(tree.path, INSTALLER_LOGS):
+        for path in tree.remove(INSTALLER_LOGS):
             logger.info("Removed /%s", path)

@@ -153,7 +153,7 @@ def _run(argv: Sequence[str]) -> None:
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
     plan = pipeline.make_plan(configuration, arguments.image, _flag_texts(arguments))
     with interrupts.handled():
-        pipeline.check_plan(plan)
+        plan = pipeline.check_plan(plan)
         if arguments.dry_run:
             _print_steps(plan)
         elif arguments.check:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import secrets
 import selectors
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +29,7 @@ _Result = TypeVar("_Result")
 # The Debian package that has each program; see require().
 PACKAGES = {
     "cpio": "cpio",
+    "guestfish": "guestfish",
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "rsync": "rsync",
@@ -174,7 +177,7 @@ def _closed(process: subprocess.Popen[bytes]) -> Iterator[None]:
     try:
         yield
     finally:
-        for pipe in (process.stdout, process.stderr):
+        for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
         if process.poll() is None:
@@ -233,6 +236,126 @@ def _communicate(
     finally:
         os.close(exited)
         lines.close()
+
+
+class Conversation:
+    """A program that reads commands, one a line, and knows the command ``echo``; see ``conversation``."""
+
+    def __init__(self, process: subprocess.Popen[bytes], name: str, seconds: float) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self._name = name
+        self._seconds = seconds
+        self._unread = b""
+        # What the program itself or a guest's file prints can't be taken for it.
+        self._end = secrets.token_hex(16)
+        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+
+    def do(self, line: str) -> list[str]:
+        """Give the command *line*, log it and what it prints; return what it prints."""
+        logger.info("%s> %s", self._name, line)
+        lines = self.ask(line)
+        for answer in lines:
+            logger.info("%s: %s", self._name, answer)
+        return lines
+
+    def ask(self, line: str) -> list[str]:
+        """Give the command *line*, return what it prints.
+
+        Raises CommandError if the program ends, BuildError if it doesn't answer in time.
+        """
+        lines: list[str] = []
+        with interrupts.interruptible():
+            with contextlib.suppress(BrokenPipeError):
+                self._stdin.write(f"{line}\necho {self._end}\n".encode())
+            for answer in self._lines():
+                if answer == self._end:
+                    return lines
+                lines.append(answer)
+            raise self._failure()
+
+    def end(self) -> None:
+        """Let the program come to its end, which is to be a good one."""
+        with interrupts.interruptible():
+            self._stdin.close()
+            for _ in self._lines():
+                pass
+            if self._status():
+                raise self._failure()
+
+    def _lines(self) -> Iterator[str]:
+        deadline = time.monotonic() + self._seconds
+        while (data := self._read_line(deadline)) is not None:
+            line = data.decode("utf-8", errors="replace").rstrip()
+            self._last_lines.append(line)
+            yield line
+
+    def _read_line(self, deadline: float) -> bytes | None:
+        """Return the next line, None at the end of the output."""
+        while True:
+            line, newline, rest = self._unread.partition(b"\n")
+            if newline or len(line) > _LONGEST_LINE:
+                self._unread = rest
+                return line
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._stdout, selectors.EVENT_READ)
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise BuildError(f"{self._name} did not answer within {self._seconds:.0f} s.")
+            data = os.read(self._stdout.fileno(), 65536)
+            if not data:
+                self._unread = b""
+                return line or None
+            self._unread += data
+
+    def _failure(self) -> CommandError:
+        """Return why the program, which has closed its output, did not answer."""
+        return CommandError([self._name], self._status(), self._last_lines)
+
+    def _status(self) -> int:
+        try:
+            return self._process.wait(self._seconds)
+        except subprocess.TimeoutExpired:
+            raise BuildError(f"{self._name} did not end within {self._seconds:.0f} s.") from None
+
+
+@contextmanager
+def conversation(
+    argv: Sequence[str], *, env: Mapping[str, str], timeout: float, stop_seconds: float
+) -> Iterator[Conversation]:
+    """Give a conversation with the program *argv*, which ends at the end of its input.
+
+    It has *timeout* seconds for each answer, and *stop_seconds* to end after an exception.  When
+    image-factory is killed the program sees the end of its input, and SIGTERM.
+    """
+    logger.info("Running: %s", shlex.join(argv))
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(env) | {"LC_ALL": "C.UTF-8"},
+            bufsize=0,
+            start_new_session=True,
+            preexec_fn=partial(_end_with, os.getpid(), signal.SIGTERM),
+        )
+    except OSError as error:
+        raise BuildError(f"Can't run {argv[0]}: {error.strerror}") from error
+    with _closed(process):
+        try:
+            talk = Conversation(process, argv[0], timeout)
+            yield talk
+            talk.end()
+        except BaseException:
+            if process.stdin is not None:
+                process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(stop_seconds)
+            _stop(process, signal.SIGTERM, 10)
+            raise
 
 
 def _stop(process: subprocess.Popen[bytes], stop_signal: signal.Signals, seconds: float) -> None:

@@ -12,6 +12,9 @@ from .model import Partition
 # As libparted names the filesystems that can hold a root.
 ROOT_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs")
 
+# A root filesystem has one of these.
+ROOT_MARKS = ("etc/fstab", "etc/os-release", "usr/lib/os-release")
+
 _SECONDS = 60.0
 
 
@@ -56,6 +59,13 @@ def root_candidates(partitions: list[Partition]) -> list[Partition]:
     if not candidates:
         raise NoSystemError(f"The disk has no root filesystem, only {describe(partitions)}.")
     return sorted(candidates, key=lambda partition: partition.size, reverse=True)
+
+
+def no_root(partitions: list[Partition]) -> NoSystemError:
+    """Return the error that none of the filesystems on *partitions* is a root filesystem."""
+    return NoSystemError(
+        f"None of the disk's filesystems is a root filesystem (with {' or '.join(ROOT_MARKS)}): {describe(partitions)}."
+    )
 
 
 def describe(partitions: list[Partition]) -> str:

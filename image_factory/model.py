@@ -2,8 +2,10 @@
 
 import datetime
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from .settings import Destination, ImageSettings
 
@@ -99,9 +101,10 @@ class Build:
 
 @dataclass(frozen=True)
 class Disk:
-    """A raw disk with an installed system."""
+    """A raw disk with an installed system; *virt_type* is what virtual machines can use here, ``kvm`` or ``qemu``."""
 
     path: Path
+    virt_type: str = "qemu"
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,28 @@ class Partition:
     filesystem: str | None
 
 
-@dataclass(frozen=True)
-class Tree:
-    """The root filesystem of a disk, mounted at *path*."""
+class Tree(Protocol):
+    """The root filesystem of a disk, mounted by one of the ways in ``mounts``.
 
-    path: Path
-    partition: Partition
+    Patterns are paths below the root; only the last part may have ``*``.  No operation follows a link:
+    what is behind one is not there.
+    """
+
+    @property
+    def partition(self) -> Partition | None:
+        """The partition that it is in, None if it is in none itself, but in a logical volume."""
+
+    def show(self, patterns: Sequence[str]) -> str:
+        """Return the regular files that *patterns* match, and those below directories, with headings."""
+
+    def remove(self, patterns: Sequence[str]) -> list[str]:
+        """Remove what *patterns* match, a link itself; return the paths that are gone."""
+
+    def trim(self) -> int | None:
+        """Free the unused blocks; return their bytes, None where this is not possible."""
+
+    def block_size(self) -> int:
+        """Return the bytes of a block of the filesystem."""
 
 
 @dataclass(frozen=True)

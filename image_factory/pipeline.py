@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import arch, checksum, clean, command, guest, interrupts, mounts, privileged, publish, shrink, workspace
+from . import arch, checksum, clean, command, guest, interrupts, mounts, publish, shrink, workspace
 from .errors import ConfigurationError, NoSystemError
 from .model import Artifact, Build, Disk, Plan
 from .outputs import OUTPUTS
@@ -34,21 +34,24 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     return dataclasses.replace(plan, destinations=destinations)
 
 
-def check_plan(plan: Plan) -> None:
-    """Raise ConfigurationError if it can be known now that *plan* can't be carried out here."""
+def check_plan(plan: Plan) -> Plan:
+    """Raise ConfigurationError if it can be known now that *plan* can't be carried out here.
+
+    Returns the plan with what is chosen on this machine.
+    """
     arch.host()
     _check_files(plan)
+    plan = mounts.chosen(plan)
     command.require(_programs(plan))
     _check_space(plan)
     guest.check_output_dir(plan)
-    privileged.check()
+    mounts.way(plan).check(plan)
     guest.check_libvirt(plan)
+    return plan
 
 
 def _programs(plan: Plan) -> list[str]:
-    names = [*SOURCES["installer"].programs(plan), "zerofree"]
-    if not plan.as_root:
-        names.append("sudo")
+    names = [*SOURCES["installer"].programs(plan), *mounts.way(plan).programs(plan), "zerofree"]
     if plan.settings.upload_destinations:
         names.append("rsync")
     if plan.settings.post_build_command:
@@ -110,7 +113,7 @@ def build_image(plan: Plan) -> list[Artifact]:
 def finish_disk(build: Build, disk: Disk) -> list[Artifact]:
     """Turn an installed disk into artifacts with checksums, in the working directory."""
     try:
-        with mounts.mounted(disk) as tree:
+        with mounts.way(build.plan).mounted(build, disk) as tree:
             clean.show_installer_logs(build, tree)
             clean.remove_installer_logs(build, tree)
             zeroed = shrink.trim_filesystem(build, disk, tree)
@@ -147,19 +150,11 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
     What is known only in the build stands in capitals or as XXXXXXXX.
     """
     build = Build(plan, plan.work_path, f"image-factory-{plan.image}-XXXXXXXX")
-    tree = f"{mounts.MOUNT_DIRECTORY}/{mounts.MOUNT_PREFIX}XXXXXXXX/tree"
-    helper = privileged.helper_argv
     steps = SOURCES["installer"].describe(build)
-    steps.append((mounts.STEP, [helper("mount-image", str(build.disk_path), "OFFSET", "SIZE", tree)]))
-    if plan.settings.installer_logs:
-        steps.append(("Showing installer logs", [helper("show", tree, *clean.SHOWN_LOGS)]))
-    steps += [
-        ("Removing installer logs", [helper("remove", tree, *clean.INSTALLER_LOGS)]),
-        ("Freeing unused blocks", [helper("trim", tree)]),
-        ("Unmounting", [helper("umount", tree)]),
-        # Only where they can't be freed.
-        ("Zeroing unused blocks", [shrink.zerofree_argv(build.disk_path, "OFFSET")]),
-    ]
+    shown = clean.SHOWN_LOGS if plan.settings.installer_logs else ()
+    steps += mounts.way(plan).describe(build, shown, clean.INSTALLER_LOGS)
+    # Only where they can't be freed.
+    steps.append(("Zeroing unused blocks", [shrink.zerofree_argv(build.disk_path, "OFFSET")]))
     formats = _formats(plan)
     steps += [(OUTPUTS[name].STEP, OUTPUTS[name].commands(build)) for name in _raw_last(formats)]
     artifacts = [

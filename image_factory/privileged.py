@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__, command
-from .errors import CommandError, ConfigurationError
+from .errors import BuildError, CommandError, ConfigurationError
 
 HELPER = "image-factory-sudo-helper"
 
@@ -57,11 +57,12 @@ def check() -> None:
         raise ConfigurationError(f"{HELPER} is missing.", hint="Install image-factory again.")
     try:
         version = _run("version").strip()
-    except CommandError as error:
+    except BuildError as error:
+        said = error.last_lines[-1] if isinstance(error, CommandError) and error.last_lines else error.message
         user = os.environ.get("USER") or str(os.getuid())
         path = helper_path() if os.path.isabs(helper_path()) else f"/usr/bin/{HELPER}"
         raise ConfigurationError(
-            f"{HELPER} can't be run as root: {error.last_lines[-1] if error.last_lines else error.message}",
+            f"{HELPER} can't be run as root: {said}",
             hint=f"Allow it with a line in /etc/sudoers.d: {user} ALL = NOPASSWD: {path}",
         ) from error
     if version != __version__:

@@ -256,6 +256,9 @@ class ImageSettings:
         parse_file_name, "that file (default: IMAGE-DATE.log)", None, ("--log-filename",), "FILE"
     )
     output_dir: Path = _setting(parse_path, "where the artifacts and the log go", ".", ("-o", "--output-dir"), "DIR")
+    mount_via: str = _setting(
+        one_of("loop", "guestfs", "auto"), "how the installed disk is mounted: loop, guestfs or auto", "auto"
+    )
     keep_raw: bool = _setting(parse_boolean, "keep the raw image too", "no")
     compression: str = _setting(one_of("zstd", "zlib", "none"), "compression of qcow2", "zstd")
     vnc: tuple[str, int | None] | None = _setting(

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from . import command, privileged
+from . import command
 from .log import logger, step
 from .model import Build, Disk, Partition, Tree
 from .units import format_size
@@ -16,12 +16,12 @@ def trim_filesystem(build: Build, disk: Disk, tree: Tree) -> bool:
     the filesystem that it is on.
     """
     with step("Freeing unused blocks"):
-        freed = privileged.trim(tree.path)
+        freed = tree.trim()
         if freed is None:
             logger.info("This filesystem, or the one that the disk is on, can't free blocks.")
             return False
         logger.info("%s were unused.", format_size(freed))
-        return os.statvfs(tree.path).f_bsize >= os.statvfs(disk.path).f_bsize
+        return tree.block_size() >= os.statvfs(disk.path).f_bsize
 
 
 def zerofree_argv(disk: Path, offset: int | str) -> list[str]:
@@ -32,12 +32,15 @@ def zerofree_argv(disk: Path, offset: int | str) -> list[str]:
     return ["zerofree", f"{disk}?offset={offset}"]
 
 
-def zero_unused_blocks(build: Build, disk: Disk, partition: Partition) -> None:
+def zero_unused_blocks(build: Build, disk: Disk, partition: Partition | None) -> None:
     """Zero what is in the unused blocks of *partition*, on ext2, ext3 and ext4.
 
     It reads them one by one, which takes longer than the conversion of the disk: only for what could
     not be freed.
     """
+    if partition is None:
+        logger.warning("The blocks that could not be freed are not zeroed, as the root is on a logical volume.")
+        return
     if partition.filesystem not in ("ext2", "ext3", "ext4"):
         return
     with step("Zeroing unused blocks"):

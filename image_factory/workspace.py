@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from . import guest, mounts, publish
+from . import guest, locks, loop, publish
 from .errors import BuildError, ConfigurationError
 from .log import logger
 from .model import VM_PREFIX, WORK_PREFIX, Build, Plan
@@ -55,7 +55,7 @@ def _locked_directory(plan: Plan) -> Iterator[Path]:
         except OSError as error:
             raise BuildError(f"The working directory {path} can't be made: {error.strerror}.") from error
         try:
-            descriptor = mounts.lock(path)
+            descriptor = locks.lock(path)
         except FileNotFoundError:
             # The holder before us has just removed it.
             continue
@@ -77,8 +77,8 @@ def _locked_directory(plan: Plan) -> Iterator[Path]:
 
 
 def _records(directory: Path) -> list[Path]:
-    """Return the records of what could not be released; see Build.vm_record and mounts.mount_record."""
-    return [path for path in (directory / _VM_FILE, mounts.mount_record(directory)) if os.path.lexists(path)]
+    """Return the records of what could not be released; see Build.vm_record and loop.mount_record."""
+    return [path for path in (directory / _VM_FILE, loop.mount_record(directory)) if os.path.lexists(path)]
 
 
 def _remove(directory: Path) -> None:
@@ -103,7 +103,7 @@ def _clear(directory: Path) -> list[str]:
     if vm_file.is_file() and (name := vm_file.read_text(encoding="utf-8").strip()):
         guest.remove_vm(name)
         removed.append(f"virtual machine {name}")
-    removed += [f"mount {path}" for path in mounts.release_left_mounts(directory)]
+    removed += [f"mount {path}" for path in loop.release_left_mounts(directory)]
     _remove_entries(directory)
     return removed
 
@@ -138,14 +138,14 @@ def remove_left(output_dir: Path) -> Iterator[str]:
             if unused:
                 guest.remove_vm(name)
                 yield f"virtual machine {name}"
-    for point, image in mounts.image_mounts():
+    for point, image in loop.image_mounts():
         if not image.parent.name.startswith(WORK_PREFIX) or not _is_own(point.parent):
             continue
         with _unused(image.parent) as unused:
             if unused:
-                mounts.umount(point)
+                loop.umount(point)
                 yield f"mount {point}"
-    for directory in mounts.remove_left_mount_points():
+    for directory in loop.remove_left_mount_points():
         yield f"directory {directory}"
 
 
@@ -153,7 +153,7 @@ def remove_left(output_dir: Path) -> Iterator[str]:
 def _unused(directory: Path) -> Iterator[bool]:
     """Tell whether no build has the working *directory*, and see to it that none takes it meanwhile."""
     try:
-        descriptor = mounts.lock(directory)
+        descriptor = locks.lock(directory)
     except (FileNotFoundError, NotADirectoryError):
         yield True
         return

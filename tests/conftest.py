@@ -176,11 +176,11 @@ class User:
 
 @pytest.fixture(scope="session")
 def users(base: Path, prefix: Path) -> Iterator[dict[str, User]]:
-    """Root and the ordinary users ``a`` and ``b``, who may run the helper and nothing else as root."""
+    """Root, and the ordinary users ``a`` and ``b``, who may run the helper as root, and ``c``, who may run nothing."""
     found = {"root": User("root", base / "root", prefix / "bin/image-factory")}
     found["root"].home.mkdir()
     with ExitStack() as stack:
-        for letter in ("a", "b"):
+        for letter in ("a", "b", "c"):
             name, home = f"image-factory-test-{letter}", base / letter
             run("userdel", name, check=False)
             run("useradd", "--no-log-init", "--create-home", "--home-dir", home, "--shell", "/bin/sh", name)
@@ -202,6 +202,8 @@ def remove_user(name: str) -> None:
         return run("pgrep", "-u", name, check=False).returncode != 0
 
     wait_for(gone, 20, f"the processes of {name} to end")
+    # libguestfs keeps its appliance there.
+    shutil.rmtree(f"/var/tmp/.guestfs-{pwd.getpwnam(name).pw_uid}", ignore_errors=True)
     run("userdel", name)
 
 

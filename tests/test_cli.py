@@ -62,6 +62,15 @@ initrd = initrd
 linux = ${there}
 there = ${linux}
 initrd = initrd
+[loop]
+linux = linux
+initrd = initrd
+mount-via = loop
+[guestfs]
+linux = linux
+initrd = initrd
+mount-via = guestfs
+virt-type = qemu
 
 [up-absent]
 linux = linux
@@ -386,10 +395,67 @@ def test_file_not_readable(ordinary: Place, image: str, key: str, name: str) -> 
 
 
 def test_helper_that_can_not_be_run_as_root(ordinary: Place) -> None:
-    error, hint = ordinary.refused("x", "--image-size", "1M")
+    error, hint = ordinary.refused("loop", "--image-size", "1M")
     assert error.startswith("image-factory-sudo-helper can't be run as root: ")
     helper = ordinary.path.parent / "image-factory-sudo-helper"
     assert hint == f"Allow it with a line in /etc/sudoers.d: nobody ALL = NOPASSWD: {helper}"
+
+
+def test_auto_takes_guestfs_where_the_helper_can_not_be_run_as_root(ordinary: Place) -> None:
+    """The log says which and why, and the commands are those of guestfish."""
+    done = ordinary.run("x", "--image-size", "1M", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "INFO: mount-via = guestfs is chosen: image-factory-sudo-helper can't be run as root: " in done.stderr
+    assert "\nguestfish\n" in done.stdout
+    assert "sudo" not in done.stdout
+
+
+def test_auto_takes_loop_for_root(place: Place) -> None:
+    done = place.run("x", "--image-size", "1M", "--dry-run")
+    assert "INFO: mount-via = loop is chosen: " in done.stderr
+    assert "image-factory-sudo-helper mount-image " in done.stdout
+    assert "guestfish" not in place.run("loop", "--image-size", "1M", "--dry-run").stdout
+
+
+def test_dry_run_with_guestfs(place: Place) -> None:
+    disk = place.path / ".image-factory-guestfs/disk.raw"
+    steps = place.run("guestfs", "--image-size", "1M", "--installer-logs", "--dry-run").stdout
+    begin, end = steps.index("# Mounting"), steps.index("# Naming")
+    assert (
+        steps[begin:end]
+        == f"""\
+# Mounting the root partition
+guestfish
+#   add {disk} format:raw discard:besteffort cachemode:unsafe
+#   run
+#   mount-options noatime DEVICE /
+# Showing installer logs
+#   download /root/install.log*
+#   download /var/log/anaconda*
+#   download /var/log/installer/syslog
+#   download /var/log/installer/status
+#   download /var/log/YaST2/y2log
+#   download /var/adm/autoinstall/logs
+# Removing installer logs
+#   rm-rf /root/anaconda-ks.cfg
+#   rm-rf /root/original-ks.cfg
+#   rm-rf /root/install.log*
+#   rm-rf /var/log/anaconda*
+#   rm-rf /var/log/installer
+#   rm-rf /var/log/YaST2
+#   rm-rf /var/lib/YaST2
+#   rm-rf /var/adm/autoinstall
+# Freeing unused blocks
+fallocate --punch-hole --length 4096 {disk.parent}/appliance-file
+#   sync
+#   -fstrim /
+# Unmounting
+#   umount /
+#   shutdown
+# Zeroing unused blocks
+zerofree '{disk}?offset=OFFSET'
+"""
+    )
 
 
 # What works.

@@ -1,5 +1,6 @@
 """Programs are run with everything they print in the log, and are gone afterwards."""
 
+import contextlib
 import logging
 import os
 import re
@@ -403,3 +404,73 @@ def test_program_that_can_not_be_stopped_is_not_waited_for(
     match = re.fullmatch(r"Process ([0-9]+) can't be stopped and goes on: .*sleep 20", log()[-1])
     assert match
     os.kill(int(match[1]), signal.SIGKILL)
+
+
+def talk(*, timeout: float = 20, stop_seconds: float = 5) -> contextlib.AbstractContextManager[command.Conversation]:
+    """Have a conversation with a shell, which knows echo."""
+    return command.conversation(["sh"], env=dict(os.environ), timeout=timeout, stop_seconds=stop_seconds)
+
+
+def test_conversation_answers() -> None:
+    with talk() as shell:
+        assert shell.ask("echo one; echo two >&2") == ["one", "two"]
+        assert shell.ask("true") == []
+        assert shell.do("printf '%s' $LC_ALL; echo") == ["C.UTF-8"]
+
+
+@pytest.mark.parametrize(("line", "status"), [("echo why; exit 3", 3), ("echo why; kill -KILL $$", -9)])
+def test_conversation_that_the_program_ends(line: str, status: int) -> None:
+    with pytest.raises(CommandError, match="why") as raised, talk() as shell:
+        shell.ask(line)
+    assert raised.value.status == status
+
+
+def test_conversation_with_a_bad_end() -> None:
+    with pytest.raises(CommandError, match="status 4"), talk() as shell:
+        shell.ask("trap 'exit 4' EXIT")
+
+
+def test_conversation_is_over_after_an_exception() -> None:
+    with pytest.raises(ZeroDivisionError), talk(stop_seconds=0.2) as shell:
+        pid = int(shell.ask("(sleep 60) >/dev/null 2>&1 & echo $$")[0])
+        raise ZeroDivisionError
+    assert gone(pid)
+
+
+@pytest.mark.parametrize(("line", "what"), [("sleep 60", "answer"), ("exec >&- 2>&-; sleep 60", "end")])
+def test_conversation_with_a_program_that_hangs(line: str, what: str) -> None:
+    start = time.monotonic()
+    with (
+        pytest.raises(BuildError, match=rf"^sh did not {what} within 0 s\.$"),
+        talk(timeout=0.3, stop_seconds=0.2) as shell,
+    ):
+        shell.ask(line)
+    assert time.monotonic() - start < 10
+
+
+def test_conversation_with_long_lines_and_many() -> None:
+    with talk() as shell:
+        assert len(shell.ask("seq 50000")) == 50000
+        assert sum(map(len, shell.ask("head -c 1000000 /dev/zero | tr '\\0' x; echo"))) == 1000000
+
+
+def test_conversation_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
+    program = f"""
+        import os, sys
+        sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory import command
+        with command.conversation(["sh"], env=dict(os.environ), timeout=60, stop_seconds=1) as shell:
+            shell.ask("echo $$ >{tmp_path}/pid; exec sleep 600")
+    """
+    parent = subprocess.Popen(python(program))
+    wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+    pid = int((tmp_path / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: gone(pid))
+
+
+def test_conversation_with_a_program_that_is_missing() -> None:
+    missing = command.conversation(["no-such-program"], env={}, timeout=1, stop_seconds=1)
+    with pytest.raises(BuildError, match="Can't run no-such-program: No such file"), missing:
+        pytest.fail("it was started")

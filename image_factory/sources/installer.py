@@ -109,7 +109,7 @@ def produce(build: Build) -> Disk:
         location, kernel = _prepare_installer(build)
     virt_type = guest.choose_virt_type(build.plan, kernel)
     guest.install(build, location, virt_type)
-    return Disk(build.disk_path)
+    return Disk(build.disk_path, virt_type)
 
 
 def _location(build: Build) -> str:

@@ -126,6 +126,12 @@ def user_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in:
     yield from new_build(users["a"], request, stand_in)
 
 
+@pytest.fixture
+def rootless_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
+    """As the user who has no sudo rule."""
+    yield from new_build(users["c"], request, stand_in)
+
+
 def new_build(user: User, request: pytest.FixtureRequest, stand_in: Path) -> Iterator[Build]:
     before = set(machine_state())
     directory = user.directory(re.sub(r"[^a-z]+", "-", request.node.name)[:24] + os.urandom(2).hex())
@@ -301,6 +307,43 @@ def test_hostile_links(build: Build) -> None:
     with mounted(build.directory / f"stand-in-{TODAY}.raw") as tree:
         assert (tree / "var/log").is_symlink()
         assert (tree / "etc/installer/syslog").exists()
+
+
+def test_no_root_at_all(rootless_build: Build) -> None:
+    """A user with no sudo rule builds an image: libguestfs is taken by itself, and does the same."""
+    build = rootless_build
+    build.configure(size="1G", extra="format = raw\ninstaller-logs = yes\nlog-file = yes")
+    dry = build.run("--dry-run")
+    done = build.run()
+    assert "INFO: mount-via = guestfs is chosen: image-factory-sudo-helper can't be run as root: sudo: " in done.stderr
+    raw = build.directory / f"stand-in-{TODAY}.raw"
+    text = (build.directory / f"stand-in-{TODAY}.log").read_text()
+    assert raw.stat().st_blocks * 512 < 64 << 20
+    assert unused_blocks_left(raw, 1 << 20) == 0
+    with mounted(raw) as tree:
+        assert [path for path in INSTALLER_LOGS if os.path.lexists(tree / path)] == []
+        assert [path for path in SURVIVORS if not os.path.lexists(tree / path)] == []
+        assert (tree / "root").stat().st_mode & 0o7777 == 0o700
+    for line in ("| ==> /var/log/installer/syslog <==", "Removed /var/log/installer"):
+        assert f" INFO: {line}\n" in text
+    announced = [normal(shlex.split(line)) for line in dry.stdout.splitlines() if not line.startswith("#")]
+    ran = [normal(argv) for argv in logged_commands(text) if argv[0] != "virsh"]
+    assert ran == [argv for argv in announced if argv[0] != "zerofree"]
+    assert not any("sudo" in argv for argv in ran)
+    # libguestfs keeps nothing here but its appliance.
+    assert [path for path in Path("/tmp").iterdir() if path.stat().st_uid == build.user.uid] == []
+
+
+def test_hostile_links_in_the_appliance(rootless_build: Build) -> None:
+    rootless_build.configure(arguments="stand-in=links", extra="installer-logs = yes\nformat = raw")
+    done = rootless_build.run()
+    assert "INFO: | " not in done.stderr
+    with mounted(rootless_build.directory / f"stand-in-{TODAY}.raw") as tree:
+        assert (tree / "var/log").is_symlink()
+        assert (tree / "etc/installer/syslog").exists()
+        assert (tree / "etc/anaconda-ks.cfg").exists()
+        assert not os.path.lexists(tree / "var/lib/YaST2")
+        assert not os.path.lexists(tree / "var/adm/autoinstall")
 
 
 def test_root_between_other_partitions(build: Build) -> None:

@@ -1,0 +1,349 @@
+"""The root filesystem in libguestfs' appliance: the same result as on this machine, and no way out of it."""
+
+import dataclasses
+import datetime
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from image_factory import appliance, interrupts, pipeline
+from image_factory.errors import CommandError, ConfigurationError, Interrupted, NoSystemError
+from image_factory.model import Build, Disk, Plan
+from image_factory.settings import Configuration
+
+from .conftest import machine_state, run, wait_for
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+OFFSET = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The helper is the one of the checkout; at the end all is as before."""
+    monkeypatch.setattr("sys.argv", [str(REPOSITORY / "image-factory")])
+    before = set(state())
+    yield
+    assert set(state()) - before == set()
+
+
+def state() -> list[str]:
+    return [*machine_state(), *sorted(map(str, Path("/tmp").glob("libguestfs*"))), *appliances()]
+
+
+def appliances() -> list[str]:
+    """Return the processes of the appliances of these tests."""
+    return [line for line in run("ps", "-eo", "args").stdout.splitlines() if "qemu" in line and "/pytest-of-" in line]
+
+
+def make_build(directory: Path, way: str = "guestfs", **settings: object) -> Build:
+    """Return a build whose disk is in *directory*, which is made."""
+    directory.mkdir()
+    text = directory.parent / "image-factory.conf"
+    text.write_text("[x]\nlinux = /l\ninitrd = /i\nformat = raw\ninstaller-logs = yes\n")
+    configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(text)})
+    chosen = dataclasses.replace(configuration.image("x", {}), mount_via=way, **settings)
+    return Build(Plan("x", chosen, datetime.date.today(), directory, {}), directory, "none")
+
+
+def make_disk(build: Build, tree: Path | None, filesystem: str = "ext4", *options: str, size: int = 300) -> Disk:
+    """Make the disk of *build* with a partition of *filesystem* that has the files of *tree*."""
+    path = build.disk_path
+    run("truncate", "-s", f"{size}M", path)
+    subprocess.run(["sfdisk", "--quiet", path], input="label: dos\nstart=1MiB, type=L\n", text=True, check=True)
+    files = ["-d", tree] if tree else []
+    run("mke2fs", "-q", "-t", filesystem, *options, *files, "-E", f"offset={OFFSET}", path, f"{size - 1}M")
+    return Disk(path)
+
+
+def make_tree(directory: Path) -> Path:
+    """Make a tree with the installer's logs, and with all that a file can be."""
+    for name in ("etc", "root", "var/log/installer/deep/er", "var/log/YaST2", "var/adm/autoinstall/logs", "usr/bin"):
+        (directory / name).mkdir(parents=True)
+    for name in (
+        "etc/fstab",
+        "root/anaconda-ks.cfg",
+        "root/install.log",
+        "root/install.log.syslog",
+        "root/.bashrc",
+        "var/log/installer/syslog",
+        "var/log/installer/deep/er/file",
+        "var/log/installer-not-really",
+        "var/log/anaconda.log with blanks\nand a line",
+        "var/log/anaconda-\"quotes'$HOME*",
+        "var/log/YaST2/y2log",
+        "var/adm/autoinstall/logs/y",
+        "usr/bin/su",
+    ):
+        (directory / name).write_text(f"the text of {name!r}\n")
+    (directory / os.fsdecode(b"var/log/anaconda-\xff\xfe")).write_text("no UTF-8, and no end of line")
+    (directory / "var/log/anaconda-link").symlink_to("/etc/fstab")
+    os.mkfifo(directory / "var/log/anaconda-fifo")
+    os.mknod(directory / "usr/null", 0o666 | 0o020000, os.makedev(1, 3))
+    os.link(directory / "usr/bin/su", directory / "usr/bin/su-link")
+    os.chown(directory / "usr/bin/su", 1234, 4321)
+    (directory / "usr/bin/su").chmod(0o6755)
+    os.setxattr(directory / "usr/bin/su", "user.comment", b"an attribute")
+    os.setxattr(directory / "etc/fstab", "security.capability", bytes.fromhex("0100000200040000") + bytes(12))
+    os.utime(directory / "root/.bashrc", ns=(10**18 + 1, 10**18 + 123456789))
+    return directory
+
+
+def listing(raw: Path) -> dict[str, tuple[object, ...]]:
+    """Return all that a raw image's files are."""
+    point = raw.parent / "mnt"
+    point.mkdir()
+    run("mount", "-o", f"ro,noload,loop,offset={OFFSET}", raw, point)
+    try:
+        found: dict[str, tuple[object, ...]] = {}
+        for path in [point, *sorted(point.rglob("*"))]:
+            status = path.lstat()
+            attributes = {name: os.getxattr(path, name, follow_symlinks=False) for name in xattrs(path)}
+            text = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+            target = os.readlink(path) if path.is_symlink() else ""
+            numbers = (status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_rdev, status.st_nlink)
+            times = (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns)
+            found[str(path.relative_to(point))] = (numbers, times, attributes, text, target)
+        return found
+    finally:
+        run("umount", point)
+        point.rmdir()
+
+
+def xattrs(path: Path) -> list[str]:
+    return os.listxattr(path, follow_symlinks=False)
+
+
+# The directories that logs are removed from: their times are those of the removal.
+CHANGED = ("root", "var/log", "var/adm", "var/lib")
+
+
+def same_but_for_times_of_removal(one: Path, other: Path) -> None:
+    trees = listing(one), listing(other)
+    assert trees[0].keys() == trees[1].keys()
+    for name, entry in trees[0].items():
+        if name in CHANGED:
+            # Numbers, then the time of access, and all but the times.
+            assert (entry[0], entry[1][0], entry[2:]) == (  # type: ignore[index]
+                trees[1][name][0], trees[1][name][1][0], trees[1][name][2:],  # type: ignore[index]
+            )  # fmt: skip
+        else:
+            assert entry == trees[1][name], name
+
+
+def shown_and_removed(messages: list[str]) -> list[str]:
+    return [line for line in messages if re.match(r"\| |Removed ", line)]
+
+
+def image(build: Build) -> Path:
+    return build.directory / build.plan.file_name("raw")
+
+
+def finish_both(builds: dict[str, Build], caplog: pytest.LogCaptureFixture) -> dict[str, list[str]]:
+    """Finish the one disk of the builds in each way, see that the trees are the same, return what was said."""
+    caplog.set_level("INFO", logger="image-factory")
+    said = {}
+    for way, build in builds.items():
+        caplog.clear()
+        start = time.monotonic()
+        [artifact] = pipeline.finish_disk(build, Disk(build.disk_path))
+        print(f"{way}: finished in {time.monotonic() - start:.1f} s")
+        artifact.path.rename(image(build))
+        said[way] = shown_and_removed(caplog.messages)
+    same_but_for_times_of_removal(*(image(build) for build in builds.values()))
+    return said
+
+
+@pytest.mark.parametrize("block_size", ["4096", "1024"])
+def test_both_ways_give_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture, block_size: str) -> None:
+    """One installed disk, finished in both ways; unused blocks are zeros then, where blocks are small too."""
+    tree = make_tree(tmp_path / "tree")
+    (tree / "usr/junk").write_bytes(os.urandom(20 << 20))
+    builds = {way: make_build(tmp_path / way, way) for way in ("loop", "guestfs")}
+    disk = make_disk(builds["loop"], tree, "ext4", "-b", block_size)
+    run("debugfs", "-w", "-R", "rm /usr/junk", f"{disk.path}?offset={OFFSET}")
+    run("cp", "--sparse=always", disk.path, builds["guestfs"].disk_path)
+    said = finish_both(builds, caplog)
+    assert said["loop"] == said["guestfs"]
+    assert "Removed /var/log/anaconda-link" in said["loop"]
+    for build in builds.values():
+        raw = image(build)
+        assert run("zerofree", "-n", "-v", f"{raw}?offset={OFFSET}").stdout.splitlines()[-1].startswith("0/")
+        assert raw.stat().st_blocks * 512 < 20 << 20
+    left = listing(image(builds["guestfs"]))
+    assert {"etc/fstab", "root/.bashrc", "var/log/installer-not-really", "var/adm"} <= left.keys()
+    assert not [name for name in left if re.match(r"var/log/(anaconda|installer$|YaST2)|root/(install|ana)", name)]
+
+
+def test_hostile_links(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Links where the logs belong: what is behind them is neither shown nor removed, on no machine."""
+    tree = tmp_path / "tree"
+    for name in ("etc/installer", "etc/YaST2", "etc/logs", "var/adm", "var/lib", "home"):
+        (tree / name).mkdir(parents=True)
+    kept = {
+        "etc/fstab", "etc/installer/syslog", "etc/YaST2/y2log", "etc/anaconda.log", "etc/install.log",
+        "etc/anaconda-ks.cfg", "etc/logs/y",
+    }  # fmt: skip
+    for name in kept:
+        (tree / name).write_text("the guest's own\n")
+    links = {"root": "/etc", "var/log": "../etc", "var/adm/autoinstall": "/etc", "var/lib/YaST2": "/home"}
+    for name, target in links.items():
+        (tree / name).symlink_to(target)
+    builds = {way: make_build(tmp_path / way, way) for way in ("loop", "guestfs")}
+    disk = make_disk(builds["loop"], tree)
+    run("cp", "--sparse=always", disk.path, builds["guestfs"].disk_path)
+    said = finish_both(builds, caplog)
+    assert said["loop"] == said["guestfs"] == ["Removed /var/lib/YaST2", "Removed /var/adm/autoinstall"]
+    left = listing(image(builds["guestfs"])).keys()
+    assert {*kept, "root", "var/log", "home"} <= left
+
+
+def test_logical_volume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A root on LVM, which this machine's kernel need not know, in a directory with an odd name."""
+    caplog.set_level("INFO", logger="image-factory")
+    build = make_build(tmp_path / "a, b=\"c\" 'd'\\x:é*")
+    disk = Disk(build.disk_path)
+    run("truncate", "-s", "300M", disk.path)
+    commands = """
+        part-disk /dev/sda mbr : pvcreate /dev/sda1 : vgcreate vg /dev/sda1 : lvcreate root vg 200
+        mkfs ext4 /dev/vg/root : mount /dev/vg/root / : mkdir-p /var/log/installer : mkdir /etc : touch /etc/fstab
+    """
+    lines = [f"add {appliance.quoted(str(disk.path))} format:raw", "run", *commands.replace("\n", ":").split(":")]
+    script = tmp_path / "script"
+    script.write_text("\n".join(line.strip() for line in lines) + "\n")
+    run("guestfish", "-f", script, env=appliance.environment(build, disk))
+    pipeline.finish_disk(build, disk)
+    assert "Removed /var/log/installer" in caplog.messages
+
+
+def test_no_root(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "etc").symlink_to("usr")
+    (tree / "usr").mkdir()
+    (tree / "usr/fstab").touch()
+    build = make_build(tmp_path / "build")
+    disk = make_disk(build, tree)
+    with pytest.raises(NoSystemError, match="None of the disk's filesystems is a root"), appliance.mounted(build, disk):
+        pytest.fail("it was mounted")
+
+
+def test_no_filesystem(tmp_path: Path) -> None:
+    build = make_build(tmp_path / "build")
+    disk = make_disk(build, None, size=20)
+    with disk.path.open("r+b") as file:
+        file.seek(OFFSET)
+        file.write(bytes(19 << 20))
+    with pytest.raises(NoSystemError, match=r"only partition 1 \(no known"), appliance.mounted(build, disk):
+        pytest.fail("it was mounted")
+
+
+def test_body_raises(tmp_path: Path) -> None:
+    build = make_build(tmp_path / "build")
+    disk = make_disk(build, make_tree(tmp_path / "tree"))
+    with pytest.raises(ZeroDivisionError), appliance.mounted(build, disk) as tree:
+        assert tree.partition is not None
+        raise ZeroDivisionError
+
+
+def test_appliance_is_killed(tmp_path: Path) -> None:
+    """The build ends with what guestfish says of it; QEMU's end is a release that fails, too."""
+    build = make_build(tmp_path / "build")
+    disk = make_disk(build, make_tree(tmp_path / "tree"))
+    with pytest.raises(CommandError, match="guestfish failed with status 1: "), appliance.mounted(build, disk):
+        run("pkill", "-KILL", "-f", f"^[^ ]*qemu.*{tmp_path}")
+
+
+def test_interrupted_while_the_appliance_boots(tmp_path: Path) -> None:
+    build = make_build(tmp_path / "build")
+    disk = make_disk(build, None)
+    with interrupts.handled():
+        timer = threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        with pytest.raises(Interrupted), appliance.mounted(build, disk):
+            pytest.fail("it was mounted")
+        timer.join()
+
+
+def test_nothing_is_left_when_the_program_is_killed(tmp_path: Path) -> None:
+    """guestfish sees the end of its input, and ends the appliance."""
+    before = state()
+    build = make_build(tmp_path / "build")
+    make_disk(build, make_tree(tmp_path / "tree"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from tests.test_appliance import hold; hold(sys.argv[1])", tmp_path],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"mounted\n"
+        assert appliances()
+        process.kill()
+    wait_for(lambda: not set(state()) - set(before), 20, "the appliance to end, and its files to be removed")
+    assert not list((tmp_path / "holder").glob("libguestfs*"))
+
+
+def hold(directory: str) -> None:
+    """Mount the disk below *directory*, say so, and wait."""
+    build = make_build(Path(directory, "holder"))
+    with appliance.mounted(build, Disk(Path(directory, "build/disk.raw"))):
+        print("mounted", flush=True)
+        time.sleep(60)
+
+
+def test_no_kernel_for_the_appliance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_build(tmp_path / "build").plan
+    monkeypatch.setattr(appliance, "BOOT", tmp_path)
+    (tmp_path / "vmlinuz-1-without-modules").touch()
+    with pytest.raises(ConfigurationError, match=f"needs a kernel in {tmp_path} with its modules") as raised:
+        appliance.check(plan)
+    assert raised.value.hint == "Install one: apt-get install linux-image-cloud-amd64"
+
+
+def test_kernel_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Ubuntu.  The newest counts."""
+    plan = make_build(tmp_path / "build").plan
+    for name in ("BOOT", "MODULES"):
+        monkeypatch.setattr(appliance, name, tmp_path / name)
+    for version in ("6.9.0-1", "6.10.0-2"):
+        (tmp_path / "MODULES" / version).mkdir(parents=True)
+        (tmp_path / "MODULES" / version / "modules.dep").touch()
+        (tmp_path / "BOOT").mkdir(exist_ok=True)
+        (tmp_path / "BOOT" / f"vmlinuz-{version}").touch()
+    kernel = tmp_path / "BOOT/vmlinuz-6.10.0-2"
+    # Root can read all.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != kernel)
+    with pytest.raises(ConfigurationError, match=f"needs to read the kernel {kernel}") as raised:
+        appliance.check(plan)
+    assert raised.value.hint == f"Allow it: sudo chmod a+r {kernel}"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("/var/log/a-b_c.d", "/var/log/a-b_c.d"),
+        ("/a b", '"/a\\x20b"'),
+        ('/"\n$;|*~', '"/\\x22\\x0a\\x24\\x3b\\x7c\\x2a\\x7e"'),
+        ("-x", '"-x"'),
+        ("", '""'),
+        (os.fsdecode(b"/\xff"), '"/\\xff"'),
+    ],
+)
+def test_words_for_guestfish(text: str, word: str) -> None:
+    assert appliance.quoted(text) == word
+
+
+def test_environment(tmp_path: Path) -> None:
+    build = make_build(tmp_path / "build")
+    environment = appliance.environment(build, Disk(build.disk_path, "qemu"))
+    assert environment["LIBGUESTFS_BACKEND"] == "direct"
+    assert environment["LIBGUESTFS_BACKEND_SETTINGS"] == "force_tcg"
+    assert "LIBGUESTFS_BACKEND_SETTINGS" not in appliance.environment(build, Disk(build.disk_path, "kvm"))

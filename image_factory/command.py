@@ -121,6 +121,7 @@ def run(
     stop_signal: signal.Signals = signal.SIGTERM,
     stop_seconds: float = 10,
     new_session: bool = True,
+    umask: int = -1,
 ) -> str:
     """Run *argv*, log the command and what it prints, and return its stdout if *capture* is set.
 
@@ -128,6 +129,7 @@ def run(
     wait for an answer, and Ctrl-C reaches only image-factory, which stops the program in good order:
     *stop_signal*, and after *stop_seconds* SIGKILL.  *env* replaces the environment.  With
     *new_session* false the program keeps the terminal's session, by which sudo remembers a password.
+    *umask* is the program's, if it is not negative.
 
     Raises CommandError if it fails, BuildError if it can't be started or takes longer than *timeout*
     seconds, Interrupted if a signal came.
@@ -145,6 +147,7 @@ def run(
             bufsize=0,
             start_new_session=new_session,
             process_group=None if new_session else 0,
+            umask=umask,
             preexec_fn=partial(_end_with, os.getpid(), stop_signal),
         )
     except subprocess.SubprocessError as error:

@@ -106,8 +106,13 @@ def virt_install_argv(build: Build, location: str, virt_type: str) -> list[str]:
         "--extra-args", kernel_arguments(settings),
     ]  # fmt: skip
     if settings.answer_file:
-        argv += ["--initrd-inject", str(settings.answer_file.absolute())]
+        argv += ["--initrd-inject", str(answer_file_copy(build, settings.answer_file))]
     return argv
+
+
+def answer_file_copy(build: Build, answer_file: Path) -> Path:
+    """Return where the copy of the answer file is that virt-install reads."""
+    return build.directory / "answers" / answer_file.name
 
 
 def check_libvirt(plan: Plan) -> None:
@@ -221,6 +226,8 @@ def install(build: Build, location: str, virt_type: str) -> None:
             virt_install_argv(build, location, virt_type),
             stop_signal=signal.SIGINT,
             stop_seconds=_VIRT_INSTALL_STOP_SECONDS,
+            # It puts the answer file into an initrd.
+            umask=0o077,
         )
         state = command.run(
             ["virsh", "--connect", build.plan.libvirt_uri, "domstate", "--reason", build.vm_name],

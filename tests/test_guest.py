@@ -79,10 +79,10 @@ def test_defaults(tmp_path: Path) -> None:
         ("osinfo = debian12", ["--osinfo debian12"]),
         (
             "preseed = /a/p.cfg\nappend = quiet",
-            ["--extra-args preseed/url=file:///p.cfg quiet", "--initrd-inject /a/p.cfg"],
+            ["--extra-args preseed/url=file:///p.cfg quiet", "--initrd-inject /output/.work/answers/p.cfg"],
         ),
-        ("kickstart = /a/k.ks", ["--extra-args inst.ks=file:///k.ks", "--initrd-inject /a/k.ks"]),
-        ("yast = /a/y.xml", ["--extra-args autoyast=file:///y.xml", "--initrd-inject /a/y.xml"]),
+        ("kickstart = /a/k.ks", ["--extra-args inst.ks=file:///k.ks", "--initrd-inject /output/.work/answers/k.ks"]),
+        ("yast = /a/y.xml", ["--extra-args autoyast=file:///y.xml", "--initrd-inject /output/.work/answers/y.xml"]),
     ],
 )
 def test_settings_in_the_command(tmp_path: Path, text: str, lines: list[str]) -> None:

@@ -112,6 +112,16 @@ def test_errors_do_not_show_it(site: Site, mistake: str) -> None:
     assert "image-factory: error: " in done.stderr
 
 
+@pytest.mark.parametrize("key", ANSWERS)
+@pytest.mark.parametrize("section", ["", "[x]\n"])
+def test_answer_file_for_the_configuration(site: Site, key: str, section: str) -> None:
+    site.write(key)
+    site.answer_file.write_text(section + ANSWERS[key])
+    done = site.run("--check", IMAGE_FACTORY_CONFIG=str(site.answer_file))
+    assert done.returncode == 2
+    assert f"{site.answer_file} (named by IMAGE_FACTORY_CONFIG), line {2 if section else 1} " in done.stderr
+
+
 @pytest.mark.parametrize("flag", ["--check", "--dry-run", "--debug"])
 def test_answer_file_of_someone_else(users: dict[str, User], flag: str) -> None:
     user = users["a"]
@@ -147,3 +157,24 @@ def test_build_whose_kernel_is_none(site: Site) -> None:
     assert done.returncode == 1, done.stderr
     assert "image-factory: error: " in done.stderr
     assert PASSWORD not in log_file(site)
+
+
+def test_copies_are_private(site: Site) -> None:
+    """At the moment that virt-install runs cpio all copies are there, those of a file that all may read, too."""
+    site.write()
+    site.answer_file.chmod(0o644)
+    programs = site.directory / "bin"
+    programs.mkdir()
+    seen = site.directory / "seen"
+    (programs / "cpio").write_text(
+        f"#!/bin/sh\n{{ umask; find {site.directory}/.image-factory-x .. -type f -printf '%m %P\\n'; }} >{seen}\n"
+        'exec /usr/bin/cpio "$@"\n'
+    )
+    (programs / "cpio").chmod(0o755)
+    run("chown", site.user.name, site.directory)
+    site.run(PATH=f"{programs}:/usr/bin:/bin")
+    umask, *files = seen.read_text().splitlines()
+    assert umask == "0077"
+    found = {re.sub(r"(tmp|virtinst-)\w+", r"\1X", name) for name in files if not name.endswith("vm-name")}
+    copies = {"answers/answers.cfg", "tmpX/answers.cfg", "virtinst-X-initrd", "virtinst-X-linux"}
+    assert found == {f"600 {name}" for name in {*copies, "disk.raw"}}

@@ -1,6 +1,7 @@
 """Make a disk with the distribution's own installer, run by virt-install."""
 
 import os
+import shutil
 from pathlib import Path
 
 from .. import arch, command, fetch, guest
@@ -86,6 +87,9 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
         # What httplib2 does is no command: a comment among them.
         comment = ["#", "GET", source.uri, "->", str(target)]
         fetches.append(fetch.rsync_argv(source.uri, target) if source.by_rsync else comment)
+    if settings.answer_file:
+        copy = guest.answer_file_copy(build, settings.answer_file)
+        fetches.append(["#", "copy", str(settings.answer_file), "->", str(copy)])
     if settings.installer_image is None:
         location = _location(build)
     elif is_tree(settings.installer_image):
@@ -104,9 +108,11 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
 def produce(build: Build) -> Disk:
     """Install onto a new disk; BuildError if that fails."""
     with step("Creating the disk"):
-        command.run(create_argv(build))
+        # Others get through the working directory of root's builds.
+        command.run(create_argv(build), umask=0o077)
     with step("Caching the installer"):
         location, kernel = _prepare_installer(build)
+        _copy_answer_file(build)
     virt_type = guest.choose_virt_type(build.plan, kernel)
     guest.install(build, location, virt_type)
     return Disk(build.disk_path, virt_type)
@@ -132,6 +138,17 @@ def _prepare_installer(build: Build) -> tuple[str, Path | None]:
         return str(path.absolute() if path else settings.installer_image.uri), _kernel_of_tree(path)
     iso = fetch.fetch(settings.installer_image, build.plan.cache_dir).absolute()
     return str(iso), _kernel_of_iso(build, iso)
+
+
+def _copy_answer_file(build: Build) -> None:
+    """Copy the answer file: virt-install's own copy of it gets the mode of what it copies."""
+    source = build.plan.settings.answer_file
+    if source is None:
+        return
+    copy = guest.answer_file_copy(build, source)
+    copy.parent.mkdir(mode=0o700)
+    copy.touch(mode=0o600, exist_ok=False)
+    shutil.copyfile(source, copy)
 
 
 def _kernel_of_tree(path: Path | None) -> Path | None:

@@ -5,6 +5,7 @@ The INI reader, argparse, the defaults and the manual's check all come from the 
 
 import codecs
 import configparser
+import copy
 import difflib
 import os
 import re
@@ -390,12 +391,11 @@ class Configuration:
                 hint="'-' and '_' are the same in keys.",
             ) from error
         except configparser.MissingSectionHeaderError as error:
-            raise ConfigurationError(
-                f"{where}, line {error.lineno}: {error.line.strip()!r} comes before any [section]."
-            ) from error
+            # The line itself is not shown: this may be an answer file, with passwords in it.
+            raise ConfigurationError(f"{where}, line {error.lineno} comes before any [section].") from error
         except configparser.ParsingError as error:
-            line, text = error.errors[0]
-            raise ConfigurationError(f"{where}, line {line}: {text} is neither a [section] nor KEY = VALUE.") from error
+            line, _ = error.errors[0]
+            raise ConfigurationError(f"{where}, line {line} is neither a [section] nor KEY = VALUE.") from error
         except configparser.Error as error:
             raise ConfigurationError(f"{where}: {' '.join(str(error).split())}") from error
 
@@ -438,11 +438,18 @@ class Configuration:
                     hint=f"[{section}] is an upload destination of [{named_by}].",
                 )
         self._warn_of_near_misses(section, UploadSettings)
-        variables = {"image": image_file}
-        settings = UploadSettings(**self._values(section, UploadSettings, {}, variables))
+        with_image = self._defining(section, "image", image_file)
+        settings = UploadSettings(**with_image._values(section, UploadSettings, {}))
         keys = sorted(filter(_COMMAND_KEY.fullmatch, self._parser[section]), key=_command_number)
-        commands = tuple(self._parse(section, key, parse_command, variables) for key in keys)
+        commands = tuple(with_image._parse(section, key, parse_command) for key in keys)
         return Destination(section, settings.upload_type, settings.upload_target, settings.upload_args, commands)
+
+    def _defining(self, section: str, key: str, text: str) -> "Configuration":
+        """Return a copy in which ``${key}`` is *text* in *section*, and where it takes texts from others."""
+        copied = copy.deepcopy(self)
+        for name in (section, self._parser.default_section):
+            copied._parser.set(name, key, text.replace("$", "$$"))
+        return copied
 
     def _suggestion(self, name: str) -> str:
         near = difflib.get_close_matches(name, self.images(), n=3, cutoff=0.5)
@@ -459,31 +466,26 @@ class Configuration:
             if near:
                 logger.warning("[%s] %s is not a key of image-factory. Did you mean %s?", section, key, near[0])
 
-    def _values(
-        self, section: str, kind: type[Any], flags: Mapping[str, str], variables: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
+    def _values(self, section: str, kind: type[Any], flags: Mapping[str, str]) -> dict[str, Any]:
         values = {}
         for key, declaration in declarations(kind):
             if key in flags:
                 value = _parsed(f"{declaration.flags[-1]}", flags[key], declaration.parse)
             elif key in self._parser[section]:
-                value = self._parse(section, key, declaration.parse, variables)
+                value = self._parse(section, key, declaration.parse)
             else:
                 default = declaration.default_text()
                 value = None if default is None else declaration.parse(default)
             values[key.replace("-", "_")] = value
         return values
 
-    def _parse(
-        self, section: str, key: str, parse: Callable[[str], Any], variables: Mapping[str, str] | None = None
-    ) -> Any:
-        return _parsed(f"[{section}] {key}", self._text(section, key, variables), parse)
+    def _parse(self, section: str, key: str, parse: Callable[[str], Any]) -> Any:
+        return _parsed(f"[{section}] {key}", self._text(section, key), parse)
 
-    def _text(self, section: str, key: str, variables: Mapping[str, str] | None = None) -> str:
+    def _text(self, section: str, key: str) -> str:
         where = f"[{section}] {key}"
-        escaped = {name: value.replace("$", "$$") for name, value in (variables or {}).items()}
         try:
-            return self._parser.get(section, key, vars=escaped)
+            return self._parser.get(section, key)
         except configparser.InterpolationMissingOptionError as error:
             raise ConfigurationError(
                 f"{where}: ${{{error.reference}}} is not defined.",

@@ -563,10 +563,10 @@ def test_mistake_in_another_section_doesnt_matter(read: Read) -> None:
 
 
 SYNTAX: list[tuple[str | bytes, str]] = [
-    ("[x]\nlinux\n", ", line 2: 'linux' is neither a [section] nor KEY = VALUE."),
-    ("[x]\n= /l\n", ", line 2: '= /l' is neither a [section] nor KEY = VALUE."),
-    ("linux = /l\n", ", line 1: 'linux = /l' comes before any [section]."),
-    ("[x\nlinux = /l\n", ", line 1: '[x' comes before any [section]."),
+    ("[x]\nlinux\n", ", line 2 is neither a [section] nor KEY = VALUE."),
+    ("[x]\n= /l\n", ", line 2 is neither a [section] nor KEY = VALUE."),
+    ("linux = /l\n", ", line 1 comes before any [section]."),
+    ("[x\nlinux = /l\n", ", line 1 comes before any [section]."),
     ("[x]\nlinux = /l\n\n[x]\n", ", line 4: section [x] is there twice."),
     ("[x]\nimage-size = 1G\nimage_size = 2G\n", ", line 3: [x] has 'image-size' twice."),
     ("[x]\nLinux = 1G\nlinux = 2G\n", ", line 3: [x] has 'linux' twice."),
@@ -646,6 +646,21 @@ def test_image_in_an_upload_section_wins_over_a_variable(read: Read) -> None:
     text = f"[DEFAULT]\nimage = wrong\n{UPLOAD}post-upload-command = echo ${{image}}\nupload_args = --x=${{image}}\n"
     destination = read(text).destination("up", "a$b.raw", named_by="x")
     assert (destination.commands, destination.arguments) == ((("echo", "a$b.raw"),), ("--x=a$b.raw",))
+
+
+def test_image_in_a_variable_of_an_upload_section(read: Read) -> None:
+    """In a text that a text of another section takes in, too; other sections keep their own."""
+    text = (
+        "[common]\nlink = ln ${image}\nimage = own\n[DEFAULT]\ncmd = echo ${image}\n"
+        f"{UPLOAD}upload_args = ${{image}}\n"
+        "post-upload-command = ${cmd} $$1\npost-upload-command2 = ${other:run}\npost-upload-command3 = ${common:link}\n"
+        "[other]\nrun = run ${cmd}\n"
+    )
+    configuration = read(text)
+    for name in ("a$b.raw", "c"):
+        destination = configuration.destination("up", name, named_by="x")
+        assert destination.arguments == (name,)
+        assert destination.commands == (("echo", name, "$1"), ("run", "echo", name), ("ln", "own"))
 
 
 BAD_UPLOADS = [

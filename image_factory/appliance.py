@@ -32,7 +32,11 @@ _STOP_SECONDS = 30.0
 # Under emulation the appliance boots slowly, but nothing is waited for for ever.
 _ANSWER_SECONDS = 1800.0
 
+# As in image-factory-sudo-helper: what is shown of a file at most, and of all.  A heading counts, too.
 _DEEPEST = 8
+_SHOWN_OF_FILE = 1 << 20
+_SHOWN = 16 << 20
+_HEADING = 1 << 10
 
 
 def programs(plan: Plan) -> list[str]:
@@ -129,16 +133,33 @@ class ApplianceTree:
         return bool(self._matching(path))
 
     def show(self, patterns: Sequence[str]) -> str:
-        """Return the files that *patterns* match."""
-        return "".join(text for pattern in patterns for path in self._matching(pattern) for text in self._shown(path))
+        """Return the files that *patterns* match; of a long one the end."""
+        texts, left = [], _SHOWN
+        found = (path for pattern in patterns for path in self._matching(pattern))
+        for path in (file for top in found for file in self._files(top)):
+            if left <= _HEADING:
+                texts.append("... The other files are not shown.\n")
+                break
+            text, count = self._shown(path, min(left - _HEADING, _SHOWN_OF_FILE))
+            texts.append(text)
+            left -= _HEADING + count
+        return "".join(texts)
 
-    def _shown(self, path: str, depth: int = 0) -> Iterator[str]:
+    def _files(self, path: str, depth: int = 0) -> Iterator[str]:
         if self._is("dir", path):
             for name in self._names(path) if depth < _DEEPEST else []:
-                yield from self._shown(f"{path}/{name}", depth + 1)
+                yield from self._files(f"{path}/{name}", depth + 1)
         elif self._is("file", path):
-            text = self._into_file("download", path).decode("utf-8", errors="replace")
-            yield f"==> /{_shown_name(path)} <==\n{text}" + ("" if text.endswith("\n") or not text else "\n")
+            yield path
+
+    def _shown(self, path: str, limit: int) -> tuple[str, int]:
+        """Return what shows the last *limit* bytes of the file *path*, and how many they are."""
+        size = int(self.guestfish.ask(f"filesize {quoted('/' + path)}")[-1])
+        hidden = max(0, size - limit)
+        data = self._into_file("download-offset", path, str(hidden), str(size - hidden))
+        text = data.decode("utf-8", errors="replace")
+        heading = f"==> /{_shown_name(path)} <==\n" + (f"... {hidden} bytes are not shown.\n" if hidden else "")
+        return heading + text + ("" if text.endswith("\n") or not text else "\n"), len(data)
 
     def remove(self, patterns: Sequence[str]) -> list[str]:
         """Remove what *patterns* match."""
@@ -146,7 +167,7 @@ class ApplianceTree:
         for pattern in patterns:
             for path in self._matching(pattern):
                 self.guestfish.do(f"rm-rf {quoted('/' + path)}")
-                removed += _shown_name(path).splitlines()
+                removed.append(_shown_name(path))
         return removed
 
     def trim(self) -> int | None:
@@ -187,14 +208,15 @@ class ApplianceTree:
     def _names(self, directory: str) -> list[str]:
         return sorted(os.fsdecode(name) for name in self._into_file("ls0", directory).split(b"\0") if name)
 
-    def _into_file(self, verb: str, path: str) -> bytes:
+    def _into_file(self, verb: str, path: str, *more: str) -> bytes:
         file = _scratch(self.build)
-        self.guestfish.ask(f"{verb} {quoted('/' + path)} {quoted(str(file))}")
+        self.guestfish.ask(" ".join([verb, quoted("/" + path), quoted(str(file)), *more]))
         return file.read_bytes()
 
 
 def _shown_name(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", errors="replace")
+    """Return *path* as the helper prints it: without what a terminal would obey, or would be another line."""
+    return "".join(character if character.isprintable() else "?" for character in path)
 
 
 @contextmanager

@@ -83,6 +83,8 @@ def make_tree(directory: Path) -> Path:
         "usr/bin/su",
     ):
         (directory / name).write_text(f"the text of {name!r}\n")
+    (directory / "root/install.log").write_text("the first line\n" + ("x" * 999 + "\n") * 1100)
+    (directory / "root/install.log.empty").touch()
     (directory / os.fsdecode(b"var/log/anaconda-\xff\xfe")).write_text("no UTF-8, and no end of line")
     (directory / "var/log/anaconda-link").symlink_to("/etc/fstab")
     os.mkfifo(directory / "var/log/anaconda-fifo")
@@ -173,6 +175,7 @@ def test_both_ways_give_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     said = finish_both(builds, caplog)
     assert said["loop"] == said["guestfs"]
     assert "Removed /var/log/anaconda-link" in said["loop"]
+    assert f"| ... {15 + 1100 * 1000 - (1 << 20)} bytes are not shown." in said["loop"]
     for build in builds.values():
         raw = image(build)
         assert run("zerofree", "-n", "-v", f"{raw}?offset={OFFSET}").stdout.splitlines()[-1].startswith("0/")

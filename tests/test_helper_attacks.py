@@ -1,0 +1,514 @@
+"""Attacks on image-factory-sudo-helper: what the caller changes while it runs, its limits, signals, images.
+
+The calls are real ones of ordinary users through sudo, and afterwards the machine is as before.
+"""
+
+import fcntl
+import hashlib
+import os
+import pty
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import machine_state, run, wait_for
+from .helper_scene import Scene, own_mount
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> bool:
+    """Return whether the call was refused; if so, it has to be in one line."""
+    if done.returncode == 0:
+        assert done.stderr == ""
+        return False
+    assert done.returncode == 1
+    assert done.stderr.startswith("image-factory-sudo-helper: Command ")
+    assert (done.stderr.count("\n"), done.stderr.strip().isprintable()) == (1, True)
+    return True
+
+
+@pytest.fixture
+def image(scene: Scene) -> Iterator[Path]:
+    """A copy of user a's image, in a directory two levels deep."""
+    user = scene.users["a"]
+    user.run("mkdir", "-p", user.home / "one/two")
+    path = user.home / "one/two/image.raw"
+    user.run("cp", scene.images["a"], path)
+    yield path
+    shutil.rmtree(user.home / "one")
+
+
+@pytest.fixture
+def point(scene: Scene) -> Iterator[Path]:
+    """An empty directory of user a's, for mounts; at the end the machine is as it was before."""
+    user, before = scene.users["a"], machine_state()
+    top = Path(user.run("mktemp", "-d", "/tmp/image-factory.XXXXXXXX").stdout.strip())
+    point = top / "sub/tree"
+    user.run("mkdir", "-m", "700", "-p", point.parent, point)
+    yield point
+    # It needs no help of root's, also after a killed call.
+    user.run("rm", "-rf", top)
+    assert machine_state() == before
+
+
+def through_link(path: Path, position: int) -> Path:
+    """Make a link beside component *position* of *path*, and return the path that leads through it."""
+    target = Path(*path.parts[: position + 1])
+    link = target.with_name(f"{target.name}-link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    return link.joinpath(*path.parts[position + 1 :])
+
+
+@pytest.mark.parametrize("from_end", [1, 2, 3, 4, 5])
+def test_link_in_the_way_to_the_image(scene: Scene, image: Path, point: Path, from_end: int) -> None:
+    path = through_link(image, len(image.parts) - from_end)
+    assert path.samefile(image)
+    assert refused(scene.helper(*scene.mount_words(path, point)))
+    if from_end >= 4:
+        Path(*path.parts[: len(path.parts) - from_end + 1]).unlink()
+
+
+@pytest.mark.parametrize("position", [2, 3, 4])
+@pytest.mark.parametrize("verb", ["mount", "mount-image", "umount", "show", "remove", "trim", "chmod"])
+def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Path, verb: str, position: int) -> None:
+    path = through_link(point, position)
+    words = {
+        "mount": ["mount", "<LOOP>", str(path)],
+        "mount-image": scene.mount_words(image, path),
+        "umount": ["umount", str(path)],
+        "show": ["show", str(path), "root/install.log"],
+        "remove": ["remove", str(path), "root/install.log"],
+        "trim": ["trim", str(path)],
+        "chmod": ["chmod", "o+r", f"{path}/root/install.log"],
+    }
+    if not verb.startswith("mount"):
+        assert not refused(scene.helper(*scene.mount_words(image, point)))
+    before = scene.outside()
+    try:
+        assert refused(scene.helper(*map(scene.fill_in, words[verb])))
+        assert scene.outside() == before
+    finally:
+        run("umount", point, check=False)
+        run("chown", scene.users["a"].name, point)
+        Path(*path.parts[: position + 1]).unlink()
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 3])
+def test_link_in_the_way_inside_the_mount(scene: Scene, position: int) -> None:
+    """chmod is refused, show shows nothing, and remove removes a link at the end alone."""
+    with own_mount(scene) as mounted:
+        file = mounted / "var/log/installer/syslog"
+        path = through_link(file, len(mounted.parts) + position).relative_to(mounted)
+        for words in (("chmod", "o+r"), ("chmod", "-R", "o+r")):
+            assert refused(scene.helper(*words, f"{mounted}/{path}"))
+        assert scene.helper("show", str(mounted), str(path)).stdout == ""
+        removed = scene.helper("remove", str(mounted), str(path)).stdout
+        assert removed == (f"{path}\n" if position == 3 else "")
+        assert file.read_text() == "line one\nline two"
+
+
+# The program of the race below: exchanges each pair of names and back, until its input ends.
+SWAPPER = """
+import ctypes, select, sys
+libc, count = ctypes.CDLL(None), 0
+pairs = [tuple(word.encode() for word in pair.split("=")) for pair in sys.argv[1:]]
+print("swapping", flush=True)
+while not select.select([0], [], [], 0)[0]:
+    for one, other in pairs:
+        for _ in range(2):
+            while libc.renameat2(-100, one, -100, other, 2):
+                pass
+            count += 1
+print(count)
+"""
+
+
+def test_race(scene: Scene, image: Path, point: Path) -> None:
+    """Directories, the image and a directory of the guest's are links 10,000 times and more, while calls are made."""
+    user, outside = scene.users["a"], scene.outside()
+    others = {
+        image: scene.images["b"],
+        image.parent: scene.images["b"].parent,
+        point.parent: scene.mounts["b"].parent,
+        point.parents[1]: scene.victim.parent,
+    }
+    for path, target in others.items():
+        user.run("ln", "-s", target, f"{path}-link")
+    swapper = subprocess.Popen(
+        user.argv(sys.executable, "-c", SWAPPER, *(f"{path}={path}-link" for path in others)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert swapper.stdout is not None
+    assert swapper.stdout.readline() == "swapping\n"
+    for _ in range(25):
+        for words in (
+            scene.mount_words(image, point),
+            ["show", str(point), "root/install.log"],
+            ["remove", str(point), "var/log/installer"],
+            ["chmod", "-R", "o+rwx", f"{point}/root"],
+            ["umount", str(point)],
+        ):
+            done = scene.helper(*words)
+            assert refused(done) or "secret" not in done.stdout
+    count = int(swapper.communicate("")[0])
+    assert swapper.returncode == 0
+    assert count >= 10_000
+    if os.path.ismount(point):
+        assert not refused(scene.helper("umount", str(point)))
+    for path in others:
+        Path(f"{path}-link").unlink()
+    assert scene.outside() == outside
+
+
+# Started by the user's shell, with $IMAGE and $HOME: what is done before the call.
+SURROUNDINGS = {
+    "file size": "ulimit -f 0;",
+    "open files, 6": "ulimit -n 6;",
+    "open files, 20": "ulimit -n 20;",
+    "address space, 20 MB": "ulimit -v 20000;",
+    "address space, 60 MB": "ulimit -v 60000;",
+    "data, none": "ulimit -d 0;",
+    "processor time": "ulimit -t 1;",
+    "processes": "ulimit -p 0;",
+    "stack, 16 kB": "ulimit -s 16;",
+    "stack, 256 kB": "ulimit -s 256;",
+    "locked memory": "ulimit -l 0;",
+    "core files": "ulimit -c 0;",
+    "deleted directory": "mkdir $HOME/gone; cd $HOME/gone; rmdir $HOME/gone;",
+    "forbidden directory": "mkdir $HOME/shut; cd $HOME/shut; chmod 0 .; rmdir $HOME/shut;",
+    "umask 0": "umask 0;",
+    "umask 777": "umask 777;",
+    "open descriptors": "exec 3<>$IMAGE 4</tmp 9<>$IMAGE;",
+    "stdin is the image": "exec <$IMAGE;",
+    "all are the image": "exec <>$IMAGE >&0 2>&0;",
+    "no stdin": "exec <&-;",
+    "full disk": "exec >/dev/full;",
+    "full disk for errors": "exec 2>/dev/full;",
+    "signals ignored": "trap '' HUP INT QUIT PIPE ALRM TERM CHLD USR1 TSTP XFSZ;",
+    "signals blocked": "set -- env --block-signal;",
+    "nice": "set -- nice -n 19;",
+    "ionice": "set -- ionice -c 3;",
+    "idle": "set -- chrt -i 0;",
+    "personality": "set -- setarch -R --uname-2.6;",
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_surroundings(scene: Scene, image: Path, point: Path, name: str) -> None:
+    """In odd surroundings a call succeeds or fails as a whole, and those that aren't bad don't matter."""
+    user, outside = scene.users["a"], scene.outside()
+
+    def call(*words: str) -> int:
+        script = f'IMAGE=$1 HELPER=$2; shift 2; W="$*"; shift $#; {SURROUNDINGS[name]} exec "$@" sudo -n $HELPER $W'
+        line = user.argv("sh", "-c", script, "sh", image, user.helper, *words)
+        return subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, cwd=user.home, timeout=60).returncode
+
+    mounted = call(*scene.mount_words(image, point)) == 0
+    assert mounted == os.path.ismount(point)
+    assert mounted or point.owner() == user.name
+    if not mounted:
+        assert name.split(",")[0] in ("open files", "address space", "data", "stack", "processor time")
+        assert not refused(scene.helper(*scene.mount_words(image, point)))
+    call("show", str(point), "root/install.log")
+    removed = call("remove", str(point), "root/install.log") == 0
+    assert removed <= (not (point / "root/install.log").exists())
+    unmounted = call("umount", str(point)) == 0
+    assert unmounted != os.path.ismount(point)
+    if not unmounted:
+        assert not refused(scene.helper("umount", str(point)))
+    assert (point.owner(), point.stat().st_mode & 0o7777) == (user.name, 0o700)
+    assert scene.outside() == outside
+    run("e2fsck", "-fn", image)
+
+
+def test_output_that_can_not_be_written(scene: Scene) -> None:
+    helper = f"sudo -n {scene.users['a'].helper} version"
+    for line in (f"exec {helper} >/dev/full", f"{helper} 3>&1 >&4 4>&- 4>/dev/full", f"({helper}; exit $?) >/dev/full"):
+        done = scene.users["a"].run("sh", "-c", f"exec 4>/dev/full; {line}", check=False)
+        assert refused(done)
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = scene.users["a"].argv("sudo", "-n", scene.users["a"].helper, "version")
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    os.close(writer)
+    assert refused(done)
+
+
+def test_descriptors_are_not_kept(scene: Scene) -> None:
+    """sudo closes them; the caller can't have it keep some."""
+    user = scene.users["a"]
+    assert user.run("sudo", "-n", "-C", "9", user.helper, "version", check=False).returncode == 1
+
+
+def test_not_from_a_namespace(scene: Scene) -> None:
+    """There sudo doesn't become root."""
+    user = scene.users["a"]
+    for options in (["-Ur"], ["-Urm"], ["-Urmpf"], ["-Uc"]):
+        assert user.run("unshare", *options, "sudo", "-n", user.helper, "version", check=False).returncode != 0
+
+
+def start_helper(scene: Scene, words: list[str]) -> Callable[[], None]:
+    """Start a call; return what ends the helper with SIGKILL."""
+    user = scene.users["a"]
+    variables = {"SUDO_UID": str(user.uid), "SUDO_GID": str(user.uid), "PATH": "/usr/bin"}
+    process = subprocess.Popen(
+        [user.helper, *words], env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def kill() -> None:
+        process.kill()
+        process.wait()
+
+    return kill
+
+
+def start_sudo(scene: Scene, words: list[str]) -> Callable[[], None]:
+    """Start a call; return what ends sudo with SIGKILL, while the helper goes on."""
+    user = scene.users["a"]
+    process = subprocess.Popen(
+        ["sudo", "-n", user.helper, *words],
+        user=user.uid, group=user.uid, extra_groups=[],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def kill() -> None:
+        process.kill()
+        process.wait()
+
+    return kill
+
+
+def start_in_terminal(scene: Scene, words: list[str]) -> Callable[[], None]:
+    """Start a call in a terminal; return what types Ctrl-\\ and Ctrl-C there."""
+    user = scene.users["a"]
+    terminal, slave = pty.openpty()
+    process = subprocess.Popen(
+        user.argv("sudo", "-n", user.helper, *words),
+        stdin=slave, stdout=slave, stderr=slave,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(slave)
+
+    def interrupt() -> None:
+        os.write(terminal, b"\x1c\x03")
+        process.wait(60)
+        os.close(terminal)
+
+    return interrupt
+
+
+@pytest.mark.parametrize(("start", "times"), [(start_helper, 100), (start_sudo, 20), (start_in_terminal, 20)])
+def test_ended_at_any_time(
+    scene: Scene,
+    image: Path,
+    point: Path,
+    start: Callable[[Scene, list[str]], Callable[[], None]],
+    times: int,
+) -> None:
+    """Whatever is ended when, the next calls get all back, or the user removes the directory."""
+    user, outside = scene.users["a"], scene.outside()
+    delays = random.Random(times)
+    began = time.monotonic()
+    assert not refused(scene.helper(*scene.mount_words(image, point)))
+    duration = time.monotonic() - began
+    verbs = [["remove", str(point), "usr"], ["trim", str(point)], ["umount", str(point)], ["umount", str(point)]]
+    for number in range(times):
+        words = verbs[number % len(verbs)] if os.path.ismount(point) else scene.mount_words(image, point)
+        end = start(scene, words)
+        time.sleep(delays.uniform(0, duration))
+        end()
+        wait_for(lambda: not calls(point), 20, "the helper to end")
+        if not os.path.ismount(point) and point.owner() != user.name:
+            user.run("rmdir", point)
+            user.run("mkdir", "-m", "700", point)
+    if os.path.ismount(point):
+        assert not refused(scene.helper("umount", str(point)))
+    assert scene.outside() == outside
+    run("e2fsck", "-fp", image)
+
+
+def calls(point: Path) -> list[str]:
+    """Return the helpers that have *point* as an argument."""
+    processes = run("ps", "-eo", "args").stdout.splitlines()
+    return [line for line in processes if "image-factory-sudo-helper" in line and str(point) in line]
+
+
+@pytest.mark.parametrize("name", ["truncated", "overwritten", "removed", "replaced", "punched"])
+def test_image_changes_while_mounted(scene: Scene, image: Path, point: Path, name: str) -> None:
+    """The calls may fail, in one line each; umount never does."""
+    user, outside = scene.users["a"], scene.outside()
+    assert not refused(scene.helper(*scene.mount_words(image, point)))
+    for words in {
+        "truncated": [["truncate", "-s", "0", image]],
+        "overwritten": [["dd", "if=/dev/urandom", f"of={image}", "bs=1M", "count=16", "conv=notrunc"]],
+        "removed": [["rm", image]],
+        "replaced": [["cp", scene.images["a"], f"{image}.new"], ["mv", f"{image}.new", image]],
+        "punched": [["fallocate", "--punch-hole", "--offset", "4096", "--length", "8M", image]],
+    }[name]:
+        user.run(*words)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    for call in (
+        ("show", str(point), "var", "root", "etc"),
+        ("remove", str(point), "var/log", "root"),
+        ("chmod", "-R", "o+rwx", f"{point}/usr"),
+        ("trim", str(point)),
+    ):
+        refused(scene.helper(*call))
+    assert not refused(scene.helper("umount", str(point)))
+    assert scene.outside() == outside
+
+
+def test_special_files(scene: Scene) -> None:
+    with own_mount(scene) as mounted:
+        log = mounted / "var/log"
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(log / "zz-socket"))
+        for option in ("i", "a"):
+            (log / f"zz-{option}").write_text("kept\n")
+            run("chattr", f"+{option}", log / f"zz-{option}")
+        assert scene.helper("show", str(mounted), "var/log/zz*").stdout == (
+            "==> /var/log/zz-a <==\nkept\n==> /var/log/zz-i <==\nkept\n"
+        )
+        for option in ("i", "a"):
+            for words in (("remove", str(mounted), f"var/log/zz-{option}"), ("chmod", "o+w", f"{log}/zz-{option}")):
+                done = scene.helper(*words)
+                assert refused(done)
+                assert "Operation not permitted" in done.stderr
+            run("chattr", f"-{option}", log / f"zz-{option}")
+        assert refused(scene.helper("chmod", "o+w", f"{log}/zz-socket"))
+        assert scene.helper("remove", str(mounted), "var/log/zz*").stdout.count("\n") == 3
+
+
+def test_show_is_bounded(scene: Scene) -> None:
+    mib, tib = 1 << 20, 1 << 40
+    with own_mount(scene) as mounted:
+        (mounted / "etc/long").touch()
+        os.truncate(mounted / "etc/long", tib)
+        with (mounted / "etc/long").open("ab") as file:
+            file.write(b"the end\n")
+        done = scene.helper("show", str(mounted), "etc/long")
+        assert done.stdout == (
+            f"==> /etc/long <==\n... {tib + 8 - mib} bytes are not shown.\n" + "\0" * (mib - 8) + "the end\n"
+        )
+        (mounted / "many").mkdir()
+        for number in range(40):
+            (mounted / f"many/{number:02}").touch()
+            os.truncate(mounted / f"many/{number:02}", tib)
+        done = scene.helper("show", str(mounted), "many", "etc/long")
+        assert done.returncode == 0
+        assert done.stdout.endswith("\0\n... The other files are not shown.\n")
+        assert 15 * mib < len(done.stdout) < 16 * mib
+
+
+@pytest.mark.parametrize(
+    "uid", ["", "-1", "+0", " 0", "0x0", "1e3", "0\n", "\u0660", "9" * 11, "0;id", "root", "1000 0"]
+)
+def test_bad_number_of_the_caller(scene: Scene, uid: str) -> None:
+    helper = scene.users["a"].helper
+    for variables in ({"SUDO_UID": uid, "SUDO_GID": "0"}, {"SUDO_UID": "0", "SUDO_GID": uid}, {"SUDO_UID": "0"}):
+        done = subprocess.run(
+            [helper, "umount", scene.mounts["a"]], env={"PATH": "/usr/bin", **variables}, capture_output=True, text=True
+        )
+        assert refused(done)
+        assert "sudo didn't say who called it" in done.stderr
+
+
+@pytest.mark.parametrize("uid", ["54321", "4294967295", "4294967296", "9999999999"])
+def test_caller_who_is_no_user(scene: Scene, image: Path, point: Path, uid: str) -> None:
+    before = scene.outside()
+    for words in (scene.mount_words(image, point), ["umount", str(scene.mounts["a"])]):
+        variables = {"PATH": "/usr/bin", "SUDO_UID": uid, "SUDO_GID": uid}
+        done = subprocess.run([scene.users["a"].helper, *words], env=variables, capture_output=True, text=True)
+        assert refused(done)
+    assert scene.outside() == before
+
+
+@pytest.mark.parametrize("name", ["deleted", "newline", "link", "blank at the end"])
+def test_names_of_what_is_attached(scene: Scene, image: Path, point: Path, name: str) -> None:
+    """The kernel's name of a loop device's file is only taken for a hint."""
+    user = scene.users["a"]
+    path = image.with_name({"newline": "x\ny", "blank at the end": "x "}.get(name, "x"))
+    # Root's file, where user a may change names.
+    run("cp", image, path)
+    device = run("losetup", "--find", "--show", path).stdout.strip()
+    try:
+        if name == "deleted":
+            user.run("rm", "-f", path)
+            user.run("cp", image, f"{path} (deleted)")
+        elif name == "link":
+            user.run("mv", path, f"{path}-away")
+            user.run("ln", "-s", image, path)
+        done = scene.helper("mount", device, str(point))
+        assert refused(done)
+        assert "not a regular file of yours" in done.stderr
+    finally:
+        run("losetup", "--detach", device)
+
+
+def test_directory_is_one_call_s(scene: Scene, image: Path, point: Path) -> None:
+    user = scene.users["a"]
+    done = user.run("flock", point, "sudo", "-n", user.helper, *scene.mount_words(image, point), check=False)
+    assert refused(done)
+    assert point.owner() == user.name
+
+
+@pytest.fixture
+def disk(scene: Scene) -> Iterator[tuple[Path, str]]:
+    """A disk of root's that is not mounted, and its device."""
+    path = scene.users["root"].home / "disk.raw"
+    run("truncate", "-s", "128M", path)
+    device = run("losetup", "--find", "--show", path).stdout.strip()
+    yield path, device
+    run("losetup", "--detach", device)
+    path.unlink()
+
+
+def big_words(image: Path, point: Path) -> list[str]:
+    return ["mount-image", str(image), "0", str(image.stat().st_size), str(point)]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_btrfs_that_names_another_device(scene: Scene, image: Path, point: Path, disk: tuple[Path, str]) -> None:
+    """The kernel has seen root's disk; an image that claims to be of the same filesystem doesn't get at it."""
+    run("truncate", "-s", "128M", image)
+    second = run("losetup", "--find", "--show", image).stdout.strip()
+    try:
+        run("mkfs.btrfs", "-q", "-f", "-d", "single", "-m", "raid1", disk[1], second)
+    finally:
+        run("losetup", "--detach", second)
+    run("btrfs", "device", "scan", disk[1])
+    try:
+        before = digest(disk[0])
+        done = scene.helper(*big_words(image, point))
+        assert refused(done)
+        assert "another device" in done.stderr
+        assert digest(disk[0]) == before
+    finally:
+        run("btrfs", "device", "scan", "--forget", disk[1])
+        run("wipefs", "-a", disk[0])
+    run("mkfs.btrfs", "-q", "-f", image)
+    assert not refused(scene.helper(*big_words(image, point)))
+    assert not refused(scene.helper("umount", str(point)))
+
+
+def test_journal_on_another_device(scene: Scene, image: Path, point: Path, disk: tuple[Path, str]) -> None:
+    run("mke2fs", "-q", "-F", "-O", "journal_dev", disk[1])
+    run("mke2fs", "-q", "-F", "-J", f"device={disk[1]}", image)
+    before = digest(disk[0])
+    done = scene.helper(*big_words(image, point))
+    assert refused(done)
+    assert "its journal is on another device" in done.stderr
+    assert digest(disk[0]) == before

@@ -53,7 +53,7 @@ AT_EVENTS = ["fails", *(f"signal-{name}" for name in SIGNALS), "killed-group", "
 KILLED = ("signal-KILL", "killed-group", "killed-while-hanging")
 STALE = ["stale-files", "stale-closed", "stale-mount-point", "stale-machine"]
 # The real installer and its machine.
-REAL = ["signal-TERM", "signal-KILL", "killed-child", "killed-machine"]
+REAL = ["signal-TERM", "signal-KILL", "killed-child", "killed-machine", "libvirt-killed", "libvirt-gone"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def cells() -> Iterator[Cell]:
 
 def is_slow(cell: Cell) -> bool:
     """Whether *cell* is no part of make check, which has each step and each fault, but not all of both."""
+    if cell.fault.startswith("libvirt-"):
+        return (cell.user == "root") == (cell.fault == "libvirt-gone")
     if cell.real or cell.fault in ("fails-always", "second"):
         return cell.user == "root" or (cell.fault == "second" and cell.step != "convert")
     if cell.step == "start":
@@ -403,7 +405,32 @@ def check_words(cell: Cell, errors: str, named: str) -> None:
         assert f"{named}: failed after" in errors, errors
 
 
+def machines_of(place: Place) -> list[str]:
+    lines = run("ps", "-eo", "args").stdout.splitlines()
+    return [line for line in lines if "qemu-system" in line and f"{place.directory}/" in line]
+
+
+def kill_libvirt(user: User, *, gone: bool) -> None:
+    """Kill the user's libvirtd, which comes back by itself unless it is *gone*: as under systemd, or a session's."""
+    run("pkill", "-KILL", "-x", "-u", user.name, "libvirtd")
+    if user.is_root and not gone:
+        bring_libvirt_back(user)
+
+
+def bring_libvirt_back(user: User) -> None:
+    def answers() -> bool:
+        # The one that was killed may take a moment to end.
+        if user.is_root and run("pgrep", "-x", "-u", "root", "libvirtd", check=False).returncode:
+            run("libvirtd", "-d")
+        return user.run("virsh", "--connect", user.libvirt_uri, "uri", check=False).returncode == 0
+
+    wait_for(answers, 30, "libvirt to come back")
+
+
 def strike_installation(place: Place, fault: str, process: "subprocess.Popen[str]") -> None:
+    if fault.startswith("libvirt-"):
+        kill_libvirt(place.user, gone=fault == "libvirt-gone")
+        return
     if fault.startswith("signal-"):
         process.send_signal(getattr(signal, f"SIG{fault.removeprefix('signal-')}"))
         return
@@ -427,19 +454,33 @@ def test_fault_of_the_installation(place: Place, cell: Cell, stand_in: Path) -> 
     TABLE[cell] = "failed"
     place.configure(stand_in, "stand-in=hang")
     console = place.out / ".image-factory-stand-in/console.log"
-    process = place.start(REAL_INSTALLATION="yes")
+    gone = cell.fault == "libvirt-gone"
+    bring_libvirt_back(place.user)
+    # Else a session's libvirt starts by itself.
+    process = place.start(REAL_INSTALLATION="yes", LIBVIRT_AUTOSTART="0" if gone else "1")
     try:
         wait_for(lambda: console.is_file() and "stand-in: " in console.read_text(errors="replace"), 90, "the guest")
         strike_installation(place, cell.fault, process)
         _, errors = process.communicate(timeout=90)
+        machines = machines_of(place)
     finally:
         process.kill()
+        bring_libvirt_back(place.user)
     if cell.fault == "killed-machine":
         assert "did not power off by itself: shut off (crashed)." in errors
     elif process.returncode > 0:
         check_words(cell, errors, "Installing")
     assert process.returncode in expected_status(cell), errors
-    if process.returncode < 0:
+    if cell.fault.startswith("libvirt-"):
+        assert f"error: libvirt at {place.user.libvirt_uri} went away during the installation: " in errors
+        assert machines == []
+    # systemd may have started it again at once.
+    left = gone and "tries again to remove what is left" in errors
+    if left:
+        assert re.search(
+            r"ERROR: The virtual machine .* can't be removed from .*; its QEMU was killed\.$", errors, re.M
+        )
+    if process.returncode < 0 or left:
         recover(place, cell)
     assert leftovers(place) == [], errors
     check_files(place, published=False)

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ AT_PROGRAMS = [
 AT_EVENTS = ["fails", *(f"signal-{name}" for name in SIGNALS), "killed-group", "full", "descriptors"]
 KILLED = ("signal-KILL", "killed-group", "killed-while-hanging")
 STALE = ["stale-files", "stale-closed", "stale-mount-point", "stale-machine"]
+# What is in the place of the working directory; ``lock-stopped``: a build that has been stopped holds its lock.
+LOCKS = ["lock-of-another", "lock-is-link", "lock-is-file", "lock-stopped"]
 # The real installer and its machine.
 REAL = ["signal-TERM", "signal-KILL", "killed-child", "killed-machine", "libvirt-killed", "libvirt-gone"]
 
@@ -76,7 +79,7 @@ def cells() -> Iterator[Cell]:
             elif step in EVENTS:
                 yield from (Cell(step, fault, user) for fault in AT_EVENTS)
         yield Cell("unmount", "fails-always", user)
-        yield from (Cell("start", fault, user) for fault in STALE)
+        yield from (Cell("start", fault, user) for fault in [*STALE, *LOCKS])
         yield from (Cell("install", fault, user, real=True) for fault in REAL)
 
 
@@ -512,7 +515,7 @@ def make_stale(place: Place, fault: str) -> None:
 
 @pytest.mark.parametrize(
     ("place", "cell"),
-    [pytest.param(cell, cell, id=str(cell)) for cell in ALL if cell.step == "start"],
+    [pytest.param(cell, cell, id=str(cell)) for cell in ALL if cell.fault in STALE],
     indirect=["place"],
 )
 def test_stale_directory(place: Place, cell: Cell) -> None:
@@ -522,6 +525,79 @@ def test_stale_directory(place: Place, cell: Cell) -> None:
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
     assert "Cleaning up after a build of stand-in that was killed." in errors
+    assert leftovers(place) == []
+    check_files(place, published=True)
+    TABLE[cell] = "survived"
+
+
+def refused(place: Place, message: str) -> None:
+    start = time.monotonic()
+    second = place.start()
+    try:
+        _, errors = second.communicate(timeout=60)
+    finally:
+        second.kill()
+    assert second.returncode == 2, errors
+    assert errors.splitlines()[-2] == f"image-factory: error: {message}"
+    # Others run on this machine too, but what waits for a lock waits for ever.
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("place", "cell"),
+    [pytest.param(cell, cell, id=str(cell)) for cell in ALL if cell.fault in LOCKS and cell.fault != "lock-stopped"],
+    indirect=["place"],
+)
+def test_not_our_directory(place: Place, cell: Cell, users: dict[str, User]) -> None:
+    """What is no working directory of this user's is spared, and the build is refused."""
+    TABLE[cell] = "failed"
+    work = place.out / ".image-factory-stand-in"
+    target = place.directory / "elsewhere"
+    target.mkdir()
+    (target / "file").touch()
+    if cell.fault == "lock-of-another":
+        other = users["b"].name
+        work.mkdir(mode=0o777)
+        (work / "vm-name").write_text("precious\n")
+        shutil.chown(work, other)
+        # In a directory such as /tmp anyone can make it.
+        reason = f"belongs to {other}."
+    elif cell.fault == "lock-is-link":
+        work.symlink_to(target)
+        reason = "can't be made: Not a directory."
+    else:
+        work.write_text("a file")
+        reason = "can't be made: File exists."
+    before = sorted(map(str, place.out.rglob("*")))
+    refused(place, f"The working directory {work} {reason}")
+    assert sorted(map(str, place.out.rglob("*"))) == before
+    assert (target / "file").exists()
+    shutil.rmtree(work) if work.is_dir() and not work.is_symlink() else work.unlink()
+    assert leftovers(place) == []
+    check_files(place, published=False)
+    TABLE[cell] = "survived"
+
+
+@pytest.mark.parametrize(
+    ("place", "cell"),
+    [pytest.param(cell, cell, id=str(cell)) for cell in ALL if cell.fault == "lock-stopped"],
+    indirect=["place"],
+)
+def test_lock_of_a_stopped_build(place: Place, cell: Cell) -> None:
+    TABLE[cell] = "failed"
+    write(place.faults / "call", "qemu-img convert*")
+    write(place.faults / "fault", "second")
+    first = place.start()
+    try:
+        wait_for((place.faults / "reached").exists, 30, "the first build")
+        first.send_signal(signal.SIGSTOP)
+        refused(place, f"Another build of stand-in is under way in {place.out}.")
+        first.send_signal(signal.SIGCONT)
+        write(place.faults / "go", "")
+        _, errors = first.communicate(timeout=90)
+    finally:
+        first.kill()
+    assert first.returncode == 0, errors
     assert leftovers(place) == []
     check_files(place, published=True)
     TABLE[cell] = "survived"

@@ -5,18 +5,26 @@ disk that the stand-in installer has written once (see tests/faults/wrapper), bu
 REAL.  $FAULT_TABLE names a file for the table.
 """
 
+import contextlib
+import hashlib
+import http.server
 import os
 import pwd
 import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
+
+from image_factory import fetch
 
 from ..conftest import REPOSITORY, User, left_behind, machine_state, run, wait_for
 from .test_build import ANSWERS, TODAY, new_build
@@ -43,20 +51,28 @@ EVENTS = {
     "checksum": (f"Checksumming {IMAGE}", "open", "*.qcow2 r*"),
     "publish": ("Publishing", "os.rename", "*.qcow2 *.qcow2 *"),
 }
-ORDER = list(dict.fromkeys([*list(PROGRAMS)[:9], "checksum", "publish", *PROGRAMS]))
+ORDER = list(dict.fromkeys(["create", "cache", "cache-http", *list(PROGRAMS)[:9], "checksum", "publish", *PROGRAMS]))
 
 SIGNALS = {"INT": 130, "TERM": 143, "HUP": 129, "KILL": -9}
 AT_PROGRAMS = [
     "fails", "missing", "hangs", *(f"signal-{name}" for name in SIGNALS), "killed-group", "killed-while-hanging",
-    "killed-child", "full", "descriptors",
+    "killed-child", "full", "descriptors", "clock-back",
 ]  # fmt: skip
-AT_EVENTS = ["fails", *(f"signal-{name}" for name in SIGNALS), "killed-group", "full", "descriptors"]
+AT_EVENTS = ["fails", *(f"signal-{name}" for name in SIGNALS), "killed-group", "full", "descriptors", "clock-back"]
 KILLED = ("signal-KILL", "killed-group", "killed-while-hanging")
 STALE = ["stale-files", "stale-closed", "stale-mount-point", "stale-machine"]
+# In the middle of an HTTP download; a connection that ``breaks`` once is tried again, also when it breaks ``always``.
+AT_DOWNLOADS = [
+    *(f"signal-{name}" for name in SIGNALS), "killed-group", "full", "descriptors", "clock-back", "second", "breaks",
+    "breaks-always",
+]  # fmt: skip
 # What is in the place of the working directory; ``lock-stopped``: a build that has been stopped holds its lock.
 LOCKS = ["lock-of-another", "lock-is-link", "lock-is-file", "lock-stopped"]
 # The real installer and its machine.
 REAL = ["signal-TERM", "signal-KILL", "killed-child", "killed-machine", "libvirt-killed", "libvirt-gone"]
+
+
+CACHED = {"linux", "initrd.gz", ".linux.validators", ".initrd.gz.validators"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,7 @@ def cells() -> Iterator[Cell]:
                 yield Cell(step, "second", user)
             elif step in EVENTS:
                 yield from (Cell(step, fault, user) for fault in AT_EVENTS)
+        yield from (Cell("cache-http", fault, user) for fault in AT_DOWNLOADS)
         yield Cell("unmount", "fails-always", user)
         yield from (Cell("start", fault, user) for fault in [*STALE, *LOCKS])
         yield from (Cell("install", fault, user, real=True) for fault in REAL)
@@ -91,6 +108,8 @@ def is_slow(cell: Cell) -> bool:
         return cell.user == "root" or (cell.fault == "second" and cell.step != "convert")
     if cell.step == "start":
         return False
+    if cell.step == "cache-http":
+        return AT_DOWNLOADS.index(cell.fault) % 2 != (cell.user == "root")
     faults = AT_PROGRAMS if cell.step in PROGRAMS else AT_EVENTS
     return (ORDER.index(cell.step) + faults.index(cell.fault) + (cell.user == "root")) % 3 != 0
 
@@ -147,6 +166,14 @@ def faulty_prefix(base: Path, prefix: Path) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def clock(base: Path) -> Path:
+    """The library that sets the clock back."""
+    library = base / "clock.so"
+    run("gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", library, FAULTS / "clock.c")
+    return library
+
+
 class Place:
     """A directory to build in, with a fault to strike."""
 
@@ -154,6 +181,7 @@ class Place:
         self.user, self.directory = user, directory
         self.before = set(machine_state())
         self.out, self.faults, self.programs = (directory / name for name in ("out", "faults", "bin"))
+        self.cache = directory / "cache"
         for path in (self.out, self.faults, self.programs, directory / "up"):
             path.mkdir()
             shutil.chown(path, user.name)
@@ -177,20 +205,20 @@ class Place:
             "XDG_RUNTIME_DIR": "",
         }
         (directory / "answers.cfg").write_text(ANSWERS)
-        self.configure(stand_in)
+        self.configure()
         self.older = self.out / IMAGE
         self.older.write_text("older")
         shutil.chown(self.older, user.name)
 
-    def configure(self, stand_in: Path, arguments: str = "") -> None:
+    def configure(self, netboot: str = "rsync://stand-in", arguments: str = "") -> None:
         (self.directory / "image-factory.conf").write_text(
             f"""
 [stand-in]
-linux = rsync://stand-in/linux
-initrd = rsync://stand-in/initrd.gz
+linux = {netboot}/linux
+initrd = {netboot}/initrd.gz
 preseed = {self.directory}/answers.cfg
 append = console=ttyS0 {arguments}
-cache-dir = {self.directory}/cache
+cache-dir = {self.cache}
 image-size = 128M
 ram = 512M
 virt-type = qemu
@@ -225,12 +253,19 @@ upload_target = {self.directory}/up/
 
 @pytest.fixture
 def place(
-    request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path, installed: Path, faulty_prefix: Path
+    request: pytest.FixtureRequest,
+    users: dict[str, User],
+    stand_in: Path,
+    installed: Path,
+    faulty_prefix: Path,
+    clock: Path,
 ) -> Iterator[Place]:
     cell: Cell = request.param
     user = users[cell.user]
     for build in new_build(user, request, stand_in):
         found = Place(user, build.directory, stand_in, installed, faulty_prefix)
+        if cell.fault == "clock-back":
+            found.environment["LD_PRELOAD"] = str(clock)
         if cell.fault == "full":
             run("mount", "-t", "tmpfs", "-o", f"size=300m,mode=755,uid={user.uid}", "tmpfs", found.out)
             found.older.write_text("older")
@@ -247,9 +282,9 @@ def leftovers(place: Place) -> list[str]:
     """Return what the build has left."""
     left = left_behind(place.user, place.directory)
     left += sorted(set(machine_state()) - place.before)
-    cache = place.directory / "cache/stand-in"
+    cache = place.cache / "stand-in"
     if cache.is_dir():
-        left += [f"cache {path}" for path in cache.iterdir() if path.name not in ("linux", "initrd.gz")]
+        left += [f"cache {path}" for path in cache.iterdir() if path.name not in CACHED]
     processes = run("ps", "-u", place.user.name, "-o", "args").stdout.splitlines()
     left += [f"process {line}" for line in processes if line == "sleep 600"]
     return left
@@ -257,7 +292,7 @@ def leftovers(place: Place) -> list[str]:
 
 def check_files(place: Place, *, published: bool) -> None:
     """What has a final name is whole."""
-    names = {path.name for path in place.out.iterdir()} - {f"stand-in-{TODAY}.console.log", "filler"}
+    names = {path.name for path in place.out.iterdir()} - {f"stand-in-{TODAY}.console.log", "filler", place.cache.name}
     if not published:
         assert names == {IMAGE}
         assert place.older.read_text() == "older"
@@ -303,7 +338,7 @@ def recover(place: Place, cell: Cell) -> None:
         assert process.returncode == 0, errors
         assert all(re.match("(virtual machine|mount|directory) ", line) for line in output.splitlines())
         # The cache belongs to the next build of the image.
-        for path in (place.directory / "cache").glob("*/.*"):
+        for path in place.cache.glob("*/.*"):
             path.unlink()
         return
     # A build that ends before its end is enough.
@@ -316,7 +351,7 @@ def recover(place: Place, cell: Cell) -> None:
 
 
 def hash_of(cell: Cell) -> int:
-    return [*PROGRAMS, *EVENTS, "start"].index(cell.step) + len(cell.fault)
+    return ["cache-http", *PROGRAMS, *EVENTS, "start"].index(cell.step) + len(cell.fault)
 
 
 def expected_status(cell: Cell) -> set[int]:
@@ -326,7 +361,9 @@ def expected_status(cell: Cell) -> set[int]:
         return {SIGNALS[cell.fault.removeprefix("signal-")]}
     if cell.fault == "hangs":
         return {143}
-    if cell.fault == "second":
+    if cell.fault in ("second", "clock-back"):
+        return {0}
+    if cell.fault == "breaks":
         return {0}
     # An umount that fails once is tried again.
     if cell.step == "unmount" and cell.fault in ("fails", "killed-child"):
@@ -348,7 +385,7 @@ ALL = list(cells())
     [
         pytest.param(cell, cell, id=str(cell), marks=[pytest.mark.slow_faults] if is_slow(cell) else [])
         for cell in ALL
-        if cell.step != "start" and not cell.real
+        if cell.step in [*PROGRAMS, *EVENTS] and not cell.real
     ],
     indirect=["place"],
 )
@@ -370,6 +407,10 @@ def test_fault(place: Place, cell: Cell) -> None:
     named = PROGRAMS[cell.step][0] if cell.step in PROGRAMS else EVENTS[cell.step][0]
     if process.returncode > 0:
         check_words(cell, errors, named)
+    if cell.fault == "clock-back":
+        yesterday = (date.fromisoformat(TODAY) - timedelta(days=1)).isoformat()
+        assert re.search(rf"^{TODAY} .*\n{yesterday} ", errors, re.MULTILINE), errors
+        assert re.search(rf"^{yesterday} .* INFO: {re.escape(named)}: done in [0-9]\.", errors, re.MULTILINE), errors
     published = "INFO: Publishing: done" in errors
     if cell.fault not in ("full", "descriptors"):
         # A signal does not disturb the publishing itself.
@@ -453,9 +494,9 @@ def strike_installation(place: Place, fault: str, process: "subprocess.Popen[str
     ],
     indirect=["place"],
 )
-def test_fault_of_the_installation(place: Place, cell: Cell, stand_in: Path) -> None:
+def test_fault_of_the_installation(place: Place, cell: Cell) -> None:
     TABLE[cell] = "failed"
-    place.configure(stand_in, "stand-in=hang")
+    place.configure(arguments="stand-in=hang")
     console = place.out / ".image-factory-stand-in/console.log"
     gone = cell.fault == "libvirt-gone"
     bring_libvirt_back(place.user)
@@ -487,6 +528,145 @@ def test_fault_of_the_installation(place: Place, cell: Cell, stand_in: Path) -> 
         recover(place, cell)
     assert leftovers(place) == [], errors
     check_files(place, published=False)
+    TABLE[cell] = "survived"
+
+
+class Mirror(http.server.ThreadingHTTPServer):
+    """A server of files, in parts, whose first answer with the second part of ``initrd.gz`` stops in its middle."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), MirrorHandler)
+        self.files = files
+        self.reached, self.go = threading.Event(), threading.Event()
+        self.fault = ""
+
+
+class MirrorHandler(http.server.BaseHTTPRequestHandler):
+    server: Mirror
+
+    def do_GET(self) -> None:
+        content = self.server.files[self.path]
+        tag = f'"{hashlib.sha256(content).hexdigest()}"'
+        if self.headers["If-None-Match"] == tag:
+            self.send_response(304)
+            self.end_headers()
+            return
+        start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        part = content[start : end + 1]
+        self.send_response(206)
+        self.send_header("ETag", tag)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        # The reader may be killed.
+        with contextlib.suppress(ConnectionError):
+            if start == 0 or (self.server.fault != "breaks-always" and self.server.reached.is_set()):
+                self.wfile.write(part)
+                return
+            self.wfile.write(part[: len(part) // 2])
+            self.wfile.flush()
+            self.server.reached.set()
+            if not self.server.fault.startswith("breaks"):
+                self.server.go.wait(60)
+                self.wfile.write(part[len(part) // 2 :])
+
+    def log_request(self, code: object = "-", size: object = "-") -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def netboot_files(stand_in: Path) -> dict[str, bytes]:
+    # Large enough for two parts.
+    size = fetch._PART_SIZE + (4 << 20)
+    return {
+        "/linux": (stand_in / "linux").read_bytes(),
+        "/initrd.gz": (stand_in / "initrd.gz").read_bytes().ljust(size, b"\0"),
+    }
+
+
+@contextmanager
+def mirror(files: dict[str, bytes]) -> Iterator[Mirror]:
+    with Mirror(files) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.go.set()
+            server.shutdown()
+            thread.join()
+
+
+def check_cache(place: Place, files: dict[str, bytes], names: set[str]) -> None:
+    """What the cache has under its final name is whole."""
+    found = {f"/{path.name}" for path in (place.cache / "stand-in").glob("[!.]*")}
+    assert found >= names
+    for name in found:
+        assert (place.cache / "stand-in" / name[1:]).read_bytes() == files[name]
+
+
+def strike_download(place: Place, fault: str, process: "subprocess.Popen[str]") -> None:
+    if fault.startswith("signal-"):
+        process.send_signal(getattr(signal, f"SIG{fault.removeprefix('signal-')}"))
+        process.wait(30)
+    elif fault == "killed-group":
+        os.killpg(process.pid, signal.SIGKILL)
+    elif fault == "full":
+        place.user.run("sh", "-c", "cat /dev/zero >filler", cwd=place.out, check=False)
+    elif fault == "descriptors":
+        place.user.run("prlimit", "--pid", str(process.pid), "--nofile=5:5")
+    elif fault == "clock-back":
+        write(place.faults / "clock", "")
+    elif fault == "second":
+        refused(place, f"Another build of stand-in is under way in {place.out}.")
+
+
+@pytest.mark.parametrize(
+    ("place", "cell"),
+    [
+        pytest.param(cell, cell, id=str(cell), marks=[pytest.mark.slow_faults] if is_slow(cell) else [])
+        for cell in ALL
+        if cell.step == "cache-http"
+    ],
+    indirect=["place"],
+)
+def test_fault_of_a_download(place: Place, cell: Cell, netboot_files: dict[str, bytes]) -> None:
+    TABLE[cell] = "failed"
+    if cell.fault == "full":
+        place.cache = place.out / "cache"
+    with mirror(netboot_files) as server:
+        server.fault = cell.fault
+        place.configure(f"http://127.0.0.1:{server.server_port}")
+        process = place.start()
+        try:
+            wait_for(server.reached.is_set, 30, "the download")
+            strike_download(place, cell.fault, process)
+            server.go.set()
+            _, errors = process.communicate(timeout=90)
+        finally:
+            process.kill()
+        assert process.returncode in expected_status(cell), errors
+        if process.returncode:
+            check_cache(place, netboot_files, {"/linux"})
+        if process.returncode > 0:
+            check_words(cell, errors, "Caching the installer")
+            assert "Caching the installer: failed after" in errors
+        published = process.returncode == 0
+        if cell.fault == "breaks":
+            assert "; trying again in 1 s." in errors
+        if process.returncode < 0 or cell.fault == "descriptors":
+            recover(place, cell)
+        assert leftovers(place) == [], errors
+        check_files(place, published=published)
+        # The next build takes only what is whole, and fetches the rest.
+        place.disarm()
+        server.fault = ""
+        write(place.faults / "call", "qemu-img convert*")
+        write(place.faults / "fault", "fails-always")
+        _, errors = place.start().communicate(timeout=60)
+        assert "Converting to qcow2: failed" in errors
+        check_cache(place, netboot_files, {"/linux", "/initrd.gz"})
+    assert leftovers(place) == [], errors
     TABLE[cell] = "survived"
 
 

@@ -8,7 +8,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -224,8 +224,11 @@ def mounted(build: Build, disk: Disk) -> Iterator[ApplianceTree]:
     """Give the root filesystem of *disk*, mounted in the appliance; NoSystemError if there is none."""
     partitions = layout.read_partitions(disk.path)
     environ = environment(build, disk)
-    with command.conversation(_ARGV, env=environ, timeout=_ANSWER_SECONDS, stop_seconds=_STOP_SECONDS) as guestfish:
+    with ExitStack() as stack:
         with step(STEP):
+            guestfish = stack.enter_context(
+                command.conversation(_ARGV, env=environ, timeout=_ANSWER_SECONDS, stop_seconds=_STOP_SECONDS)
+            )
             guestfish.do(_add_line(disk))
             guestfish.do("run")
             tree = _mount_root(build, guestfish, partitions)

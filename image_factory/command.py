@@ -346,7 +346,8 @@ def conversation(
             preexec_fn=partial(_end_with, os.getpid(), signal.SIGTERM),
         )
     except OSError as error:
-        raise BuildError(f"Can't run {argv[0]}: {error.strerror}") from error
+        hint = f"Install it: apt-get install {PACKAGES[argv[0]]}" if argv[0] in PACKAGES else None
+        raise BuildError(f"Can't run {argv[0]}: {error.strerror}", hint=hint) from error
     with _closed(process):
         try:
             talk = Conversation(process, argv[0], timeout)

@@ -1,11 +1,14 @@
 """The installation machine: virt-install's command line, its life and death, and its console."""
 
 import contextlib
+import itertools
 import os
 import pwd
 import re
+import select
 import signal
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +42,13 @@ _QEMU_CONFIGURATION = Path("/etc/libvirt/qemu.conf")
 _QEMU_USER_CHANGED = re.compile(r"^\s*user\s*=", re.MULTILINE)
 
 _VIRSH_SECONDS = 60.0
+# A libvirtd that was killed is started again by systemd, or by the next command of the session's user.
+_LIBVIRT_SECONDS = 10.0
+_KILL_SECONDS = 10.0
+# What libvirt's client says when the daemon goes away under it.
+_CONNECTION_LOST = re.compile(
+    r"Cannot (?:write|read|recv) data|End of file while reading data|client socket is closed|[Ff]ailed to connect"
+)
 
 # ``cache=unsafe``: the disk is thrown away when the installation fails.
 # ``error_policy=report``: when the host's disk is full the guest gets an error; by default QEMU would
@@ -120,12 +130,15 @@ def check_libvirt(plan: Plan) -> None:
     try:
         command.run(["virsh", "--connect", plan.libvirt_uri, "uri"], capture=True, timeout=_VIRSH_SECONDS)
     except BuildError as error:
-        said = error.last_lines[-1] if isinstance(error, CommandError) and error.last_lines else error.message
-        if plan.as_root:
-            hint = "Start it: systemctl start libvirtd (package libvirt-daemon-system)."
-        else:
-            hint = "The session's libvirt starts by itself where the package libvirt-daemon is installed."
-        raise ConfigurationError(f"libvirt is not reachable at {plan.libvirt_uri}: {said}", hint=hint) from error
+        raise ConfigurationError(
+            f"libvirt is not reachable at {plan.libvirt_uri}: {_said(error)}", hint=_libvirt_hint(plan)
+        ) from error
+
+
+def _libvirt_hint(plan: Plan) -> str:
+    if plan.as_root:
+        return "Start it: systemctl start libvirtd (package libvirt-daemon-system)."
+    return "The session's libvirt starts by itself where the package libvirt-daemon is installed."
 
 
 def check_output_dir(plan: Plan) -> None:
@@ -170,7 +183,54 @@ def _text_of(path: Path) -> str:
 
 
 def remove_vm(name: str) -> None:
-    """Destroy and undefine the machine *name* of this user's; it's no error if there is none."""
+    """Destroy and undefine the machine *name* of this user's; it's no error if there is none.
+
+    Where libvirt doesn't answer it is tried again for a short while.  Then QEMU at least is killed, as
+    it goes on without libvirt, and BuildError says what is left.
+    """
+    deadline = time.monotonic() + _LIBVIRT_SECONDS
+    while True:
+        try:
+            _remove_vm(name)
+            return
+        except BuildError as error:
+            if time.monotonic() > deadline:
+                ended = "; its QEMU was killed" if _kill_qemu(name) else ""
+                raise BuildError(
+                    f"The virtual machine {name} can't be removed from {libvirt_uri()}: {_said(error)}{ended}."
+                ) from error
+            time.sleep(0.5)
+
+
+def _said(error: BuildError) -> str:
+    return error.last_lines[-1] if isinstance(error, CommandError) and error.last_lines else error.message
+
+
+def _kill_qemu(name: str) -> bool:
+    """Kill the QEMU of the machine *name*, and wait for its end; return whether there was one."""
+    killed = False
+    for process in Path("/proc").glob("[0-9]*"):
+        # Those of others can't be reached, and others end meanwhile.
+        with contextlib.suppress(OSError):
+            descriptor = os.pidfd_open(int(process.name))
+            try:
+                if _is_qemu_of(name, (process / "cmdline").read_bytes()):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    select.select([descriptor], [], [], _KILL_SECONDS)
+                    killed = True
+            finally:
+                os.close(descriptor)
+    return killed
+
+
+def _is_qemu_of(name: str, command_line: bytes) -> bool:
+    program, *words = os.fsdecode(command_line).split("\0")
+    return Path(program).name.startswith("qemu-system-") and any(
+        word == "-name" and value.split(",")[0] == f"guest={name}" for word, value in itertools.pairwise(words)
+    )
+
+
+def _remove_vm(name: str) -> None:
     virsh = ["virsh", "--connect", libvirt_uri()]
 
     def names(*states: str) -> list[str]:
@@ -183,7 +243,7 @@ def remove_vm(name: str) -> None:
     if name in names("--all"):
         command.run([*virsh, "undefine", name, "--nvram"], timeout=_VIRSH_SECONDS)
     if name in names("--all"):
-        raise BuildError(f"The virtual machine {name} can't be removed from {libvirt_uri()}.")
+        raise BuildError("it is still there")
 
 
 def machines() -> Iterator[tuple[str, Path]]:
@@ -222,13 +282,7 @@ def install(build: Build, location: str, virt_type: str) -> None:
     with step("Installing"), released(remove), _console_shown(build):
         # Before there is a machine: it says what a killed build has left.
         build.vm_record.write_text(build.vm_name + "\n", encoding="utf-8")
-        command.run(
-            virt_install_argv(build, location, virt_type),
-            stop_signal=signal.SIGINT,
-            stop_seconds=_VIRT_INSTALL_STOP_SECONDS,
-            # It puts the answer file into an initrd.
-            umask=0o077,
-        )
+        _run_virt_install(build, virt_install_argv(build, location, virt_type))
         state = command.run(
             ["virsh", "--connect", build.plan.libvirt_uri, "domstate", "--reason", build.vm_name],
             capture=True,
@@ -239,6 +293,19 @@ def install(build: Build, location: str, virt_type: str) -> None:
                 f"The installation machine did not power off by itself: {state}.",
                 hint=f"What it printed is in {build.plan.console_path}.",
             )
+
+
+def _run_virt_install(build: Build, argv: list[str]) -> None:
+    try:
+        # It puts the answer file into an initrd: umask.
+        command.run(argv, stop_signal=signal.SIGINT, stop_seconds=_VIRT_INSTALL_STOP_SECONDS, umask=0o077)
+    except CommandError as error:
+        if any(map(_CONNECTION_LOST.search, error.last_lines)):
+            raise BuildError(
+                f"libvirt at {build.plan.libvirt_uri} went away during the installation: {_said(error)}",
+                hint=_libvirt_hint(build.plan),
+            ) from error
+        raise
 
 
 def choose_virt_type(plan: Plan, kernel: Path | None) -> str:

@@ -1,6 +1,7 @@
 """The build's own directory, its lock, and what a killed build has left in it and elsewhere."""
 
 import os
+import pwd
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from .model import VM_PREFIX, WORK_PREFIX, Build, Plan
 from .release import released
 
 _VM_FILE = "vm-name"
+_IN_ITS_PLACE = "Remove what is in its place, or build into another directory with --output-dir."
 
 
 @contextmanager
@@ -52,6 +54,10 @@ def _locked_directory(plan: Plan) -> Iterator[Path]:
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True, mode=mode)
+        except FileExistsError as error:
+            raise ConfigurationError(
+                f"The working directory {path} can't be made: {error.strerror}.", hint=_IN_ITS_PLACE
+            ) from error
         except OSError as error:
             raise BuildError(f"The working directory {path} can't be made: {error.strerror}.") from error
         try:
@@ -61,7 +67,9 @@ def _locked_directory(plan: Plan) -> Iterator[Path]:
             continue
         except OSError as error:
             # A link, a file or someone else's directory is in its place.
-            raise BuildError(f"The working directory {path} can't be made: {error.strerror}.") from error
+            raise ConfigurationError(
+                f"The working directory {path} can't be made: {error.strerror}.", hint=_IN_ITS_PLACE
+            ) from error
         break
     if descriptor is None:
         raise ConfigurationError(
@@ -69,11 +77,22 @@ def _locked_directory(plan: Plan) -> Iterator[Path]:
             hint="Wait for it to end, or build into another directory with --output-dir.",
         )
     try:
+        owner = os.fstat(descriptor).st_uid
+        if owner != os.geteuid():
+            # Root could clear it, but what it says of a machine to remove is not to be believed.
+            raise ConfigurationError(f"The working directory {path} belongs to {_name(owner)}.", hint=_IN_ITS_PLACE)
         with released(partial(_remove, path)):
             os.fchmod(descriptor, mode)
             yield path
     finally:
         os.close(descriptor)
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def _records(directory: Path) -> list[Path]:

@@ -1,12 +1,13 @@
 """The working directory: made, locked, and gone on every way out."""
 
 import datetime
+import os
 from pathlib import Path
 
 import pytest
 
 from image_factory import workspace
-from image_factory.errors import BuildError, ConfigurationError
+from image_factory.errors import ConfigurationError
 from image_factory.model import Plan
 from image_factory.settings import Configuration
 
@@ -54,9 +55,19 @@ def test_link_in_its_place_is_not_followed(plan: Plan, tmp_path: Path) -> None:
     (elsewhere / "file").touch()
     plan.output_dir.mkdir(parents=True)
     plan.work_path.symlink_to(elsewhere)
-    with pytest.raises(BuildError, match="Not a directory"), workspace.opened(plan):
+    with pytest.raises(ConfigurationError, match="Not a directory"), workspace.opened(plan):
         pytest.fail("it was opened")
     assert (elsewhere / "file").exists()
+
+
+def test_directory_of_another_user_is_refused(plan: Plan) -> None:
+    """Root could clear it: what it says of a machine and a mount is another's word."""
+    plan.work_path.mkdir(parents=True)
+    (plan.work_path / "vm-name").write_text("precious\n")
+    os.chown(plan.work_path, 65534, -1)
+    with pytest.raises(ConfigurationError, match="belongs to nobody"), workspace.opened(plan):
+        pytest.fail("it was opened")
+    assert (plan.work_path / "vm-name").exists()
 
 
 def test_left_files_are_removed(plan: Plan) -> None:

@@ -26,6 +26,8 @@ def _watch() -> None:
         (_directory / "struck").mkdir()
         if fault == "missing":
             os.rename(str(arguments[0]), f"{arguments[0]}.away")
+        elif fault == "clock-back":
+            (_directory / "clock").touch()
         elif fault == "killed-group":
             os.killpg(0, signal.SIGKILL)
         elif fault.startswith("signal-"):

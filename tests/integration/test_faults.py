@@ -2,20 +2,29 @@
 
 The steps up to the installation are those of a real build; the installation itself is a copy of a
 disk that the stand-in installer has written once (see tests/faults/wrapper), but for the few cells of
-REAL.  $FAULT_TABLE names a file for the table.
+REAL.  The table is shown at the end, and written to the file that $FAULT_TABLE names.
 """
 
+import contextlib
+import hashlib
+import http.server
 import os
 import pwd
 import re
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
+
+from image_factory import fetch
 
 from ..conftest import REPOSITORY, User, left_behind, machine_state, run, wait_for
 from .test_build import ANSWERS, TODAY, new_build
@@ -42,18 +51,28 @@ EVENTS = {
     "checksum": (f"Checksumming {IMAGE}", "open", "*.qcow2 r*"),
     "publish": ("Publishing", "os.rename", "*.qcow2 *.qcow2 *"),
 }
-ORDER = list(dict.fromkeys([*list(PROGRAMS)[:9], "checksum", "publish", *PROGRAMS]))
+ORDER = list(dict.fromkeys(["create", "cache", "cache-http", *list(PROGRAMS)[:9], "checksum", "publish", *PROGRAMS]))
 
 SIGNALS = {"INT": 130, "TERM": 143, "HUP": 129, "KILL": -9}
 AT_PROGRAMS = [
     "fails", "missing", "hangs", *(f"signal-{name}" for name in SIGNALS), "killed-group", "killed-while-hanging",
-    "killed-child", "full", "descriptors",
+    "killed-child", "full", "descriptors", "clock-back",
 ]  # fmt: skip
-AT_EVENTS = ["fails", *(f"signal-{name}" for name in SIGNALS), "killed-group", "full", "descriptors"]
+AT_EVENTS = ["fails", *(f"signal-{name}" for name in SIGNALS), "killed-group", "full", "descriptors", "clock-back"]
 KILLED = ("signal-KILL", "killed-group", "killed-while-hanging")
 STALE = ["stale-files", "stale-closed", "stale-mount-point", "stale-machine"]
+# In the middle of an HTTP download; a connection that ``breaks`` once is tried again, also when it breaks ``always``.
+AT_DOWNLOADS = [
+    *(f"signal-{name}" for name in SIGNALS), "killed-group", "full", "descriptors", "clock-back", "second", "breaks",
+    "breaks-always",
+]  # fmt: skip
+# What is in the place of the working directory; ``lock-stopped``: a build that has been stopped holds its lock.
+LOCKS = ["lock-of-another", "lock-is-link", "lock-is-file", "lock-stopped"]
 # The real installer and its machine.
-REAL = ["signal-TERM", "signal-KILL", "killed-child", "killed-machine"]
+REAL = ["signal-TERM", "signal-KILL", "killed-child", "killed-machine", "libvirt-killed", "libvirt-gone"]
+
+
+CACHED = {"linux", "initrd.gz", ".linux.validators", ".initrd.gz.validators"}
 
 
 @dataclass(frozen=True)
@@ -75,17 +94,22 @@ def cells() -> Iterator[Cell]:
                 yield Cell(step, "second", user)
             elif step in EVENTS:
                 yield from (Cell(step, fault, user) for fault in AT_EVENTS)
+        yield from (Cell("cache-http", fault, user) for fault in AT_DOWNLOADS)
         yield Cell("unmount", "fails-always", user)
-        yield from (Cell("start", fault, user) for fault in STALE)
+        yield from (Cell("start", fault, user) for fault in [*STALE, *LOCKS])
         yield from (Cell("install", fault, user, real=True) for fault in REAL)
 
 
 def is_slow(cell: Cell) -> bool:
     """Whether *cell* is no part of make check, which has each step and each fault, but not all of both."""
+    if cell.fault.startswith("libvirt-"):
+        return (cell.user == "root") == (cell.fault == "libvirt-gone")
     if cell.real or cell.fault in ("fails-always", "second"):
         return cell.user == "root" or (cell.fault == "second" and cell.step != "convert")
     if cell.step == "start":
         return False
+    if cell.step == "cache-http":
+        return AT_DOWNLOADS.index(cell.fault) % 2 != (cell.user == "root")
     faults = AT_PROGRAMS if cell.step in PROGRAMS else AT_EVENTS
     return (ORDER.index(cell.step) + faults.index(cell.fault) + (cell.user == "root")) % 3 != 0
 
@@ -93,27 +117,28 @@ def is_slow(cell: Cell) -> bool:
 TABLE: dict[Cell, str] = {}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def table() -> Iterator[None]:
-    yield
-    target = os.environ.get("FAULT_TABLE")
-    if target and TABLE:
-        Path(target).write_text(shown_table())
-
-
 def shown_table() -> str:
-    faults = list(dict.fromkeys(cell.fault for cell in TABLE))
-    steps = ["start", *ORDER]
-    lines = ["step x fault: survived/tried, as root and as an ordinary user", ""]
-    for fault in faults:
-        entries = []
-        for step in steps:
-            results = [result for cell, result in TABLE.items() if (cell.step, cell.fault) == (step, fault)]
-            if results:
-                entries.append(f"{step} {results.count('survived')}/{len(results)}")
-        lines.append(f"{fault:22} {', '.join(entries)}")
-    survived = list(TABLE.values()).count("survived")
-    return "\n".join([*lines, "", f"{len(TABLE)} cells, {survived} survived", ""])
+    """Return how many cells have survived of those that were tried, step by fault."""
+    lines = []
+    for title, users in (
+        ("Mounted on this machine, as root and as an ordinary user", ("root", "a")),
+        ("Mounted in libguestfs' appliance, as a user who may run nothing as root", ("c",)),
+    ):
+        table = {cell: result for cell, result in TABLE.items() if cell.user in users}
+        steps = [step for step in ("start", *ORDER) if any(cell.step == step for cell in table)]
+        faults = list(dict.fromkeys(cell.fault for cell in ALL if cell in table))
+        if not table:
+            continue
+        lines += [f"{title}: survived/tried", "", " ".join([" " * 20, *(step.rjust(5) for step in steps)])]
+        for fault in faults:
+            words = [fault.ljust(20)]
+            for step in steps:
+                results = [table[cell] for cell in table if (cell.step, cell.fault) == (step, fault)]
+                shown = f"{results.count('survived')}/{len(results)}" if results else "-"
+                words.append(shown.rjust(max(5, len(step))))
+            lines.append(" ".join(words))
+        lines.append("")
+    return "\n".join([*lines, f"{len(TABLE)} cells, {list(TABLE.values()).count('survived')} survived", ""])
 
 
 @pytest.fixture(scope="session")
@@ -142,6 +167,14 @@ def faulty_prefix(base: Path, prefix: Path) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def clock(base: Path) -> Path:
+    """The library that sets the clock back."""
+    library = base / "clock.so"
+    run("gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", library, FAULTS / "clock.c")
+    return library
+
+
 class Place:
     """A directory to build in, with a fault to strike."""
 
@@ -149,6 +182,7 @@ class Place:
         self.user, self.directory = user, directory
         self.before = set(machine_state())
         self.out, self.faults, self.programs = (directory / name for name in ("out", "faults", "bin"))
+        self.cache = directory / "cache"
         for path in (self.out, self.faults, self.programs, directory / "up"):
             path.mkdir()
             shutil.chown(path, user.name)
@@ -172,20 +206,20 @@ class Place:
             "XDG_RUNTIME_DIR": "",
         }
         (directory / "answers.cfg").write_text(ANSWERS)
-        self.configure(stand_in)
+        self.configure()
         self.older = self.out / IMAGE
         self.older.write_text("older")
         shutil.chown(self.older, user.name)
 
-    def configure(self, stand_in: Path, arguments: str = "") -> None:
+    def configure(self, netboot: str = "rsync://stand-in", arguments: str = "") -> None:
         (self.directory / "image-factory.conf").write_text(
             f"""
 [stand-in]
-linux = rsync://stand-in/linux
-initrd = rsync://stand-in/initrd.gz
+linux = {netboot}/linux
+initrd = {netboot}/initrd.gz
 preseed = {self.directory}/answers.cfg
 append = console=ttyS0 {arguments}
-cache-dir = {self.directory}/cache
+cache-dir = {self.cache}
 image-size = 128M
 ram = 512M
 virt-type = qemu
@@ -220,12 +254,19 @@ upload_target = {self.directory}/up/
 
 @pytest.fixture
 def place(
-    request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path, installed: Path, faulty_prefix: Path
+    request: pytest.FixtureRequest,
+    users: dict[str, User],
+    stand_in: Path,
+    installed: Path,
+    faulty_prefix: Path,
+    clock: Path,
 ) -> Iterator[Place]:
     cell: Cell = request.param
     user = users[cell.user]
     for build in new_build(user, request, stand_in):
         found = Place(user, build.directory, stand_in, installed, faulty_prefix)
+        if cell.fault == "clock-back":
+            found.environment["LD_PRELOAD"] = str(clock)
         if cell.fault == "full":
             run("mount", "-t", "tmpfs", "-o", f"size=300m,mode=755,uid={user.uid}", "tmpfs", found.out)
             found.older.write_text("older")
@@ -242,9 +283,9 @@ def leftovers(place: Place) -> list[str]:
     """Return what the build has left."""
     left = left_behind(place.user, place.directory)
     left += sorted(set(machine_state()) - place.before)
-    cache = place.directory / "cache/stand-in"
+    cache = place.cache / "stand-in"
     if cache.is_dir():
-        left += [f"cache {path}" for path in cache.iterdir() if path.name not in ("linux", "initrd.gz")]
+        left += [f"cache {path}" for path in cache.iterdir() if path.name not in CACHED]
     processes = run("ps", "-u", place.user.name, "-o", "args").stdout.splitlines()
     left += [f"process {line}" for line in processes if line == "sleep 600"]
     return left
@@ -252,7 +293,7 @@ def leftovers(place: Place) -> list[str]:
 
 def check_files(place: Place, *, published: bool) -> None:
     """What has a final name is whole."""
-    names = {path.name for path in place.out.iterdir()} - {f"stand-in-{TODAY}.console.log", "filler"}
+    names = {path.name for path in place.out.iterdir()} - {f"stand-in-{TODAY}.console.log", "filler", place.cache.name}
     if not published:
         assert names == {IMAGE}
         assert place.older.read_text() == "older"
@@ -281,7 +322,7 @@ def write(path: Path, text: str) -> None:
 
 
 def second_build(place: Place) -> None:
-    wait_for((place.faults / "reached").exists, 30, "the first build")
+    wait_for((place.faults / "reached").exists, 120, "the first build")
     second = place.start()
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 2
@@ -298,7 +339,7 @@ def recover(place: Place, cell: Cell) -> None:
         assert process.returncode == 0, errors
         assert all(re.match("(virtual machine|mount|directory) ", line) for line in output.splitlines())
         # The cache belongs to the next build of the image.
-        for path in (place.directory / "cache").glob("*/.*"):
+        for path in place.cache.glob("*/.*"):
             path.unlink()
         return
     # A build that ends before its end is enough.
@@ -311,7 +352,7 @@ def recover(place: Place, cell: Cell) -> None:
 
 
 def hash_of(cell: Cell) -> int:
-    return [*PROGRAMS, *EVENTS, "start"].index(cell.step) + len(cell.fault)
+    return ["cache-http", *PROGRAMS, *EVENTS, "start"].index(cell.step) + len(cell.fault)
 
 
 def expected_status(cell: Cell) -> set[int]:
@@ -321,7 +362,9 @@ def expected_status(cell: Cell) -> set[int]:
         return {SIGNALS[cell.fault.removeprefix("signal-")]}
     if cell.fault == "hangs":
         return {143}
-    if cell.fault == "second":
+    if cell.fault in ("second", "clock-back"):
+        return {0}
+    if cell.fault == "breaks":
         return {0}
     # An umount that fails once is tried again.
     if cell.step == "unmount" and cell.fault in ("fails", "killed-child"):
@@ -343,7 +386,7 @@ ALL = list(cells())
     [
         pytest.param(cell, cell, id=str(cell), marks=[pytest.mark.slow_faults] if is_slow(cell) else [])
         for cell in ALL
-        if cell.step != "start" and not cell.real
+        if cell.step in [*PROGRAMS, *EVENTS] and not cell.real
     ],
     indirect=["place"],
 )
@@ -353,11 +396,11 @@ def test_fault(place: Place, cell: Cell) -> None:
     process = place.start()
     try:
         if cell.fault == "hangs":
-            wait_for(lambda: (place.faults / "reached").exists() or process.poll() is not None, 30, "the fault")
+            wait_for(lambda: (place.faults / "reached").exists() or process.poll() is not None, 120, "the fault")
             process.terminate()
         if cell.fault == "second":
             second_build(place)
-        _, errors = process.communicate(timeout=90)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert (place.faults / "struck").is_dir() or cell.fault == "fails-always", errors
@@ -365,6 +408,10 @@ def test_fault(place: Place, cell: Cell) -> None:
     named = PROGRAMS[cell.step][0] if cell.step in PROGRAMS else EVENTS[cell.step][0]
     if process.returncode > 0:
         check_words(cell, errors, named)
+    if cell.fault == "clock-back":
+        yesterday = (date.fromisoformat(TODAY) - timedelta(days=1)).isoformat()
+        assert re.search(rf"^{TODAY} .*\n{yesterday} ", errors, re.MULTILINE), errors
+        assert re.search(rf"^{yesterday} .* INFO: {re.escape(named)}: done in [0-9]\.", errors, re.MULTILINE), errors
     published = "INFO: Publishing: done" in errors
     if cell.fault not in ("full", "descriptors"):
         # A signal does not disturb the publishing itself.
@@ -403,7 +450,32 @@ def check_words(cell: Cell, errors: str, named: str) -> None:
         assert f"{named}: failed after" in errors, errors
 
 
+def machines_of(place: Place) -> list[str]:
+    lines = run("ps", "-eo", "args").stdout.splitlines()
+    return [line for line in lines if "qemu-system" in line and f"{place.directory}/" in line]
+
+
+def kill_libvirt(user: User, *, gone: bool) -> None:
+    """Kill the user's libvirtd, which comes back by itself unless it is *gone*: as under systemd, or a session's."""
+    run("pkill", "-KILL", "-x", "-u", user.name, "libvirtd")
+    if user.is_root and not gone:
+        bring_libvirt_back(user)
+
+
+def bring_libvirt_back(user: User) -> None:
+    def answers() -> bool:
+        # The one that was killed may take a moment to end.
+        if user.is_root and run("pgrep", "-x", "-u", "root", "libvirtd", check=False).returncode:
+            run("libvirtd", "-d")
+        return user.run("virsh", "--connect", user.libvirt_uri, "uri", check=False).returncode == 0
+
+    wait_for(answers, 30, "libvirt to come back")
+
+
 def strike_installation(place: Place, fault: str, process: "subprocess.Popen[str]") -> None:
+    if fault.startswith("libvirt-"):
+        kill_libvirt(place.user, gone=fault == "libvirt-gone")
+        return
     if fault.startswith("signal-"):
         process.send_signal(getattr(signal, f"SIG{fault.removeprefix('signal-')}"))
         return
@@ -423,26 +495,179 @@ def strike_installation(place: Place, fault: str, process: "subprocess.Popen[str
     ],
     indirect=["place"],
 )
-def test_fault_of_the_installation(place: Place, cell: Cell, stand_in: Path) -> None:
+def test_fault_of_the_installation(place: Place, cell: Cell) -> None:
     TABLE[cell] = "failed"
-    place.configure(stand_in, "stand-in=hang")
+    place.configure(arguments="stand-in=hang")
     console = place.out / ".image-factory-stand-in/console.log"
-    process = place.start(REAL_INSTALLATION="yes")
+    gone = cell.fault == "libvirt-gone"
+    bring_libvirt_back(place.user)
+    # Else a session's libvirt starts by itself.
+    process = place.start(REAL_INSTALLATION="yes", LIBVIRT_AUTOSTART="0" if gone else "1")
     try:
         wait_for(lambda: console.is_file() and "stand-in: " in console.read_text(errors="replace"), 90, "the guest")
         strike_installation(place, cell.fault, process)
         _, errors = process.communicate(timeout=90)
+        machines = machines_of(place)
     finally:
         process.kill()
+        bring_libvirt_back(place.user)
     if cell.fault == "killed-machine":
         assert "did not power off by itself: shut off (crashed)." in errors
     elif process.returncode > 0:
         check_words(cell, errors, "Installing")
     assert process.returncode in expected_status(cell), errors
-    if process.returncode < 0:
+    if cell.fault.startswith("libvirt-"):
+        assert f"error: libvirt at {place.user.libvirt_uri} went away during the installation: " in errors
+        assert machines == []
+    # systemd may have started it again at once.
+    left = gone and "tries again to remove what is left" in errors
+    if left:
+        assert re.search(
+            r"ERROR: The virtual machine .* can't be removed from .*; its QEMU was killed\.$", errors, re.M
+        )
+    if process.returncode < 0 or left:
         recover(place, cell)
     assert leftovers(place) == [], errors
     check_files(place, published=False)
+    TABLE[cell] = "survived"
+
+
+class Mirror(http.server.ThreadingHTTPServer):
+    """A server of files, in parts, whose first answer with the second part of ``initrd.gz`` stops in its middle."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), MirrorHandler)
+        self.files = files
+        self.reached, self.go = threading.Event(), threading.Event()
+        self.fault = ""
+
+
+class MirrorHandler(http.server.BaseHTTPRequestHandler):
+    server: Mirror
+
+    def do_GET(self) -> None:
+        content = self.server.files[self.path]
+        tag = f'"{hashlib.sha256(content).hexdigest()}"'
+        if self.headers["If-None-Match"] == tag:
+            self.send_response(304)
+            self.end_headers()
+            return
+        start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        part = content[start : end + 1]
+        self.send_response(206)
+        self.send_header("ETag", tag)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        # The reader may be killed.
+        with contextlib.suppress(ConnectionError):
+            if start == 0 or (self.server.fault != "breaks-always" and self.server.reached.is_set()):
+                self.wfile.write(part)
+                return
+            self.wfile.write(part[: len(part) // 2])
+            self.wfile.flush()
+            self.server.reached.set()
+            if not self.server.fault.startswith("breaks"):
+                self.server.go.wait(60)
+                self.wfile.write(part[len(part) // 2 :])
+
+    def log_request(self, code: object = "-", size: object = "-") -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def netboot_files(stand_in: Path) -> dict[str, bytes]:
+    # Large enough for two parts.
+    size = fetch._PART_SIZE + (4 << 20)
+    return {
+        "/linux": (stand_in / "linux").read_bytes(),
+        "/initrd.gz": (stand_in / "initrd.gz").read_bytes().ljust(size, b"\0"),
+    }
+
+
+@contextmanager
+def mirror(files: dict[str, bytes]) -> Iterator[Mirror]:
+    with Mirror(files) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.go.set()
+            server.shutdown()
+            thread.join()
+
+
+def check_cache(place: Place, files: dict[str, bytes], names: set[str]) -> None:
+    """What the cache has under its final name is whole."""
+    found = {f"/{path.name}" for path in (place.cache / "stand-in").glob("[!.]*")}
+    assert found >= names
+    for name in found:
+        assert (place.cache / "stand-in" / name[1:]).read_bytes() == files[name]
+
+
+def strike_download(place: Place, fault: str, process: "subprocess.Popen[str]") -> None:
+    if fault.startswith("signal-"):
+        process.send_signal(getattr(signal, f"SIG{fault.removeprefix('signal-')}"))
+        process.wait(30)
+    elif fault == "killed-group":
+        os.killpg(process.pid, signal.SIGKILL)
+    elif fault == "full":
+        place.user.run("sh", "-c", "cat /dev/zero >filler", cwd=place.out, check=False)
+    elif fault == "descriptors":
+        place.user.run("prlimit", "--pid", str(process.pid), "--nofile=5:5")
+    elif fault == "clock-back":
+        write(place.faults / "clock", "")
+    elif fault == "second":
+        refused(place, f"Another build of stand-in is under way in {place.out}.")
+
+
+@pytest.mark.parametrize(
+    ("place", "cell"),
+    [
+        pytest.param(cell, cell, id=str(cell), marks=[pytest.mark.slow_faults] if is_slow(cell) else [])
+        for cell in ALL
+        if cell.step == "cache-http"
+    ],
+    indirect=["place"],
+)
+def test_fault_of_a_download(place: Place, cell: Cell, netboot_files: dict[str, bytes]) -> None:
+    TABLE[cell] = "failed"
+    if cell.fault == "full":
+        place.cache = place.out / "cache"
+    with mirror(netboot_files) as server:
+        server.fault = cell.fault
+        place.configure(f"http://127.0.0.1:{server.server_port}")
+        process = place.start()
+        try:
+            wait_for(server.reached.is_set, 30, "the download")
+            strike_download(place, cell.fault, process)
+            server.go.set()
+            _, errors = process.communicate(timeout=90)
+        finally:
+            process.kill()
+        assert process.returncode in expected_status(cell), errors
+        if process.returncode:
+            check_cache(place, netboot_files, {"/linux"})
+        if process.returncode > 0:
+            check_words(cell, errors, "Caching the installer")
+            assert "Caching the installer: failed after" in errors
+        published = process.returncode == 0
+        if cell.fault == "breaks":
+            assert "; trying again in 1 s." in errors
+        if process.returncode < 0 or cell.fault == "descriptors":
+            recover(place, cell)
+        assert leftovers(place) == [], errors
+        check_files(place, published=published)
+        # The next build takes only what is whole, and fetches the rest.
+        place.disarm()
+        server.fault = ""
+        write(place.faults / "call", "qemu-img convert*")
+        write(place.faults / "fault", "fails-always")
+        _, errors = place.start().communicate(timeout=60)
+        assert "Converting to qcow2: failed" in errors
+        check_cache(place, netboot_files, {"/linux", "/initrd.gz"})
+    assert leftovers(place) == [], errors
     TABLE[cell] = "survived"
 
 
@@ -471,7 +696,7 @@ def make_stale(place: Place, fault: str) -> None:
 
 @pytest.mark.parametrize(
     ("place", "cell"),
-    [pytest.param(cell, cell, id=str(cell)) for cell in ALL if cell.step == "start"],
+    [pytest.param(cell, cell, id=str(cell)) for cell in ALL if cell.fault in STALE],
     indirect=["place"],
 )
 def test_stale_directory(place: Place, cell: Cell) -> None:
@@ -481,6 +706,79 @@ def test_stale_directory(place: Place, cell: Cell) -> None:
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
     assert "Cleaning up after a build of stand-in that was killed." in errors
+    assert leftovers(place) == []
+    check_files(place, published=True)
+    TABLE[cell] = "survived"
+
+
+def refused(place: Place, message: str) -> None:
+    start = time.monotonic()
+    second = place.start()
+    try:
+        _, errors = second.communicate(timeout=60)
+    finally:
+        second.kill()
+    assert second.returncode == 2, errors
+    assert errors.splitlines()[-2] == f"image-factory: error: {message}"
+    # Others run on this machine too, but what waits for a lock waits for ever.
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("place", "cell"),
+    [pytest.param(cell, cell, id=str(cell)) for cell in ALL if cell.fault in LOCKS and cell.fault != "lock-stopped"],
+    indirect=["place"],
+)
+def test_not_our_directory(place: Place, cell: Cell, users: dict[str, User]) -> None:
+    """What is no working directory of this user's is spared, and the build is refused."""
+    TABLE[cell] = "failed"
+    work = place.out / ".image-factory-stand-in"
+    target = place.directory / "elsewhere"
+    target.mkdir()
+    (target / "file").touch()
+    if cell.fault == "lock-of-another":
+        other = users["b"].name
+        work.mkdir(mode=0o777)
+        (work / "vm-name").write_text("precious\n")
+        shutil.chown(work, other)
+        # In a directory such as /tmp anyone can make it.
+        reason = f"belongs to {other}."
+    elif cell.fault == "lock-is-link":
+        work.symlink_to(target)
+        reason = "can't be made: Not a directory."
+    else:
+        work.write_text("a file")
+        reason = "can't be made: File exists."
+    before = sorted(map(str, place.out.rglob("*")))
+    refused(place, f"The working directory {work} {reason}")
+    assert sorted(map(str, place.out.rglob("*"))) == before
+    assert (target / "file").exists()
+    shutil.rmtree(work) if work.is_dir() and not work.is_symlink() else work.unlink()
+    assert leftovers(place) == []
+    check_files(place, published=False)
+    TABLE[cell] = "survived"
+
+
+@pytest.mark.parametrize(
+    ("place", "cell"),
+    [pytest.param(cell, cell, id=str(cell)) for cell in ALL if cell.fault == "lock-stopped"],
+    indirect=["place"],
+)
+def test_lock_of_a_stopped_build(place: Place, cell: Cell) -> None:
+    TABLE[cell] = "failed"
+    write(place.faults / "call", "qemu-img convert*")
+    write(place.faults / "fault", "second")
+    first = place.start()
+    try:
+        wait_for((place.faults / "reached").exists, 30, "the first build")
+        first.send_signal(signal.SIGSTOP)
+        refused(place, f"Another build of stand-in is under way in {place.out}.")
+        first.send_signal(signal.SIGCONT)
+        write(place.faults / "go", "")
+        _, errors = first.communicate(timeout=90)
+    finally:
+        first.kill()
+    assert first.returncode == 0, errors
     assert leftovers(place) == []
     check_files(place, published=True)
     TABLE[cell] = "survived"

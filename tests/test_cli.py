@@ -249,8 +249,8 @@ def test_near_names_are_in_the_hint(place: Place) -> None:
 
 
 FILES: dict[str, tuple[bytes, str]] = {
-    "syntax": (b"[x]\nlinux\n", "own.conf (named by IMAGE_FACTORY_CONFIG), line 2: 'linux' is neither a [section]"),
-    "no section": (b"linux = /l\n", "line 1: 'linux = /l' comes before any [section]."),
+    "syntax": (b"[x]\nlinux\n", "own.conf (named by IMAGE_FACTORY_CONFIG), line 2 is neither a [section]"),
+    "no section": (b"linux = /l\n", "line 1 comes before any [section]."),
     "duplicate key": (b"[x]\nimage_size = 1\nimage-size = 2\n", "line 3: [x] has 'image-size' twice."),
     "duplicate section": (b"[x]\n[x]\n", "line 2: section [x] is there twice."),
     "not UTF-8": (b"[x]\nappend = \xe9\n", "line 2: byte 0xe9 is not UTF-8."),

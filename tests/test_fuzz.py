@@ -27,7 +27,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from image_factory import command, guest, layout, pipeline, units
+from image_factory import command, guest, layout, mounts, pipeline, units
 from image_factory.cli import _one_line
 from image_factory.errors import CommandError, ConfigurationError, ImageFactoryError, NoSystemError
 from image_factory.log import printable
@@ -201,7 +201,7 @@ def read_everything(place: Path, data: bytes) -> None:
             refused(configuration.destination, name, "x.raw", named_by="x")
             plan = refused(pipeline.make_plan, configuration, name, {"output-dir": str(place)})
             if plan is not None:
-                argvs = [argv for _, commands in pipeline.describe_build(plan) for argv in commands]
+                argvs = [argv for _, commands in pipeline.describe_build(mounts.chosen(plan)) for argv in commands]
                 assert all(isinstance(word, str) and "\0" not in word for argv in argvs for word in argv)
 
 

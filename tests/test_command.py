@@ -455,12 +455,14 @@ def test_conversation_with_long_lines_and_many() -> None:
 
 
 def test_conversation_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
+    """In good order: it sees the end of its input."""
     program = f"""
-        import os, sys
+        import os, sys, time
         sys.path.insert(0, {str(REPOSITORY)!r})
         from image_factory import command
         with command.conversation(["sh"], env=dict(os.environ), timeout=60, stop_seconds=1) as shell:
-            shell.ask("echo $$ >{tmp_path}/pid; exec sleep 600")
+            shell.ask("trap 'touch {tmp_path}/tidy' EXIT; echo $$ >{tmp_path}/pid")
+            time.sleep(600)
     """
     parent = subprocess.Popen(python(program))
     wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
@@ -468,6 +470,7 @@ def test_conversation_ends_with_its_parent_that_is_killed(tmp_path: Path) -> Non
     parent.kill()
     parent.wait()
     wait_for(lambda: gone(pid))
+    assert (tmp_path / "tidy").exists()
 
 
 def test_conversation_with_a_program_that_is_missing() -> None:

@@ -48,6 +48,10 @@ def _reason(status: int) -> str:
     return f"was killed by {_signal_name(-status)}" if status < 0 else f"failed with status {status}"
 
 
+# guestfish names its line of input first.
+_ERROR_LINE = re.compile(r"(?:\*stdin\*:\d+: )?(?:libguestfs: )?error\b", re.IGNORECASE)
+
+
 class CommandError(BuildError):
     """A program that the build needs failed.
 
@@ -58,7 +62,7 @@ class CommandError(BuildError):
     def __init__(self, argv: Sequence[str], status: int, last_lines: Sequence[str]) -> None:
         reason = _reason(status)
         # Many programs, virt-install among them, say the reason first and good advice after it.
-        errors = [line for line in last_lines if re.match(r"error\b", line, re.IGNORECASE)]
+        errors = [line for line in last_lines if _ERROR_LINE.match(line)]
         said = "".join(f": {line[:_LONGEST_QUOTE]}" for line in (errors or list(last_lines))[-1:])
         super().__init__(f"{argv[0]} {reason}{said}", hint=f"The command was: {shlex.join(argv)}")
         self.argv = list(argv)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, interrupts, log, pipeline, workspace
+from . import __version__, events, interrupts, log, pipeline, workspace
 from .errors import ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
 from .settings import Configuration, ImageSettings, declarations
@@ -90,7 +90,7 @@ def _print_steps(plan: Plan) -> None:
             print(f"#   {' '.join(argv[1:])}" if argv[0] == "#" else shlex.join(argv))
 
 
-def summary(artifacts: Sequence[Artifact], times: Sequence[log.StepTime], seconds: float) -> str:
+def summary(artifacts: Sequence[Artifact], times: Sequence[events.StepEnded], seconds: float) -> str:
     """Return what was built and how long it took, for people."""
     lines = []
     for artifact in artifacts:
@@ -116,7 +116,8 @@ def _size_on_disk(artifact: Artifact) -> str:
 
 def _build(plan: Plan) -> None:
     with ExitStack() as stack:
-        times = stack.enter_context(log.recorded_steps())
+        times = events.StepTimes()
+        stack.enter_context(events.observed(times))
         start = time.monotonic()
         if plan.log_path is not None:
             try:
@@ -131,7 +132,7 @@ def _build(plan: Plan) -> None:
             for text in filter(None, (message, hint)):
                 log.to_files(logging.ERROR, text)
             raise
-        text = summary(artifacts, times, time.monotonic() - start)
+        text = summary(artifacts, times.ended, time.monotonic() - start)
         log.to_files(logging.INFO, text)
     print(text)
 

@@ -27,6 +27,7 @@ LEVELS = [
     {"arch", "model"},
     {"settings"},
     {"log"},
+    {"events"},
     {"units", "errors"},
     # The version.
     {""},

@@ -55,6 +55,11 @@ class Plan:
         return self.output_dir / f"{self.base_name}.console.log"
 
     @property
+    def screenshot_path(self) -> Path:
+        """Where a picture of the guest's screen is to be when its installation has failed."""
+        return self.output_dir / f"{self.base_name}.png"
+
+    @property
     def work_path(self) -> Path:
         """The hidden working directory of builds of this image."""
         return self.output_dir / f"{WORK_PREFIX}{self.image}"

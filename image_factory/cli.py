@@ -32,6 +32,10 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with a flag for each setting that declares one."""
     parser = _Parser(prog="image-factory", description="Build golden Linux images.")
@@ -65,6 +69,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="check all that can be known before a build, and stop")
     parser.add_argument(
         "--dry-run", action="store_true", help="--check, then print each step with its commands, and stop"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where the last build failed, without a new installation"
+    )
+    parser.add_argument(
+        "--until", choices=pipeline.UNTIL, metavar="STEP", help=f"stop after {_listed(pipeline.UNTIL)}, to be resumed"
     )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
@@ -114,7 +124,7 @@ def _size_on_disk(artifact: Artifact) -> str:
         return "moved away by a command"
 
 
-def _build(plan: Plan) -> None:
+def _build(plan: Plan, *, resume: bool, until: str | None) -> None:
     with ExitStack() as stack:
         times = events.StepTimes()
         stack.enter_context(events.observed(times))
@@ -126,13 +136,15 @@ def _build(plan: Plan) -> None:
             except OSError as error:
                 raise ConfigurationError(f"Can't write the log file {plan.log_path}: {error.strerror}.") from error
         try:
-            artifacts = pipeline.build_image(plan)
+            artifacts = pipeline.build_image(plan, resume=resume, until=until)
         except Exception as error:
             message, hint = _explain(error)
             for text in filter(None, (message, hint)):
                 log.to_files(logging.ERROR, text)
             raise
         text = summary(artifacts, times.ended, time.monotonic() - start)
+        if until:
+            text += f"\nStopped after {until}. 'image-factory --resume {plan.image}' goes on."
         log.to_files(logging.INFO, text)
     print(text)
 
@@ -152,15 +164,16 @@ def _run(argv: Sequence[str]) -> None:
         return
     if not arguments.image:
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
-    plan = pipeline.make_plan(configuration, arguments.image, _flag_texts(arguments))
+    resume = arguments.resume
+    plan = pipeline.make_plan(configuration, arguments.image, _flag_texts(arguments), resume=resume)
     with interrupts.handled():
-        plan = pipeline.check_plan(plan)
+        plan = pipeline.check_plan(plan, resume=resume)
         if arguments.dry_run:
             _print_steps(plan)
         elif arguments.check:
             print(f"{plan.image} can be built.")
         else:
-            _build(plan)
+            _build(plan, resume=resume, until=arguments.until)
 
 
 def _explain(error: Exception) -> tuple[str, str | None]:

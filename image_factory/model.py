@@ -13,6 +13,9 @@ from .settings import Destination, ImageSettings
 WORK_PREFIX = ".image-factory-"
 VM_PREFIX = "image-factory-"
 
+# In the working directory.
+DISK_NAME = "disk.raw"
+
 
 def libvirt_uri() -> str:
     """Return the libvirt that this user's installations run in."""
@@ -91,7 +94,7 @@ class Build:
     @property
     def disk_path(self) -> Path:
         """The raw disk that the system is installed on."""
-        return self.directory / "disk.raw"
+        return self.directory / DISK_NAME
 
     @property
     def vm_record(self) -> Path:

@@ -24,6 +24,7 @@ LEVELS = [
     {"command"},
     {"release", "locks"},
     {"interrupts"},
+    {"checkpoint"},
     {"arch", "model"},
     {"settings"},
     {"console", "installers"},

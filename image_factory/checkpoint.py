@@ -45,6 +45,9 @@ class Checkpoint:
         self.stage = stage
         self.artifacts = artifacts or []
         self.write()
+        if any(artifact.format == "raw" for artifact in self.artifacts):
+            # It is the published file now, which others may change.
+            (self.directory / DISK_NAME).unlink()
 
     def keep(self, artifacts: list[Artifact]) -> None:
         """Have *artifacts*, which are not published, stay in the directory."""
@@ -85,7 +88,7 @@ def read(directory: Path) -> Checkpoint | None:
         found.is_at("installed")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return found if (directory / DISK_NAME).is_file() else None
+    return found if (directory / DISK_NAME).is_file() or found.is_at("published") else None
 
 
 def resumed(plan: Plan, directory: Path) -> Checkpoint:
@@ -102,6 +105,11 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
             hint="Build it without --resume, or take the change back.",
         )
     if found.is_at("published") and not _are_there(found, plan):
+        if not (directory / DISK_NAME).is_file():
+            raise ConfigurationError(
+                f"The files of {plan.image} in {plan.output_dir} are not what was published.",
+                hint="Build it without --resume.",
+            )
         found.stage, found.artifacts, found.uploaded = "cleaned", [], []
     found.outputs = outputs_of(plan)
     return found

@@ -76,6 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--until", choices=pipeline.UNTIL, metavar="STEP", help=f"stop after {_listed(pipeline.UNTIL)}, to be resumed"
     )
+    parser.add_argument(
+        "--shell-on-error", action="store_true", help="when a step fails, open a shell in the mounted disk"
+    )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
@@ -124,7 +127,7 @@ def _size_on_disk(artifact: Artifact) -> str:
         return "moved away by a command"
 
 
-def _build(plan: Plan, *, resume: bool, until: str | None) -> None:
+def _build(plan: Plan, arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         times = events.StepTimes()
         stack.enter_context(events.observed(times))
@@ -136,15 +139,17 @@ def _build(plan: Plan, *, resume: bool, until: str | None) -> None:
             except OSError as error:
                 raise ConfigurationError(f"Can't write the log file {plan.log_path}: {error.strerror}.") from error
         try:
-            artifacts = pipeline.build_image(plan, resume=resume, until=until)
+            artifacts = pipeline.build_image(
+                plan, resume=arguments.resume, until=arguments.until, shell_on_error=arguments.shell_on_error
+            )
         except Exception as error:
             message, hint = _explain(error)
             for text in filter(None, (message, hint)):
                 log.to_files(logging.ERROR, text)
             raise
         text = summary(artifacts, times.ended, time.monotonic() - start)
-        if until:
-            text += f"\nStopped after {until}. 'image-factory --resume {plan.image}' goes on."
+        if arguments.until:
+            text += f"\nStopped after {arguments.until}. 'image-factory --resume {plan.image}' goes on."
         log.to_files(logging.INFO, text)
     print(text)
 
@@ -164,6 +169,8 @@ def _run(argv: Sequence[str]) -> None:
         return
     if not arguments.image:
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
+    if arguments.shell_on_error and not (os.isatty(0) and os.isatty(2)):
+        raise ConfigurationError("--shell-on-error needs a terminal.", hint="Leave it out in jobs that no one watches.")
     resume = arguments.resume
     plan = pipeline.make_plan(configuration, arguments.image, _flag_texts(arguments), resume=resume)
     with interrupts.handled():
@@ -173,7 +180,7 @@ def _run(argv: Sequence[str]) -> None:
         elif arguments.check:
             print(f"{plan.image} can be built.")
         else:
-            _build(plan, resume=resume, until=arguments.until)
+            _build(plan, arguments)
 
 
 def _explain(error: Exception) -> tuple[str, str | None]:

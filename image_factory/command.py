@@ -179,6 +179,31 @@ def run(
     return captured.decode("utf-8", errors="replace")
 
 
+def interact(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+    """Run *argv* on the user's terminal until the user ends it; its status doesn't matter.
+
+    Ctrl-C is the program's own affair.
+    """
+    logger.info("Running: %s", shlex.join(argv))
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(argv, cwd=cwd, env=env, preexec_fn=prepare)
+        try:
+            with interrupts.interruptible():
+                process.wait()
+        finally:
+            process.kill()
+            process.wait()
+    except OSError as error:
+        raise BuildError(f"Can't run {argv[0]}: {error.strerror}") from error
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 @contextlib.contextmanager
 def _closed(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Close the pipes of *process* on the way out; Popen's own context would wait for it for ever."""

@@ -251,6 +251,7 @@ def _keep_screenshot(build: Build) -> None:
     argv = ["virsh", "--connect", build.plan.libvirt_uri, "screenshot", build.vm_name, str(path)]
     try:
         command.run(argv, capture=True, timeout=_VIRSH_SECONDS)
+        path.chmod(0o600)
         path.replace(build.plan.screenshot_path)
     except (BuildError, OSError) as error:
         # The machine is off already.

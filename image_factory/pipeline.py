@@ -4,12 +4,14 @@ import dataclasses
 import datetime
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import arch, checkpoint, checksum, clean, command, guest, interrupts, mounts, publish, shrink, workspace
 from .checkpoint import Checkpoint
-from .errors import ConfigurationError, ImageFactoryError, NoSystemError
+from .errors import BuildError, ConfigurationError, ImageFactoryError, NoSystemError
+from .log import logger
 from .model import Artifact, Build, Disk, Plan
 from .outputs import OUTPUTS
 from .settings import Configuration, check_image_name
@@ -103,13 +105,15 @@ def _check_space(plan: Plan) -> None:
         )
 
 
-def build_image(plan: Plan, *, resume: bool = False, until: str | None = None) -> list[Artifact]:
+def build_image(
+    plan: Plan, *, resume: bool = False, until: str | None = None, shell_on_error: bool = False
+) -> list[Artifact]:
     """Carry out *plan*; what it returns exists under its final name, or nothing does.
 
     *resume* goes on from what a build that failed has left; *until*, one of UNTIL, stops after that and
-    leaves what there is then, to be resumed.
+    leaves what there is then, to be resumed.  *shell_on_error* lets the user look at the disk.
     """
-    with workspace.opened(plan, resume=resume) as build:
+    with workspace.opened(plan, resume=resume) as build, _shell_on_error(build, shell_on_error):
         if resume:
             done = checkpoint.resumed(plan, build.directory)
             disk = Disk(build.disk_path, done.virt_type)
@@ -124,6 +128,22 @@ def build_image(plan: Plan, *, resume: bool = False, until: str | None = None) -
         except ImageFactoryError as error:
             error.add_hint(f"'image-factory --resume {plan.image}' goes on here, without a new installation.")
             raise
+
+
+@contextmanager
+def _shell_on_error(build: Build, wanted: bool) -> Iterator[None]:
+    """Have a shell opened in the root filesystem of the disk when something fails inside."""
+    try:
+        yield
+    except BuildError as error:
+        if wanted and build.disk_path.is_file():
+            logger.error("%s", error.message)
+            logger.error("A shell is opened where the build failed; the build ends when you leave it.")
+            try:
+                mounts.way(build.plan).shell(build, Disk(build.disk_path))
+            except BuildError as reason:
+                logger.error("There is nothing to open a shell in: %s", reason.message)
+        raise
 
 
 def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> list[Artifact]:

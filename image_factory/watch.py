@@ -32,6 +32,8 @@ _REMEMBERED_LINES = 2000
 
 # What differs in each repetition of the same screen: times, those of the kernel's log, and spinners.
 _CHANGING = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?|^\[ *[0-9]+\.[0-9]+\]|[-\\|/]$")
+# Of GNU screen in Debian's installer, of tmux in Anaconda: painted now and then, whatever happens.
+_STATUS_LINE = re.compile(r"\([0-9]\*installer\)|\[anaconda\][0-9]:")
 # The kernel of the installer says this and that while a question waits.
 _KERNEL_LOG = re.compile(r"^\[ *[0-9]+\.[0-9]+\]")
 # A line that goes on after a terminal's status line was painted, and a gauge.
@@ -100,7 +102,7 @@ class Watcher:
 
     def _notice(self, line: str, now: float) -> None:
         normal = _CHANGING.sub("", line).strip()
-        if not normal or normal in self._seen:
+        if not normal or normal in self._seen or _STATUS_LINE.search(line):
             return
         self._seen[normal] = None
         if len(self._seen) > _REMEMBERED_LINES:

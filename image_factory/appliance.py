@@ -126,6 +126,7 @@ class ApplianceTree:
 
     build: Build
     guestfish: Conversation
+    device: str
     partition: Partition | None
 
     def has(self, path: str) -> bool:
@@ -238,6 +239,14 @@ def mounted(build: Build, disk: Disk) -> Iterator[ApplianceTree]:
             guestfish.do("shutdown")
 
 
+def shell(build: Build, disk: Disk) -> None:
+    """Open guestfish, which has a shell's commands, on the root filesystem of *disk*."""
+    with mounted(build, disk) as tree:
+        device = tree.device
+    argv = [*_ARGV, "--format=raw", "--add", str(disk.path), "--mount", device]
+    command.interact(argv, env=environment(build, disk))
+
+
 def _mount_root(build: Build, guestfish: Conversation, partitions: list[Partition]) -> ApplianceTree:
     found = _filesystems(guestfish)
     if not found:
@@ -246,7 +255,7 @@ def _mount_root(build: Build, guestfish: Conversation, partitions: list[Partitio
     for device, filesystem in found:
         logger.info("%s has %s.", device, filesystem)
         guestfish.do(_mount_line(device))
-        tree = ApplianceTree(build, guestfish, _partition_of(device, partitions))
+        tree = ApplianceTree(build, guestfish, device, _partition_of(device, partitions))
         if any(tree.has(mark) for mark in layout.ROOT_MARKS):
             return tree
         guestfish.do("umount /")

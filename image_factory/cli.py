@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, interrupts, log, pipeline, workspace
+from . import __version__, events, interrupts, log, pipeline, workspace
 from .errors import ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
 from .settings import Configuration, ImageSettings, declarations
@@ -30,6 +30,10 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(
             f"{message[:1].upper()}{message[1:]}.", hint="'image-factory --help' lists the options."
         )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,6 +70,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="--check, then print each step with its commands, and stop"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where the last build failed, without a new installation"
+    )
+    parser.add_argument(
+        "--until", choices=pipeline.UNTIL, metavar="STEP", help=f"stop after {_listed(pipeline.UNTIL)}, to be resumed"
+    )
+    parser.add_argument(
+        "--shell-on-error", action="store_true", help="when a step fails, open a shell in the mounted disk"
+    )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
@@ -90,7 +103,7 @@ def _print_steps(plan: Plan) -> None:
             print(f"#   {' '.join(argv[1:])}" if argv[0] == "#" else shlex.join(argv))
 
 
-def summary(artifacts: Sequence[Artifact], times: Sequence[log.StepTime], seconds: float) -> str:
+def summary(artifacts: Sequence[Artifact], times: Sequence[events.StepEnded], seconds: float) -> str:
     """Return what was built and how long it took, for people."""
     lines = []
     for artifact in artifacts:
@@ -114,9 +127,10 @@ def _size_on_disk(artifact: Artifact) -> str:
         return "moved away by a command"
 
 
-def _build(plan: Plan) -> None:
+def _build(plan: Plan, arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
-        times = stack.enter_context(log.recorded_steps())
+        times = events.StepTimes()
+        stack.enter_context(events.observed(times))
         start = time.monotonic()
         if plan.log_path is not None:
             try:
@@ -125,13 +139,17 @@ def _build(plan: Plan) -> None:
             except OSError as error:
                 raise ConfigurationError(f"Can't write the log file {plan.log_path}: {error.strerror}.") from error
         try:
-            artifacts = pipeline.build_image(plan)
+            artifacts = pipeline.build_image(
+                plan, resume=arguments.resume, until=arguments.until, shell_on_error=arguments.shell_on_error
+            )
         except Exception as error:
             message, hint = _explain(error)
             for text in filter(None, (message, hint)):
                 log.to_files(logging.ERROR, text)
             raise
-        text = summary(artifacts, times, time.monotonic() - start)
+        text = summary(artifacts, times.ended, time.monotonic() - start)
+        if arguments.until:
+            text += f"\nStopped after {arguments.until}. 'image-factory --resume {plan.image}' goes on."
         log.to_files(logging.INFO, text)
     print(text)
 
@@ -151,15 +169,18 @@ def _run(argv: Sequence[str]) -> None:
         return
     if not arguments.image:
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
-    plan = pipeline.make_plan(configuration, arguments.image, _flag_texts(arguments))
+    if arguments.shell_on_error and not (os.isatty(0) and os.isatty(2)):
+        raise ConfigurationError("--shell-on-error needs a terminal.", hint="Leave it out in jobs that no one watches.")
+    resume = arguments.resume
+    plan = pipeline.make_plan(configuration, arguments.image, _flag_texts(arguments), resume=resume)
     with interrupts.handled():
-        plan = pipeline.check_plan(plan)
+        plan = pipeline.check_plan(plan, resume=resume)
         if arguments.dry_run:
             _print_steps(plan)
         elif arguments.check:
             print(f"{plan.image} can be built.")
         else:
-            _build(plan)
+            _build(plan, arguments)
 
 
 def _explain(error: Exception) -> tuple[str, str | None]:

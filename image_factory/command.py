@@ -47,6 +47,7 @@ _LONGEST_LINE = 64 * 1024
 # started may hold the pipe open for ever.
 _DRAIN_SECONDS = 0.2
 _KILL_SECONDS = 5.0
+_WATCH_SECONDS = 1.0
 # What sudo runs as root ends by itself.
 _ROOTS_PATIENCE_SECONDS = 60.0
 
@@ -122,6 +123,8 @@ def run(
     stop_seconds: float = 10,
     new_session: bool = True,
     umask: int = -1,
+    quiet: bool = False,
+    watch: Callable[[], None] | None = None,
 ) -> str:
     """Run *argv*, log the command and what it prints, and return its stdout if *capture* is set.
 
@@ -129,12 +132,14 @@ def run(
     wait for an answer, and Ctrl-C reaches only image-factory, which stops the program in good order:
     *stop_signal*, and after *stop_seconds* SIGKILL.  *env* replaces the environment.  With
     *new_session* false the program keeps the terminal's session, by which sudo remembers a password.
-    *umask* is the program's, if it is not negative.
+    *umask* is the program's, if it is not negative.  With *quiet* the log has nothing of a command that
+    succeeds.  *watch* is called every second; what it raises stops the program.
 
     Raises CommandError if it fails, BuildError if it can't be started or takes longer than *timeout*
     seconds, Interrupted if a signal came.
     """
-    logger.info("Running: %s", shlex.join(argv))
+    if not quiet:
+        logger.info("Running: %s", shlex.join(argv))
     environment = dict(os.environ if env is None else env) | {"LC_ALL": "C.UTF-8"}
     try:
         process = subprocess.Popen(
@@ -160,7 +165,7 @@ def run(
     with _closed(process):
         try:
             with interrupts.interruptible():
-                finished = _communicate(process, captured if capture else None, last_lines, timeout)
+                finished = _communicate(process, captured if capture else None, last_lines, timeout, quiet, watch)
         except BaseException:
             _stop(process, stop_signal, stop_seconds)
             raise
@@ -172,6 +177,31 @@ def run(
     if process.returncode:
         raise CommandError(argv, process.returncode, last_lines)
     return captured.decode("utf-8", errors="replace")
+
+
+def interact(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+    """Run *argv* on the user's terminal until the user ends it; its status doesn't matter.
+
+    Ctrl-C is the program's own affair.
+    """
+    logger.info("Running: %s", shlex.join(argv))
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(argv, cwd=cwd, env=env, preexec_fn=prepare)
+        try:
+            with interrupts.interruptible():
+                process.wait()
+        finally:
+            process.kill()
+            process.wait()
+    except OSError as error:
+        raise BuildError(f"Can't run {argv[0]}: {error.strerror}") from error
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextlib.contextmanager
@@ -196,12 +226,15 @@ def _communicate(
     captured: bytearray | None,
     last_lines: deque[str],
     timeout: float | None,
+    quiet: bool,
+    watch: Callable[[], None] | None,
 ) -> bool:
     """Read what *process* prints until it exits; return whether it did so within *timeout*."""
     name = Path(str(process.args[0] if isinstance(process.args, list) else process.args)).name
 
     def log_line(line: str) -> None:
-        logger.info("%s: %s", name, line)
+        if not quiet:
+            logger.info("%s: %s", name, line)
         last_lines.append(line)
 
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -221,6 +254,9 @@ def _communicate(
                 wait = None if deadline is None else deadline - time.monotonic()
                 if wait is not None and wait <= 0:
                     return process.poll() is not None
+                if watch is not None:
+                    watch()
+                    wait = _WATCH_SECONDS if wait is None else min(wait, _WATCH_SECONDS)
                 ready = [key.fd for key, _ in selector.select(wait)]
                 if exited in ready:
                     selector.unregister(exited)

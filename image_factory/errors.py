@@ -21,6 +21,10 @@ class ImageFactoryError(Exception):
         self.message = message
         self.hint = hint
 
+    def add_hint(self, hint: str) -> None:
+        """Add another move to the hint."""
+        self.hint = f"{self.hint}; {hint}" if self.hint else hint
+
 
 class BuildError(ImageFactoryError):
     """A step of the build failed."""

@@ -6,11 +6,13 @@ import os
 import pwd
 import re
 import select
+import shlex
 import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,6 +22,8 @@ from .log import logger, printable, step
 from .model import VM_PREFIX, WORK_PREFIX, Build, Plan, libvirt_uri
 from .release import released
 from .settings import ImageSettings
+from .units import parse_duration
+from .watch import Limits, Watcher
 
 # How each installer is told of its answer file, which is in the root of the initrd.
 ANSWER_FILE_ARGUMENTS = {
@@ -85,10 +89,19 @@ def _graphics(settings: ImageSettings) -> str:
     return ",".join([*parts, f"listen={host}"] if host else parts)
 
 
-def virt_install_argv(build: Build, location: str, virt_type: str) -> list[str]:
+@dataclass(frozen=True)
+class Media:
+    """What virt-install boots the installer from: *arguments* while the build is under way, *kept* also later."""
+
+    arguments: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+def virt_install_argv(build: Build, media: Sequence[str], virt_type: str, *, by_hand: bool = False) -> list[str]:
     """Return the command of the installation.
 
-    *location* is the value of --location, *virt_type* ``kvm`` or ``qemu``, or what stands for it.
+    *media* are virt-install's arguments for what is booted, *virt_type* is ``kvm`` or ``qemu``, or what
+    stands for it.  *by_hand* is for a person, who sees the console.
     """
     settings = build.plan.settings
     network = settings.network + (f",mac={settings.mac}" if settings.mac else "")
@@ -109,15 +122,27 @@ def virt_install_argv(build: Build, location: str, virt_type: str) -> list[str]:
         "--network", network,
         "--graphics", _graphics(settings),
         "--console", option("pty", "target_type=serial", f"log.file={build.console_path}"),
-        "--noautoconsole",
-        "--wait", "-1",
+        *(["--autoconsole", "text"] if by_hand else ["--noautoconsole", "--wait", "-1"]),
         "--noreboot",
-        "--location", location,
+        *media,
         "--extra-args", kernel_arguments(settings),
     ]  # fmt: skip
     if settings.answer_file:
-        argv += ["--initrd-inject", str(answer_file_copy(build, settings.answer_file))]
+        injected = settings.answer_file.absolute() if by_hand else answer_file_copy(build, settings.answer_file)
+        argv += ["--initrd-inject", str(injected)]
     return argv
+
+
+def by_hand_argvs(build: Build, media: Sequence[str], virt_type: str) -> list[list[str]]:
+    """Return the commands by which a person repeats the installation, and sees its console."""
+    plan = build.plan
+    name = f"{plan.image}-by-hand"
+    other = Build(plan, plan.output_dir / name, f"{VM_PREFIX}{name}")
+    return [
+        ["mkdir", str(other.directory)],
+        ["qemu-img", "create", "-q", "-f", "raw", str(other.disk_path), str(plan.settings.image_size)],
+        virt_install_argv(other, media, virt_type, by_hand=True),
+    ]
 
 
 def answer_file_copy(build: Build, answer_file: Path) -> Path:
@@ -264,25 +289,56 @@ def machines() -> Iterator[tuple[str, Path]]:
 
 
 @contextmanager
-def _console_shown(build: Build) -> Iterator[None]:
+def _explained(build: Build, media: Media, virt_type: str) -> Iterator[None]:
+    """Log and keep what helps to understand a failure inside."""
     try:
         yield
     except BuildError:
         log_console(build)
+        _keep_screenshot(build)
+        commands = by_hand_argvs(build, media.kept, virt_type)
+        logger.error("To repeat the installation by hand: %s", " && ".join(map(shlex.join, commands)))
+        attach = ["virsh", "--connect", build.plan.libvirt_uri, "console", commands[-1][4]]
+        logger.error("To attach to it from elsewhere: %s", shlex.join(attach))
         raise
 
 
-def install(build: Build, location: str, virt_type: str) -> None:
+def _keep_screenshot(build: Build) -> None:
+    """Keep the machine's screen, where it has one, next to the log of its console."""
+    if build.plan.settings.vnc is None:
+        return
+    path = build.directory / "screen.png"
+    argv = ["virsh", "--connect", build.plan.libvirt_uri, "screenshot", build.vm_name, str(path)]
+    try:
+        command.run(argv, capture=True, timeout=_VIRSH_SECONDS)
+        path.chmod(0o600)
+        path.replace(build.plan.screenshot_path)
+    except (BuildError, OSError) as error:
+        # The machine is off already.
+        logger.warning("There is no picture of the screen: %s", error)
+    else:
+        logger.error("The screen is in %s", build.plan.screenshot_path)
+
+
+def limits(settings: ImageSettings, virt_type: str) -> Limits:
+    """Return how long the installation may take; emulation is slower."""
+    stall = settings.stall_timeout
+    if stall is None:
+        stall = parse_duration("30m" if virt_type == "qemu" else "10m")
+    return Limits(settings.install_timeout, stall)
+
+
+def install(build: Build, media: Media, virt_type: str) -> None:
     """Run the installer until the guest is off; BuildError unless it powered off by itself."""
 
     def remove() -> None:
         remove_vm(build.vm_name)
         build.vm_record.unlink(missing_ok=True)
 
-    with step("Installing"), released(remove), _console_shown(build):
+    with step("Installing"), released(remove), _explained(build, media, virt_type):
         # Before there is a machine: it says what a killed build has left.
         build.vm_record.write_text(build.vm_name + "\n", encoding="utf-8")
-        _run_virt_install(build, virt_install_argv(build, location, virt_type))
+        _run_virt_install(build, virt_install_argv(build, media.arguments, virt_type), virt_type)
         state = command.run(
             ["virsh", "--connect", build.plan.libvirt_uri, "domstate", "--reason", build.vm_name],
             capture=True,
@@ -295,10 +351,17 @@ def install(build: Build, location: str, virt_type: str) -> None:
             )
 
 
-def _run_virt_install(build: Build, argv: list[str]) -> None:
+def _run_virt_install(build: Build, argv: list[str], virt_type: str) -> None:
+    watcher = Watcher(build, limits(build.plan.settings, virt_type))
     try:
-        # It puts the answer file into an initrd: umask.
-        command.run(argv, stop_signal=signal.SIGINT, stop_seconds=_VIRT_INSTALL_STOP_SECONDS, umask=0o077)
+        command.run(
+            argv,
+            stop_signal=signal.SIGINT,
+            stop_seconds=_VIRT_INSTALL_STOP_SECONDS,
+            # It puts the answer file into an initrd.
+            umask=0o077,
+            watch=watcher.look,
+        )
     except CommandError as error:
         if any(map(_CONNECTION_LOST.search, error.last_lines)):
             raise BuildError(
@@ -306,6 +369,7 @@ def _run_virt_install(build: Build, argv: list[str]) -> None:
                 hint=_libvirt_hint(build.plan),
             ) from error
         raise
+    watcher.finish()
 
 
 def choose_virt_type(plan: Plan, kernel: Path | None) -> str:

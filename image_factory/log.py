@@ -1,16 +1,15 @@
-"""Log lines that are safe to show, and the steps of a build with their seconds."""
+"""Log lines that are safe to show, and the steps of a build."""
 
-import contextvars
 import logging
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from . import events
 from .errors import BuildError, Interrupted, reason_of
 
 logger = logging.getLogger("image-factory")
@@ -80,28 +79,6 @@ def also_to_file(path: Path) -> Iterator[None]:
             handler.close()
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """A step that has ended, and the seconds it took."""
-
-    name: str
-    seconds: float
-
-
-_step_times: contextvars.ContextVar[list[StepTime]] = contextvars.ContextVar("step_times")
-
-
-@contextmanager
-def recorded_steps() -> Iterator[list[StepTime]]:
-    """Give a list that receives each step that ends inside."""
-    times: list[StepTime] = []
-    token = _step_times.set(times)
-    try:
-        yield times
-    finally:
-        _step_times.reset(token)
-
-
 @contextmanager
 def step(name: str) -> Iterator[None]:
     """Announce a step, and say how long it took, or that it failed.
@@ -109,19 +86,20 @@ def step(name: str) -> Iterator[None]:
     What the system refuses inside, as with a full disk, becomes a BuildError that names the step.
     """
     logger.info("%s ...", name)
+    events.tell(events.StepStarted(name))
     start = time.monotonic()
     try:
         yield
     except BaseException as error:
-        logger.info("%s: failed after %.1f s", name, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        logger.info("%s: failed after %.1f s", name, seconds)
+        events.tell(events.StepEnded(name, seconds, failed=True))
         if isinstance(error, OSError):
             raise BuildError(f"{name} failed: {reason_of(error)}") from error
         raise
     seconds = time.monotonic() - start
-    times = _step_times.get(None)
-    if times is not None:
-        times.append(StepTime(name, seconds))
     logger.info("%s: done in %.1f s", name, seconds)
+    events.tell(events.StepEnded(name, seconds, failed=False))
 
 
 def to_files(level: int, message: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import layout, locks, privileged
+from . import command, layout, locks, privileged
 from .errors import BuildError, CommandError
 from .log import logger, step
 from .model import Build, Disk, Partition, Plan
@@ -85,6 +85,12 @@ def mounted(build: Build, disk: Disk) -> Iterator[LoopTree]:
                 yield tree
                 return
     raise layout.no_root(partitions)
+
+
+def shell(build: Build, disk: Disk) -> None:
+    """Open a shell in the root filesystem of *disk*."""
+    with mounted(build, disk) as tree:
+        command.interact([os.environ.get("SHELL", "/bin/sh")], cwd=tree.path)
 
 
 @contextmanager

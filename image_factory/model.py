@@ -13,6 +13,9 @@ from .settings import Destination, ImageSettings
 WORK_PREFIX = ".image-factory-"
 VM_PREFIX = "image-factory-"
 
+# In the working directory.
+DISK_NAME = "disk.raw"
+
 
 def libvirt_uri() -> str:
     """Return the libvirt that this user's installations run in."""
@@ -55,6 +58,11 @@ class Plan:
         return self.output_dir / f"{self.base_name}.console.log"
 
     @property
+    def screenshot_path(self) -> Path:
+        """Where a picture of the guest's screen is to be when its installation has failed."""
+        return self.output_dir / f"{self.base_name}.png"
+
+    @property
     def work_path(self) -> Path:
         """The hidden working directory of builds of this image."""
         return self.output_dir / f"{WORK_PREFIX}{self.image}"
@@ -86,7 +94,7 @@ class Build:
     @property
     def disk_path(self) -> Path:
         """The raw disk that the system is installed on."""
-        return self.directory / "disk.raw"
+        return self.directory / DISK_NAME
 
     @property
     def vm_record(self) -> Path:

@@ -26,6 +26,9 @@ class Way(Protocol):
     def mounted(self, build: Build, disk: Disk) -> AbstractContextManager[Tree]:
         """Give the root filesystem of *disk*, mounted; NoSystemError if there is none."""
 
+    def shell(self, build: Build, disk: Disk) -> None:
+        """Let the user look into the root filesystem of *disk*, on the terminal; NoSystemError if there is none."""
+
 
 WAYS: dict[str, Way] = {"loop": loop, "guestfs": appliance}
 

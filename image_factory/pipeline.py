@@ -4,26 +4,35 @@ import dataclasses
 import datetime
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from . import arch, checksum, clean, command, guest, interrupts, mounts, publish, shrink, workspace
-from .errors import ConfigurationError, NoSystemError
+from . import arch, checkpoint, checksum, clean, command, guest, interrupts, mounts, publish, shrink, workspace
+from .checkpoint import Checkpoint
+from .errors import BuildError, ConfigurationError, ImageFactoryError, NoSystemError
+from .log import logger
 from .model import Artifact, Build, Disk, Plan
 from .outputs import OUTPUTS
 from .settings import Configuration, check_image_name
 from .sources import SOURCES
 from .units import format_size
 
+# What --until can name; see _go_on.
+UNTIL = ("install", "clean", "convert", "publish", "upload")
 
-def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]) -> Plan:
+
+def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str], *, resume: bool = False) -> Plan:
     """Return the plan of a build of *image*; ConfigurationError names what is wrong in the text.
 
-    *flags* (key -> text) win over the configuration files.
+    *flags* (key -> text) win over the configuration files.  A build to *resume* keeps its date.
     """
     check_image_name(image)
     settings = configuration.image(image, flags)
     plan = Plan(image, settings, datetime.date.today(), settings.output_dir.absolute(), {})
+    left = checkpoint.read(plan.work_path) if resume else None
+    if left:
+        plan = dataclasses.replace(plan, date=datetime.date.fromisoformat(left.date))
     destinations = {
         image_format: tuple(
             configuration.destination(section, plan.file_name(image_format), named_by=image)
@@ -34,7 +43,7 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     return dataclasses.replace(plan, destinations=destinations)
 
 
-def check_plan(plan: Plan) -> Plan:
+def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     """Raise ConfigurationError if it can be known now that *plan* can't be carried out here.
 
     Returns the plan with what is chosen on this machine.
@@ -43,7 +52,8 @@ def check_plan(plan: Plan) -> Plan:
     _check_files(plan)
     plan = mounts.chosen(plan)
     command.require(_programs(plan))
-    _check_space(plan)
+    if not resume:
+        _check_space(plan)
     guest.check_output_dir(plan)
     mounts.way(plan).check(plan)
     guest.check_libvirt(plan)
@@ -95,23 +105,84 @@ def _check_space(plan: Plan) -> None:
         )
 
 
-def build_image(plan: Plan) -> list[Artifact]:
-    """Carry out *plan*; what it returns exists under its final name, or nothing does."""
-    with workspace.opened(plan) as build:
-        disk = SOURCES["installer"].produce(build)
-        artifacts = finish_disk(build, disk)
+def build_image(
+    plan: Plan, *, resume: bool = False, until: str | None = None, shell_on_error: bool = False
+) -> list[Artifact]:
+    """Carry out *plan*; what it returns exists under its final name, or nothing does.
+
+    *resume* goes on from what a build that failed has left; *until*, one of UNTIL, stops after that and
+    leaves what there is then, to be resumed.  *shell_on_error* lets the user look at the disk.
+    """
+    with workspace.opened(plan, resume=resume) as build, _shell_on_error(build, shell_on_error):
+        if resume:
+            done = checkpoint.resumed(plan, build.directory)
+            disk = Disk(build.disk_path, done.virt_type)
+        else:
+            disk = SOURCES["installer"].produce(build)
+            done = checkpoint.begin(build, disk)
+        try:
+            return _go_on(build, disk, done, until)
+        except NoSystemError:
+            done.forget()
+            raise
+        except ImageFactoryError as error:
+            error.add_hint(f"'image-factory --resume {plan.image}' goes on here, without a new installation.")
+            raise
+
+
+@contextmanager
+def _shell_on_error(build: Build, wanted: bool) -> Iterator[None]:
+    """Have a shell opened in the root filesystem of the disk when something fails inside."""
+    try:
+        yield
+    except BuildError as error:
+        if wanted and build.disk_path.is_file():
+            logger.error("%s", error.message)
+            logger.error("A shell is opened where the build failed; the build ends when you leave it.")
+            try:
+                mounts.way(build.plan).shell(build, Disk(build.disk_path))
+            except BuildError as reason:
+                logger.error("There is nothing to open a shell in: %s", reason.message)
+        raise
+
+
+def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> list[Artifact]:
+    """Do what is not *done* yet."""
+    plan = build.plan
+    if until == "install":
+        return []
+    if not done.is_at("cleaned"):
+        clean_disk(build, disk)
+        done.reach("cleaned")
+    if until == "clean":
+        return []
+    if not done.is_at("published"):
+        artifacts = write_artifacts(build, disk)
+        if until == "convert":
+            done.keep(artifacts)
+            return artifacts
         # No signal disturbs the publishing itself; one that came before or meanwhile is not lost.
         interrupts.check()
-        artifacts = publish.move_into_place(build, artifacts)
+        done.reach("published", publish.move_into_place(build, artifacts))
         interrupts.check()
-        # Still with the lock: a second build would replace the files under the upload.
-        publish.upload(plan, artifacts)
-        publish.run_post_build_command(plan, artifacts)
-    return artifacts
+    if until == "publish":
+        return done.artifacts
+    # Still with the lock: a second build would replace the files under the upload.
+    publish.upload(plan, done.artifacts)
+    if until != "upload":
+        publish.run_post_build_command(plan, done.artifacts)
+        done.forget()
+    return done.artifacts
 
 
 def finish_disk(build: Build, disk: Disk) -> list[Artifact]:
     """Turn an installed disk into artifacts with checksums, in the working directory."""
+    clean_disk(build, disk)
+    return write_artifacts(build, disk)
+
+
+def clean_disk(build: Build, disk: Disk) -> None:
+    """Remove from the installed disk what does not belong into an image."""
     try:
         with mounts.way(build.plan).mounted(build, disk) as tree:
             clean.show_installer_logs(build, tree)
@@ -122,8 +193,11 @@ def finish_disk(build: Build, disk: Disk) -> list[Artifact]:
         raise
     if not zeroed:
         shrink.zero_unused_blocks(build, disk, tree.partition)
-    artifacts = write_outputs(build, disk)
-    return [checksum.add_sha256(build, artifact) for artifact in artifacts]
+
+
+def write_artifacts(build: Build, disk: Disk) -> list[Artifact]:
+    """Write what is to be published, with checksums, in the working directory."""
+    return [checksum.add_sha256(build, artifact) for artifact in write_outputs(build, disk)]
 
 
 def write_outputs(build: Build, disk: Disk) -> list[Artifact]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from .errors import ConfigurationError
 from .log import logger
-from .units import parse_size
+from .units import parse_duration, parse_size
 
 SYSTEM_FILE = Path("/etc/image-factory.conf")
 USER_FILE = Path("~/.config/image-factory.conf")
@@ -268,6 +268,10 @@ class ImageSettings:
     osinfo: str | None = _setting(parse_text, "name of the operating system for virt-install")
     virt_type: str = _setting(one_of("auto", "kvm", "qemu"), "kvm, qemu (emulation) or auto", "auto")
     network: str = _setting(parse_text, "virt-install's network", "user,model=virtio")
+    install_timeout: float = _setting(parse_duration, "how long the installation may take, or none", "2h")
+    stall_timeout: float | None = _setting(
+        parse_duration, "how long it may show no sign of life, or none (default: 10m with KVM, else 30m)"
+    )
     upload_destinations: tuple[str, ...] = _setting(
         split_list, "sections of upload destinations, with commas; empty means none", ""
     )

@@ -1,5 +1,6 @@
-"""Sizes as people write them."""
+"""Sizes and durations as people write them."""
 
+import math
 import re
 from fractions import Fraction
 
@@ -45,3 +46,37 @@ def format_size(size: int) -> str:
         if value < 1023.95 or prefix == _PREFIXES[-1]:
             break
     return f"{value:.1f} {prefix}iB"
+
+
+DURATION_FORMS = "a time above zero such as 90s, 10m, 2h or 1h 30m, or none"
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds that *text* stands for; ``none`` is infinity, a number alone has seconds.
+
+    Raises ValueError with the accepted forms.
+    """
+    text = text.strip().lower()
+    if text == "none":
+        return math.inf
+    match = re.fullmatch(r"[0-9]{1,9}|(?:[0-9]{1,9}d\s*)?(?:[0-9]{1,9}h\s*)?(?:[0-9]{1,9}m\s*)?(?:[0-9]{1,9}s)?", text)
+    if not match:
+        raise ValueError(DURATION_FORMS)
+    parts = re.findall(r"([0-9]+)([dhms]?)", text)
+    seconds = sum(int(number) * _SECONDS[unit or "s"] for number, unit in parts)
+    if seconds == 0:
+        raise ValueError(DURATION_FORMS)
+    return float(seconds)
+
+
+def format_duration(seconds: float) -> str:
+    """Return *seconds* as a person reads them: ``1 h 5 min``, ``12 min``, ``40 s``."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from . import guest, locks, loop, publish
+from . import checkpoint, guest, locks, loop, publish
 from .errors import BuildError, ConfigurationError
 from .log import logger
 from .model import VM_PREFIX, WORK_PREFIX, Build, Plan
@@ -20,16 +20,22 @@ _IN_ITS_PLACE = "Remove what is in its place, or build into another directory wi
 
 
 @contextmanager
-def opened(plan: Plan) -> Iterator[Build]:
+def opened(plan: Plan, *, resume: bool = False) -> Iterator[Build]:
     """Give a Build with an empty working directory that is removed on the way out.
 
     A second build of the same image in the same place is refused: ConfigurationError.  What a
-    killed build has left is cleaned up first.  The console's log is moved next to the artifacts
-    whatever happens, as it says what the installer did.
+    killed build has left is cleaned up first; with *resume*, all but what can be resumed.  That stays
+    on the way out, too, as long as there is a checkpoint.  The console's log is moved next to the
+    artifacts whatever happens, as it says what the installer did.
     """
     with _locked_directory(plan) as directory:
-        if any(directory.iterdir()):
-            logger.warning("Cleaning up after a build of %s that was killed.", plan.image)
+        if resume:
+            _release(directory)
+        elif any(directory.iterdir()):
+            if checkpoint.read(directory):
+                logger.warning("What --resume could go on with is removed: %s", directory)
+            else:
+                logger.warning("Cleaning up after a build of %s that was killed.", plan.image)
             _clear(directory)
         build = Build(plan, directory, f"{VM_PREFIX}{plan.image}-{secrets.token_hex(4)}")
         with released(partial(_keep_console, build)):
@@ -101,13 +107,16 @@ def _records(directory: Path) -> list[Path]:
 
 
 def _remove(directory: Path) -> None:
-    """Remove the working directory, but for the records of what the next build has to release."""
+    """Remove the working directory, but for what can be resumed and the records of what is to be released."""
     records = _records(directory)
-    if not records:
+    found = checkpoint.read(directory)
+    spare = [*records, *([directory / name for name in found.kept] if found else [])]
+    if not spare:
         shutil.rmtree(directory)
         return
-    _remove_entries(directory, spare=records)
-    logger.error("The next build, or image-factory --cleanup, tries again to remove what is left.")
+    _remove_entries(directory, spare=spare)
+    if records:
+        logger.error("The next build, or image-factory --cleanup, tries again to remove what is left.")
 
 
 def _clear(directory: Path) -> list[str]:
@@ -115,6 +124,13 @@ def _clear(directory: Path) -> list[str]:
 
     Returns a line for each machine and mount.
     """
+    removed = _release(directory)
+    _remove_entries(directory)
+    return removed
+
+
+def _release(directory: Path) -> list[str]:
+    """Release the virtual machine and the mounts of a killed build; return a line for each."""
     removed = []
     publish.take_back(directory)
     vm_file = directory / _VM_FILE
@@ -122,8 +138,8 @@ def _clear(directory: Path) -> list[str]:
     if vm_file.is_file() and (name := vm_file.read_text(encoding="utf-8").strip()):
         guest.remove_vm(name)
         removed.append(f"virtual machine {name}")
+    vm_file.unlink(missing_ok=True)
     removed += [f"mount {path}" for path in loop.release_left_mounts(directory)]
-    _remove_entries(directory)
     return removed
 
 

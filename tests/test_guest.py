@@ -28,7 +28,9 @@ def plan(tmp_path: Path, text: str = "", output_dir: Path = Path("/output")) -> 
 
 
 def argv(tmp_path: Path, text: str = "", virt_type: str = "qemu", directory: str = "/output/.work") -> list[str]:
-    return guest.virt_install_argv(Build(plan(tmp_path, text), Path(directory), "vm"), "LOCATION", virt_type)
+    return guest.virt_install_argv(
+        Build(plan(tmp_path, text), Path(directory), "vm"), ["--location", "LOCATION"], virt_type
+    )
 
 
 GOLDEN = """virt-install

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import log
+from image_factory import events, log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # As the released program has it.
@@ -178,15 +178,16 @@ def test_full_disk_gives_no_traceback() -> None:
 
 def test_step_is_announced_and_timed(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="image-factory")
-    with log.recorded_steps() as times:
+    times = events.StepTimes()
+    with events.observed(times):
         with log.step("Sleeping"):
             assert caplog.messages == ["Sleeping ..."]
             time.sleep(0.25)
         with log.step("Waking"):
             pass
-    assert [step.name for step in times] == ["Sleeping", "Waking"]
-    assert 0.25 <= times[0].seconds < 5
-    assert times[1].seconds < 0.25
+    assert [step.name for step in times.ended] == ["Sleeping", "Waking"]
+    assert 0.25 <= times.ended[0].seconds < 5
+    assert times.ended[1].seconds < 0.25
     assert re.fullmatch(r"Sleeping: done in [0-9]\.[0-9] s", caplog.messages[1])
 
 
@@ -194,27 +195,40 @@ def test_step_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="image-factory")
     for failure in (ValueError, KeyboardInterrupt):
         caplog.clear()
-        with log.recorded_steps() as times, pytest.raises(failure), log.step("Failing"):
+        told = Everything()
+        with events.observed(told), pytest.raises(failure), log.step("Failing"):
             raise failure
-        assert times == []
+        started, ended = told.events
+        assert started == events.StepStarted("Failing")
+        assert isinstance(ended, events.StepEnded)
+        assert (ended.name, ended.failed) == ("Failing", True)
         assert re.fullmatch(r"Failing: failed after 0\.[0-9] s", caplog.messages[-1])
 
 
-def test_step_without_a_record(caplog: pytest.LogCaptureFixture) -> None:
+def test_step_that_no_one_observes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="image-factory")
-    with log.recorded_steps() as times:
-        pass
     with log.step("Alone"):
         pass
-    assert times == []
     assert caplog.messages == ["Alone ...", "Alone: done in 0.0 s"]
 
 
-def test_steps_in_steps_and_records_in_records() -> None:
-    with log.recorded_steps() as outer:
-        with log.recorded_steps() as inner, log.step("a"), log.step("b"):
+class Everything:
+    """An observer that keeps all."""
+
+    def __init__(self) -> None:
+        self.events: list[events.Event] = []
+
+    def notice(self, event: events.Event) -> None:
+        """Keep it."""
+        self.events.append(event)
+
+
+def test_observers_of_inner_steps() -> None:
+    outer, inner = events.StepTimes(), events.StepTimes()
+    with events.observed(outer):
+        with events.observed(inner), log.step("a"), log.step("b"):
             pass
         with log.step("c"):
             pass
-    assert [step.name for step in inner] == ["b", "a"]
-    assert [step.name for step in outer] == ["c"]
+    assert [step.name for step in inner.ended] == ["b", "a"]
+    assert [step.name for step in outer.ended] == ["b", "a", "c"]

@@ -1,6 +1,7 @@
 """The settings: files, flags, parsers, and what is said about mistakes."""
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -89,6 +90,8 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "osinfo": ("debian11", "debian11"),
     "virt_type": ("qemu", "qemu"),
     "network": ("bridge=br0", "bridge=br0"),
+    "install_timeout": ("1h 30m", 5400.0),
+    "stall_timeout": ("90s", 90.0),
     "upload_destinations": ("mirror-a, mirror-b", ("mirror-a", "mirror-b")),
     "post_build_command": ("/usr/bin/notify --title 'It is there'", ("/usr/bin/notify", "--title", "It is there")),
 }
@@ -158,6 +161,8 @@ def test_defaults(read: Read) -> None:
         compression="zstd",
         virt_type="auto",
         network="user,model=virtio",
+        install_timeout=7200.0,
+        stall_timeout=None,
         upload_destinations=(),
         post_build_command=(),
         installer_image=None,
@@ -212,6 +217,9 @@ GOOD: list[tuple[str, str, Any]] = [
     ("vnc", "localhost:59635", ("localhost", 59635)),
     ("compression", "NONE", "none"),
     ("virt-type", "Auto", "auto"),
+    *(("stall-timeout", text, 90.0) for text in ("90", "1m30s", "1M 30S")),
+    ("stall-timeout", "None", math.inf),
+    ("install-timeout", "1d", 86400.0),
     ("virt-type", "kvm", "kvm"),
     ("upload-destinations", "", ()),
     ("upload-destinations", " , ", ()),
@@ -220,6 +228,7 @@ GOOD: list[tuple[str, str, Any]] = [
 ]
 
 URI_FORMS = "only a path, or a URI that begins with file:, http://, https:// or rsync://"
+DURATION_FORMS = "only a time above zero such as 90s"
 SIZE_FORMS = "only a size above zero such as 2G"
 BOOLEANS = "only yes, no, true, false, on, off, 1 or 0"
 MAC = "only a unicast MAC address such as 52:54:00:12:34:56"
@@ -269,6 +278,7 @@ BAD: list[tuple[str, str, str]] = [
     ("keep-raw", "-", BOOLEANS),
     ("compression", "xz", "only zstd, zlib or none"),
     ("virt-type", "xen", "only auto, kvm or qemu"),
+    *(("install-timeout", text, DURATION_FORMS) for text in ("", "0", "-1s", "2 hours", "1m1h", "1.5h", "never")),
     *(
         ("vnc", text, VNC)
         for text in ("", ":", "localhost:", "localhost:x", "localhost:-1", "localhost:59636", "a b:1")

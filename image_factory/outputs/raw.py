@@ -18,7 +18,9 @@ def write(build: Build, disk: Disk) -> Artifact:
     path = build.directory / build.plan.file_name("raw")
     virtual_size = disk.path.stat().st_size
     with step(STEP):
-        disk.path.rename(path)
+        path.unlink(missing_ok=True)
+        # A second name, as a build that fails later goes on from the disk.
+        os.link(disk.path, path)
         # libvirt's QEMU may have changed who can read it.
         umask = os.umask(0)
         os.umask(umask)

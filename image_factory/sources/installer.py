@@ -93,9 +93,9 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
     if settings.installer_image is None:
         location = _location(build)
     elif is_tree(settings.installer_image):
-        location = str(settings.installer_image.path or settings.installer_image.uri)
+        location = ("--location", str(settings.installer_image.path or settings.installer_image.uri))
     else:
-        location = str(settings.installer_image.path or plan.cache_dir / settings.installer_image.name)
+        location = ("--location", str(settings.installer_image.path or plan.cache_dir / settings.installer_image.name))
     virt_type = "VIRT-TYPE" if settings.virt_type == "auto" else settings.virt_type
     return [
         ("Creating the disk", [create_argv(build)]),
@@ -111,20 +111,20 @@ def produce(build: Build) -> Disk:
         # Others get through the working directory of root's builds.
         command.run(create_argv(build), umask=0o077)
     with step("Caching the installer"):
-        location, kernel = _prepare_installer(build)
+        media, kernel = _prepare_installer(build)
         _copy_answer_file(build)
     virt_type = guest.choose_virt_type(build.plan, kernel)
-    guest.install(build, location, virt_type)
+    guest.install(build, media, virt_type)
     return Disk(build.disk_path, virt_type)
 
 
-def _location(build: Build) -> str:
+def _location(build: Build) -> tuple[str, str]:
     # The names in one directory of its own are free of what virt-install's option syntax knows.
-    return guest.option(str(_netboot(build)), "kernel=linux", "initrd=initrd")
+    return "--location", guest.option(str(_netboot(build)), "kernel=linux", "initrd=initrd")
 
 
-def _prepare_installer(build: Build) -> tuple[str, Path | None]:
-    """Return virt-install's --location, and the installer's kernel where it is known."""
+def _prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
+    """Return what virt-install boots, and the installer's kernel where it is known."""
     settings = build.plan.settings
     if settings.installer_image is None:
         netboot = _netboot(build)
@@ -132,12 +132,16 @@ def _prepare_installer(build: Build) -> tuple[str, Path | None]:
         for name, source in (("linux", settings.linux), ("initrd", settings.initrd)):
             assert source is not None
             (netboot / name).symlink_to(fetch.fetch(source, build.plan.cache_dir).absolute())
-        return _location(build), (netboot / "linux").resolve()
+        linux, initrd = (os.readlink(netboot / name) for name in ("linux", "initrd"))
+        kept = "--install", guest.option(f"kernel={linux}", f"initrd={initrd}")
+        return guest.Media(_location(build), kept), Path(linux)
     if is_tree(settings.installer_image):
         path = settings.installer_image.path
-        return str(path.absolute() if path else settings.installer_image.uri), _kernel_of_tree(path)
+        arguments = "--location", str(path.absolute() if path else settings.installer_image.uri)
+        return guest.Media(arguments, arguments), _kernel_of_tree(path)
     iso = fetch.fetch(settings.installer_image, build.plan.cache_dir).absolute()
-    return str(iso), _kernel_of_iso(build, iso)
+    arguments = "--location", str(iso)
+    return guest.Media(arguments, arguments), _kernel_of_iso(build, iso)
 
 
 def _copy_answer_file(build: Build) -> None:

@@ -1,0 +1,150 @@
+"""How far a build has come, written down in its working directory, so that --resume can go on there."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigurationError
+from .model import DISK_NAME, Artifact, Build, Disk, Plan
+
+FILE_NAME = "checkpoint.json"
+
+# In their order: each is written when what it says is done.
+STAGES = ("installed", "cleaned", "published")
+
+
+@dataclass
+class Checkpoint:
+    """What is done of a build in *directory*.
+
+    *inputs* has a digest of each setting that the installed disk depends on, *outputs* of each that the
+    artifacts depend on, *uploaded* the destinations that are served.  *kept* are the names of files that
+    stay in the directory when the build ends before its end.
+    """
+
+    directory: Path
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    date: str
+    virt_type: str
+    stage: str = "installed"
+    artifacts: list[Artifact] = field(default_factory=list)
+    uploaded: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=lambda: [FILE_NAME, DISK_NAME])
+
+    def is_at(self, stage: str) -> bool:
+        """Return whether *stage* is done."""
+        return STAGES.index(self.stage) >= STAGES.index(stage)
+
+    def reach(self, stage: str, artifacts: list[Artifact] | None = None) -> None:
+        """Write down that *stage* is done, and what there is now."""
+        self.stage = stage
+        self.artifacts = artifacts or []
+        self.write()
+        if any(artifact.format == "raw" for artifact in self.artifacts):
+            # It is the published file now, which others may change.
+            (self.directory / DISK_NAME).unlink()
+
+    def keep(self, artifacts: list[Artifact]) -> None:
+        """Have *artifacts*, which are not published, stay in the directory."""
+        self.kept += [path.name for artifact in artifacts for path in (artifact.path, artifact.checksum_path)]
+        self.write()
+
+    def write(self) -> None:
+        """Write the file; half of it never replaces an older one."""
+        texts = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        del texts["directory"]
+        texts["artifacts"] = [
+            dataclasses.asdict(artifact) | {"path": str(artifact.path)} for artifact in self.artifacts
+        ]
+        unfinished = self.directory / f"{FILE_NAME}-unfinished"
+        unfinished.write_text(json.dumps(texts), encoding="utf-8")
+        unfinished.replace(self.directory / FILE_NAME)
+
+    def forget(self) -> None:
+        """Remove the file: there is nothing to resume any more."""
+        (self.directory / FILE_NAME).unlink(missing_ok=True)
+
+
+def begin(build: Build, disk: Disk) -> Checkpoint:
+    """Write the checkpoint of a build whose *disk* has just been installed."""
+    plan = build.plan
+    found = Checkpoint(build.directory, inputs_of(plan), outputs_of(plan), plan.date.isoformat(), disk.virt_type)
+    found.write()
+    return found
+
+
+def read(directory: Path) -> Checkpoint | None:
+    """Return the checkpoint in the working *directory*, None if there is none that can be used."""
+    try:
+        texts: dict[str, Any] = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
+        artifacts = [Artifact(**entry | {"path": Path(entry["path"])}) for entry in texts.pop("artifacts")]
+        found = Checkpoint(directory, artifacts=artifacts, **texts)
+        datetime.date.fromisoformat(found.date)
+        found.is_at("installed")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return found if (directory / DISK_NAME).is_file() or found.is_at("published") else None
+
+
+def resumed(plan: Plan, directory: Path) -> Checkpoint:
+    """Return the checkpoint in the working *directory*; ConfigurationError if *plan* can't go on from it."""
+    found = read(directory)
+    if found is None:
+        raise ConfigurationError(
+            f"There is nothing of {plan.image} to resume in {plan.output_dir}.", hint="Build it without --resume."
+        )
+    changed = [key for key, digest in inputs_of(plan).items() if found.inputs.get(key) != digest]
+    if changed:
+        raise ConfigurationError(
+            f"[{plan.image}] {' and '.join(changed)} changed since the disk was installed.",
+            hint="Build it without --resume, or take the change back.",
+        )
+    if found.is_at("published") and not _are_there(found, plan):
+        if not (directory / DISK_NAME).is_file():
+            raise ConfigurationError(
+                f"The files of {plan.image} in {plan.output_dir} are not what was published.",
+                hint="Build it without --resume.",
+            )
+        found.stage, found.artifacts, found.uploaded = "cleaned", [], []
+    found.outputs = outputs_of(plan)
+    return found
+
+
+def _are_there(found: Checkpoint, plan: Plan) -> bool:
+    """Whether the artifacts of the checkpoint are those that *plan* asks for, and as they were."""
+    return found.outputs == outputs_of(plan) and all(
+        artifact.path.is_file() and digest_of(artifact.path) == artifact.sha256 for artifact in found.artifacts
+    )
+
+
+def inputs_of(plan: Plan) -> dict[str, str]:
+    """Return a digest of each setting that makes an installed disk another one."""
+    settings = plan.settings
+    sources = {key: getattr(settings, key.replace("-", "_")) for key in ("linux", "initrd", "installer-image")}
+    texts = {key: source.uri for key, source in sources.items() if source is not None}
+    texts |= {"append": settings.append, "image-size": str(settings.image_size)}
+    digests = {key: _digest(text.encode()) for key, text in texts.items()}
+    if settings.answer_file and settings.answer_file_key:
+        digests[settings.answer_file_key] = digest_of(settings.answer_file)
+    return digests
+
+
+def outputs_of(plan: Plan) -> dict[str, str]:
+    """Return a digest of each setting that makes the artifacts other ones."""
+    settings = plan.settings
+    return {key: _digest(repr(getattr(settings, key)).encode()) for key in ("format", "keep_raw", "compression")}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of the file *path*."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,97 @@
+"""What happens in a build, told to whoever observes it: the display, the build record, the summary."""
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class StepStarted:
+    """A step of the pipeline begins; ``log.step`` tells it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class StepEnded:
+    """A step is through, or has failed, after *seconds*."""
+
+    name: str
+    seconds: float
+    failed: bool
+
+
+@dataclass(frozen=True)
+class PhaseStarted:
+    """The installer has come to another phase, which is part of the step under way."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """*fraction*, from 0 to 1, of the phase is done, of the step where it has no phases."""
+
+    fraction: float
+
+
+@dataclass(frozen=True)
+class GuestActive:
+    """What the guest has done since it was started: bytes of its disk and its network.
+
+    *network* is None where libvirt doesn't count it, as with a network of QEMU's own.
+    """
+
+    read: int
+    written: int
+    network: int | None
+
+
+@dataclass(frozen=True)
+class ConsoleLine:
+    """The guest has printed a line, without escape sequences."""
+
+    text: str
+
+
+Event = StepStarted | StepEnded | PhaseStarted | Progressed | GuestActive | ConsoleLine
+
+
+class Observer(Protocol):
+    """Somebody who is told of events, in their order, in the thread of the build; it raises nothing."""
+
+    def notice(self, event: Event) -> None:
+        """Take note of *event*."""
+
+
+class StepTimes:
+    """An observer that keeps the steps that have ended well."""
+
+    def __init__(self) -> None:
+        self.ended: list[StepEnded] = []
+
+    def notice(self, event: Event) -> None:
+        """Keep *event* if it is one."""
+        if isinstance(event, StepEnded) and not event.failed:
+            self.ended.append(event)
+
+
+_observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("observers", default=())
+
+
+@contextmanager
+def observed(*observers: Observer) -> Iterator[None]:
+    """Have *observers* told of what happens inside, beside those of an outer context."""
+    token = _observers.set(_observers.get() + observers)
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
+def tell(event: Event) -> None:
+    """Tell all observers of *event*."""
+    for observer in _observers.get():
+        observer.notice(event)

@@ -1,0 +1,338 @@
+"""What the installers print: their phases, and what means that nothing more will come of it.
+
+The patterns are of what they print on a serial console.  Debian's are checked against recordings of the
+real installer (tests/data/consoles), the others are from the installers' sources and from logs that
+people have published.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Something on the console that ends an installation.
+
+    *pattern* is searched for in each line; *message* is a sentence for the user, *hint* the likely cause
+    with the key to change.  A *question* ends it only when it is the last thing that is printed.
+    """
+
+    pattern: str
+    message: str
+    hint: str
+    question: bool = False
+
+
+@dataclass(frozen=True)
+class Installer:
+    """An installer: *phases* are patterns of lines with the phase that they begin.
+
+    Of *failures* that are seen together the first one counts: it says the most.
+    """
+
+    name: str
+    phases: tuple[tuple[str, str], ...]
+    failures: tuple[Failure, ...]
+
+
+_ANSWERS = "The answer file lacks an answer, or has one that the installer does not take; the console log shows which."
+
+STAND_IN = Installer(
+    "stand-in",
+    (
+        ("^stand-in: started", "Starting the installer"),
+        ("^stand-in: partitioning", "Partitioning"),
+        ("^stand-in: formatting", "Formatting"),
+        ("^stand-in: writing the system", "Installing the system"),
+        ("^stand-in: writing the payload", "Installing software"),
+        ("^stand-in: unmounting", "Finishing the installation"),
+    ),
+    (
+        Failure("^stand-in: error: ", "The stand-in installer has failed.", "The console log says why."),
+        Failure(r"^stand-in: .*\[[0-9]-[0-9]\]: *$", "The installer waits for an answer.", _ANSWERS, question=True),
+    ),
+)
+
+DEBIAN = Installer(
+    "Debian installer",
+    (
+        ("Configuring the network|Detecting network hardware", "Configuring the network"),
+        ("Checking the .* archive mirror", "Checking the mirror"),
+        ("Loading additional components|Downloading installer components", "Loading installer components"),
+        ("Setting up the clock|Setting the clock", "Setting the clock"),
+        ("Starting up the partitioner|Guided partitioning|Detecting disks and all other hardware", "Partitioning"),
+        ("Partitions formatting|Formatting partitions", "Formatting"),
+        ("Installing the base system", "Installing the base system"),
+        ("Configuring apt", "Configuring apt"),
+        ("Select(ing)? and install(ing)? software", "Installing software"),
+        ("Installing GRUB|Install(ing)? the GRUB boot loader", "Installing the boot loader"),
+        ("Finishing the installation", "Finishing the installation"),
+    ),
+    (
+        Failure(
+            "Failed to partition the selected disk|too small to be automatically partitioned|No space left on device",
+            "The disk is too small for what is to be installed.",
+            "Set a larger image-size.",
+        ),
+        Failure(
+            "No kernel modules were found",
+            "The installer's kernel and the mirror's modules are of different versions.",
+            "linux and initrd are older than what the mirror has: take those of the current release.",
+        ),
+        Failure(
+            "Bad archive mirror|failed to download a file from the mirror|Downloading a file failed|Download problem|"
+            "Failed (getting|to get) |Couldn't download|mirror does not (seem to )?support|"
+            "mirror .* is either not available",
+            "A download from the mirror has failed.",
+            "The mirror can't be reached, is broken or lacks a file: try again, or set another mirror in the answer "
+            "file or in append.",
+        ),
+        Failure(
+            "Network autoconfiguration failed|No network interfaces detected",
+            "The guest's network can't be configured.",
+            "See whether network gives it DHCP.",
+        ),
+        Failure(
+            "not enough memory|insufficient memory|Low memory",
+            "The installation machine has too little memory.",
+            "Set a larger ram: Debian's installer needs 780 MiB, with 1G there is some to spare.",
+        ),
+        Failure(
+            "Debootstrap Error|Base system installation error|Unable to install ",
+            "Debian's base system can't be installed.",
+            "The console log says what failed; with a mirror that is complete, try again.",
+        ),
+        Failure("Installation step failed|installation step failed", "A step of the installer has failed.", _ANSWERS),
+        Failure(
+            "^Prompt: .*|<Go Back>|<Yes> +<No>|<Continue>|to continue\\.?\\]?$",
+            "The installer waits for an answer.",
+            _ANSWERS,
+            question=True,
+        ),
+    ),
+)
+
+ANACONDA = Installer(
+    "Anaconda",
+    (
+        ("^Starting installer, one moment", "Starting the installer"),
+        ("^anaconda .* started", "Starting the installer"),
+        ("^Setting up the installation environment", "Preparing the installation"),
+        ("^Creating (disklabel|ext4|xfs|btrfs|swap|biosboot|efi|lvmpv) on ", "Partitioning"),
+        ("^Running pre-installation (scripts|tasks)", "Preparing the installation"),
+        ("^Downloading (packages|[0-9]+ RPMs)", "Downloading packages"),
+        ("^(Starting package installation process|Preparing transaction)", "Installing packages"),
+        (r"^Installing \S+ \([0-9]+/[0-9]+\)", "Installing packages"),
+        (r"^(Configuring|Verifying) \S+ \([0-9]+/[0-9]+\)", "Configuring packages"),
+        ("^Installing boot loader", "Installing the boot loader"),
+        ("^Performing post-installation setup tasks", "Configuring the system"),
+        ("^Configuring installed system", "Configuring the system"),
+        ("^Generating initramfs", "Generating the initramfs"),
+        ("^Running post-installation scripts", "Running post-installation scripts"),
+        ("^Installation complete", "Finishing the installation"),
+    ),
+    (
+        Failure(
+            "Not enough space in file systems",
+            "The disk is too small for the software that is to be installed.",
+            "Set a larger image-size, or install less.",
+        ),
+        Failure(
+            "The following problem occurred on line|There was a problem reading from line",
+            "The Kickstart file has an error.",
+            "The console log names the line; ksvalidator, of the package pykickstart, checks such files.",
+        ),
+        Failure(
+            "(Error|Failed) setting up (the )?(base )?(software )?(repository|source)|Payload setup error|"
+            "Cannot (download|retrieve) repository|dracut-initqueue.*(timeout|starting timeout scripts)",
+            "A download from the installation source has failed.",
+            "See whether inst.repo and url name a tree that this release has, and whether the guest reaches it.",
+        ),
+        Failure(
+            "The following (group or module|package.*) (is|are) missing|storage configuration failed",
+            "The Kickstart file asks for what can't be had.",
+            "The console log says what.",
+        ),
+        Failure(
+            "Pane is dead",
+            "Anaconda has died.",
+            "It mostly does so for want of memory: ram = 4G is what its second stage needs from the network.",
+        ),
+        Failure(
+            "Please make a selection from the above|Please respond 'yes' or 'no'|Press ENTER to (continue|quit)|"
+            "Press \\[?Enter\\]? for maintenance|dracut:/#",
+            "The installer waits for an answer.",
+            _ANSWERS,
+            question=True,
+        ),
+    ),
+)
+
+SUBIQUITY = Installer(
+    "Subiquity",
+    (
+        ("subiquity/Network", "Configuring the network"),
+        ("subiquity/Install/install/configure_apt", "Configuring apt"),
+        ("stage-partitioning|curtin install partitioning step", "Partitioning"),
+        ("stage-extract|curtin install extract step", "Copying the system"),
+        ("stage-curthooks|curtin install curthooks step", "Configuring the system"),
+        ("installing (kernel|missing packages)", "Installing software"),
+        ("subiquity/(Install/install/)?postinstall|postinstall/install_", "Installing software"),
+        ("run_unattended_upgrades|unattended-upgrades", "Installing updates"),
+        ("subiquity/Late/run", "Running late commands"),
+        ("subiquity/Shutdown", "Finishing the installation"),
+    ),
+    (
+        Failure(
+            "install_fail|An error occurred[.] Press enter|top level error",
+            "Ubuntu's installer has failed.",
+            "The console log says what failed.",
+        ),
+        Failure(
+            "Malformed autoinstall|autoinstall.* (validation|failed to validate)",
+            "The autoinstall file has an error.",
+            "The console log says what it is.",
+        ),
+        Failure(
+            "Continue with autoinstall[?]|Please enter the full path|\\(yes\\|no\\)",
+            "The installer waits for an answer.",
+            "Add the word autoinstall to append.",
+            question=True,
+        ),
+    ),
+)
+
+AUTOYAST = Installer(
+    "AutoYaST",
+    (
+        ("^Loading Installation System|Loading Installation System \\(", "Loading the installer"),
+        ("[Ss]tarting (hardware|USB)", "Starting the installer"),
+        ("Starting YaST|starting yast|Starting Installer", "Starting the installer"),
+        ("Preparing disks|Creating partition|Formatting partition", "Partitioning"),
+        ("Installing Packages|Installing \\S+ \\(.* remaining", "Installing packages"),
+        ("Performing Installation|Perform Installation", "Installing packages"),
+        ("Save Configuration|Saving configuration|Finishing Basic Installation", "Finishing the installation"),
+    ),
+    (
+        Failure(
+            "Could not find the .* (Repository|Installation System)|No repository found",
+            "The installation source can't be read.",
+            "See whether install= in append names a tree of this release, and whether the guest reaches it.",
+        ),
+        Failure(
+            "(Error|error) (while )?(parsing|reading) the (control|profile|AutoYaST)|profile is not valid",
+            "The AutoYaST profile has an error.",
+            "The console log says what it is; xmllint checks such files.",
+        ),
+        Failure(
+            "Not enough (disk )?space|not enough free space",
+            "The disk is too small for the software that is to be installed.",
+            "Set a larger image-size, or install less.",
+        ),
+        Failure("\\[(OK|Ok|Abort|Yes)\\]|Main Menu", "The installer waits for an answer.", _ANSWERS, question=True),
+    ),
+)
+
+AGAMA = Installer(
+    "Agama",
+    (
+        ("agama-web-server|Started Agama", "Starting the installer"),
+        ("agama-auto|Probing|Fetching .* profile", "Reading the answers"),
+        ("Preparing disks|Partitioning", "Partitioning"),
+        ("Installing software|Installing packages", "Installing packages"),
+        ("Configuring the system|Writing ", "Configuring the system"),
+    ),
+    (
+        Failure(
+            "agama-auto(install)?[.]service: Failed|agama .*Failed with result",
+            "Agama has failed.",
+            "The console log says why; an answer file for it is JSON or Jsonnet.",
+        ),
+    ),
+)
+
+# What ends any installation.
+COMMON = (
+    Failure(
+        "Kernel panic - not syncing: (VFS|System is deadlocked on memory|Out of memory)",
+        "The installer's kernel has found no memory, or no initrd that it can use.",
+        "Set a larger ram; if that doesn't help, linux and initrd don't belong together.",
+    ),
+    Failure(
+        "Kernel panic - not syncing",
+        "The guest's kernel has panicked.",
+        "The console log shows where. Often ram is too small, or the CPU lacks what the release needs.",
+    ),
+    Failure(
+        "Out of memory: |Out of memory and no killable|Cannot allocate memory|invoked oom-killer",
+        "The guest has run out of memory.",
+        "Set a larger ram; Anaconda's second stage, for example, needs 4G.",
+    ),
+    Failure(
+        "[Nn]o bootable device|Boot failed: not a bootable disk",
+        "There is nothing to boot from.",
+        "See whether linux and initrd, or installer_image, are an installer's.",
+    ),
+    Failure(
+        r"^Traceback \(most recent call last\):",
+        "A program of the installer has crashed.",
+        "The console log has what it said. Often ram is too small.",
+    ),
+)
+
+# By the key of the answer file.
+_BY_ANSWER_FILE = {
+    "preseed": (DEBIAN,),
+    "kickstart": (ANACONDA,),
+    "yast": (AUTOYAST, AGAMA),
+    None: (DEBIAN, ANACONDA, SUBIQUITY, AUTOYAST, AGAMA),
+}
+
+
+def possible(answer_file_key: str | None) -> tuple[Installer, ...]:
+    """Return the installers that take an answer file of this key; all without one."""
+    return (STAND_IN, *_BY_ANSWER_FILE[answer_file_key])
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+def phase_of(installers: tuple[Installer, ...], line: str) -> str | None:
+    """Return the phase that *line* says has begun, or goes on."""
+    for installer in installers:
+        for pattern, phase in installer.phases:
+            if _compiled(pattern).search(line):
+                return phase
+    return None
+
+
+def failure_of(installers: tuple[Installer, ...], line: str) -> Failure | None:
+    """Return the failure that *line* is a sign of."""
+    for failure in failures_of(installers):
+        if _compiled(failure.pattern).search(line):
+            return failure
+    return None
+
+
+def failures_of(installers: tuple[Installer, ...]) -> tuple[Failure, ...]:
+    """Return all failures of *installers*, those that say the most first."""
+    own = tuple(failure for installer in installers for failure in installer.failures)
+    return (*(failure for failure in own if not failure.question), *COMMON, *(f for f in own if f.question))
+
+
+_PERCENT = re.compile(r"\b([0-9]{1,3})(?:\.[0-9]+)? ?%")
+_COUNTER = re.compile(r"\(([0-9]{1,6})/([0-9]{1,6})\)")
+
+
+def fraction_of(line: str) -> float | None:
+    """Return how much is done, from 0 to 1, if *line* says it: the last percentage, or a counter ``(3/10)``."""
+    percentages = _PERCENT.findall(line)
+    if percentages:
+        return min(int(percentages[-1]), 100) / 100
+    counters = _COUNTER.findall(line)
+    if counters and int(counters[-1][1]) > 0:
+        return min(int(counters[-1][0]) / int(counters[-1][1]), 1.0)
+    return None

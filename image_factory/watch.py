@@ -1,0 +1,221 @@
+"""Watch an installation: tell its phases, and end it when nothing more will come of it."""
+
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import command, events, installers
+from .console import Console
+from .errors import BuildError
+from .installers import Failure
+from .model import Build
+from .units import format_duration
+
+# How often libvirt is asked what the guest does, and how long it may take to answer.
+_STATISTICS_SECONDS = 2.0
+_VIRSH_SECONDS = 5.0
+
+# What a failure prints comes in several lines, of which a later one may say more.
+_SETTLE_SECONDS = 2.0
+# A question that nothing follows for so long is not one that the installer answers itself.
+_QUESTION_SECONDS = 5.0
+
+# A kernel starts once for the installer, and perhaps once more by kexec.
+_BOOTS = 3
+
+# In one look, so that a guest that floods its console doesn't keep the build from all else.
+_READ_BYTES = 256 * 1024
+_REMEMBERED_LINES = 2000
+
+# What differs in each repetition of the same screen: times, those of the kernel's log, and spinners.
+_CHANGING = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?|^\[ *[0-9]+\.[0-9]+\]|[-\\|/]$")
+# Of GNU screen in Debian's installer, of tmux in Anaconda: painted now and then, whatever happens.
+_STATUS_LINE = re.compile(r"\([0-9]\*installer\)|\[anaconda\][0-9]:")
+# The kernel of the installer says this and that while a question waits.
+_KERNEL_LOG = re.compile(r"^\[ *[0-9]+\.[0-9]+\]")
+# A line that goes on after a terminal's status line was painted, and a gauge.
+_GAUGE = re.compile(r"^(?:\.\.\.|\W*[0-9]{1,3} ?%)")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that an installation may take in all, and without a sign of life."""
+
+    whole: float
+    stall: float
+
+
+class InstallationError(BuildError):
+    """The installation has failed, or will never end."""
+
+
+class Watcher:
+    """Looks at the console and at libvirt's statistics of one installation machine."""
+
+    def __init__(self, build: Build, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._uri, self._name = build.plan.libvirt_uri, build.vm_name
+        self._console = _Follower(build.console_path)
+        self._installers = installers.possible(build.plan.settings.answer_file_key)
+        self._limits = limits
+        self._clock = clock
+        self._start = self._alive = clock()
+        self._next_statistics = self._start
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._activity: tuple[int, int | None] | None = None
+        self._phase: str | None = None
+        self._fraction: float | None = None
+        self._boots = 0
+        self._found: Failure | None = None
+        self._found_at = 0.0
+        self._question: Failure | None = None
+        self._question_at = 0.0
+
+    def look(self) -> None:
+        """See what has happened since the last time; InstallationError if the installation is to end."""
+        now = self._clock()
+        self._read(now)
+        if self._found and now - self._found_at >= _SETTLE_SECONDS:
+            raise _error_of(self._found)
+        if self._question and now - self._question_at >= _QUESTION_SECONDS:
+            raise _error_of(self._question)
+        if now >= self._next_statistics:
+            self._next_statistics = now + _STATISTICS_SECONDS
+            self._ask_libvirt(now)
+        self._check_limits(now)
+
+    def finish(self) -> None:
+        """Read the rest when the guest is off; InstallationError if it has printed that it failed."""
+        self._read(self._clock())
+        if self._found:
+            raise _error_of(self._found)
+
+    def _read(self, now: float) -> None:
+        lines = self._console.read()
+        for line in lines:
+            events.tell(events.ConsoleLine(line))
+            self._notice(line, now)
+        if self._console.line:
+            self._notice(self._console.line, now)
+
+    def _notice(self, line: str, now: float) -> None:
+        normal = _CHANGING.sub("", line).strip()
+        if not normal or normal in self._seen or _STATUS_LINE.search(line):
+            return
+        self._seen[normal] = None
+        if len(self._seen) > _REMEMBERED_LINES:
+            self._seen.popitem(last=False)
+        self._alive = now
+        if not _KERNEL_LOG.search(line):
+            self._question = None
+        if re.search(r"\bLinux version [0-9]", line):
+            self._boots += 1
+            if self._boots >= _BOOTS:
+                self._find(_REBOOTS, now)
+        self._follow_phase(line)
+        failure = installers.failure_of(self._installers, line)
+        if failure and failure.question:
+            self._question, self._question_at = failure, now
+        elif failure:
+            self._find(failure, now)
+
+    def _find(self, failure: Failure, now: float) -> None:
+        order = (_REBOOTS, *installers.failures_of(self._installers))
+        if self._found is None:
+            self._found, self._found_at = failure, now
+        elif order.index(failure) < order.index(self._found):
+            self._found = failure
+
+    def _follow_phase(self, line: str) -> None:
+        phase = installers.phase_of(self._installers, line)
+        if phase and phase != self._phase:
+            self._phase, self._fraction = phase, None
+            events.tell(events.PhaseStarted(phase))
+        if phase or _GAUGE.search(line):
+            fraction = installers.fraction_of(line)
+            if fraction is not None and fraction != self._fraction:
+                self._fraction = fraction
+                events.tell(events.Progressed(fraction))
+
+    def _ask_libvirt(self, now: float) -> None:
+        try:
+            statistics = _statistics(self._uri, self._name)
+        except BuildError:
+            # The machine is not there yet, or not any more, or libvirt is not: no sign of life.
+            return
+        read, written = _sum(statistics, r"block\.\d+\.rd\.bytes"), _sum(statistics, r"block\.\d+\.wr\.bytes")
+        counted = [key for key in statistics if key.startswith("net.") and key.endswith(".bytes")]
+        network = _sum(statistics, r"net\.\d+\.[rt]x\.bytes") if counted else None
+        activity = (written, network)
+        if self._activity is not None and activity != self._activity:
+            self._alive = now
+        self._activity = activity
+        events.tell(events.GuestActive(read, written, network))
+
+    def _check_limits(self, now: float) -> None:
+        phase = f" It was at: {self._phase}." if self._phase else ""
+        if now - self._start >= self._limits.whole:
+            raise InstallationError(
+                f"The installation did not end within {format_duration(self._limits.whole)}.{phase}",
+                hint="Set a larger install-timeout if it takes that long; the console log shows what it was doing.",
+            )
+        if now - self._alive >= self._limits.stall:
+            raise InstallationError(
+                f"The installation has shown no sign of life for {format_duration(self._limits.stall)}.{phase}",
+                hint="The console log shows where it stopped; stall-timeout says how long to wait.",
+            )
+
+
+_REBOOTS = Failure(
+    "",
+    "The guest boots again and again.",
+    "The console log shows what comes before each start. Often ram is too small.",
+)
+
+
+def _error_of(failure: Failure) -> InstallationError:
+    return InstallationError(failure.message, hint=failure.hint)
+
+
+class _Follower:
+    """Reads what is appended to a file that may not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._console = Console()
+
+    def read(self) -> list[str]:
+        """Return the new lines."""
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, 2) - self._offset > _READ_BYTES:
+                    # The guest prints faster than anyone could read: the end is what matters.
+                    self._offset = file.tell() - _READ_BYTES
+                file.seek(self._offset)
+                data = file.read(_READ_BYTES)
+        except OSError:
+            return []
+        self._offset += len(data)
+        return self._console.feed(data)
+
+    @property
+    def line(self) -> str:
+        return self._console.line
+
+
+def _statistics(uri: str, name: str) -> dict[str, int]:
+    """Return libvirt's numbers of the machine's disks and network interfaces; see virsh(1), domstats."""
+    argv = ["virsh", "--connect", uri, "domstats", "--raw", "--block", "--interface", name]
+    found = {}
+    for line in command.run(argv, capture=True, timeout=_VIRSH_SECONDS, quiet=True).splitlines():
+        key, _, value = line.strip().partition("=")
+        if value.isdigit():
+            found[key] = int(value)
+    return found
+
+
+def _sum(statistics: dict[str, int], pattern: str) -> int:
+    return sum(value for key, value in statistics.items() if re.fullmatch(pattern, key))

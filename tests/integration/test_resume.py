@@ -1,0 +1,217 @@
+"""What a build that failed has left is gone on with, and is bounded."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ..conftest import machine_state, run
+from .test_build import TODAY, Build, mounted
+
+IMAGE = f"stand-in-{TODAY}"
+WORK = ".image-factory-stand-in"
+
+
+@pytest.fixture
+def failed(user_build: Build) -> Iterator[Build]:
+    """A build whose post-build command has failed; what it leaves is removed at the end."""
+    user_build.configure(extra="post-build-command = false")
+    done = user_build.run(check=False)
+    assert done.returncode == 1
+    hint = user_build.errors(done)[1]
+    assert hint.endswith("; 'image-factory --resume stand-in' goes on here, without a new installation.")
+    yield user_build
+    run(*user_build.argv("--cleanup"), cwd=user_build.directory)
+    assert not (user_build.directory / WORK).exists()
+
+
+def steps(done: "subprocess.CompletedProcess[str]") -> list[str]:
+    return re.findall(r" INFO: (\S.*): done in ", done.stderr)
+
+
+def configure(build: Build, extra: str, **keywords: str) -> None:
+    build.configure(extra=extra, **keywords)  # type: ignore[arg-type]
+
+
+def test_only_what_failed_is_done_again(failed: Build) -> None:
+    qcow2 = failed.directory / f"{IMAGE}.qcow2"
+    before = qcow2.stat()
+    again = failed.run("--resume", check=False)
+    assert again.returncode == 1
+    configure(failed, "post-build-command = true")
+    done = failed.run("--resume")
+    assert steps(done) == ["Running the post-build command"]
+    assert (qcow2.stat().st_ino, qcow2.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert not (failed.directory / WORK).exists()
+    nothing = failed.run("--resume", check=False)
+    assert nothing.returncode == 2
+    assert "There is nothing of stand-in to resume in " in failed.errors(nothing)[0]
+
+
+def test_each_stage(failed: Build) -> None:
+    """From each checkpoint the rest is done, with the same result."""
+    configure(failed, "post-build-command = true")
+    checkpoint = failed.directory / WORK / "checkpoint.json"
+    text = json.loads(checkpoint.read_text())
+    disk = (failed.directory / WORK / "disk.raw").read_bytes()
+    rest = {
+        "installed": "Mounting the root partition",
+        "cleaned": "Converting to qcow2",
+        "published": "Running the post-build command",
+    }
+    for stage, first in rest.items():
+        (failed.directory / WORK).mkdir(exist_ok=True)
+        (failed.directory / WORK / "disk.raw").write_bytes(disk)
+        checkpoint.write_text(json.dumps(text | {"stage": stage}))
+        run("chown", "-R", failed.user.name, failed.directory / WORK)
+        assert steps(failed.run("--resume"))[0] == first
+        run("sha256sum", "--check", f"{IMAGE}.qcow2.sha256sum", cwd=failed.directory)
+
+
+CHANGES = {
+    "image-size": ("", {"size": "513M"}),
+    "append": ("", {"arguments": "quiet"}),
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_change_that_makes_it_unusable(failed: Build, key: str) -> None:
+    extra, keywords = CHANGES[key]
+    configure(failed, extra, **keywords)
+    done = failed.run("--resume", check=False)
+    assert done.returncode == 2
+    assert failed.errors(done) == [
+        f"image-factory: error: [stand-in] {key} changed since the disk was installed.",
+        "image-factory: hint: Build it without --resume, or take the change back.",
+    ]
+    configure(failed, "post-build-command = true")
+    failed.run("--resume")
+
+
+def test_answer_file_that_has_changed(failed: Build) -> None:
+    with (failed.directory / "answers.cfg").open("a") as file:
+        file.write("# changed\n")
+    done = failed.run("--resume", check=False)
+    assert "[stand-in] preseed changed since the disk was installed." in failed.errors(done)[0]
+
+
+def test_other_format(failed: Build) -> None:
+    """The artifacts are made anew, of the disk that is there."""
+    configure(failed, "format = raw")
+    text = (failed.directory / "image-factory.conf").read_text().replace("format = qcow2\n", "")
+    (failed.directory / "image-factory.conf").write_text(text)
+    done = failed.run("--resume")
+    assert "Installing" not in steps(done)
+    with mounted(failed.directory / f"{IMAGE}.raw") as tree:
+        assert (tree / "etc/os-release").exists()
+
+
+def test_published_file_that_has_changed(failed: Build) -> None:
+    configure(failed, "post-build-command = true")
+    qcow2 = failed.directory / f"{IMAGE}.qcow2"
+    qcow2.write_bytes(b"changed")
+    assert "Converting to qcow2" in steps(failed.run("--resume"))
+    run("sha256sum", "--check", f"{IMAGE}.qcow2.sha256sum", cwd=failed.directory)
+
+
+def test_new_build_says_that_one_could_be_resumed(failed: Build) -> None:
+    configure(failed, "post-build-command = true", arguments="stand-in=empty-disk")
+    done = failed.run(check=False)
+    assert f"WARNING: What --resume could go on with is removed: {failed.directory}/{WORK}\n" in done.stderr
+    # A disk without a system is nothing to go on with.
+    assert done.returncode == 1
+    assert not (failed.directory / WORK).exists()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"stage": "none"}', "\x00\xff"])
+def test_damaged_checkpoint(failed: Build, text: str) -> None:
+    (failed.directory / WORK / "checkpoint.json").write_text(text)
+    done = failed.run("--resume", check=False)
+    assert done.returncode == 2
+    assert "There is nothing of stand-in to resume in " in failed.errors(done)[0]
+
+
+def test_until(user_build: Build) -> None:
+    """Stop after each step in turn, and go on there."""
+    user_build.configure(extra="post-build-command = touch built")
+    first = {
+        "install": "Creating the disk",
+        "clean": "Mounting the root partition",
+        "convert": "Converting to qcow2",
+        "publish": "Converting to qcow2",
+        "upload": None,
+    }
+    for until, step in first.items():
+        resume = [] if until == "install" else ["--resume"]
+        done = user_build.run("--until", until, *resume)
+        assert steps(done)[:1] == ([step] if step else [])
+        assert done.stdout.endswith(f"Stopped after {until}. 'image-factory --resume stand-in' goes on.\n")
+        assert (user_build.directory / WORK / "disk.raw").exists()
+        assert (user_build.directory / WORK / f"{IMAGE}.qcow2").exists() == (until == "convert")
+        assert (user_build.directory / f"{IMAGE}.qcow2").exists() == (until in ("publish", "upload"))
+    assert not (user_build.directory / "built").exists()
+    user_build.run("--resume")
+    assert (user_build.directory / "built").exists()
+    assert not (user_build.directory / WORK).exists()
+
+
+def in_terminal(argv: list[str], directory: Path) -> tuple[int, str]:
+    """Run *argv* on a terminal of its own; return its status, and what it shows."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(directory)
+        os.execvp(argv[0], argv)
+    shown = b""
+    while True:
+        try:
+            data = os.read(terminal, 65536)
+        except OSError:
+            break
+        if not data:
+            break
+        shown += data
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode(errors="replace")
+
+
+@pytest.mark.parametrize("way", ["loop", "guestfs"])
+def test_shell_on_error(failed: Build, way: str) -> None:
+    """The shell is in the tree of the disk; when it ends, all is released."""
+    before = machine_state()
+    configure(failed, f"mount-via = {way}\npost-build-command = false")
+    shell = failed.directory / "shell"
+    program = "cat etc/os-release; pwd" if way == "loop" else "true"
+    shell.write_text(f"#!/bin/sh\n{program}\n")
+    shell.chmod(0o755)
+    argv = failed.argv("--resume", "--shell-on-error")
+    at = argv.index("env") + 2
+    if way == "loop":
+        argv.insert(at, f"SHELL={shell}")
+    else:
+        programs = failed.directory / "bin"
+        programs.mkdir()
+        # What a person would type.
+        (programs / "guestfish").write_text(
+            '#!/bin/sh\ncase "$*" in *--mount*) echo "cat /etc/os-release" | /usr/bin/guestfish "$@" ;;\n'
+            '*) exec /usr/bin/guestfish "$@" ;; esac\n'
+        )
+        (programs / "guestfish").chmod(0o755)
+        argv = [word.replace("PATH=", f"PATH={programs}:") if word.startswith("PATH=") else word for word in argv]
+    status, shown = in_terminal(argv, failed.directory)
+    assert status == 1
+    assert "Stand-in installer 1" in shown
+    if way == "loop":
+        assert re.search(r"^/tmp/image-factory\.\w+/tree\r$", shown, re.MULTILINE)
+    assert machine_state() == before
+
+
+def test_shell_on_error_needs_a_terminal(user_build: Build) -> None:
+    user_build.configure()
+    done = user_build.run("--shell-on-error", check=False)
+    assert done.returncode == 2
+    assert user_build.errors(done)[0] == "image-factory: error: --shell-on-error needs a terminal."

@@ -1,0 +1,99 @@
+"""The stand-in installer misbehaves in a real machine, and image-factory notices."""
+
+import re
+import shlex
+import signal
+import subprocess
+import time
+
+import pytest
+
+from ..conftest import run, vms
+from .test_build import TODAY, Build
+
+# Mode, settings; seconds from the start of the misbehaviour until the build has ended; the error.
+MISBEHAVIOURS = {
+    "panic": ("", 10, r"The guest's kernel has panicked\."),
+    "question": ("", 15, r"The installer waits for an answer\."),
+    "loop": (
+        "stall-timeout = 8s",
+        20,
+        r"The installation has shown no sign of life for 8 s\. It was at: Partitioning\.",
+    ),
+    "hang": (
+        "stall-timeout = 8s",
+        20,
+        r"The installation has shown no sign of life for 8 s\. It was at: Partitioning\.",
+    ),
+    "slow:600": ("install-timeout = 20s", 40, r"The installation did not end within 20 s\. It was at: Partitioning\."),
+    "no-such-mode": ("", 10, r"The stand-in installer has failed\."),
+}
+
+
+@pytest.mark.parametrize("mode", MISBEHAVIOURS)
+def test_misbehaviour(user_build: Build, mode: str) -> None:
+    extra, seconds, error = MISBEHAVIOURS[mode]
+    user_build.configure(arguments=f"stand-in={mode}", extra=f"{extra}\nlog-file = yes")
+    with user_build.started() as process:
+        user_build.wait_for_guest("stand-in: ")
+        start = time.monotonic()
+        assert process.wait(seconds + 30) == 1
+        took = time.monotonic() - start
+    print(f"{mode}: ended {took:.1f} s after the guest began")
+    assert took < seconds
+    said = [line for line in user_build.stderr().splitlines() if line.startswith("image-factory: ")]
+    assert re.fullmatch(f"image-factory: error: {error}", said[0])
+    assert said[1].startswith("image-factory: hint: ")
+    assert vms(user_build.user, user_build.directory) == []
+    log = (user_build.directory / f"stand-in-{TODAY}.log").read_text()
+    assert "ERROR: console: stand-in: " in log
+    assert "ERROR: To repeat the installation by hand: mkdir " in log
+
+
+def test_commands_by_hand(user_build: Build) -> None:
+    """What the log says is what a person can type: the same installation, with its console."""
+    user_build.configure(arguments="stand-in=no-such-mode", extra="vnc = localhost")
+    done = user_build.run(check=False)
+    by_hand, attach = (
+        re.search(f" ERROR: {text}: (.*)", done.stderr) for text in ("To repeat.*hand", "To attach.*where")
+    )
+    assert by_hand and attach
+    picture = user_build.directory / f"stand-in-{TODAY}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_mode & 0o7777 == 0o600
+    name = shlex.split(attach[1])[-1]
+    try:
+        script = ["script", "--quiet", "--return", "--command", by_hand[1], "/dev/null"]
+        shown = run(*user_build.user.argv(*script), check=False, cwd=user_build.directory, timeout=60).stdout
+        assert "stand-in: error: unknown mode 'no-such-mode'" in shown
+    finally:
+        virsh = user_build.user.argv("virsh", "--connect", user_build.user.libvirt_uri)
+        run(*virsh, "destroy", name, check=False)
+        run(*virsh, "undefine", name, "--remove-all-storage", check=False)
+        run("rm", "-r", user_build.directory / "stand-in-by-hand")
+
+
+def test_phases_in_the_log(user_build: Build) -> None:
+    user_build.configure(arguments="stand-in=slow:1")
+    done = user_build.run()
+    phases = re.findall(r" INFO: Installing: ([A-Z][a-z ]+)", done.stderr)
+    assert phases[:2] == ["Starting the installer", "Partitioning"]
+
+
+def test_machine_that_is_gone(user_build: Build) -> None:
+    """Someone destroys the machine: the build ends, and says so."""
+    user_build.configure(arguments="stand-in=hang")
+    with user_build.started() as process:
+        user_build.wait_for_guest("stand-in: partitioning")
+        [name] = vms(user_build.user, user_build.directory)
+        run(*user_build.user.argv("virsh", "--connect", user_build.user.libvirt_uri, "destroy", name))
+        assert process.wait(60) == 1
+    assert "did not power off by itself: shut off (destroyed)." in user_build.stderr()
+
+
+def test_signal_while_it_is_watched(user_build: Build) -> None:
+    user_build.configure(arguments="stand-in=loop")
+    with user_build.started() as process:
+        user_build.wait_for_guest("still waiting")
+        subprocess.run(["kill", f"-{signal.SIGTERM.value}", str(user_build.pid())], check=True)
+        assert process.wait(30) == 143

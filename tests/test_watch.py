@@ -1,0 +1,244 @@
+"""The watch over an installation, with recorded and made consoles; a virsh on PATH has the statistics.
+
+integration/test_watchdog.py has real machines.
+"""
+
+import datetime
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from image_factory import events, installers
+from image_factory.model import Build, Plan
+from image_factory.settings import Configuration
+from image_factory.watch import InstallationError, Limits, Watcher
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class Watched:
+    """An installation whose console and statistics are what a test says, second by second."""
+
+    def __init__(self, directory: Path, *, answers: str = "preseed", limits: Limits | None = None) -> None:
+        configuration = directory / "image-factory.conf"
+        configuration.write_text(f"[x]\nlinux = /l\ninitrd = /i\n{answers} = /a.cfg\n")
+        settings = Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)}).image("x", {})
+        self.build = Build(Plan("x", settings, datetime.date.today(), directory, {}), directory, "vm")
+        self.statistics = directory / "statistics"
+        self.now = 0.0
+        self.events: list[events.Event] = []
+        self.watcher = Watcher(self.build, limits or Limits(math.inf, math.inf), clock=lambda: self.now)
+
+    def notice(self, event: events.Event) -> None:
+        """Keep it."""
+        self.events.append(event)
+
+    def prints(self, data: str | bytes) -> None:
+        """Have the guest print *data*, and look."""
+        with self.build.console_path.open("ab") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        self.look()
+
+    def look(self) -> None:
+        """Look a second later."""
+        self.now += 1
+        with events.observed(self):
+            self.watcher.look()
+
+    def look_for(self, seconds: float) -> float:
+        """Look for so long; return after how many of them the installation was ended."""
+        start = self.now
+        while self.now - start < seconds:
+            try:
+                self.look()
+            except InstallationError:
+                return self.now - start
+        raise AssertionError(f"it went on for {seconds} s")
+
+    def of(self, kind: type) -> list[events.Event]:
+        """Return the events of one kind."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "virsh").write_text(f"#!/bin/sh\ncat {tmp_path}/statistics 2>/dev/null || exit 1\n")
+    (programs / "virsh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return Watched(tmp_path)
+
+
+def test_phases_and_fractions(watched: Watched) -> None:
+    watched.look()
+    watched.prints("[    0.1] Linux version 6.1\r\nLoading additional components  ... 0%")
+    watched.prints("... 10%")
+    # The status line of the terminal, and the rest of the line behind it.
+    watched.prints("\x1b[H\x1b[7m (1*installer) 2 shell  Nov 21 12:19 \x1b[10;59H\x1b[0m... 40%... 100%\r\n")
+    watched.prints("Installing the base system  ... 7%\r\n7% of something else\r\n")
+    assert [event.name for event in watched.events if isinstance(event, events.PhaseStarted)] == [
+        "Loading installer components", "Installing the base system",
+    ]  # fmt: skip
+    assert [event.fraction for event in watched.events if isinstance(event, events.Progressed)] == [
+        0.0, 0.1, 1.0, 0.07,
+    ]  # fmt: skip
+    assert events.ConsoleLine("Installing the base system  ... 7%") in watched.events
+
+
+def test_anaconda_counts(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, answers="kickstart")
+    watched.prints("Installing glibc.x86_64 (12/48)\r\nInstalling bash.x86_64 (24/48)\r\n")
+    assert watched.of(events.PhaseStarted) == [events.PhaseStarted("Installing packages")]
+    assert watched.of(events.Progressed) == [events.Progressed(0.25), events.Progressed(0.5)]
+
+
+FAILURES = [
+    ("preseed", "[  1.0] Kernel panic - not syncing: Attempted to kill init!", "kernel has panicked", "ram"),
+    ("preseed", "Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)", "no memory", "ram"),
+    ("preseed", "[!!] Installation step failed", "A step of the installer has failed", "answer file"),
+    ("preseed", "The installer failed to download a file from the mirror.", "download from the mirror", "mirror"),
+    ("preseed", "No kernel modules were found. This probably is due to", "different versions", "linux and initrd"),
+    ("preseed", "Failed to partition the selected disk", "disk is too small", "image-size"),
+    ("kickstart", "Pane is dead (status 1)", "Anaconda has died", "ram = 4G"),
+    ("kickstart", "Traceback (most recent call last):", "has crashed", "ram"),
+    ("kickstart", "Out of memory: Killed process 811 (anaconda)", "run out of memory", "ram"),
+    ("kickstart", "Not enough space in file systems for the current software selection.", "too small", "image-size"),
+    ("kickstart", "The following problem occurred on line 5 of the kickstart file:", "Kickstart file", "ksvalidator"),
+    ("yast", "No repository found.", "source can't be read", "install="),
+    ("yast", "No bootable device.", "nothing to boot from", "installer"),
+]
+
+
+@pytest.mark.parametrize(("answers", "line", "message", "hint"), FAILURES, ids=[line for _, line, _, _ in FAILURES])
+def test_failure_ends_the_installation_within_ten_seconds(
+    watched: Watched, tmp_path: Path, answers: str, line: str, message: str, hint: str
+) -> None:
+    watched = Watched(tmp_path, answers=answers)
+    watched.prints("something before\r\n")
+    watched.prints(f"{line}\r\n")
+    assert watched.look_for(10) <= 3
+    with pytest.raises(InstallationError) as raised:
+        watched.look()
+    assert message in raised.value.message
+    assert hint in str(raised.value.hint)
+
+
+def test_what_says_the_most_counts(watched: Watched) -> None:
+    """The general comes first on the console, the cause a moment later."""
+    watched.prints("[!!] Installation step failed\r\n")
+    watched.prints("Failed to partition the selected disk\r\n")
+    with pytest.raises(InstallationError, match="disk is too small"):
+        for _ in range(5):
+            watched.look()
+
+
+QUESTIONS = [
+    ("preseed", "Prompt: '?' for help, default=1> "),
+    ("preseed", "     <Go Back>                                       <Yes>    <No>     "),
+    ("kickstart", "Please make a selection from the above ['c' to continue, 'q' to quit]: "),
+    ("preseed", "stand-in: Please choose [1-3]: "),
+]
+
+
+@pytest.mark.parametrize(("answers", "question"), QUESTIONS)
+def test_question_that_is_not_answered(watched: Watched, tmp_path: Path, answers: str, question: str) -> None:
+    watched = Watched(tmp_path, answers=answers)
+    watched.prints(question)
+    # The clock of the terminal, and the kernel, don't answer.
+    watched.prints("\x1b[H (1*installer)  Nov 21 12:19 \x1b[5;5H[    7.1] random: crng init done\r\n")
+    assert watched.look_for(10) <= 6
+    with pytest.raises(InstallationError, match=r"^The installer waits for an answer\.$"):
+        watched.look()
+
+
+def test_question_that_is_answered(watched: Watched) -> None:
+    watched.prints("Prompt: '?' for help, default=1> ")
+    watched.look()
+    watched.prints("1\r\nDetecting network hardware  ... 2%")
+    for _ in range(30):
+        watched.look()
+
+
+def test_repetition_is_no_sign_of_life(tmp_path: Path, watched: Watched) -> None:
+    watched = Watched(tmp_path, limits=Limits(math.inf, 60))
+    for second in range(40):
+        watched.prints(f"[{second:5}.123456] still waiting at 12:{second:02} /\r\n")
+    assert watched.look_for(60) == 21
+    with pytest.raises(InstallationError, match="no sign of life for 60 s") as raised:
+        watched.look()
+    assert "stall-timeout" in str(raised.value.hint)
+
+
+def test_output_disk_and_network_are_signs_of_life(tmp_path: Path, watched: Watched) -> None:
+    watched = Watched(tmp_path, limits=Limits(math.inf, 10))
+    for second in range(60):
+        written, received = (second, 7) if second < 30 else (30, second)
+        watched.statistics.write_text(
+            f"Domain: 'vm'\n  block.count=1\n  block.0.name=vda\n  block.0.rd.bytes=5\n  block.0.wr.bytes={written}\n"
+            f"  net.0.rx.bytes={received}\n  net.0.tx.bytes=1\n"
+        )
+        watched.look()
+    assert watched.of(events.GuestActive)[-1] in (events.GuestActive(5, 30, 59), events.GuestActive(5, 30, 60))
+    for second in range(30):
+        watched.prints(f"line {second}\r\n")
+    assert watched.look_for(20) == 10
+
+
+def test_network_that_is_not_counted(watched: Watched) -> None:
+    """QEMU's own network has no interface on this machine."""
+    watched.statistics.write_text("net.count=1\nblock.0.rd.bytes=1\nblock.0.wr.bytes=2\n")
+    watched.look()
+    assert watched.of(events.GuestActive) == [events.GuestActive(1, 2, None)]
+
+
+def test_time_for_the_whole(tmp_path: Path, watched: Watched) -> None:
+    watched = Watched(tmp_path, limits=Limits(3600, math.inf))
+    watched.prints("Installing the base system  ... 7%\r\n")
+    with pytest.raises(InstallationError, match=r"did not end within 60 min\. It was at: Installing the base system\."):
+        for second in range(4000):
+            watched.prints(f"line {second}\r\n") if second % 100 == 0 else watched.look()
+
+
+def test_guest_that_boots_again_and_again(watched: Watched) -> None:
+    for number in range(3):
+        watched.prints(f"[    0.000000] Linux version 6.1.0 (gcc) boot {number}\r\n")
+    assert watched.look_for(10) <= 3
+    with pytest.raises(InstallationError, match="boots again and again"):
+        watched.look()
+
+
+def test_failure_that_is_printed_last(watched: Watched) -> None:
+    """The machine may be off before the next look."""
+    with watched.build.console_path.open("w") as file:
+        file.write("Kernel panic - not syncing: Fatal exception\n")
+    with pytest.raises(InstallationError, match="panicked"):
+        watched.watcher.finish()
+
+
+def test_question_does_not_matter_when_the_guest_is_off(watched: Watched) -> None:
+    with watched.build.console_path.open("w") as file:
+        file.write("Press ENTER to continue.\n")
+    watched.watcher.finish()
+
+
+def test_flood(watched: Watched) -> None:
+    """A guest that prints a hundred megabytes between two looks: the end of it counts."""
+    with watched.build.console_path.open("wb") as file:
+        file.truncate(100 << 20)
+        file.seek(0, 2)
+        file.write(b"\nKernel panic - not syncing: Fatal exception\n")
+    assert watched.look_for(10) <= 4
+
+
+@pytest.mark.parametrize("installer", installers.possible(None), ids=lambda installer: installer.name)
+def test_tables(installer: installers.Installer) -> None:
+    """Each pattern can match, each failure has a sentence and a next move, and no phase is a failure."""
+    for pattern, phase in installer.phases:
+        assert phase[0].isupper() and phase[-1].isalnum(), phase
+        assert installers.phase_of((installer,), "nothing of all that") is None, pattern
+    for failure in (*installer.failures, *installers.COMMON):
+        assert failure.message.endswith(".") and failure.hint.endswith("."), failure
+        assert installers.failure_of((installer,), "nothing of all that") is None

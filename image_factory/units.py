@@ -34,6 +34,16 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def format_seconds(seconds: float) -> str:
+    """Return *seconds* roughly, as a person says them: ``48 s``, ``9 min``, ``1 h 20 min``."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
 def format_size(size: int) -> str:
     """Return *size* in bytes as a person reads it: ``1.2 GiB``."""
     if size < 1024:

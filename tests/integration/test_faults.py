@@ -238,13 +238,17 @@ def place(
                 run("umount", found.out)
 
 
+# The last one has the durations of builds that have come to their end.
+CACHED = ("linux", "initrd.gz", ".durations.json")
+
+
 def leftovers(place: Place) -> list[str]:
     """Return what the build has left."""
     left = left_behind(place.user, place.directory)
     left += sorted(set(machine_state()) - place.before)
     cache = place.directory / "cache/stand-in"
     if cache.is_dir():
-        left += [f"cache {path}" for path in cache.iterdir() if path.name not in ("linux", "initrd.gz")]
+        left += [f"cache {path}" for path in cache.iterdir() if path.name not in CACHED]
     processes = run("ps", "-u", place.user.name, "-o", "args").stdout.splitlines()
     left += [f"process {line}" for line in processes if line == "sleep 600"]
     return left

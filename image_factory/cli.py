@@ -6,14 +6,13 @@ import logging
 import os
 import shlex
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-from . import __version__, events, interrupts, log, pipeline, workspace
+from . import __version__, estimates, events, interrupts, log, pipeline, workspace
 from .errors import ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
 from .settings import Configuration, ImageSettings, declarations
@@ -80,6 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--shell-on-error", action="store_true", help="when a step fails, open a shell in the mounted disk"
     )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("-q", "--quiet", action="store_true", help="show warnings and errors only; the log file has all")
+    group.add_argument("-v", "--verbose", action="store_true", help="show all that is logged, and the guest's console")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
@@ -127,17 +129,27 @@ def _size_on_disk(artifact: Artifact) -> str:
         return "moved away by a command"
 
 
-def _build(plan: Plan, arguments: argparse.Namespace) -> None:
+def _has_display(stream: TextIO | None) -> bool:
+    """Whether *stream* is a terminal on which lines can be written over."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+
+def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
+    # rich takes longer to import than --list does all its work.
+    from . import display
+
     with ExitStack() as stack:
         times = events.StepTimes()
-        stack.enter_context(events.observed(times))
-        start = time.monotonic()
+        timeline = estimates.Timeline(plan)
+        stack.enter_context(events.observed(times, timeline, display.LogLines(timeline, console=arguments.verbose)))
         if plan.log_path is not None:
             try:
                 plan.log_path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(log.also_to_file(plan.log_path))
             except OSError as error:
                 raise ConfigurationError(f"Can't write the log file {plan.log_path}: {error.strerror}.") from error
+        if live:
+            stack.enter_context(display.live(plan.image, timeline))
         try:
             artifacts = pipeline.build_image(
                 plan, resume=arguments.resume, until=arguments.until, shell_on_error=arguments.shell_on_error
@@ -147,7 +159,9 @@ def _build(plan: Plan, arguments: argparse.Namespace) -> None:
             for text in filter(None, (message, hint)):
                 log.to_files(logging.ERROR, text)
             raise
-        text = summary(artifacts, times.ended, time.monotonic() - start)
+        if not arguments.until and not arguments.resume:
+            timeline.keep()
+        text = summary(artifacts, times.ended, timeline.seconds)
         if arguments.until:
             text += f"\nStopped after {arguments.until}. 'image-factory --resume {plan.image}' goes on."
         log.to_files(logging.INFO, text)
@@ -156,7 +170,10 @@ def _build(plan: Plan, arguments: argparse.Namespace) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     arguments = make_parser().parse_args(argv)
-    log.set_up()
+    only_checks = arguments.list or arguments.cleanup or arguments.check or arguments.dry_run
+    live = not arguments.quiet and not only_checks and _has_display(sys.stderr)
+    # The display stands for what is logged below a warning.
+    log.set_up(logging.WARNING if arguments.quiet or (live and not arguments.verbose) else logging.INFO)
     if arguments.cleanup:
         with interrupts.handled():
             for removed in workspace.remove_left(Path(arguments.output_dir or ".").absolute()):
@@ -180,7 +197,7 @@ def _run(argv: Sequence[str]) -> None:
         elif arguments.check:
             print(f"{plan.image} can be built.")
         else:
-            _build(plan, arguments)
+            _build(plan, arguments, live=live)
 
 
 def _explain(error: Exception) -> tuple[str, str | None]:

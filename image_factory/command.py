@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
-from . import interrupts
+from . import events, interrupts
 from .errors import BuildError, CommandError, ConfigurationError, CrashError
 from .log import logger
 
@@ -47,7 +47,8 @@ _LONGEST_LINE = 64 * 1024
 # started may hold the pipe open for ever.
 _DRAIN_SECONDS = 0.2
 _KILL_SECONDS = 5.0
-_WATCH_SECONDS = 1.0
+# So often a silent program is looked at, and observers are told that it goes on.
+_TICK_SECONDS = 1.0
 # What sudo runs as root ends by itself.
 _ROOTS_PATIENCE_SECONDS = 60.0
 
@@ -75,16 +76,22 @@ class _Lines:
     """Cut a stream of bytes into lines, and hand each to *sink*.
 
     Of a line that a progress bar has overwritten with carriage returns, only the last state counts.
+    With *progress*, each state is taken as it comes: those for which it returns true go no further.
     """
 
-    def __init__(self, sink: Callable[[str], None]) -> None:
+    def __init__(self, sink: Callable[[str], None], progress: Callable[[str], bool] | None = None) -> None:
         self._sink = sink
+        self._progress = progress
         self._rest = b""
 
     def feed(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self._emit(line)
+        if self._progress is not None:
+            states, overwritten, self._rest = self._rest.rpartition(b"\r")
+            if overwritten:
+                self._emit(states)
         if len(self._rest) > _LONGEST_LINE:
             self._emit(self._rest)
             self._rest = b""
@@ -97,7 +104,23 @@ class _Lines:
     def _emit(self, line: bytes) -> None:
         states = [state for state in line.split(b"\r") if state.strip()]
         if states:
-            self._sink(states[-1].decode("utf-8", errors="replace").rstrip())
+            state = states[-1].decode("utf-8", errors="replace").rstrip()
+            if self._progress is None or not self._progress(state):
+                self._sink(state)
+
+
+def _ready(
+    selector: selectors.BaseSelector, deadline: float | None, watch: Callable[[], None] | None = None
+) -> list[int]:
+    """Wait for the descriptors of *selector*; return those that are ready, none at *deadline*."""
+    while True:
+        if watch is not None:
+            watch()
+        wait = _TICK_SECONDS if deadline is None else deadline - time.monotonic()
+        ready = [key.fd for key, _ in selector.select(max(0.0, min(wait, _TICK_SECONDS)))]
+        if ready or wait < _TICK_SECONDS:
+            return ready
+        events.tell(events.TimePassed())
 
 
 def _end_with(parent: int, number: signal.Signals) -> None:
@@ -125,6 +148,7 @@ def run(
     umask: int = -1,
     quiet: bool = False,
     watch: Callable[[], None] | None = None,
+    progress: Callable[[str], float | None] | None = None,
 ) -> str:
     """Run *argv*, log the command and what it prints, and return its stdout if *capture* is set.
 
@@ -133,7 +157,8 @@ def run(
     *stop_signal*, and after *stop_seconds* SIGKILL.  *env* replaces the environment.  With
     *new_session* false the program keeps the terminal's session, by which sudo remembers a password.
     *umask* is the program's, if it is not negative.  With *quiet* the log has nothing of a command that
-    succeeds.  *watch* is called every second; what it raises stops the program.
+    succeeds.  *watch* is called every second; what it raises stops the program.  *progress* is given
+    each line that goes to the log; one in which it finds a fraction does not, observers are told of it.
 
     Raises CommandError if it fails, BuildError if it can't be started or takes longer than *timeout*
     seconds, Interrupted if a signal came.
@@ -165,7 +190,9 @@ def run(
     with _closed(process):
         try:
             with interrupts.interruptible():
-                finished = _communicate(process, captured if capture else None, last_lines, timeout, quiet, watch)
+                finished = _communicate(
+                    process, captured if capture else None, last_lines, timeout, quiet, watch, progress
+                )
         except BaseException:
             _stop(process, stop_signal, stop_seconds)
             raise
@@ -228,6 +255,7 @@ def _communicate(
     timeout: float | None,
     quiet: bool,
     watch: Callable[[], None] | None,
+    progress: Callable[[str], float | None] | None,
 ) -> bool:
     """Read what *process* prints until it exits; return whether it did so within *timeout*."""
     name = Path(str(process.args[0] if isinstance(process.args, list) else process.args)).name
@@ -238,7 +266,7 @@ def _communicate(
         last_lines.append(line)
 
     deadline = None if timeout is None else time.monotonic() + timeout
-    lines = _Lines(log_line)
+    lines = _Lines(log_line, None if progress is None else partial(_tell_progress, events.Meter(), progress))
     sinks: dict[int, Callable[[bytes], None]] = {}
     if process.stdout is not None:
         sinks[process.stdout.fileno()] = lines.feed if captured is None else captured.extend
@@ -254,10 +282,7 @@ def _communicate(
                 wait = None if deadline is None else deadline - time.monotonic()
                 if wait is not None and wait <= 0:
                     return process.poll() is not None
-                if watch is not None:
-                    watch()
-                    wait = _WATCH_SECONDS if wait is None else min(wait, _WATCH_SECONDS)
-                ready = [key.fd for key, _ in selector.select(wait)]
+                ready = _ready(selector, deadline, watch)
                 if exited in ready:
                     selector.unregister(exited)
                     process.wait()
@@ -275,6 +300,13 @@ def _communicate(
     finally:
         os.close(exited)
         lines.close()
+
+
+def _tell_progress(meter: events.Meter, progress: Callable[[str], float | None], text: str) -> bool:
+    fraction = progress(text)
+    if fraction is not None:
+        meter.at(fraction, 1.0)
+    return fraction is not None
 
 
 class Conversation:
@@ -341,7 +373,7 @@ class Conversation:
                 return line
             with selectors.DefaultSelector() as selector:
                 selector.register(self._stdout, selectors.EVENT_READ)
-                if not selector.select(max(0.0, deadline - time.monotonic())):
+                if not _ready(selector, deadline):
                     raise BuildError(f"{self._name} did not answer within {self._seconds:.0f} s.")
             data = os.read(self._stdout.fileno(), 65536)
             if not data:

@@ -1,6 +1,8 @@
 """What happens in a build, told to whoever observes it: the display, the build record, the summary."""
 
 import contextvars
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +58,12 @@ class ConsoleLine:
     text: str
 
 
-Event = StepStarted | StepEnded | PhaseStarted | Progressed | GuestActive | ConsoleLine
+@dataclass(frozen=True)
+class TimePassed:
+    """A program goes on, and says nothing; told about once a second."""
+
+
+Event = StepStarted | StepEnded | PhaseStarted | Progressed | GuestActive | ConsoleLine | TimePassed
 
 
 class Observer(Protocol):
@@ -95,3 +102,19 @@ def tell(event: Event) -> None:
     """Tell all observers of *event*."""
     for observer in _observers.get():
         observer.notice(event)
+
+
+class Meter:
+    """Tells what is done of something, at most five times a second, and that all of it is."""
+
+    _SECONDS = 0.2
+
+    def __init__(self) -> None:
+        self._told = -math.inf
+
+    def at(self, done: float, total: float) -> None:
+        """Tell that *done* of *total* is done."""
+        now = time.monotonic()
+        if total > 0 and (done >= total or now - self._told >= self._SECONDS):
+            self._told = now
+            tell(Progressed(min(max(done / total, 0.0), 1.0)))

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import httplib2
 
-from . import command, interrupts
+from . import command, events, interrupts
 from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger
 from .settings import Source
@@ -28,15 +28,42 @@ _TIMEOUT_SECONDS = 30.0
 _REDIRECTIONS = 5
 # httplib2 keeps a whole response in memory, so large files are asked for in parts.
 _PART_SIZE = 16 << 20
+_PIECE_SIZE = 64 << 10
 _RSYNC_STATUS_TRANSIENT = (5, 10, 11, 12, 30, 35)  # rsync(1): protocol start, socket, file and stream I/O, timeouts
 
 _TEMPORARY = re.compile(r"\..+\.(?:[a-z0-9_]{8}|[A-Za-z0-9]{6})")
 
 _Response = dict[str, Any]
 
+_meter = events.Meter()
+
 
 class _Transient(Exception):
     """A failure that the next try may not meet."""
+
+
+class _Metered(http.client.HTTPResponse):
+    """A response of which observers are told while it is read: httplib2 reads it whole."""
+
+    def read(self, amt: int | None = None) -> bytes:
+        if amt is not None or self.status not in (200, 206):
+            return super().read(amt)
+        part = re.fullmatch(r"bytes ([0-9]{1,19})-[0-9]+/([0-9]{1,19})", self.headers.get("content-range", ""))
+        done, total = (int(part[1]), int(part[2])) if part else (0, self.length or 0)
+        pieces = []
+        while piece := super().read(_PIECE_SIZE):
+            pieces.append(piece)
+            done += len(piece)
+            _meter.at(done, total)
+        return b"".join(pieces)
+
+
+class _HttpConnection(httplib2.HTTPConnectionWithTimeout):
+    response_class = _Metered
+
+
+class _HttpsConnection(httplib2.HTTPSConnectionWithTimeout):
+    response_class = _Metered
 
 
 def fetch(source: Source, directory: Path) -> Path:
@@ -251,7 +278,8 @@ def _get(client: httplib2.Http, uri: str, headers: dict[str, str]) -> tuple[Any,
     """Return response and content; _Transient for what another try may cure."""
     try:
         with interrupts.interruptible():
-            response, content = client.request(uri, headers=headers)
+            kind = _HttpsConnection if urllib.parse.urlsplit(uri).scheme == "https" else _HttpConnection
+            response, content = client.request(uri, headers=headers, connection_type=kind)
     # UnicodeError: a host name that no DNS can have.
     except (ssl.SSLCertVerificationError, UnicodeError) as error:
         raise BuildError(f"Can't fetch {uri}: {error}.") from error

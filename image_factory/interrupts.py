@@ -81,3 +81,15 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         _state.depth -= 1
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Have a signal raise Interrupted after the body, where it could inside: what is drawn stays whole."""
+    depth, _state.depth = _state.depth, 0
+    try:
+        yield
+    finally:
+        _state.depth = depth
+    if depth:
+        _raise_pending()

@@ -4,7 +4,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -52,16 +52,45 @@ class _FileHandler(_Handler, logging.FileHandler):
     pass
 
 
+class _ShownHandler(logging.Handler):
+    def __init__(self, show: Callable[[int, str], None], level: int) -> None:
+        super().__init__(level)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(record.levelno, printable(record.getMessage()))
+
+
+_on_stderr: list[logging.Handler] = []
+
+
 def _add_handler(handler: logging.Handler) -> None:
     handler.setFormatter(_PrintableFormatter(FORMAT))
     logger.addHandler(handler)
 
 
-def set_up() -> None:
-    """Log to stderr, from here on."""
+def set_up(level: int = logging.INFO) -> None:
+    """Log to stderr, from here on, what is of *level* or above."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    _add_handler(_Handler(sys.stderr))
+    handler = _Handler(sys.stderr)
+    handler.setLevel(level)
+    _add_handler(handler)
+    _on_stderr[:] = [handler]
+
+
+@contextmanager
+def shown_by(show: Callable[[int, str], None]) -> Iterator[None]:
+    """Give *show* the level and the message of what would go to stderr."""
+    stderr = _on_stderr[0]
+    handler = _ShownHandler(show, stderr.level)
+    logger.addHandler(handler)
+    logger.removeHandler(stderr)
+    try:
+        yield
+    finally:
+        logger.addHandler(stderr)
+        logger.removeHandler(handler)
 
 
 @contextmanager

@@ -227,3 +227,35 @@ def test_signal_while_the_log_is_written_is_not_swallowed(tmp_path: Path) -> Non
                 say("raised")
     """
     assert run(program, signal.SIGTERM).stdout == "raised\n"
+
+
+def test_signal_is_deferred_to_the_end_of_a_body() -> None:
+    program = """
+        with interrupts.handled():
+            try:
+                with interrupts.interruptible():
+                    with interrupts.deferred():
+                        send()
+                        time.sleep(0.1)
+                        say("whole")
+                    say("never")
+            except Interrupted:
+                say("raised")
+            with interrupts.deferred():
+                say("cleaned up")
+    """
+    assert run(program, signal.SIGTERM).stdout.splitlines() == ["whole", "raised", "cleaned up"]
+
+
+def test_deferring_where_no_signal_is_taken_takes_none() -> None:
+    program = """
+        with interrupts.handled():
+            with interrupts.deferred():
+                send()
+            say("goes on")
+            try:
+                interrupts.check()
+            except Interrupted:
+                say("raised")
+    """
+    assert run(program, signal.SIGTERM).stdout.splitlines() == ["goes on", "raised"]

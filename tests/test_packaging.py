@@ -49,7 +49,7 @@ def test_make_install(copy: Path, tmp_path: Path) -> None:
 
 
 def test_pip_install(copy: Path, tmp_path: Path) -> None:
-    """Debian's own httplib2 and pyparted serve, so that the test needs no registry."""
+    """Debian's own httplib2, pyparted and rich serve, so that the test needs no registry."""
     run("/usr/bin/python3", "-m", "venv", "--system-site-packages", tmp_path / "venv")
     pip = (tmp_path / "venv/bin/pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
     run(*pip, copy)

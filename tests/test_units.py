@@ -1,8 +1,8 @@
-"""Sizes as people write them."""
+"""Sizes and times as people write them."""
 
 import pytest
 
-from image_factory.units import SIZE_FORMS, format_size, parse_size
+from image_factory.units import SIZE_FORMS, format_duration, format_size, parse_size
 
 K, M, G = 1 << 10, 1 << 20, 1 << 30
 
@@ -109,3 +109,21 @@ def test_size_is_shown(size: int, text: str) -> None:
 @pytest.mark.parametrize("size", [K, 1536, 2 * G, 1 << 40])
 def test_what_is_shown_can_be_read(size: int) -> None:
     assert parse_size(format_size(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (119.4, "119 s"),
+        (120, "2 min"),
+        (540, "9 min"),
+        (7140, "119 min"),
+        (7200, "2 h"),
+        (9600, "2 h 40 min"),
+        (1e7, "2777 h 47 min"),
+    ],
+)
+def test_format_duration(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

@@ -279,6 +279,10 @@ def place(
                 run("umount", found.out)
 
 
+# The last one has the durations of builds that have come to their end.
+CACHED = ("linux", "initrd.gz", ".durations.json")
+
+
 def leftovers(place: Place) -> list[str]:
     """Return what the build has left."""
     left = left_behind(place.user, place.directory)

@@ -33,6 +33,7 @@ PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "rsync": "rsync",
+    "ssh": "openssh-client",
     "sudo": "sudo",
     "virsh": "libvirt-clients",
     "virt-install": "virtinst",
@@ -122,6 +123,7 @@ def run(
     stop_seconds: float = 10,
     new_session: bool = True,
     umask: int = -1,
+    watch: Callable[[bytes], None] | None = None,
 ) -> str:
     """Run *argv*, log the command and what it prints, and return its stdout if *capture* is set.
 
@@ -129,7 +131,8 @@ def run(
     wait for an answer, and Ctrl-C reaches only image-factory, which stops the program in good order:
     *stop_signal*, and after *stop_seconds* SIGKILL.  *env* replaces the environment.  With
     *new_session* false the program keeps the terminal's session, by which sudo remembers a password.
-    *umask* is the program's, if it is not negative.
+    *umask* is the program's, if it is not negative.  *watch* is given what goes into the log as it comes,
+    in pieces: also the states of a progress bar, which the log does not get.
 
     Raises CommandError if it fails, BuildError if it can't be started or takes longer than *timeout*
     seconds, Interrupted if a signal came.
@@ -160,7 +163,7 @@ def run(
     with _closed(process):
         try:
             with interrupts.interruptible():
-                finished = _communicate(process, captured if capture else None, last_lines, timeout)
+                finished = _communicate(process, captured if capture else None, last_lines, timeout, watch)
         except BaseException:
             _stop(process, stop_signal, stop_seconds)
             raise
@@ -196,6 +199,7 @@ def _communicate(
     captured: bytearray | None,
     last_lines: deque[str],
     timeout: float | None,
+    watch: Callable[[bytes], None] | None,
 ) -> bool:
     """Read what *process* prints until it exits; return whether it did so within *timeout*."""
     name = Path(str(process.args[0] if isinstance(process.args, list) else process.args)).name
@@ -206,11 +210,17 @@ def _communicate(
 
     deadline = None if timeout is None else time.monotonic() + timeout
     lines = _Lines(log_line)
+
+    def feed(data: bytes) -> None:
+        lines.feed(data)
+        if watch is not None:
+            watch(data)
+
     sinks: dict[int, Callable[[bytes], None]] = {}
     if process.stdout is not None:
-        sinks[process.stdout.fileno()] = lines.feed if captured is None else captured.extend
+        sinks[process.stdout.fileno()] = feed if captured is None else captured.extend
     if process.stderr is not None:
-        sinks[process.stderr.fileno()] = lines.feed
+        sinks[process.stderr.fileno()] = feed
     exited = os.pidfd_open(process.pid)
     try:
         with selectors.DefaultSelector() as selector:

@@ -128,7 +128,7 @@ def _shell(destination: Destination) -> list[str] | None:
 
 def programs(destination: Destination) -> list[str]:
     """Return the programs that uploading to *destination* needs here."""
-    shell = _shell(destination)
+    shell = _shell(destination) if _HOST_TARGET.fullmatch(destination.target) else None
     return ["rsync", *(shell[:1] if shell else [])]
 
 
@@ -136,8 +136,8 @@ def _in_target(destination: Destination, words: str) -> str:
     """Return the shell command that runs the command *words* in the target's directory."""
     host = _HOST_TARGET.fullmatch(destination.target)
     directory = host[3] if host else destination.target
-    # The far shell knows whose home it is; rsync leaves it to the shell too.
-    home = re.match(r"~[A-Za-z0-9._-]*(?=/|$)", directory) if host else None
+    # The far shell knows whose home it is, if nothing up to the slash is quoted; rsync leaves it that too.
+    home = re.match(r"~[A-Za-z0-9._-]*(/|$)", directory) if host else None
     start = home[0] if home else ""
     rest = directory[len(start) :]
     if directory.startswith("-"):
@@ -243,10 +243,10 @@ def _failed_try(error: CommandError, destination: Destination) -> _FailedTry:
         for line in lines:
             if cause.text.search(line):
                 hint = cause.hint.format(shell=shell)
-                return _FailedTry(line, again=False, hint=hint, leaves=cause.leaves)
+                return _FailedTry(line.rstrip("."), again=False, hint=hint, leaves=cause.leaves)
     said = [line for line in lines if _SPEAKERS.match(line)]
-    reason = re.sub(r" at \S+\([0-9]+\) \[.*", "", (said or lines)[0]) if lines else error.message
-    return _FailedTry(reason, again=error.status in _TRANSIENT, leaves=True)
+    reason = re.sub(r" at \S+\([0-9]+\) \[.*", "", (said or lines)[0]) if lines and error.status > 0 else error.message
+    return _FailedTry(reason.rstrip("."), again=error.status in _TRANSIENT, leaves=True)
 
 
 def _tell_progress(data: bytes) -> None:

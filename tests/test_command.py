@@ -94,6 +94,16 @@ def test_only_the_last_state_of_a_progress_bar_is_logged(log: Callable[[], list[
     assert log() == ["sh: 100%", "sh: done", "sh:   (99.00/100%)"]
 
 
+def test_watcher_is_given_what_comes_as_it_comes(log: Callable[[], list[str]]) -> None:
+    pieces: list[bytes] = []
+    command.run(
+        shell(r"printf '\r 1%%'; sleep 0.2; printf '\r 2%%'; sleep 0.2; echo; echo end >&2"), watch=pieces.append
+    )
+    assert pieces[0] == b"\r 1%"
+    assert b"".join(pieces) == b"\r 1%\r 2%\nend\n"
+    assert log() == ["sh:  2%", "sh: end"]
+
+
 def test_line_of_ten_megabytes(log: Callable[[], list[str]]) -> None:
     command.run(python("import sys; sys.stdout.write('x' * 10_000_000); print('end')"))
     lines = [line.partition(": ")[2] for line in log()]

@@ -33,6 +33,7 @@ PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "rsync": "rsync",
+    "ssh": "openssh-client",
     "sudo": "sudo",
     "virsh": "libvirt-clients",
     "virt-install": "virtinst",

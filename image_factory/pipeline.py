@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import arch, checkpoint, checksum, clean, command, guest, interrupts, mounts, publish, shrink, workspace
+from . import arch, checkpoint, checksum, clean, command, guest, interrupts, mounts, publish, rsync, shrink, workspace
 from .checkpoint import Checkpoint
 from .errors import BuildError, ConfigurationError, ImageFactoryError, NoSystemError
 from .log import logger
@@ -62,12 +62,11 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
 
 def _programs(plan: Plan) -> list[str]:
     names = [*SOURCES["installer"].programs(plan), *mounts.way(plan).programs(plan), "zerofree"]
-    if plan.settings.upload_destinations:
-        names.append("rsync")
     if plan.settings.post_build_command:
         names.append(plan.settings.post_build_command[0])
     for destinations in plan.destinations.values():
-        names += [words[0] for destination in destinations for words in destination.commands]
+        for destination in destinations:
+            names += [*rsync.programs(destination), *(words[0] for words in destination.commands)]
     # A path among them is relative to the directory that the command will run in.
     return [str(plan.output_dir / name) if "/" in name else name for name in dict.fromkeys(names)]
 

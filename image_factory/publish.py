@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import command
+from . import command, rsync
 from .errors import BuildError
-from .log import step
+from .log import logger, step
 from .model import Artifact, Build, Plan
 from .settings import Destination
 
@@ -100,27 +100,52 @@ def _keep(target: Path, older: Path) -> None:
         target.rename(older)
 
 
-def rsync_argv(destination: Destination, artifact: Artifact) -> list[str]:
-    """Return the command that uploads *artifact* and its checksum; it runs beside them."""
-    return ["rsync", *destination.arguments, artifact.path.name, artifact.checksum_path.name, destination.target]
-
-
 def upload_commands(
     plan: Plan, artifacts: Sequence[Artifact]
 ) -> Iterator[tuple[Artifact, Destination, list[list[str]]]]:
     """Give the uploads, destination by destination: file, destination and the commands in their order."""
+    for destinations in _uploads(plan, artifacts):
+        for artifact, destination in destinations:
+            yield artifact, destination, [*rsync.commands(destination, artifact), *map(list, destination.commands)]
+
+
+def _uploads(plan: Plan, artifacts: Sequence[Artifact]) -> list[list[tuple[Artifact, Destination]]]:
+    """Return for each destination what is uploaded to it."""
     uploaded = [artifact for artifact in artifacts if artifact.upload]
-    for destinations in zip(*(plan.destinations[artifact.format] for artifact in uploaded), strict=True):
-        for artifact, destination in zip(uploaded, destinations, strict=True):
-            yield artifact, destination, [rsync_argv(destination, artifact), *map(list, destination.commands)]
+    return [
+        list(zip(uploaded, destinations, strict=True))
+        for destinations in zip(*(plan.destinations[artifact.format] for artifact in uploaded), strict=True)
+    ]
 
 
 def upload(plan: Plan, artifacts: Sequence[Artifact]) -> None:
-    """Upload *artifacts* to each destination in turn."""
-    for artifact, destination, commands in upload_commands(plan, artifacts):
-        with step(f"Uploading {artifact.path.name} to {destination.section}"):
-            for argv in commands:
-                command.run(argv, cwd=plan.output_dir)
+    """Upload *artifacts* to each destination in turn; BuildError, after all of them, names each that failed.
+
+    A destination gets nothing more after a failure: what failed for one file takes as long to fail
+    for the next.
+    """
+    failures: list[tuple[str, BuildError]] = []
+    for destinations in _uploads(plan, artifacts):
+        for artifact, destination in destinations:
+            try:
+                with step(f"Uploading {artifact.path.name} to {destination.section}"):
+                    rsync.upload(destination, artifact)
+                    for argv in destination.commands:
+                        command.run(argv, cwd=plan.output_dir)
+            except BuildError as error:
+                logger.error("Uploading %s to %s failed: %s", artifact.path.name, destination.section, error.message)
+                failures.append((f"{artifact.path.name} to {destination.section}", error))
+                break
+    if failures:
+        raise _upload_error(failures)
+
+
+def _upload_error(failures: Sequence[tuple[str, BuildError]]) -> BuildError:
+    """Return the error that names all *failures*."""
+    message = "; ".join(f"Uploading {what} failed: {error.message}" for what, error in failures)
+    if len(failures) == 1:
+        return BuildError(message, hint=failures[0][1].hint)
+    return BuildError(message, hint=" ".join(f"{what}: {error.hint}" for what, error in failures if error.hint))
 
 
 def post_build_argv(plan: Plan, artifacts: Sequence[Artifact]) -> list[str] | None:

@@ -19,7 +19,7 @@ LEVELS = [
     {"sources.installer", "outputs.raw", "outputs.qcow2"},
     {"workspace"},
     {"clean", "shrink", "checksum", "publish", "mounts"},
-    {"loop", "appliance", "guest", "fetch"},
+    {"loop", "appliance", "guest", "fetch", "rsync"},
     {"layout", "privileged", "watch"},
     {"command"},
     {"release", "locks", "estimates"},

@@ -94,6 +94,20 @@ def test_only_the_last_state_of_a_progress_bar_is_logged(log: Callable[[], list[
     assert log() == ["sh: 100%", "sh: done", "sh:   (99.00/100%)"]
 
 
+def test_lines_of_progress_are_taken_as_they_come(log: Callable[[], list[str]]) -> None:
+    seen: list[str] = []
+
+    def progress(line: str) -> float | None:
+        seen.append(line)
+        return 0.5 if line.endswith("%") else None
+
+    command.run(
+        shell(r"printf '\r 1%%'; sleep 0.2; printf '\r 2%%'; sleep 0.2; echo; echo end >&2"), progress=progress
+    )
+    assert seen == [" 1%", " 2%", "end"]
+    assert log() == ["sh: end"]
+
+
 def test_line_of_ten_megabytes(log: Callable[[], list[str]]) -> None:
     command.run(python("import sys; sys.stdout.write('x' * 10_000_000); print('end')"))
     lines = [line.partition(": ")[2] for line in log()]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import checksum, publish
+from image_factory import checksum, publish, rsync
 from image_factory.errors import BuildError, CommandError
 from image_factory.model import Artifact, Build, Plan
 from image_factory.settings import Configuration, Destination, ImageSettings
@@ -154,7 +154,10 @@ def test_artifact_that_has_gone(place: Place) -> None:
     assert place.published() == before
 
 
-# Uploads.
+# Uploads; test_rsync.py has those that fail.
+
+# What the user's arguments come after.
+OPTIONS = ["--info=progress2", f"--timeout={rsync.STALL_SECONDS}", "--delay-updates"]
 
 # Writes down where it runs and what it is given, then does what the real one does.
 RECORDER = """#!/usr/bin/python3
@@ -196,15 +199,15 @@ def test_uploads_in_their_order_with_the_real_rsync(place: Place, tmp_path: Path
     artifacts = publish.move_into_place(place.build(), place.artifacts)
     publish.upload(place.plan(*destinations), artifacts)
     assert calls(recorded, place.output) == [
-        ["rsync", "--chmod=u=rw,go=", "-q", RAW, RAW + SUM, f"{first}/"],
+        ["rsync", *OPTIONS, "--chmod=u=rw,go=", "-q", RAW, RAW + SUM, f"{first}/"],
         ["tell", "1 a", "$x"],
         ["tell", "1b"],
-        ["rsync", "--chmod=u=rw,go=", "-q", QCOW2, QCOW2 + SUM, f"{first}/"],
+        ["rsync", *OPTIONS, "--chmod=u=rw,go=", "-q", QCOW2, QCOW2 + SUM, f"{first}/"],
         ["tell", "1 a", "$x"],
         ["tell", "1b"],
-        ["rsync", RAW, RAW + SUM, f"{second}/"],
+        ["rsync", *OPTIONS, RAW, RAW + SUM, f"{second}/"],
         ["tell", "2"],
-        ["rsync", QCOW2, QCOW2 + SUM, f"{second}/"],
+        ["rsync", *OPTIONS, QCOW2, QCOW2 + SUM, f"{second}/"],
         ["tell", "2"],
     ]
     for directory in (first, second):
@@ -216,7 +219,12 @@ def test_uploads_in_their_order_with_the_real_rsync(place: Place, tmp_path: Path
 def test_commands_are_those_that_a_dry_run_shows(place: Place) -> None:
     destination = Destination("up", "rsync", "host:/srv/", ("-e", "ssh -p 2"), (("tell", RAW),))
     artifact = place.artifacts[0]
-    commands = [["rsync", "-e", "ssh -p 2", RAW, RAW + SUM, "host:/srv/"], ["tell", RAW]]
+    sums = f"cd /srv/ && sha256sum {RAW} {RAW}{SUM} || shasum -a 256 {RAW} {RAW}{SUM}"
+    commands = [
+        ["rsync", *OPTIONS, "-e", "ssh -p 2", RAW, RAW + SUM, "host:/srv/"],
+        ["ssh", "-p", "2", "host", sums],
+        ["tell", RAW],
+    ]
     found = list(publish.upload_commands(place.plan(destination), [artifact]))
     assert found == [(artifact, destination, commands)]
 
@@ -231,29 +239,53 @@ def test_artifact_that_is_only_kept_is_not_uploaded(place: Place, recorded: Path
     assert not recorded.exists()
 
 
-def test_upload_that_fails_ends_the_build(place: Place, tmp_path: Path, recorded: Path) -> None:
-    """What is published stays, and the later uploads don't take place."""
+def test_upload_that_fails_does_not_stop_the_others(place: Place, tmp_path: Path, recorded: Path) -> None:
+    """What is published stays, and the other destinations are served, each with its commands."""
+    (tmp_path / "there").mkdir()
     destinations = (
         Destination("first", "rsync", f"{tmp_path}/absent/deep/", (), (("tell", "never"),)),
-        Destination("second", "rsync", f"{tmp_path}/", (), ()),
+        Destination("second", "rsync", f"{tmp_path}/there/", (), (("tell", "2"),)),
     )
     artifacts = publish.move_into_place(place.build(), place.artifacts)
-    with pytest.raises(CommandError) as caught:
+    with pytest.raises(BuildError) as caught:
         publish.upload(place.plan(*destinations), artifacts)
-    assert caught.value.argv[0] == "rsync"
+    assert caught.value.message.startswith(f"Uploading {RAW} to first failed: rsync: ")
+    assert caught.value.message.endswith("No such file or directory (2)")
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("Make the directory there, or mend upload_target. To upload it by hand, in ")
     assert caught.value.exit_status == 1
-    assert [call[0] for call in calls(recorded, place.output)] == ["rsync"]
-    assert set(place.published()) == {RAW, RAW + SUM, QCOW2, QCOW2 + SUM}
+    called = calls(recorded, place.output)
+    assert [call[0] for call in called] == ["rsync", "rsync", "tell", "rsync", "tell"]
+    assert ["tell", "never"] not in called
+    for directory in (place.output, tmp_path / "there"):
+        assert {path.name for path in directory.iterdir() if path.is_file()} == {RAW, RAW + SUM, QCOW2, QCOW2 + SUM}
 
 
-def test_command_after_an_upload_that_fails_ends_the_build(place: Place, tmp_path: Path, recorded: Path) -> None:
+def test_each_destination_that_fails_is_named(place: Place, tmp_path: Path) -> None:
+    destinations = (
+        Destination("first", "rsync", f"{tmp_path}/absent/deep/", (), ()),
+        Destination("second", "rsync", f"{tmp_path}/", (), (("sh", "-c", "echo refused >&2; exit 9"),)),
+    )
+    artifacts = publish.move_into_place(place.build(), place.artifacts)
+    with pytest.raises(BuildError) as caught:
+        publish.upload(place.plan(*destinations), artifacts)
+    first, second = caught.value.message.split("; ")
+    assert first.startswith(f"Uploading {RAW} to first failed: ")
+    assert second == f"Uploading {RAW} to second failed: sh failed with status 9: refused"
+    assert caught.value.hint is not None
+    assert f"{RAW} to first: Make the directory there" in caught.value.hint
+    assert f"{RAW} to second: The command was: sh -c" in caught.value.hint
+
+
+def test_command_after_an_upload_that_fails_ends_what_follows_there(
+    place: Place, tmp_path: Path, recorded: Path
+) -> None:
     (tmp_path / "there").mkdir()
     commands = (("sh", "-c", "echo refused >&2; exit 9"), ("tell", "never"))
     destination = Destination("up", "rsync", f"{tmp_path}/there/", (), commands)
     artifacts = publish.move_into_place(place.build(), place.artifacts)
-    with pytest.raises(CommandError) as caught:
+    with pytest.raises(BuildError, match="sh failed with status 9: refused"):
         publish.upload(place.plan(destination), artifacts)
-    assert (caught.value.status, caught.value.last_lines) == (9, ["refused"])
     assert [call[0] for call in calls(recorded, place.output)] == ["rsync"]
 
 

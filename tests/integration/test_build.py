@@ -471,6 +471,8 @@ upload_target = /nonexistent/directory/
     )
     done = user_build.run(check=False)
     assert done.returncode == 1
-    assert user_build.errors(done)[0].startswith("image-factory: error: rsync failed with status ")
+    error = user_build.errors(done)[0]
+    assert error.startswith(f"image-factory: error: Uploading stand-in-{TODAY}.qcow2 to nowhere failed: ")
+    assert "No such file or directory" in error
     assert f"stand-in-{TODAY}.qcow2.sha256sum" in user_build.files()
     assert "post-build-ran" not in user_build.files()

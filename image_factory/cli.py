@@ -8,14 +8,15 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, events, interrupts, log, pipeline, workspace
+from . import __version__, events, interrupts, log, pipeline, record, workspace
 from .errors import ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
+from .release import released
 from .settings import Configuration, ImageSettings, declarations
 from .units import format_size
 
@@ -67,6 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="--check, then print each step with its commands, and stop"
     )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write a record of the build for machines to FILE; -: to stdout, no summary then"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
@@ -114,7 +118,27 @@ def _size_on_disk(artifact: Artifact) -> str:
         return "moved away by a command"
 
 
-def _build(plan: Plan) -> None:
+@contextmanager
+def _recorded(image: str, file: str) -> Iterator[record.Record]:
+    """Give the record of a build of *image*, and write it to *file* on the way out."""
+    kept = record.Record(image)
+    path = None if file == "-" else record.prepared(file)
+
+    def write() -> None:
+        if path is None:
+            print(kept.text(), end="")
+        else:
+            record.write(path, kept.text())
+
+    with released(write), kept.observing():
+        try:
+            yield kept
+        except BaseException as error:
+            kept.fail(error, *_explain(error))
+            raise
+
+
+def _build(plan: Plan, *, quiet: bool) -> None:
     with ExitStack() as stack:
         times = events.StepTimes()
         stack.enter_context(events.observed(times))
@@ -128,50 +152,59 @@ def _build(plan: Plan) -> None:
         try:
             artifacts = pipeline.build_image(plan)
         except Exception as error:
-            message, hint = _explain(error)
+            message, hint, _ = _explain(error)
             for text in filter(None, (message, hint)):
                 log.to_files(logging.ERROR, text)
             raise
         text = summary(artifacts, times.ended, time.monotonic() - start)
         log.to_files(logging.INFO, text)
-    print(text)
+    if not quiet:
+        print(text)
 
 
 def _run(argv: Sequence[str]) -> None:
     arguments = make_parser().parse_args(argv)
+    for mode in ("list", "check", "dry_run", "cleanup"):
+        if arguments.json is not None and getattr(arguments, mode):
+            raise ConfigurationError(f"--json is the record of a build, --{mode.replace('_', '-')} makes none.")
     log.set_up()
     if arguments.cleanup:
         with interrupts.handled():
             for removed in workspace.remove_left(Path(arguments.output_dir or ".").absolute()):
                 print(removed, flush=True)
         return
-    configuration = Configuration(os.environ)
     if arguments.list:
-        for name in configuration.images():
+        for name in Configuration(os.environ).images():
             print(name)
         return
     if not arguments.image:
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
-    plan = pipeline.make_plan(configuration, arguments.image, _flag_texts(arguments))
-    with interrupts.handled():
+    with interrupts.handled(), ExitStack() as stack:
+        kept = stack.enter_context(_recorded(arguments.image, arguments.json)) if arguments.json is not None else None
+        plan = pipeline.make_plan(Configuration(os.environ), arguments.image, _flag_texts(arguments))
+        if kept:
+            kept.plan_made(plan)
         plan = pipeline.check_plan(plan)
+        if kept:
+            kept.plan_checked(plan, pipeline.programs(plan))
         if arguments.dry_run:
             _print_steps(plan)
         elif arguments.check:
             print(f"{plan.image} can be built.")
         else:
-            _build(plan)
+            _build(plan, quiet=arguments.json == "-")
 
 
-def _explain(error: Exception) -> tuple[str, str | None]:
-    """Return what *error* says to the user, and the next move."""
+def _explain(error: BaseException) -> tuple[str, str | None, int]:
+    """Return what *error* says to the user, the next move, and the exit status."""
     if isinstance(error, ImageFactoryError):
-        return error.message, error.hint
-    if isinstance(error, OSError) and error.strerror:
+        return error.message, error.hint, error.exit_status
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted.", None, 130
+    if isinstance(error, OSError):
         # The disk is full, a directory has gone, ...: no fault of the program's.
-        named = f": {error.filename}" if error.filename is not None else ""
-        return f"{error.strerror}{named}", None
-    return f"Internal error: {type(error).__name__}: {error}", "Run it again with --debug, and report what it shows."
+        return f"{reason_of(error)}.", None, 1
+    return f"Internal error: {type(error).__name__}: {error}", "Run it again with --debug, and report what it shows.", 1
 
 
 def _one_line(text: str) -> str:
@@ -203,20 +236,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(argv)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt as error:
-        failure: BaseException = error
-        message, hint, status = "Interrupted.", None, 130
     except BrokenPipeError:
         # The reader of our output has gone.
         _flush_stdout()
         return 1
-    except OSError as error:
+    except (Exception, KeyboardInterrupt) as error:
         failure = error
-        message, hint, status = f"{reason_of(error)}.", None, 1
-    except Exception as error:
-        failure = error
-        message, hint = _explain(error)
-        status = error.exit_status if isinstance(error, ImageFactoryError) else 1
+    message, hint, status = _explain(failure)
     _flush_stdout()
     if debug:
         # It has what programs have printed.

@@ -4,6 +4,7 @@ import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 
@@ -16,11 +17,12 @@ class StepStarted:
 
 @dataclass(frozen=True)
 class StepEnded:
-    """A step is through, or has failed, after *seconds*."""
+    """A step is through, or has failed with *error*, after *seconds*."""
 
     name: str
     seconds: float
     failed: bool
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,48 @@ class ConsoleLine:
     text: str
 
 
-Event = StepStarted | StepEnded | PhaseStarted | Progressed | GuestActive | ConsoleLine
+@dataclass(frozen=True)
+class InputUsed:
+    """The build has read the file at *path*, or gives it to the installer.
+
+    *key* is the setting that names it, ``configuration`` for a configuration file, and *origin* the path or
+    URI that it names.  *path* is None for an installation tree, of which only the installer knows what it reads.
+    """
+
+    key: str
+    origin: str
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class VirtTypeChosen:
+    """The installation machine runs under *name*: ``kvm``, or ``qemu``, which is emulation."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """An artifact has its final name; the fields are those of ``model.Artifact``."""
+
+    path: Path
+    format: str
+    virtual_size: int
+    upload: bool
+    sha256: str | None
+
+
+Event = (
+    StepStarted
+    | StepEnded
+    | PhaseStarted
+    | Progressed
+    | GuestActive
+    | ConsoleLine
+    | InputUsed
+    | VirtTypeChosen
+    | Published
+)
 
 
 class Observer(Protocol):

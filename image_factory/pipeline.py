@@ -42,7 +42,7 @@ def check_plan(plan: Plan) -> Plan:
     arch.host()
     _check_files(plan)
     plan = mounts.chosen(plan)
-    command.require(_programs(plan))
+    command.require(programs(plan))
     _check_space(plan)
     guest.check_output_dir(plan)
     mounts.way(plan).check(plan)
@@ -50,7 +50,8 @@ def check_plan(plan: Plan) -> Plan:
     return plan
 
 
-def _programs(plan: Plan) -> list[str]:
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that *plan* needs, the user's own commands among them."""
     names = [*SOURCES["installer"].programs(plan), *mounts.way(plan).programs(plan), "zerofree"]
     if plan.settings.upload_destinations:
         names.append("rsync")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import command
+from . import command, events
 from .errors import BuildError
 from .log import step
 from .model import Artifact, Build, Plan
@@ -30,7 +30,10 @@ def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifac
             for path in (artifact.checksum_path, artifact.path):
                 undo.callback(_replace(path, target / path.name, build.directory))
         undo.pop_all()
-    return [dataclasses.replace(artifact, path=target / artifact.path.name) for artifact in artifacts]
+    published = [dataclasses.replace(artifact, path=target / artifact.path.name) for artifact in artifacts]
+    for item in published:
+        events.tell(events.Published(item.path, item.format, item.virtual_size, item.upload, item.sha256))
+    return published
 
 
 @contextlib.contextmanager

@@ -4,11 +4,13 @@ import dataclasses
 import datetime
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigurationError
+from .events import Event, InputUsed
 from .model import DISK_NAME, Artifact, Build, Disk, Plan
 
 FILE_NAME = "checkpoint.json"
@@ -22,8 +24,9 @@ class Checkpoint:
     """What is done of a build in *directory*.
 
     *inputs* has a digest of each setting that the installed disk depends on, *outputs* of each that the
-    artifacts depend on, *uploaded* the destinations that are served.  *kept* are the names of files that
-    stay in the directory when the build ends before its end.
+    artifacts depend on, *uploaded* one of each destination that is served.  *kept* are the names of files that
+    stay in the directory when the build ends before its end.  *used* are the files that the disk was
+    installed from, as InputUsed has them, each with the size and the time of change that it had.
     """
 
     directory: Path
@@ -31,6 +34,7 @@ class Checkpoint:
     outputs: dict[str, str]
     date: str
     virt_type: str
+    used: list[tuple[str, str, str | None, list[int]]]
     stage: str = "installed"
     artifacts: list[Artifact] = field(default_factory=list)
     uploaded: list[str] = field(default_factory=list)
@@ -48,6 +52,26 @@ class Checkpoint:
         if any(artifact.format == "raw" for artifact in self.artifacts):
             # It is the published file now, which others may change.
             (self.directory / DISK_NAME).unlink()
+
+    def inputs_used(self, plan: Plan) -> Iterator[InputUsed]:
+        """Give what the disk was installed from; of a file that has changed meanwhile, no path."""
+        for key, origin, name, state in self.used:
+            path = Path(name) if name else None
+            if key == plan.settings.answer_file_key:
+                # It is as it was, or the build would not be resumed.
+                path = plan.settings.answer_file
+            elif _state_of(path) != state:
+                path = None
+            yield InputUsed(key, origin, path)
+
+    def has_served(self, destination: object) -> bool:
+        """Return whether *destination*, as it is now, got its files."""
+        return _digest(repr(destination).encode()) in self.uploaded
+
+    def serve(self, destination: object) -> None:
+        """Write down that *destination* got its files."""
+        self.uploaded.append(_digest(repr(destination).encode()))
+        self.write()
 
     def keep(self, artifacts: list[Artifact]) -> None:
         """Have *artifacts*, which are not published, stay in the directory."""
@@ -70,10 +94,34 @@ class Checkpoint:
         (self.directory / FILE_NAME).unlink(missing_ok=True)
 
 
-def begin(build: Build, disk: Disk) -> Checkpoint:
-    """Write the checkpoint of a build whose *disk* has just been installed."""
+class InputsUsed:
+    """An observer that keeps what a disk is installed from, with the state that it has then."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[InputUsed, list[int]]] = []
+
+    def notice(self, event: Event) -> None:
+        """Keep *event* if it is one."""
+        if isinstance(event, InputUsed):
+            self.found.append((event, _state_of(event.path)))
+
+
+def begin(build: Build, disk: Disk, used: InputsUsed) -> Checkpoint:
+    """Write the checkpoint of a build whose *disk* has just been installed from what it has *used*."""
     plan = build.plan
-    found = Checkpoint(build.directory, inputs_of(plan), outputs_of(plan), plan.date.isoformat(), disk.virt_type)
+    inputs = inputs_of(plan)
+    for event, _ in used.found:
+        if event.key == plan.settings.answer_file_key and event.path:
+            # The copy that was used; the file itself may have changed since.
+            inputs[event.key] = digest_of(event.path)
+    found = Checkpoint(
+        build.directory,
+        inputs,
+        outputs_of(plan),
+        plan.date.isoformat(),
+        disk.virt_type,
+        [(event.key, event.origin, str(event.path) if event.path else None, state) for event, state in used.found],
+    )
     found.write()
     return found
 
@@ -138,6 +186,14 @@ def outputs_of(plan: Plan) -> dict[str, str]:
     """Return a digest of each setting that makes the artifacts other ones."""
     settings = plan.settings
     return {key: _digest(repr(getattr(settings, key)).encode()) for key in ("format", "keep_raw", "compression")}
+
+
+def _state_of(path: Path | None) -> list[int]:
+    try:
+        status = path.stat() if path else None
+    except OSError:
+        status = None
+    return [status.st_size, status.st_mtime_ns] if status else []
 
 
 def _digest(data: bytes) -> str:

@@ -7,14 +7,15 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from . import __version__, estimates, events, interrupts, log, pipeline, workspace
+from . import __version__, estimates, events, interrupts, log, pipeline, record, workspace
 from .errors import ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
+from .release import released
 from .settings import Configuration, ImageSettings, declarations
 from .units import format_size
 
@@ -79,6 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--shell-on-error", action="store_true", help="when a step fails, open a shell in the mounted disk"
     )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write a record of the build for machines to FILE; -: to stdout, no summary then"
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("-q", "--quiet", action="store_true", help="show warnings and errors only; the log file has all")
     group.add_argument("-v", "--verbose", action="store_true", help="show all that is logged, and the guest's console")
@@ -129,6 +133,26 @@ def _size_on_disk(artifact: Artifact) -> str:
         return "moved away by a command"
 
 
+@contextmanager
+def _recorded(arguments: argparse.Namespace) -> Iterator[record.Record]:
+    """Give the record of a build, and write it to the file that *arguments* name on the way out."""
+    kept = record.Record(arguments.image, resumed=arguments.resume, until=arguments.until)
+    path = None if arguments.json == "-" else record.prepared(arguments.json)
+
+    def write() -> None:
+        if path is None:
+            print(kept.text(), end="")
+        else:
+            record.write(path, kept.text())
+
+    with released(write), kept.observing():
+        try:
+            yield kept
+        except BaseException as error:
+            kept.fail(error, *_explain(error))
+            raise
+
+
 def _has_display(stream: TextIO | None) -> bool:
     """Whether *stream* is a terminal on which lines can be written over."""
     return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
@@ -155,7 +179,7 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
                 plan, resume=arguments.resume, until=arguments.until, shell_on_error=arguments.shell_on_error
             )
         except Exception as error:
-            message, hint = _explain(error)
+            message, hint, _ = _explain(error)
             for text in filter(None, (message, hint)):
                 log.to_files(logging.ERROR, text)
             raise
@@ -165,13 +189,18 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
         if arguments.until:
             text += f"\nStopped after {arguments.until}. 'image-factory --resume {plan.image}' goes on."
         log.to_files(logging.INFO, text)
-    print(text)
+    if arguments.json != "-":
+        print(text)
 
 
 def _run(argv: Sequence[str]) -> None:
     arguments = make_parser().parse_args(argv)
     only_checks = arguments.list or arguments.cleanup or arguments.check or arguments.dry_run
-    live = not arguments.quiet and not only_checks and _has_display(sys.stderr)
+    for mode in ("list", "check", "dry_run", "cleanup"):
+        if arguments.json is not None and getattr(arguments, mode):
+            raise ConfigurationError(f"--json is the record of a build, --{mode.replace('_', '-')} makes none.")
+    # A shell and a display would write over each other.
+    live = not (arguments.quiet or only_checks or arguments.shell_on_error) and _has_display(sys.stderr)
     # The display stands for what is logged below a warning.
     log.set_up(logging.WARNING if arguments.quiet or (live and not arguments.verbose) else logging.INFO)
     if arguments.cleanup:
@@ -179,9 +208,8 @@ def _run(argv: Sequence[str]) -> None:
             for removed in workspace.remove_left(Path(arguments.output_dir or ".").absolute()):
                 print(removed, flush=True)
         return
-    configuration = Configuration(os.environ)
     if arguments.list:
-        for name in configuration.images():
+        for name in Configuration(os.environ).images():
             print(name)
         return
     if not arguments.image:
@@ -189,9 +217,14 @@ def _run(argv: Sequence[str]) -> None:
     if arguments.shell_on_error and not (os.isatty(0) and os.isatty(2)):
         raise ConfigurationError("--shell-on-error needs a terminal.", hint="Leave it out in jobs that no one watches.")
     resume = arguments.resume
-    plan = pipeline.make_plan(configuration, arguments.image, _flag_texts(arguments), resume=resume)
-    with interrupts.handled():
+    with interrupts.handled(), ExitStack() as stack:
+        kept = stack.enter_context(_recorded(arguments)) if arguments.json is not None else None
+        plan = pipeline.make_plan(Configuration(os.environ), arguments.image, _flag_texts(arguments), resume=resume)
+        if kept:
+            kept.plan_made(plan)
         plan = pipeline.check_plan(plan, resume=resume)
+        if kept:
+            kept.plan_checked(plan, pipeline.programs(plan))
         if arguments.dry_run:
             _print_steps(plan)
         elif arguments.check:
@@ -200,15 +233,16 @@ def _run(argv: Sequence[str]) -> None:
             _build(plan, arguments, live=live)
 
 
-def _explain(error: Exception) -> tuple[str, str | None]:
-    """Return what *error* says to the user, and the next move."""
+def _explain(error: BaseException) -> tuple[str, str | None, int]:
+    """Return what *error* says to the user, the next move, and the exit status."""
     if isinstance(error, ImageFactoryError):
-        return error.message, error.hint
-    if isinstance(error, OSError) and error.strerror:
+        return error.message, error.hint, error.exit_status
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted.", None, 130
+    if isinstance(error, OSError):
         # The disk is full, a directory has gone, ...: no fault of the program's.
-        named = f": {error.filename}" if error.filename is not None else ""
-        return f"{error.strerror}{named}", None
-    return f"Internal error: {type(error).__name__}: {error}", "Run it again with --debug, and report what it shows."
+        return f"{reason_of(error)}.", None, 1
+    return f"Internal error: {type(error).__name__}: {error}", "Run it again with --debug, and report what it shows.", 1
 
 
 def _one_line(text: str) -> str:
@@ -240,20 +274,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(argv)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt as error:
-        failure: BaseException = error
-        message, hint, status = "Interrupted.", None, 130
     except BrokenPipeError:
         # The reader of our output has gone.
         _flush_stdout()
         return 1
-    except OSError as error:
+    except (Exception, KeyboardInterrupt) as error:
         failure = error
-        message, hint, status = f"{reason_of(error)}.", None, 1
-    except Exception as error:
-        failure = error
-        message, hint = _explain(error)
-        status = error.exit_status if isinstance(error, ImageFactoryError) else 1
+    message, hint, status = _explain(failure)
     _flush_stdout()
     if debug:
         # It has what programs have printed.

@@ -486,6 +486,44 @@ def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
     return bytes(output)
 
 
+class Query:
+    """A program that is asked something while the build goes on; neither it nor its answer is logged.
+
+    It ends with image-factory, or when its answer is taken.
+    """
+
+    def __init__(self, argv: Sequence[str], stdin: int = subprocess.DEVNULL) -> None:
+        """Start *argv* with the descriptor *stdin*."""
+        self._process: subprocess.Popen[bytes] | None = None
+        # What can't be started gives no answer: that is no reason to end a build.
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            self._process = subprocess.Popen(
+                [shutil.which(argv[0], path=search_path()) or argv[0], *argv[1:]],
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"LC_ALL": "C.UTF-8"},
+                bufsize=0,
+                start_new_session=True,
+                preexec_fn=partial(_end_with, os.getpid(), signal.SIGKILL),
+            )
+
+    def answer(self, deadline: float) -> str | None:
+        """Return what it prints; None if it fails, or is not through at *deadline* (time.monotonic)."""
+        if self._process is None:
+            return None
+        # Past the deadline there is still time to read what it has printed long ago.
+        seconds = max(_DRAIN_SECONDS, deadline - time.monotonic())
+        with _closed(self._process):
+            try:
+                output, _ = self._process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                _stop(self._process, signal.SIGKILL, _KILL_SECONDS)
+        return None if self._process.returncode else output.decode("utf-8", errors="replace")
+
+
 def call_apart(function: Callable[[_Argument], _Result], argument: _Argument, seconds: float) -> _Result:
     """Return what *function* returns for *argument*, called in a process of its own.
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 
@@ -18,11 +19,12 @@ class StepStarted:
 
 @dataclass(frozen=True)
 class StepEnded:
-    """A step is through, or has failed, after *seconds*."""
+    """A step is through, or has failed with *error*, after *seconds*."""
 
     name: str
     seconds: float
     failed: bool
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,49 @@ class TimePassed:
     """A program goes on, and says nothing; told about once a second."""
 
 
-Event = StepStarted | StepEnded | PhaseStarted | Progressed | GuestActive | ConsoleLine | TimePassed
+@dataclass(frozen=True)
+class InputUsed:
+    """The build has read the file at *path*, or gives it to the installer.
+
+    *key* is the setting that names it, ``configuration`` for a configuration file, and *origin* the path or
+    URI that it names.  *path* is None for an installation tree, of which only the installer knows what it reads.
+    """
+
+    key: str
+    origin: str
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class VirtTypeChosen:
+    """The installation machine runs under *name*: ``kvm``, or ``qemu``, which is emulation."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """An artifact has its final name; the fields are those of ``model.Artifact``."""
+
+    path: Path
+    format: str
+    virtual_size: int
+    upload: bool
+    sha256: str | None
+
+
+Event = (
+    StepStarted
+    | StepEnded
+    | PhaseStarted
+    | Progressed
+    | GuestActive
+    | ConsoleLine
+    | TimePassed
+    | InputUsed
+    | VirtTypeChosen
+    | Published
+)
 
 
 class Observer(Protocol):

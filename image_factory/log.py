@@ -122,7 +122,7 @@ def step(name: str) -> Iterator[None]:
     except BaseException as error:
         seconds = time.monotonic() - start
         logger.info("%s: failed after %.1f s", name, seconds)
-        events.tell(events.StepEnded(name, seconds, failed=True))
+        events.tell(events.StepEnded(name, seconds, failed=True, error=error))
         if isinstance(error, OSError):
             raise BuildError(f"{name} failed: {reason_of(error)}") from error
         raise

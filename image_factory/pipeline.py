@@ -8,7 +8,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import arch, checkpoint, checksum, clean, command, guest, interrupts, mounts, publish, rsync, shrink, workspace
+from . import (
+    arch,
+    checkpoint,
+    checksum,
+    clean,
+    command,
+    events,
+    guest,
+    interrupts,
+    mounts,
+    publish,
+    rsync,
+    shrink,
+    workspace,
+)
 from .checkpoint import Checkpoint
 from .errors import BuildError, ConfigurationError, ImageFactoryError, NoSystemError
 from .log import logger
@@ -51,7 +65,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     arch.host()
     _check_files(plan)
     plan = mounts.chosen(plan)
-    command.require(_programs(plan))
+    command.require(programs(plan))
     if not resume:
         _check_space(plan)
     guest.check_output_dir(plan)
@@ -60,7 +74,8 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     return plan
 
 
-def _programs(plan: Plan) -> list[str]:
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that *plan* needs, the user's own commands among them."""
     names = [*SOURCES["installer"].programs(plan), *mounts.way(plan).programs(plan), "zerofree"]
     if plan.settings.post_build_command:
         names.append(plan.settings.post_build_command[0])
@@ -116,9 +131,14 @@ def build_image(
         if resume:
             done = checkpoint.resumed(plan, build.directory)
             disk = Disk(build.disk_path, done.virt_type)
+            for used in done.inputs_used(plan):
+                events.tell(used)
+            events.tell(events.VirtTypeChosen(disk.virt_type))
         else:
-            disk = SOURCES["installer"].produce(build)
-            done = checkpoint.begin(build, disk)
+            inputs = checkpoint.InputsUsed()
+            with events.observed(inputs):
+                disk = SOURCES["installer"].produce(build)
+            done = checkpoint.begin(build, disk, inputs)
         try:
             return _go_on(build, disk, done, until)
         except NoSystemError:
@@ -167,7 +187,7 @@ def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> lis
     if until == "publish":
         return done.artifacts
     # Still with the lock: a second build would replace the files under the upload.
-    publish.upload(plan, done.artifacts)
+    publish.upload(plan, done.artifacts, done)
     if until != "upload":
         publish.run_post_build_command(plan, done.artifacts)
         done.forget()

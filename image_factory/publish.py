@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import command, rsync
+from . import command, events, rsync
+from .checkpoint import Checkpoint
 from .errors import BuildError
 from .log import logger, step
 from .model import Artifact, Build, Plan
@@ -30,7 +31,10 @@ def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifac
             for path in (artifact.checksum_path, artifact.path):
                 undo.callback(_replace(path, target / path.name, build.directory))
         undo.pop_all()
-    return [dataclasses.replace(artifact, path=target / artifact.path.name) for artifact in artifacts]
+    published = [dataclasses.replace(artifact, path=target / artifact.path.name) for artifact in artifacts]
+    for item in published:
+        events.tell(events.Published(item.path, item.format, item.virtual_size, item.upload, item.sha256))
+    return published
 
 
 @contextlib.contextmanager
@@ -118,14 +122,18 @@ def _uploads(plan: Plan, artifacts: Sequence[Artifact]) -> list[list[tuple[Artif
     ]
 
 
-def upload(plan: Plan, artifacts: Sequence[Artifact]) -> None:
+def upload(plan: Plan, artifacts: Sequence[Artifact], done: Checkpoint | None = None) -> None:
     """Upload *artifacts* to each destination in turn; BuildError, after all of them, names each that failed.
 
     A destination gets nothing more after a failure: what failed for one file takes as long to fail
-    for the next.
+    for the next.  One that has all already, as *done* knows, is left out.
     """
     failures: list[tuple[str, BuildError]] = []
     for destinations in _uploads(plan, artifacts):
+        whole = [destination for _, destination in destinations]
+        if done and done.has_served(whole):
+            logger.info("%s has all files already.", whole[0].section)
+            continue
         for artifact, destination in destinations:
             try:
                 with step(f"Uploading {artifact.path.name} to {destination.section}"):
@@ -136,8 +144,11 @@ def upload(plan: Plan, artifacts: Sequence[Artifact]) -> None:
                 logger.error("Uploading %s to %s failed: %s", artifact.path.name, destination.section, error.message)
                 failures.append((f"{artifact.path.name} to {destination.section}", error))
                 break
+        else:
+            if done:
+                done.serve(whole)
     if failures:
-        raise _upload_error(failures)
+        raise _upload_error(failures) from failures[-1][1]
 
 
 def _upload_error(failures: Sequence[tuple[str, BuildError]]) -> BuildError:

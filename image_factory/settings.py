@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from . import events
 from .errors import ConfigurationError
 from .log import logger
 from .units import parse_duration, parse_size
@@ -375,6 +376,7 @@ class Configuration:
         where = f"{path}{named}"
         try:
             data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+            events.tell(events.InputUsed("configuration", str(path), path))
             # Without their ends, lines look better in messages.
             self._parser.read_file(data.decode().split("\n"), str(path))
         except OSError as error:

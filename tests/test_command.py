@@ -101,9 +101,7 @@ def test_lines_of_progress_are_taken_as_they_come(log: Callable[[], list[str]]) 
         seen.append(line)
         return 0.5 if line.endswith("%") else None
 
-    command.run(
-        shell(r"printf '\r 1%%'; sleep 0.2; printf '\r 2%%'; sleep 0.2; echo; echo end >&2"), progress=progress
-    )
+    command.run(shell(r"printf '\r 1%%'; sleep 0.2; printf '\r 2%%'; sleep 0.2; echo; echo end >&2"), progress=progress)
     assert seen == [" 1%", " 2%", "end"]
     assert log() == ["sh: end"]
 

@@ -40,6 +40,7 @@ def test_from_the_checkout(tmp_path: Path) -> None:
 def test_make_install(copy: Path, tmp_path: Path) -> None:
     run("make", "-C", copy, "install", "PREFIX=/opt/x", f"DESTDIR={tmp_path}/root")
     prefix = tmp_path / "root/opt/x"
+    assert (prefix / "share/image-factory/build-record.schema.json").is_file()
     assert "Debian-13-server\n" in images(prefix / "bin/image-factory", cwd=tmp_path)
     helper = prefix / "bin/image-factory-sudo-helper"
     assert helper.read_text().startswith("#!/usr/bin/python3 -I\n")
@@ -54,6 +55,7 @@ def test_pip_install(copy: Path, tmp_path: Path) -> None:
     pip = (tmp_path / "venv/bin/pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
     run(*pip, copy)
     assert "Debian-13-server\n" in images(tmp_path / "venv/bin/image-factory", cwd=tmp_path)
+    assert (tmp_path / "venv/share/image-factory/build-record.schema.json").is_file()
     helper = tmp_path / "venv/bin/image-factory-sudo-helper"
     assert helper.read_text().startswith("#!/usr/bin/python3 -I\n")
     assert os.access(helper, os.X_OK)

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .. import arch, command, fetch, guest
+from .. import arch, command, events, fetch, guest
 from ..errors import BuildError, ConfigurationError
 from ..log import step
 from ..model import Build, Disk, Plan
@@ -114,6 +114,7 @@ def produce(build: Build) -> Disk:
         media, kernel = _prepare_installer(build)
         _copy_answer_file(build)
     virt_type = guest.choose_virt_type(build.plan, kernel)
+    events.tell(events.VirtTypeChosen(virt_type))
     guest.install(build, media, virt_type)
     return Disk(build.disk_path, virt_type)
 
@@ -131,28 +132,36 @@ def _prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
         netboot.mkdir(mode=0o755)
         for name, source in (("linux", settings.linux), ("initrd", settings.initrd)):
             assert source is not None
-            (netboot / name).symlink_to(fetch.fetch(source, build.plan.cache_dir).absolute())
+            (netboot / name).symlink_to(_fetch(name, source, build.plan))
         linux, initrd = (os.readlink(netboot / name) for name in ("linux", "initrd"))
         kept = "--install", guest.option(f"kernel={linux}", f"initrd={initrd}")
         return guest.Media(_location(build), kept), Path(linux)
     if is_tree(settings.installer_image):
         path = settings.installer_image.path
+        events.tell(events.InputUsed("installer-image", settings.installer_image.uri, None))
         arguments = "--location", str(path.absolute() if path else settings.installer_image.uri)
         return guest.Media(arguments, arguments), _kernel_of_tree(path)
-    iso = fetch.fetch(settings.installer_image, build.plan.cache_dir).absolute()
+    iso = _fetch("installer-image", settings.installer_image, build.plan)
     arguments = "--location", str(iso)
     return guest.Media(arguments, arguments), _kernel_of_iso(build, iso)
 
 
+def _fetch(key: str, source: Source, plan: Plan) -> Path:
+    path = fetch.fetch(source, plan.cache_dir).absolute()
+    events.tell(events.InputUsed(key, source.uri, path))
+    return path
+
+
 def _copy_answer_file(build: Build) -> None:
     """Copy the answer file: virt-install's own copy of it gets the mode of what it copies."""
-    source = build.plan.settings.answer_file
-    if source is None:
+    key, source = build.plan.settings.answer_file_key, build.plan.settings.answer_file
+    if key is None or source is None:
         return
     copy = guest.answer_file_copy(build, source)
     copy.parent.mkdir(mode=0o700)
     copy.touch(mode=0o600, exist_ok=False)
     shutil.copyfile(source, copy)
+    events.tell(events.InputUsed(key, str(source), copy))
 
 
 def _kernel_of_tree(path: Path | None) -> Path | None:

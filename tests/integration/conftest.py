@@ -1,10 +1,14 @@
-"""Show the table of the faults at the end of the tests."""
+"""Places to build in; the table of the faults, shown at the end of the tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from _pytest.terminal import TerminalReporter
 
+from ..conftest import User
+from .test_build import Build, new_build
 from .test_faults import TABLE, shown_table
 
 
@@ -15,3 +19,19 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     terminalreporter.write(shown_table())
     if target := os.environ.get("FAULT_TABLE"):
         Path(target).write_text(shown_table())
+
+
+@pytest.fixture(params=["root", "a"])
+def build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
+    yield from new_build(users[request.param], request, stand_in)
+
+
+@pytest.fixture
+def user_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
+    yield from new_build(users["a"], request, stand_in)
+
+
+@pytest.fixture
+def rootless_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
+    """As the user who has no sudo rule."""
+    yield from new_build(users["c"], request, stand_in)

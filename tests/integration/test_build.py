@@ -21,6 +21,7 @@ import pytest
 from ..conftest import REPOSITORY, User, left_behind, machine_state, run, vms, wait_for
 
 TODAY = date.today().isoformat()
+WORK = ".image-factory-stand-in"
 ANSWERS = "stand-in/hostname string golden\nd-i passwd/root-password password s3cret\n"
 SURVIVORS = ("var/log/dpkg.log", "var/log/installer-not-really", "root/.bashrc", "etc/fstab")
 INSTALLER_LOGS = (
@@ -116,26 +117,14 @@ virt-type = qemu
         return [line for line in done.stderr.splitlines() if line.startswith("image-factory: ")]
 
 
-@pytest.fixture(params=["root", "a"])
-def build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
-    yield from new_build(users[request.param], request, stand_in)
-
-
-@pytest.fixture
-def user_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
-    yield from new_build(users["a"], request, stand_in)
-
-
-@pytest.fixture
-def rootless_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
-    """As the user who has no sudo rule."""
-    yield from new_build(users["c"], request, stand_in)
-
-
 def new_build(user: User, request: pytest.FixtureRequest, stand_in: Path) -> Iterator[Build]:
     before = set(machine_state())
     directory = user.directory(re.sub(r"[^a-z]+", "-", request.node.name)[:24] + os.urandom(2).hex())
-    yield Build(user, directory, stand_in)
+    made = Build(user, directory, stand_in)
+    yield made
+    if (directory / WORK / "checkpoint.json").is_file():
+        # What is kept for --resume.
+        run(*made.argv("--cleanup"), cwd=directory)
     assert [*left_behind(user, directory), *(set(machine_state()) - before)] == []
 
 

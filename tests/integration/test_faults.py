@@ -8,6 +8,7 @@ REAL.  The table is shown at the end, and written to the file that $FAULT_TABLE 
 import contextlib
 import hashlib
 import http.server
+import json
 import os
 import pwd
 import re
@@ -27,7 +28,7 @@ import pytest
 from image_factory import fetch
 
 from ..conftest import REPOSITORY, User, left_behind, machine_state, run, wait_for
-from .test_build import ANSWERS, TODAY, new_build
+from .test_build import ANSWERS, TODAY, WORK, new_build
 
 FAULTS = REPOSITORY / "tests/faults"
 IMAGE = f"stand-in-{TODAY}.qcow2"
@@ -295,6 +296,17 @@ def leftovers(place: Place) -> list[str]:
     return left
 
 
+def drop_what_can_be_resumed(place: Place) -> None:
+    """Have it removed; there is nothing beside it."""
+    work = place.out / WORK
+    if (work / "checkpoint.json").is_file():
+        kept = json.loads((work / "checkpoint.json").read_text())["kept"]
+        assert {path.name for path in work.iterdir()} <= set(kept)
+        process = place.start("--cleanup")
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+
+
 def check_files(place: Place, *, published: bool) -> None:
     """What has a final name is whole."""
     names = {path.name for path in place.out.iterdir()} - {f"stand-in-{TODAY}.console.log", "filler", place.cache.name}
@@ -424,6 +436,7 @@ def test_fault(place: Place, cell: Cell) -> None:
     helper_gone = place.user.is_root and cell.fault == "missing" and cell.step in ("remove", "free", "unmount")
     if process.returncode < 0 or cell.fault in ("descriptors", "fails-always") or helper_gone:
         recover(place, cell)
+    drop_what_can_be_resumed(place)
     assert leftovers(place) == [], errors
     check_files(place, published=published)
     TABLE[cell] = "survived"

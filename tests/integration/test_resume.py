@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from ..conftest import machine_state, run
-from .test_build import TODAY, Build, mounted
+from .test_build import TODAY, WORK, Build, mounted
 
 IMAGE = f"stand-in-{TODAY}"
-WORK = ".image-factory-stand-in"
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ DEBIAN = Installer(
         ("Starting up the partitioner|Guided partitioning|Detecting disks and all other hardware", "Partitioning"),
         ("Partitions formatting|Formatting partitions", "Formatting"),
         ("Installing the base system", "Installing the base system"),
-        ("Configuring apt", "Configuring apt"),
+        ("Configuring apt(?!-)", "Configuring apt"),
         ("Select(ing)? and install(ing)? software", "Installing software"),
         ("Installing GRUB|Install(ing)? the GRUB boot loader", "Installing the boot loader"),
         ("Finishing the installation", "Finishing the installation"),

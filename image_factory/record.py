@@ -216,6 +216,8 @@ def _version_argv(program: str) -> list[str] | None:
     if program == "zerofree":
         # It has no option for that.
         return ["dpkg-query", "--show", "--showformat", "${Version}", program]
+    if program == "ssh":
+        return ["ssh", "-V"]
     return [program, "--version"] if program in command.PACKAGES else None
 
 

@@ -36,6 +36,9 @@ _CHANGING = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?|^\[ *[0-9]+\.[0-9]+\]
 _STATUS_LINE = re.compile(r"\([0-9]\*installer\)|\[anaconda\][0-9]:")
 # The kernel of the installer says this and that while a question waits.
 _KERNEL_LOG = re.compile(r"^\[ *[0-9]+\.[0-9]+\]")
+# Debian's text frontend underlines the title of a question, the other one has it in the frame.
+_UNDERLINE = re.compile("-{3,}")
+_FRAMED = re.compile(r"^(?:l?q+u|┌─*┤) (?:\[!+\] )?(\S.*?) (?:tq+k?|├─*┐)$")
 # A line that goes on after a terminal's status line was painted, and a gauge.
 _GAUGE = re.compile(r"^(?:\.\.\.|\W*[0-9]{1,3} ?%)")
 
@@ -72,6 +75,8 @@ class Watcher:
         self._found_at = 0.0
         self._question: Failure | None = None
         self._question_at = 0.0
+        self._line_before = ""
+        self._heading = ""
 
     def look(self) -> None:
         """See what has happened since the last time; InstallationError if the installation is to end."""
@@ -80,7 +85,7 @@ class Watcher:
         if self._found and now - self._found_at >= _SETTLE_SECONDS:
             raise _error_of(self._found)
         if self._question and now - self._question_at >= _QUESTION_SECONDS:
-            raise _error_of(self._question)
+            raise _error_of(self._question, f": {self._heading}" if self._heading else "")
         if now >= self._next_statistics:
             self._next_statistics = now + _STATISTICS_SECONDS
             self._ask_libvirt(now)
@@ -101,6 +106,10 @@ class Watcher:
             self._notice(self._console.line, now)
 
     def _notice(self, line: str, now: float) -> None:
+        framed = _FRAMED.search(line)
+        if framed or _UNDERLINE.fullmatch(line):
+            self._heading = framed[1] if framed else self._line_before
+        self._line_before = line
         normal = _CHANGING.sub("", line).strip()
         if not normal or normal in self._seen or _STATUS_LINE.search(line):
             return
@@ -135,9 +144,11 @@ class Watcher:
             events.tell(events.PhaseStarted(phase))
         if phase or _GAUGE.search(line):
             fraction = installers.fraction_of(line)
-            if fraction is not None and fraction != self._fraction:
+            # Where only the digits that change are written, 56 % after 52 % comes as 6 %.
+            if fraction is not None and (phase or self._fraction is None or fraction > self._fraction):
+                if fraction != self._fraction:
+                    events.tell(events.Progressed(fraction))
                 self._fraction = fraction
-                events.tell(events.Progressed(fraction))
 
     def _ask_libvirt(self, now: float) -> None:
         try:
@@ -175,8 +186,8 @@ _REBOOTS = Failure(
 )
 
 
-def _error_of(failure: Failure) -> InstallationError:
-    return InstallationError(failure.message, hint=failure.hint)
+def _error_of(failure: Failure, detail: str = "") -> InstallationError:
+    return InstallationError(f"{failure.message.removesuffix('.')}{detail}.", hint=failure.hint)
 
 
 class _Follower:

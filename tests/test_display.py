@@ -505,7 +505,7 @@ def test_lines(tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -
     tell(events.PhaseStarted("Base"))
     minutes(clock, lines, timeline, 1, events.Progressed(0.5))
     tell(events.ConsoleLine("hello"))
-    assert caplog.messages == ["Base ... about 2 min left", "Base: 50 %, 60 s, about 1 min left", "console: hello"]
+    assert caplog.messages == ["Base ... about 119 s left", "Base: 50 %, 60 s, about 60 s left", "console: hello"]
 
 
 # The program itself, with stand-ins for libvirt's.

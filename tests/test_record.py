@@ -368,13 +368,13 @@ def test_record_through_a_link_and_with_the_umask(place: Place) -> None:
 
 
 def test_internal_error(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, resume: bool) -> None:
         raise ZeroDivisionError("no\x1b[2Jthing")
 
     monkeypatch.chdir(place.path)
     monkeypatch.setenv("IMAGE_FACTORY_CONFIG", "own.conf")
     monkeypatch.setattr(pipeline, "make_plan", fail)
-    monkeypatch.setattr(log, "set_up", lambda: None)
+    monkeypatch.setattr(log, "set_up", lambda level: None)
     assert cli.main(["x", "--json", "r.json"]) == 1
     failure = checked_file(place.path / "r.json")["failure"]
     assert failure["kind"] == "internal"
@@ -387,13 +387,13 @@ def test_failing_build_whose_record_fails_too(
 ) -> None:
     """The build's failure is the one that is told at the end."""
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, resume: bool) -> None:
         (place.path / "there").rmdir()
         raise BuildError("The step failed.")
 
     monkeypatch.setenv("IMAGE_FACTORY_CONFIG", str(place.path / "own.conf"))
     monkeypatch.setattr(pipeline, "make_plan", fail)
-    monkeypatch.setattr(log, "set_up", lambda: None)
+    monkeypatch.setattr(log, "set_up", lambda level: None)
     (place.path / "there").mkdir()
     assert cli.main(["x", "--json", str(place.path / "there/r.json")]) == 1
     assert capsys.readouterr().err == "image-factory: error: The step failed.\n"
@@ -424,7 +424,7 @@ def full_disk(directory: Path) -> Iterator[None]:
 
 def test_signal_does_not_cut_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that comes while it is written is too late, and leaves it whole."""
-    monkeypatch.setattr(log, "set_up", lambda: None)
+    monkeypatch.setattr(log, "set_up", lambda level: None)
     monkeypatch.setenv("IMAGE_FACTORY_CONFIG", str(tmp_path / "absent"))
     real_write = record.write
 

@@ -6,6 +6,7 @@ integration/test_watchdog.py has real machines.
 import datetime
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,54 @@ def test_anaconda_counts(tmp_path: Path) -> None:
     watched.prints("Installing glibc.x86_64 (12/48)\r\nInstalling bash.x86_64 (24/48)\r\n")
     assert watched.of(events.PhaseStarted) == [events.PhaseStarted("Installing packages")]
     assert watched.of(events.Progressed) == [events.Progressed(0.25), events.Progressed(0.5)]
+
+
+# Of the real installer of Debian 13, in its text frontend.
+PHASES = [
+    "Configuring the network", "Checking the mirror", "Loading installer components", "Partitioning",
+    "Loading installer components", "Partitioning", "Formatting", "Installing the base system", "Configuring apt",
+    "Installing software", "Installing the boot loader", "Finishing the installation",
+]  # fmt: skip
+
+RECORDED = {
+    "success": (PHASES, None, None),
+    "ram": ([], r"The installation machine has too little memory\.", "Set a larger ram"),
+    "disk": (PHASES[:6], r"The disk is too small for what is to be installed\.", "Set a larger image-size"),
+    "question": (PHASES[:6], r"The installer waits for an answer: Partition disks\.", "answer file"),
+    # A frame that comes again is no news.
+    "newt-question": (PHASES[:4], r"The installer waits for an answer: Partition disks\.", "answer file"),
+    "mirror": (PHASES[:8], r"", "mirror"),
+}
+
+
+def replay(watched: Watched, data: bytes) -> None:
+    """Have the guest print *data*, 256 bytes a second, and wait."""
+    for start in range(0, len(data), 256):
+        watched.prints(data[start : start + 256])
+    for _ in range(20):
+        watched.look()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_installation(watched: Watched, name: str) -> None:
+    phases, message, hint = RECORDED[name]
+    data = (REPOSITORY / f"tests/data/consoles/debian-13-{name}.log").read_bytes()
+    error = None
+    try:
+        replay(watched, data)
+    except InstallationError as raised:
+        error = raised
+    assert [event.name for event in watched.events if isinstance(event, events.PhaseStarted)] == phases
+    assert not [e for e in watched.events if isinstance(e, events.Progressed) and not 0 <= e.fraction <= 1]
+    if message is None:
+        assert error is None
+        watched.watcher.finish()
+        return
+    assert error is not None
+    assert re.fullmatch(message, error.message)
+    assert hint in str(error.hint)
+    # It was told within 10 seconds of its last word; what came after that is the terminal's clock.
+    assert watched.now <= math.ceil(len(data) / 256) + 10
 
 
 FAILURES = [

@@ -59,9 +59,9 @@ def test_each_stage(failed: Build) -> None:
     text = json.loads(checkpoint.read_text())
     disk = (failed.directory / WORK / "disk.raw").read_bytes()
     rest = {
+        "published": "Running the post-build command",
         "installed": "Mounting the root partition",
         "cleaned": "Converting to qcow2",
-        "published": "Running the post-build command",
     }
     for stage, first in rest.items():
         (failed.directory / WORK).mkdir(exist_ok=True)

@@ -46,7 +46,7 @@ def test_misbehaviour(user_build: Build, mode: str) -> None:
     assert said[1].startswith("image-factory: hint: ")
     assert vms(user_build.user, user_build.directory) == []
     log = (user_build.directory / f"stand-in-{TODAY}.log").read_text()
-    assert "ERROR: console: stand-in: " in log
+    assert "ERROR: console: " in log
     assert "ERROR: To repeat the installation by hand: mkdir " in log
 
 
@@ -58,9 +58,8 @@ def test_commands_by_hand(user_build: Build) -> None:
         re.search(f" ERROR: {text}: (.*)", done.stderr) for text in ("To repeat.*hand", "To attach.*where")
     )
     assert by_hand and attach
-    picture = user_build.directory / f"stand-in-{TODAY}.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_mode & 0o7777 == 0o600
+    # The machine was off by then.
+    assert "WARNING: There is no picture of the screen: " in done.stderr
     name = shlex.split(attach[1])[-1]
     try:
         script = ["script", "--quiet", "--return", "--command", by_hand[1], "/dev/null"]
@@ -73,11 +72,21 @@ def test_commands_by_hand(user_build: Build) -> None:
         run("rm", "-r", user_build.directory / "stand-in-by-hand")
 
 
+def test_picture_of_the_screen(user_build: Build) -> None:
+    user_build.configure(arguments="stand-in=question", extra="vnc = localhost")
+    done = user_build.run(check=False)
+    picture = user_build.directory / f"stand-in-{TODAY}.png"
+    assert f" ERROR: The screen is in {picture}\n" in done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_mode & 0o7777 == 0o600
+
+
 def test_phases_in_the_log(user_build: Build) -> None:
     user_build.configure(arguments="stand-in=slow:1")
     done = user_build.run()
-    phases = re.findall(r" INFO: Installing: ([A-Z][a-z ]+)", done.stderr)
-    assert phases[:2] == ["Starting the installer", "Partitioning"]
+    phases = re.findall(r" INFO: (.*) \.\.\.", done.stderr)
+    start = phases.index("Starting the installer")
+    assert phases[start : start + 3] == ["Starting the installer", "Partitioning", "Formatting"]
 
 
 def test_machine_that_is_gone(user_build: Build) -> None:

@@ -39,6 +39,8 @@ _KERNEL_LOG = re.compile(r"^\[ *[0-9]+\.[0-9]+\]")
 # Debian's text frontend underlines the title of a question, the other one has it in the frame.
 _UNDERLINE = re.compile("-{3,}")
 _FRAMED = re.compile(r"^(?:l?q+u|┌─*┤) (?:\[!+\] )?(\S.*?) (?:tq+k?|├─*┐)$")
+# What is drawn below the buttons of a dialogue.
+_BELOW_BUTTONS = re.compile(r"[mjqx│└┘─ ]+|<(?:F1|Tab)> .*")
 # A line that goes on after a terminal's status line was painted, and a gauge.
 _GAUGE = re.compile(r"^(?:\.\.\.|\W*[0-9]{1,3} ?%)")
 
@@ -117,7 +119,7 @@ class Watcher:
         if len(self._seen) > _REMEMBERED_LINES:
             self._seen.popitem(last=False)
         self._alive = now
-        if not _KERNEL_LOG.search(line):
+        if not _KERNEL_LOG.search(line) and not _BELOW_BUTTONS.fullmatch(line):
             self._question = None
         if re.search(r"\bLinux version [0-9]", line):
             self._boots += 1

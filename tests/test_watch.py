@@ -110,7 +110,7 @@ RECORDED = {
     "question": (PHASES[:6], r"The installer waits for an answer: Partition disks\.", "answer file"),
     # A frame that comes again is no news.
     "newt-question": (PHASES[:4], r"The installer waits for an answer: Partition disks\.", "answer file"),
-    "mirror": (PHASES[:8], r"", "mirror"),
+    "mirror": (PHASES[:3], r"A download from the mirror has failed\.", "another mirror"),
 }
 
 

@@ -103,9 +103,16 @@ class Watcher:
         lines = self._console.read()
         for line in lines:
             events.tell(events.ConsoleLine(line))
+            self._count_boots(line, now)
             self._notice(line, now)
         if self._console.line:
             self._notice(self._console.line, now)
+
+    def _count_boots(self, line: str, now: float) -> None:
+        if re.search(r"\bLinux version [0-9]", line):
+            self._boots += 1
+            if self._boots >= _BOOTS:
+                self._find(_REBOOTS, now)
 
     def _notice(self, line: str, now: float) -> None:
         framed = _FRAMED.search(line)
@@ -121,10 +128,6 @@ class Watcher:
         self._alive = now
         if not _KERNEL_LOG.search(line) and not _BELOW_BUTTONS.fullmatch(line):
             self._question = None
-        if re.search(r"\bLinux version [0-9]", line):
-            self._boots += 1
-            if self._boots >= _BOOTS:
-                self._find(_REBOOTS, now)
         self._follow_phase(line)
         failure = installers.failure_of(self._installers, line)
         if failure and failure.question:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, reason_of
 from .events import Event, InputUsed
+from .log import logger
 from .model import DISK_NAME, Artifact, Build, Disk, Plan
 
 FILE_NAME = "checkpoint.json"
@@ -48,10 +49,12 @@ class Checkpoint:
         """Write down that *stage* is done, and what there is now."""
         self.stage = stage
         self.artifacts = artifacts or []
-        self.write()
+        written = self.try_to_write()
         if any(artifact.format == "raw" for artifact in self.artifacts):
             # It is the published file now, which others may change.
             (self.directory / DISK_NAME).unlink()
+            if not written:
+                self.forget()
 
     def inputs_used(self, plan: Plan) -> Iterator[InputUsed]:
         """Give what the disk was installed from; of a file that has changed meanwhile, no path."""
@@ -71,12 +74,21 @@ class Checkpoint:
     def serve(self, destination: object) -> None:
         """Write down that *destination* got its files."""
         self.uploaded.append(_digest(repr(destination).encode()))
-        self.write()
+        self.try_to_write()
 
     def keep(self, artifacts: list[Artifact]) -> None:
         """Have *artifacts*, which are not published, stay in the directory."""
         self.kept += [path.name for artifact in artifacts for path in (artifact.path, artifact.checksum_path)]
         self.write()
+
+    def try_to_write(self) -> bool:
+        """Write the file; a full disk is no reason to end the build: return whether it is written."""
+        try:
+            self.write()
+        except OSError as error:
+            logger.warning("--resume will not know how far the build has come: %s.", reason_of(error))
+            return False
+        return True
 
     def write(self) -> None:
         """Write the file; half of it never replaces an older one."""
@@ -122,7 +134,7 @@ def begin(build: Build, disk: Disk, used: InputsUsed) -> Checkpoint:
         disk.virt_type,
         [(event.key, event.origin, str(event.path) if event.path else None, state) for event, state in used.found],
     )
-    found.write()
+    found.try_to_write()
     return found
 
 

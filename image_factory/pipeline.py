@@ -140,7 +140,11 @@ def build_image(
                 disk = SOURCES["installer"].produce(build)
             done = checkpoint.begin(build, disk, inputs)
         try:
-            return _go_on(build, disk, done, until)
+            artifacts = _go_on(build, disk, done, until)
+            if until:
+                # Without it nothing would stay.
+                done.write()
+            return artifacts
         except NoSystemError:
             done.forget()
             raise

@@ -15,13 +15,15 @@ class Failure:
     """Something on the console that ends an installation.
 
     *pattern* is searched for in each line; *message* is a sentence for the user, *hint* the likely cause
-    with the key to change.  A *question* ends it only when it is the last thing that is printed.
+    with the key to change.  A *question* ends it only when it is the last thing that is printed.  Of one
+    that is *titled* the message has the title of the dialogue too.
     """
 
     pattern: str
     message: str
     hint: str
     question: bool = False
+    titled: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Installer:
     failures: tuple[Failure, ...]
 
 
+_CONSOLE = "The console log has its words."
 _ANSWERS = "The answer file lacks an answer, or has one that the installer does not take; the console log shows which."
 
 STAND_IN = Installer(
@@ -50,7 +53,13 @@ STAND_IN = Installer(
     ),
     (
         Failure("^stand-in: error: ", "The stand-in installer has failed.", "The console log says why."),
-        Failure(r"^stand-in: .*\[[0-9]-[0-9]\]: *$", "The installer waits for an answer.", _ANSWERS, question=True),
+        Failure(
+            r"^stand-in: .*\[[0-9]-[0-9]\]: *$",
+            "The installer waits for an answer.",
+            _ANSWERS,
+            question=True,
+            titled=True,
+        ),
     ),
 )
 
@@ -99,16 +108,19 @@ DEBIAN = Installer(
             "Set a larger ram: Debian's installer needs 780 MiB, with 1G there is some to spare.",
         ),
         Failure(
-            "Debootstrap Error|Base system installation error|Unable to install ",
+            "Debootstrap Error|Failed to install the base system|[Bb]ase system installation (error|into .* failed)|"
+            "Unable to install ",
             "Debian's base system can't be installed.",
-            "The console log says what failed; with a mirror that is complete, try again.",
+            "Most often a package could not be downloaded: see whether the mirror is complete, and try again.",
         ),
         Failure("Installation step failed|installation step failed", "A step of the installer has failed.", _ANSWERS),
+        Failure("!! ERROR: ", "The installer has stopped with an error.", _CONSOLE, titled=True),
         Failure(
             "^Prompt: .*|<Go Back>|<Yes> +<No>|<Continue>|to continue\\.?\\]?$",
             "The installer waits for an answer.",
             _ANSWERS,
             question=True,
+            titled=True,
         ),
     ),
 )
@@ -165,6 +177,7 @@ ANACONDA = Installer(
             "The installer waits for an answer.",
             _ANSWERS,
             question=True,
+            titled=True,
         ),
     ),
 )
@@ -199,6 +212,7 @@ SUBIQUITY = Installer(
             "The installer waits for an answer.",
             "Add the word autoinstall to append.",
             question=True,
+            titled=True,
         ),
     ),
 )
@@ -230,7 +244,13 @@ AUTOYAST = Installer(
             "The disk is too small for the software that is to be installed.",
             "Set a larger image-size, or install less.",
         ),
-        Failure("\\[(OK|Ok|Abort|Yes)\\]|Main Menu", "The installer waits for an answer.", _ANSWERS, question=True),
+        Failure(
+            "\\[(OK|Ok|Abort|Yes)\\]|Main Menu",
+            "The installer waits for an answer.",
+            _ANSWERS,
+            question=True,
+            titled=True,
+        ),
     ),
 )
 

@@ -78,16 +78,16 @@ class Watcher:
         self._question: Failure | None = None
         self._question_at = 0.0
         self._line_before = ""
-        self._heading = ""
+        self._title = ""
 
     def look(self) -> None:
         """See what has happened since the last time; InstallationError if the installation is to end."""
         now = self._clock()
         self._read(now)
         if self._found and now - self._found_at >= _SETTLE_SECONDS:
-            raise _error_of(self._found)
+            raise self._error_of(self._found)
         if self._question and now - self._question_at >= _QUESTION_SECONDS:
-            raise _error_of(self._question, f": {self._heading}" if self._heading else "")
+            raise self._error_of(self._question)
         if now >= self._next_statistics:
             self._next_statistics = now + _STATISTICS_SECONDS
             self._ask_libvirt(now)
@@ -97,7 +97,7 @@ class Watcher:
         """Read the rest when the guest is off; InstallationError if it has printed that it failed."""
         self._read(self._clock())
         if self._found:
-            raise _error_of(self._found)
+            raise self._error_of(self._found)
 
     def _read(self, now: float) -> None:
         lines = self._console.read()
@@ -117,7 +117,7 @@ class Watcher:
     def _notice(self, line: str, now: float) -> None:
         framed = _FRAMED.search(line)
         if framed or _UNDERLINE.fullmatch(line):
-            self._heading = framed[1] if framed else self._line_before
+            self._title = framed[1] if framed else self._line_before
         self._line_before = line
         normal = _CHANGING.sub("", line).strip()
         if not normal or normal in self._seen or _STATUS_LINE.search(line):
@@ -141,6 +141,10 @@ class Watcher:
             self._found, self._found_at = failure, now
         elif order.index(failure) < order.index(self._found):
             self._found = failure
+
+    def _error_of(self, failure: Failure) -> InstallationError:
+        title = f": {self._title}" if failure.titled and self._title else ""
+        return InstallationError(f"{failure.message.removesuffix('.')}{title}.", hint=failure.hint)
 
     def _follow_phase(self, line: str) -> None:
         phase = installers.phase_of(self._installers, line)
@@ -189,10 +193,6 @@ _REBOOTS = Failure(
     "The guest boots again and again.",
     "The console log shows what comes before each start. Often ram is too small.",
 )
-
-
-def _error_of(failure: Failure, detail: str = "") -> InstallationError:
-    return InstallationError(f"{failure.message.removesuffix('.')}{detail}.", hint=failure.hint)
 
 
 class _Follower:

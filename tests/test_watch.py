@@ -110,6 +110,7 @@ RECORDED = {
     "question": (PHASES[:6], r"The installer waits for an answer: Partition disks\.", "answer file"),
     # A frame that comes again is no news.
     "newt-question": (PHASES[:4], r"The installer waits for an answer: Partition disks\.", "answer file"),
+    "mirror-deb": (PHASES[:8], r"Debian's base system can't be installed\.", "mirror"),
     "mirror": (PHASES[:3], r"A download from the mirror has failed\.", "another mirror"),
 }
 
@@ -150,6 +151,7 @@ FAILURES = [
     ("preseed", "[!!] Installation step failed", "A step of the installer has failed", "answer file"),
     ("preseed", "The installer failed to download a file from the mirror.", "download from the mirror", "mirror"),
     ("preseed", "No kernel modules were found. This probably is due to", "different versions", "linux and initrd"),
+    ("preseed", "!! ERROR: What no one has thought of", "has stopped with an error", "console log"),
     ("preseed", "Failed to partition the selected disk", "disk is too small", "image-size"),
     ("kickstart", "Pane is dead (status 1)", "Anaconda has died", "ram = 4G"),
     ("kickstart", "Traceback (most recent call last):", "has crashed", "ram"),

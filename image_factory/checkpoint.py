@@ -52,7 +52,7 @@ class Checkpoint:
         written = self.try_to_write()
         if any(artifact.format == "raw" for artifact in self.artifacts):
             # It is the published file now, which others may change.
-            (self.directory / DISK_NAME).unlink()
+            (self.directory / DISK_NAME).unlink(missing_ok=True)
             if not written:
                 self.forget()
 

@@ -19,8 +19,12 @@ def write(build: Build, disk: Disk) -> Artifact:
     virtual_size = disk.path.stat().st_size
     with step(STEP):
         path.unlink(missing_ok=True)
-        # A second name, as a build that fails later goes on from the disk.
-        os.link(disk.path, path)
+        try:
+            # A second name, as a build that fails later goes on from the disk.
+            os.link(disk.path, path)
+        except OSError:
+            # There are filesystems that have no such thing.
+            disk.path.rename(path)
         # libvirt's QEMU may have changed who can read it.
         umask = os.umask(0)
         os.umask(umask)

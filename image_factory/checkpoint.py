@@ -145,10 +145,35 @@ def read(directory: Path) -> Checkpoint | None:
         artifacts = [Artifact(**entry | {"path": Path(entry["path"])}) for entry in texts.pop("artifacts")]
         found = Checkpoint(directory, artifacts=artifacts, **texts)
         datetime.date.fromisoformat(found.date)
-        found.is_at("installed")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    if not _is_sound(found):
         return None
     return found if (directory / DISK_NAME).is_file() or found.is_at("published") else None
+
+
+def _is_sound(found: Checkpoint) -> bool:
+    """Whether each value is of its kind: someone may have edited the file."""
+
+    def are_texts(*values: object) -> bool:
+        return all(isinstance(value, str) for value in values)
+
+    lists: tuple[object, ...] = (found.used, found.uploaded, found.kept)
+    return (
+        all(isinstance(value, dict) for value in (found.inputs, found.outputs))
+        and all(isinstance(value, list) for value in lists)
+        and are_texts(found.stage, found.virt_type, *found.uploaded, *found.kept)
+        and found.stage in STAGES
+        and not any("/" in name for name in found.kept)
+        and all(
+            isinstance(entry, list) and len(entry) == 4 and are_texts(*entry[:2], entry[2] or "")
+            for entry in found.used
+        )
+        and all(
+            are_texts(artifact.format, artifact.sha256) and isinstance(artifact.virtual_size, int)
+            for artifact in found.artifacts
+        )
+    )
 
 
 def resumed(plan: Plan, directory: Path) -> Checkpoint:

@@ -1,0 +1,164 @@
+"""How far a build has come: what is written down, and what is made of a file that is not as it should be.
+
+integration/test_resume.py goes on with real builds.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from image_factory import checkpoint, events
+from image_factory.checkpoint import Checkpoint
+from image_factory.errors import ConfigurationError
+from image_factory.model import Artifact, Build, Disk, Plan
+from image_factory.outputs import raw
+from image_factory.settings import Configuration
+
+
+def build_in(directory: Path, extra: str = "") -> Build:
+    """Return a build whose disk is installed."""
+    (directory / "a.cfg").write_text("answers")
+    configuration = directory / "image-factory.conf"
+    configuration.write_text(f"[x]\nlinux = {directory}/linux\ninitrd = /i\npreseed = {directory}/a.cfg\n{extra}")
+    settings = Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)}).image("x", {})
+    plan = Plan("x", settings, datetime.date(2026, 1, 31), directory, {})
+    plan.work_path.mkdir(exist_ok=True)
+    build = Build(plan, plan.work_path, "vm")
+    build.disk_path.write_text("disk")
+    return build
+
+
+def begin(build: Build) -> Checkpoint:
+    used = checkpoint.InputsUsed()
+    (build.plan.output_dir / "linux").write_text("kernel")
+    for key, path in (("linux", build.plan.output_dir / "linux"), ("preseed", build.plan.output_dir / "a.cfg")):
+        used.notice(events.InputUsed(key, str(path), path))
+    used.notice(events.InputUsed("installer-image", "http://tree", None))
+    used.notice(events.VirtTypeChosen("qemu"))
+    return checkpoint.begin(build, Disk(build.disk_path, "qemu"), used)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    build = build_in(tmp_path)
+    done = begin(build)
+    done.reach("cleaned")
+    done.serve(["there"])
+    assert checkpoint.read(build.directory) == checkpoint.resumed(build.plan, build.directory)
+    found = checkpoint.resumed(build.plan, build.directory)
+    assert (found.stage, found.date, found.virt_type) == ("cleaned", "2026-01-31", "qemu")
+    assert found.has_served(["there"])
+    assert not found.has_served(["elsewhere"])
+
+
+def test_inputs_that_were_used(tmp_path: Path) -> None:
+    build = build_in(tmp_path)
+    begin(build)
+    linux, answers = tmp_path / "linux", tmp_path / "a.cfg"
+    found = checkpoint.resumed(build.plan, build.directory)
+    tree = events.InputUsed("installer-image", "http://tree", None)
+    unchanged = [events.InputUsed("linux", str(linux), linux), events.InputUsed("preseed", str(answers), answers), tree]
+    assert list(found.inputs_used(build.plan)) == unchanged
+    linux.write_text("another kernel")
+    assert next(iter(found.inputs_used(build.plan))) == events.InputUsed("linux", str(linux), None)
+    linux.unlink()
+    assert next(iter(found.inputs_used(build.plan))) == events.InputUsed("linux", str(linux), None)
+
+
+def test_answers_that_change_during_the_installation(tmp_path: Path) -> None:
+    """What counts is what the installer got."""
+    build = build_in(tmp_path)
+    copy = tmp_path / "copy.cfg"
+    copy.write_text("answers")
+    used = checkpoint.InputsUsed()
+    used.notice(events.InputUsed("preseed", str(tmp_path / "a.cfg"), copy))
+    (tmp_path / "a.cfg").write_text("other answers")
+    checkpoint.begin(build, Disk(build.disk_path, "qemu"), used)
+    with pytest.raises(ConfigurationError, match=r"^\[x\] preseed changed since the disk was installed\.$"):
+        checkpoint.resumed(build.plan, build.directory)
+    (tmp_path / "a.cfg").write_text("answers")
+    checkpoint.resumed(build.plan, build.directory)
+
+
+def test_disk_is_gone(tmp_path: Path) -> None:
+    build = build_in(tmp_path)
+    begin(build)
+    build.disk_path.unlink()
+    assert checkpoint.read(build.directory) is None
+    with pytest.raises(ConfigurationError, match="nothing of x to resume"):
+        checkpoint.resumed(build.plan, build.directory)
+
+
+def test_file_that_can_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The build goes on; but a raw image, which is the disk, can't be gone on from."""
+    build = build_in(tmp_path)
+    done = begin(build)
+    (build.directory / f"{checkpoint.FILE_NAME}-unfinished").mkdir()
+    done.reach("cleaned")
+    assert "--resume will not know how far the build has come: Is a directory: " in caplog.messages[-1]
+    assert checkpoint.read(build.directory) is not None
+    with pytest.raises(OSError, match="Is a directory"):
+        done.keep([])
+    done.reach("published", [Artifact(tmp_path / "x.raw", "raw", 1, True)])
+    assert checkpoint.read(build.directory) is None
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_raw_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """It is a second name of the disk, or its new one on a filesystem that has no second names."""
+
+    def link(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", link)
+    build = build_in(tmp_path)
+    done = begin(build)
+    artifact = raw.write(build, Disk(build.disk_path))
+    assert artifact.path.read_text() == "disk"
+    assert build.disk_path.exists() == links
+    done.reach("published", [dataclasses.replace(artifact, sha256="0" * 64)])
+    assert not build.disk_path.exists()
+    assert checkpoint.read(build.directory) is not None
+
+
+@pytest.mark.parametrize("change", ["format = qcow2", "compression = none", "keep-raw = yes"])
+def test_other_artifacts_are_asked_for(tmp_path: Path, change: str) -> None:
+    build = build_in(tmp_path)
+    path = tmp_path / "x.qcow2"
+    path.write_text("x")
+    done = begin(build)
+    done.reach("published", [Artifact(path, "qcow2", 1, True, checkpoint.digest_of(path))])
+    assert checkpoint.resumed(build.plan, build.directory).stage == "published"
+    assert checkpoint.resumed(build_in(tmp_path, change).plan, build.directory).stage == "cleaned"
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(allow_nan=True),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = ["inputs", "outputs", "date", "virt_type", "used", "stage", "artifacts", "uploaded", "kept", "another"]
+
+
+@given(key=st.sampled_from(KEYS), value=values)
+def test_damaged_file(tmp_path_factory: pytest.TempPathFactory, key: str, value: Any) -> None:
+    """It is as if there were none, or it is refused, or it does no harm."""
+    directory = tmp_path_factory.mktemp("damaged")
+    build = build_in(directory)
+    begin(build)
+    path = build.directory / checkpoint.FILE_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    try:
+        found = checkpoint.resumed(build.plan, build.directory)
+    except ConfigurationError:
+        return
+    assert all(type(name) is str and "/" not in name for name in found.kept)
+    found.has_served(["x"])
+    list(found.inputs_used(build.plan))

@@ -281,18 +281,6 @@ def place(
                 run("umount", found.out)
 
 
-def leftovers(place: Place) -> list[str]:
-    """Return what the build has left."""
-    left = left_behind(place.user, place.directory)
-    left += sorted(set(machine_state()) - place.before)
-    cache = place.cache / "stand-in"
-    if cache.is_dir():
-        left += [f"cache {path}" for path in cache.iterdir() if path.name not in CACHED]
-    processes = run("ps", "-u", place.user.name, "-o", "args").stdout.splitlines()
-    left += [f"process {line}" for line in processes if line == "sleep 600"]
-    return left
-
-
 def drop_what_can_be_resumed(place: Place) -> None:
     """Have it removed; there is nothing beside it."""
     work = place.out / WORK
@@ -302,6 +290,19 @@ def drop_what_can_be_resumed(place: Place) -> None:
         process = place.start("--cleanup")
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
+
+
+def leftovers(place: Place) -> list[str]:
+    """Return what the build has left, but for what can be resumed, which is removed."""
+    drop_what_can_be_resumed(place)
+    left = left_behind(place.user, place.directory)
+    left += sorted(set(machine_state()) - place.before)
+    cache = place.cache / "stand-in"
+    if cache.is_dir():
+        left += [f"cache {path}" for path in cache.iterdir() if path.name not in CACHED]
+    processes = run("ps", "-u", place.user.name, "-o", "args").stdout.splitlines()
+    left += [f"process {line}" for line in processes if line == "sleep 600"]
+    return left
 
 
 def check_files(place: Place, *, published: bool) -> None:
@@ -433,7 +434,6 @@ def test_fault(place: Place, cell: Cell) -> None:
     helper_gone = place.user.is_root and cell.fault == "missing" and cell.step in ("remove", "free", "unmount")
     if process.returncode < 0 or cell.fault in ("descriptors", "fails-always") or helper_gone:
         recover(place, cell)
-    drop_what_can_be_resumed(place)
     assert leftovers(place) == [], errors
     check_files(place, published=published)
     TABLE[cell] = "survived"
@@ -541,7 +541,6 @@ def test_fault_of_the_installation(place: Place, cell: Cell) -> None:
         )
     if process.returncode < 0 or left:
         recover(place, cell)
-    drop_what_can_be_resumed(place)
     assert leftovers(place) == [], errors
     check_files(place, published=False)
     TABLE[cell] = "survived"

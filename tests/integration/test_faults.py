@@ -295,6 +295,11 @@ def drop_what_can_be_resumed(place: Place) -> None:
 def leftovers(place: Place) -> list[str]:
     """Return what the build has left, but for what can be resumed, which is removed."""
     drop_what_can_be_resumed(place)
+    return what_is_there(place)
+
+
+def what_is_there(place: Place) -> list[str]:
+    """Return what the build has or has left."""
     left = left_behind(place.user, place.directory)
     left += sorted(set(machine_state()) - place.before)
     cache = place.cache / "stand-in"
@@ -808,13 +813,13 @@ def test_cleanup_spares_what_runs(place: Place) -> None:
     process = place.start()
     try:
         wait_for((place.faults / "reached").exists, 30, "the build")
-        before = leftovers(place)
+        before = what_is_there(place)
         assert any("/tmp/image-factory." in line for line in before)
         for words in (["--cleanup"], ["--cleanup", "--output-dir", str(place.directory)]):
             cleanup = place.start(*words)
             output, errors = cleanup.communicate(timeout=60)
             assert (cleanup.returncode, output) == (0, ""), errors
-            assert leftovers(place) == before
+            assert what_is_there(place) == before
         process.kill()
     finally:
         process.kill()

@@ -2,22 +2,29 @@
 
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import interrupts
 from .errors import ConfigurationError, reason_of
 from .events import Event, InputUsed
-from .log import logger
+from .log import logger, step
 from .model import DISK_NAME, Artifact, Build, Disk, Plan
 
 FILE_NAME = "checkpoint.json"
 
 # In their order: each is written when what it says is done.
-STAGES = ("installed", "cleaned", "published")
+STAGES = ("installed", "cleaned", "converted", "published")
+
+# random(4): another one each time the machine starts.
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass
@@ -27,7 +34,8 @@ class Checkpoint:
     *inputs* has a digest of each setting that the installed disk depends on, *outputs* of each that the
     artifacts depend on, *uploaded* one of each destination that is served.  *kept* are the names of files that
     stay in the directory when the build ends before its end.  *used* are the files that the disk was
-    installed from, as InputUsed has them, each with the size and the time of change that it had.
+    installed from, as InputUsed has them, each with the size and the time of change that it had.  *boot*
+    tells the starts of this machine apart: QEMU writes the disk without waiting for the host's.
     """
 
     directory: Path
@@ -36,6 +44,7 @@ class Checkpoint:
     date: str
     virt_type: str
     used: list[tuple[str, str, str | None, list[int]]]
+    boot: str
     stage: str = "installed"
     artifacts: list[Artifact] = field(default_factory=list)
     uploaded: list[str] = field(default_factory=list)
@@ -49,8 +58,11 @@ class Checkpoint:
         """Write down that *stage* is done, and what there is now."""
         self.stage = stage
         self.artifacts = artifacts or []
+        self.kept = [FILE_NAME, DISK_NAME]
+        if stage == "converted":
+            self.kept += [path.name for artifact in self.artifacts for path in (artifact.path, artifact.checksum_path)]
         written = self.try_to_write()
-        if any(artifact.format == "raw" for artifact in self.artifacts):
+        if stage == "published" and any(artifact.format == "raw" for artifact in self.artifacts):
             # It is the published file now, which others may change.
             (self.directory / DISK_NAME).unlink(missing_ok=True)
             if not written:
@@ -76,11 +88,6 @@ class Checkpoint:
         self.uploaded.append(_digest(repr(destination).encode()))
         self.try_to_write()
 
-    def keep(self, artifacts: list[Artifact]) -> None:
-        """Have *artifacts*, which are not published, stay in the directory."""
-        self.kept += [path.name for artifact in artifacts for path in (artifact.path, artifact.checksum_path)]
-        self.write()
-
     def try_to_write(self) -> bool:
         """Write the file; a full disk is no reason to end the build: return whether it is written."""
         try:
@@ -98,7 +105,10 @@ class Checkpoint:
             dataclasses.asdict(artifact) | {"path": str(artifact.path)} for artifact in self.artifacts
         ]
         unfinished = self.directory / f"{FILE_NAME}-unfinished"
-        unfinished.write_text(json.dumps(texts), encoding="utf-8")
+        unfinished.unlink(missing_ok=True)
+        # URIs may have a password, and others get through the working directory of root's builds.
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            json.dump(texts, file)
         unfinished.replace(self.directory / FILE_NAME)
 
     def forget(self) -> None:
@@ -121,18 +131,16 @@ class InputsUsed:
 def begin(build: Build, disk: Disk, used: InputsUsed) -> Checkpoint:
     """Write the checkpoint of a build whose *disk* has just been installed from what it has *used*."""
     plan = build.plan
-    inputs = inputs_of(plan)
-    for event, _ in used.found:
-        if event.key == plan.settings.answer_file_key and event.path:
-            # The copy that was used; the file itself may have changed since.
-            inputs[event.key] = digest_of(event.path)
+    # The copy of the answer file that was used: the file itself may have changed since, or be gone.
+    copies = [event.path for event, _ in used.found if event.key == plan.settings.answer_file_key]
     found = Checkpoint(
         build.directory,
-        inputs,
+        inputs_of(plan, *copies),
         outputs_of(plan),
         plan.date.isoformat(),
         disk.virt_type,
         [(event.key, event.origin, str(event.path) if event.path else None, state) for event, state in used.found],
+        _BOOT_ID.read_text(),
     )
     found.try_to_write()
     return found
@@ -141,7 +149,7 @@ def begin(build: Build, disk: Disk, used: InputsUsed) -> Checkpoint:
 def read(directory: Path) -> Checkpoint | None:
     """Return the checkpoint in the working *directory*, None if there is none that can be used."""
     try:
-        texts: dict[str, Any] = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
+        texts: dict[str, Any] = json.loads(_read_own(directory / FILE_NAME))
         artifacts = [Artifact(**entry | {"path": Path(entry["path"])}) for entry in texts.pop("artifacts")]
         found = Checkpoint(directory, artifacts=artifacts, **texts)
         datetime.date.fromisoformat(found.date)
@@ -149,7 +157,16 @@ def read(directory: Path) -> Checkpoint | None:
         return None
     if not _is_sound(found):
         return None
-    return found if (directory / DISK_NAME).is_file() or found.is_at("published") else None
+    return found if (directory / DISK_NAME).is_file() or found.is_at("converted") else None
+
+
+def _read_own(path: Path) -> str:
+    """Return the text of a file of ours; OSError if it is something else, of someone else."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return file.read()
 
 
 def _is_sound(found: Checkpoint) -> bool:
@@ -162,7 +179,7 @@ def _is_sound(found: Checkpoint) -> bool:
     return (
         all(isinstance(value, dict) for value in (found.inputs, found.outputs))
         and all(isinstance(value, list) for value in lists)
-        and are_texts(found.stage, found.virt_type, *found.uploaded, *found.kept)
+        and are_texts(found.stage, found.virt_type, found.boot, *found.uploaded, *found.kept)
         and found.stage in STAGES
         and not any("/" in name for name in found.kept)
         and all(
@@ -180,42 +197,83 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
     """Return the checkpoint in the working *directory*; ConfigurationError if *plan* can't go on from it."""
     found = read(directory)
     if found is None:
-        raise ConfigurationError(
-            f"There is nothing of {plan.image} to resume in {plan.output_dir}.", hint="Build it without --resume."
-        )
-    changed = [key for key, digest in inputs_of(plan).items() if found.inputs.get(key) != digest]
+        raise nothing_to_resume(plan)
+    changed = _changed(found.inputs, inputs_of(plan))
     if changed:
         raise ConfigurationError(
             f"[{plan.image}] {' and '.join(changed)} changed since the disk was installed.",
             hint="Build it without --resume, or take the change back.",
         )
-    if found.is_at("published") and not _are_there(found, plan):
-        if not (directory / DISK_NAME).is_file():
+    reason = None
+    if found.is_at("converted"):
+        reason = _why_others(found, plan)
+        if reason:
+            logger.info("%s: they are made anew.", reason)
+            found.stage, found.artifacts, found.uploaded = "cleaned", [], []
+    if not found.is_at("converted"):
+        why_not = _why_not_the_disk(found, directory)
+        if why_not:
             raise ConfigurationError(
-                f"The files of {plan.image} in {plan.output_dir} are not what was published.",
+                f"{plan.image} can't be resumed: {'; '.join(filter(None, (reason, why_not)))}.",
                 hint="Build it without --resume.",
             )
-        found.stage, found.artifacts, found.uploaded = "cleaned", [], []
     found.outputs = outputs_of(plan)
     return found
 
 
-def _are_there(found: Checkpoint, plan: Plan) -> bool:
-    """Whether the artifacts of the checkpoint are those that *plan* asks for, and as they were."""
-    return found.outputs == outputs_of(plan) and all(
-        artifact.path.is_file() and digest_of(artifact.path) == artifact.sha256 for artifact in found.artifacts
+def nothing_to_resume(plan: Plan) -> ConfigurationError:
+    """Return the error for an image of which no build has left something."""
+    return ConfigurationError(
+        f"There is nothing of {plan.image} to resume in {plan.output_dir}.", hint="Build it without --resume."
     )
 
 
-def inputs_of(plan: Plan) -> dict[str, str]:
-    """Return a digest of each setting that makes an installed disk another one."""
+def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
+def _why_others(found: Checkpoint, plan: Plan) -> str | None:
+    """Return why the artifacts of the checkpoint are not those that *plan* asks for, None if they are."""
+    changed = _changed(found.outputs, outputs_of(plan))
+    if changed:
+        return f"{' and '.join(changed)} changed since the images were made"
+    with step("Checking the images"):
+        whole = all(_is_whole(artifact) for artifact in found.artifacts)
+    return None if whole else "the images are not as they were made"
+
+
+def _is_whole(artifact: Artifact) -> bool:
+    try:
+        text = artifact.checksum_path.read_text(encoding="utf-8")
+        return text.split()[:1] == [artifact.sha256] and digest_of(artifact.path) == artifact.sha256
+    except (OSError, ValueError):
+        return False
+
+
+def _why_not_the_disk(found: Checkpoint, directory: Path) -> str | None:
+    """Return why nothing can be made from the disk any more, None if it can."""
+    disk = directory / DISK_NAME
+    if not disk.is_file():
+        return "its disk is gone"
+    if disk.stat().st_nlink > sum(path.samefile(disk) for path in directory.iterdir()):
+        return "its disk is the published image, which may have been used"
+    if found.boot != _BOOT_ID.read_text():
+        return "this machine was started anew since the installation, and its disk may not be whole"
+    return None
+
+
+def inputs_of(plan: Plan, answer_file: Path | None = None) -> dict[str, str]:
+    """Return a digest of each setting that makes an installed disk another one.
+
+    *answer_file* is read instead of the one that the settings name.
+    """
     settings = plan.settings
     sources = {key: getattr(settings, key.replace("-", "_")) for key in ("linux", "initrd", "installer-image")}
     texts = {key: source.uri for key, source in sources.items() if source is not None}
     texts |= {"append": settings.append, "image-size": str(settings.image_size)}
     digests = {key: _digest(text.encode()) for key, text in texts.items()}
     if settings.answer_file and settings.answer_file_key:
-        digests[settings.answer_file_key] = digest_of(settings.answer_file)
+        digests[settings.answer_file_key] = digest_of(answer_file or settings.answer_file)
     return digests
 
 
@@ -239,5 +297,5 @@ def _digest(data: bytes) -> str:
 
 def digest_of(path: Path) -> str:
     """Return the SHA-256 of the file *path*."""
-    with path.open("rb") as file:
+    with path.open("rb") as file, interrupts.interruptible():
         return hashlib.file_digest(file, "sha256").hexdigest()

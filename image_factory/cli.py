@@ -169,7 +169,7 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
         if plan.log_path is not None:
             try:
                 plan.log_path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(log.also_to_file(plan.log_path))
+                stack.enter_context(log.also_to_file(plan.log_path, append=arguments.resume))
             except OSError as error:
                 raise ConfigurationError(f"Can't write the log file {plan.log_path}: {error.strerror}.") from error
         if live:

@@ -17,13 +17,17 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from . import arch, command
+from .console import Console
 from .errors import BuildError, CommandError, ConfigurationError
-from .log import logger, printable, step
+from .log import logger, step
 from .model import VM_PREFIX, WORK_PREFIX, Build, Plan, libvirt_uri
 from .release import released
 from .settings import ImageSettings
 from .units import parse_duration
 from .watch import Limits, Watcher
+
+# What a progress bar writes over.
+_OVERWRITTEN = re.compile(rb"[^\r\n\x1b]*\r(?=[^\r\n\x1b])")
 
 # How each installer is told of its answer file, which is in the root of the initrd.
 ANSWER_FILE_ARGUMENTS = {
@@ -426,17 +430,19 @@ def why_not_kvm(kernel: Path | None) -> str | None:
 def console_tail(path: Path, lines: int = 40) -> list[str]:
     """Return the last *lines* that the guest printed, fit to be shown; empty if there is no log."""
     try:
-        with path.open("rb") as console:
-            console.seek(0, 2)
-            console.seek(max(0, console.tell() - 64 * 1024))
-            text = console.read().decode("utf-8", errors="replace")
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 64 * 1024))
+            data = file.read()
     except OSError:
         return []
-    shown = [printable(line.replace("\r", "\n").strip("\n").rpartition("\n")[2]).rstrip() for line in text.split("\n")]
+    console = Console()
+    shown = [*console.feed(_OVERWRITTEN.sub(b"", data)), console.line]
     return [line for line in shown if line][-lines:]
 
 
 def log_console(build: Build) -> None:
     """Log the end of what the guest of *build* printed, as it tells why the installation failed."""
-    for line in console_tail(build.console_path):
+    path = build.console_path if build.console_path.exists() else build.plan.console_path
+    for line in console_tail(path):
         logger.error("console: %s", line)

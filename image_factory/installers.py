@@ -16,7 +16,8 @@ class Failure:
 
     *pattern* is searched for in each line; *message* is a sentence for the user, *hint* the likely cause
     with the key to change.  A *question* ends it only when it is the last thing that is printed.  Of one
-    that is *titled* the message has the title of the dialogue too.
+    that is *titled* the message has the title of the dialogue too.  One that is not *certain* does not
+    count when the guest powers off by itself: what is printed then may be said in passing.
     """
 
     pattern: str
@@ -24,6 +25,7 @@ class Failure:
     hint: str
     question: bool = False
     titled: bool = False
+    certain: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ DEBIAN = Installer(
         ),
         Failure(
             "Bad archive mirror|failed to download a file from the mirror|Downloading a file failed|Download problem|"
-            "Failed (getting|to get) |Couldn't download|mirror does not (seem to )?support|"
+            "Failed (getting|to get) (the )?[Rr]elease|Couldn't download|mirror does not (seem to )?support|"
             "mirror .* is either not available",
             "A download from the mirror has failed.",
             "The mirror can't be reached, is broken or lacks a file: try again, or set another mirror in the answer "
@@ -157,23 +159,30 @@ ANACONDA = Installer(
         ),
         Failure(
             "(Error|Failed) setting up (the )?(base )?(software )?(repository|source)|Payload setup error|"
-            "Cannot (download|retrieve) repository|dracut-initqueue.*(timeout|starting timeout scripts)",
+            "Cannot (download|retrieve) repository",
             "A download from the installation source has failed.",
             "See whether inst.repo and url name a tree that this release has, and whether the guest reaches it.",
         ),
         Failure(
-            "The following (group or module|package.*) (is|are) missing|storage configuration failed",
+            "(The following|Some) (group or module|packages?|packages, groups or modules).* (is|are) (missing|broken)|"
+            "storage configuration failed",
             "The Kickstart file asks for what can't be had.",
             "The console log says what.",
         ),
         Failure(
-            "Pane is dead",
-            "Anaconda has died.",
-            "It mostly does so for want of memory: ram = 4G is what its second stage needs from the network.",
+            "Non interactive installation failed|The installation was stopped due to an error",
+            "Anaconda has stopped with an error.",
+            "The console log says which.",
         ),
         Failure(
-            "Please make a selection from the above|Please respond 'yes' or 'no'|Press ENTER to (continue|quit)|"
-            "Press \\[?Enter\\]? for maintenance|dracut:/#",
+            # With status 0 it is through.
+            r"Pane is dead(?! \(status 0)",
+            "Anaconda has died.",
+            "It mostly does so for want of memory: ram = 4G is what its second stage needs from the network.",
+            certain=False,
+        ),
+        Failure(
+            "Please make a selection from the above|Please respond 'yes' or 'no'|Press ENTER to (continue|quit)",
             "The installer waits for an answer.",
             _ANSWERS,
             question=True,
@@ -244,13 +253,8 @@ AUTOYAST = Installer(
             "The disk is too small for the software that is to be installed.",
             "Set a larger image-size, or install less.",
         ),
-        Failure(
-            "\\[(OK|Ok|Abort|Yes)\\]|Main Menu",
-            "The installer waits for an answer.",
-            _ANSWERS,
-            question=True,
-            titled=True,
-        ),
+        # YaST's own dialogues answer themselves after a while.
+        Failure("Main Menu", "The installer waits for an answer.", _ANSWERS, question=True, titled=True),
     ),
 )
 
@@ -285,12 +289,12 @@ COMMON = (
         "The console log shows where. Often ram is too small, or the CPU lacks what the release needs.",
     ),
     Failure(
-        "Out of memory: |Out of memory and no killable|Cannot allocate memory|invoked oom-killer",
+        "Out of memory: |Out of memory and no killable|invoked oom-killer",
         "The guest has run out of memory.",
         "Set a larger ram; Anaconda's second stage, for example, needs 4G.",
     ),
     Failure(
-        "[Nn]o bootable device|Boot failed: not a bootable disk",
+        "[Nn]o bootable device",
         "There is nothing to boot from.",
         "See whether linux and initrd, or installer_image, are an installer's.",
     ),
@@ -298,6 +302,14 @@ COMMON = (
         r"^Traceback \(most recent call last\):",
         "A program of the installer has crashed.",
         "The console log has what it said. Often ram is too small.",
+        certain=False,
+    ),
+    Failure(
+        # Of systemd, dracut, initramfs-tools, bash and GRUB.
+        r"for maintenance:?$|or press Control-D to continue|^dracut:/#|^\(initramfs\)$|^(ba)?sh-[0-9.]+#$|^grub>",
+        "The guest has stopped at an emergency shell.",
+        "The console log says why; often it is what append names, or a disk or network that is not there.",
+        question=True,
     ),
 )
 
@@ -330,7 +342,7 @@ def phase_of(installers: tuple[Installer, ...], line: str) -> str | None:
 
 
 def failure_of(installers: tuple[Installer, ...], line: str) -> Failure | None:
-    """Return the failure that *line* is a sign of."""
+    """Return the failure that *line* is a sign of; without *installers*, of those that any guest may have."""
     for failure in failures_of(installers):
         if _compiled(failure.pattern).search(line):
             return failure
@@ -340,7 +352,8 @@ def failure_of(installers: tuple[Installer, ...], line: str) -> Failure | None:
 def failures_of(installers: tuple[Installer, ...]) -> tuple[Failure, ...]:
     """Return all failures of *installers*, those that say the most first."""
     own = tuple(failure for installer in installers for failure in installer.failures)
-    return (*(failure for failure in own if not failure.question), *COMMON, *(f for f in own if f.question))
+    all_failures = (*own, *COMMON)
+    return (*(f for f in all_failures if not f.question), *(f for f in all_failures if f.question))
 
 
 _PERCENT = re.compile(r"\b([0-9]{1,3})(?:\.[0-9]+)? ?%")

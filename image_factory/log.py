@@ -94,10 +94,10 @@ def shown_by(show: Callable[[int, str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def also_to_file(path: Path) -> Iterator[None]:
-    """Log to *path* too, which is written anew; OSError where that is not possible."""
+def also_to_file(path: Path, *, append: bool = False) -> Iterator[None]:
+    """Log to *path* too, which is written anew unless *append*; OSError where that is not possible."""
     # A message may have a path with bytes that are no text.
-    handler = _FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
+    handler = _FileHandler(path, mode="a" if append else "w", encoding="utf-8", errors="backslashreplace")
     _add_handler(handler)
     try:
         yield

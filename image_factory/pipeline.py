@@ -1,11 +1,11 @@
 """One build, top to bottom.  The steps here are the steps listed in image-factory(1)."""
 
+import contextlib
 import dataclasses
 import datetime
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from . import (
@@ -63,7 +63,10 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     Returns the plan with what is chosen on this machine.
     """
     arch.host()
-    _check_files(plan)
+    if resume and not checkpoint.read(plan.work_path):
+        # Before the working directory is opened, so that what is there stays.
+        raise checkpoint.nothing_to_resume(plan)
+    _check_files(plan, resume=resume)
     plan = mounts.chosen(plan)
     command.require(programs(plan))
     if not resume:
@@ -86,8 +89,9 @@ def programs(plan: Plan) -> list[str]:
     return [str(plan.output_dir / name) if "/" in name else name for name in dict.fromkeys(names)]
 
 
-def _check_files(plan: Plan) -> None:
-    SOURCES["installer"].check(plan)
+def _check_files(plan: Plan, *, resume: bool) -> None:
+    if not resume:
+        SOURCES["installer"].check(plan)
     for where, path in (("output-dir", plan.output_dir), ("cache-dir", plan.cache_dir)):
         _check_writable(f"[{plan.image}] {where}", path)
     if plan.log_path is not None and not os.access(plan.log_path.parent, os.W_OK) and plan.log_path.parent.exists():
@@ -110,13 +114,20 @@ def _check_writable(where: str, path: Path) -> None:
 
 
 def _check_space(plan: Plan) -> None:
-    free = shutil.disk_usage(_existing_parent(plan.output_dir)).free
+    free = shutil.disk_usage(_existing_parent(plan.output_dir)).free + _kept_size(plan)
     if free < plan.settings.image_size:
         raise ConfigurationError(
             f"{plan.output_dir} has {format_size(free)} free, the disk may grow to "
             f"{format_size(plan.settings.image_size)}.",
             hint="Free some space, or build elsewhere with --output-dir.",
         )
+
+
+def _kept_size(plan: Plan) -> int:
+    """Return how much space is free once what a failed build has kept is removed."""
+    with contextlib.suppress(OSError):
+        return sum(path.lstat().st_blocks * 512 for path in plan.work_path.iterdir())
+    return 0
 
 
 def build_image(
@@ -149,11 +160,12 @@ def build_image(
             done.forget()
             raise
         except ImageFactoryError as error:
-            error.add_hint(f"'image-factory --resume {plan.image}' goes on here, without a new installation.")
+            if checkpoint.read(build.directory):
+                error.add_hint(f"'image-factory --resume {plan.image}' goes on here, without a new installation.")
             raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def _shell_on_error(build: Build, wanted: bool) -> Iterator[None]:
     """Have a shell opened in the root filesystem of the disk when something fails inside."""
     try:
@@ -165,7 +177,7 @@ def _shell_on_error(build: Build, wanted: bool) -> Iterator[None]:
             try:
                 mounts.way(build.plan).shell(build, Disk(build.disk_path))
             except BuildError as reason:
-                logger.error("There is nothing to open a shell in: %s", reason.message)
+                logger.error("The shell, or its end, failed: %s", reason.message)
         raise
 
 
@@ -179,14 +191,16 @@ def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> lis
         done.reach("cleaned")
     if until == "clean":
         return []
+    if done.is_at("published"):
+        publish.tell(done.artifacts)
+    elif not done.is_at("converted"):
+        done.reach("converted", write_artifacts(build, disk))
+    if until == "convert":
+        return done.artifacts
     if not done.is_at("published"):
-        artifacts = write_artifacts(build, disk)
-        if until == "convert":
-            done.keep(artifacts)
-            return artifacts
         # No signal disturbs the publishing itself; one that came before or meanwhile is not lost.
         interrupts.check()
-        done.reach("published", publish.move_into_place(build, artifacts))
+        done.reach("published", publish.move_into_place(build, done.artifacts))
         interrupts.check()
     if until == "publish":
         return done.artifacts

@@ -32,9 +32,14 @@ def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifac
                 undo.callback(_replace(path, target / path.name, build.directory))
         undo.pop_all()
     published = [dataclasses.replace(artifact, path=target / artifact.path.name) for artifact in artifacts]
-    for item in published:
-        events.tell(events.Published(item.path, item.format, item.virtual_size, item.upload, item.sha256))
+    tell(published)
     return published
+
+
+def tell(artifacts: Sequence[Artifact]) -> None:
+    """Tell observers of *artifacts* that have their final names."""
+    for item in artifacts:
+        events.tell(events.Published(item.path, item.format, item.virtual_size, item.upload, item.sha256))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -31,7 +32,7 @@ SCHEMA_VERSION = 1
 _ANSWER_SECONDS = 2.0
 
 # What they accept holds no secret.  Other texts may, so of those only a digest is told.
-_SETTINGS_WITHOUT_SECRETS = ("format", "mount-via", "compression", "virt-type")
+_SETTINGS_WITHOUT_SECRETS = ("format", "mount-via", "compression", "virt-type", "install-timeout", "stall-timeout")
 
 _VERSION = re.compile(r"[0-9]+(?:\.[0-9]+)+[-+~.\w]*")
 
@@ -270,12 +271,14 @@ def _settings(plan: Plan) -> dict[str, Any]:
     """Return the settings of *plan* by key, as JSON has them."""
     settings = dataclasses.asdict(plan.settings)
     values = {key: settings[key.replace("-", "_")] for key, _ in declarations(type(plan.settings))}
-    decoded: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    # JSON has no infinity.
+    finite = {key: "none" if value == math.inf else value for key, value in values.items()}
+    decoded: dict[str, Any] = json.loads(json.dumps(finite, default=str, allow_nan=False))
     return decoded
 
 
 def _is_public(key: str, value: object) -> bool:
-    return isinstance(value, int | float) or key in _SETTINGS_WITHOUT_SECRETS
+    return isinstance(value, int | float) or (value is not None and key in _SETTINGS_WITHOUT_SECRETS)
 
 
 def _digest(settings: dict[str, Any]) -> str:
@@ -284,8 +287,11 @@ def _digest(settings: dict[str, Any]) -> str:
 
 def _without_secrets(origin: str) -> str:
     """Return *origin*, a path or a URI, without the user, password and query that a URI may have."""
-    parts = urllib.parse.urlsplit(origin) if "://" in origin else None
-    if parts is None or not parts.scheme:
+    try:
+        parts = urllib.parse.urlsplit(origin)
+    except ValueError:
+        return origin.rpartition("@")[2]
+    if "://" not in origin or not parts.scheme:
         return origin
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -304,6 +310,9 @@ def _without_surrogates(value: Any) -> Any:
 
 def prepared(file: str) -> Path:
     """Return where the record in *file* is to be, free of an older one; ConfigurationError if it can't be there."""
+    if os.path.islink(file) and os.lstat(file).st_uid not in (0, os.geteuid()):
+        # The kernel refuses to follow it in /tmp, where its owner could choose what is removed.
+        raise ConfigurationError(f"--json: {file} is another user's link.", hint="Take another directory.")
     # A link stays one, as with a shell's ``>``.
     path = Path(os.path.realpath(file))
     try:

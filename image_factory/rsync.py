@@ -216,10 +216,20 @@ def _hint(failure: _FailedTry, destination: Destination, artifact: Artifact) -> 
     return " ".join(filter(None, (failure.hint, f"To upload it by hand, in {artifact.path.parent}: {again}")))
 
 
+def _environment() -> dict[str, str]:
+    """Return the environment in which ssh asks no one for a password, in a window neither."""
+    return os.environ | {"SSH_ASKPASS_REQUIRE": "never"}
+
+
 def _transfer(destination: Destination, artifact: Artifact, options: list[str]) -> list[str]:
     """Let rsync upload; return the options that it took."""
     try:
-        command.run(_upload_argv(destination, artifact, options), cwd=artifact.path.parent, progress=_parse_progress)
+        command.run(
+            _upload_argv(destination, artifact, options),
+            cwd=artifact.path.parent,
+            env=_environment(),
+            progress=_parse_progress,
+        )
     except CommandError as error:
         if options and _refuses(error):
             logger.warning("rsync at %s refuses our options: trying without them.", destination.section)
@@ -269,7 +279,7 @@ def _verify(destination: Destination, artifact: Artifact) -> None:
     reason = "no checksum came"
     seconds = _LOGIN_SECONDS + artifact.path.stat().st_size * _SECONDS_PER_BYTE
     try:
-        command.run(argv, cwd=artifact.path.parent, progress=collect, timeout=seconds)
+        command.run(argv, cwd=artifact.path.parent, env=_environment(), progress=collect, timeout=seconds)
     except CommandError as error:
         if error.status == 255:
             failed = _failed_try(error, destination)
@@ -312,7 +322,12 @@ def _remove_partial(destination: Destination, artifact: Artifact) -> None:
             raise BuildError("a daemon has no shell")
         # A second, as the rsync there may be about to notice that it is alone, and to put it there.
         words = f"sleep 1 && rm -f {files} && test ! -d {_PARTIAL_DIR} || rmdir {_PARTIAL_DIR}"
-        command.run([*shell, _in_target(destination, words)], cwd=artifact.path.parent, timeout=_REMOVAL_SECONDS)
+        command.run(
+            [*shell, _in_target(destination, words)],
+            cwd=artifact.path.parent,
+            env=_environment(),
+            timeout=_REMOVAL_SECONDS,
+        )
     except BuildError as error:
         logger.warning(
             "Something of %s may be left in %s/ at %s: %s",

@@ -23,15 +23,18 @@ _SETTLE_SECONDS = 2.0
 # A question that nothing follows for so long is not one that the installer answers itself.
 _QUESTION_SECONDS = 5.0
 
-# A kernel starts once for the installer, and perhaps once more by kexec.
-_BOOTS = 3
+# A kernel starts once for the installer, and perhaps once more by kexec; each may say so twice.
+_BOOTS = 5
 
 # In one look, so that a guest that floods its console doesn't keep the build from all else.
 _READ_BYTES = 256 * 1024
 _REMEMBERED_LINES = 2000
 
-# What differs in each repetition of the same screen: times, those of the kernel's log, and spinners.
-_CHANGING = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?|^\[ *[0-9]+\.[0-9]+\]|[-\\|/]$")
+# What differs in each repetition of the same screen: times, those of the kernel's log, spinners, and
+# systemd's "[ ***  ] A start job is running for ... (1min 2s / no limit)".
+_CHANGING = re.compile(
+    r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?|^\[ *[0-9]+\.[0-9]+\]|[-\\|/]$|^\[[ *]+\]|\([^()]*[0-9]s / [^()]*\)"
+)
 # Of GNU screen in Debian's installer, of tmux in Anaconda: painted now and then, whatever happens.
 _STATUS_LINE = re.compile(r"\([0-9]\*installer\)|\[anaconda\][0-9]:")
 # The kernel of the installer says this and that while a question waits.
@@ -41,6 +44,10 @@ _UNDERLINE = re.compile("-{3,}")
 _FRAMED = re.compile(r"^(?:l?q+u|┌─*┤) (?:\[!+\] )?(\S.*?) (?:tq+k?|├─*┐)$")
 # What is drawn below the buttons of a dialogue.
 _BELOW_BUTTONS = re.compile(r"[mjqx│└┘─ ]+|<(?:F1|Tab)> .*")
+# What a service says on the console goes through the kernel's log, or systemd's journal.
+_FORWARDED = re.compile(r"^\[ *[0-9]+\.[0-9]+\] [\w.-]+\[[0-9]+\]: ")
+# Python says what it can do nothing about: the program goes on.
+_HARMLESS = re.compile("Exception ignored in|--- Logging error ---")
 # A line that goes on after a terminal's status line was painted, and a gauge.
 _GAUGE = re.compile(r"^(?:\.\.\.|\W*[0-9]{1,3} ?%)")
 
@@ -96,7 +103,7 @@ class Watcher:
     def finish(self) -> None:
         """Read the rest when the guest is off; InstallationError if it has printed that it failed."""
         self._read(self._clock())
-        if self._found:
+        if self._found and self._found.certain:
             raise self._error_of(self._found)
 
     def _read(self, now: float) -> None:
@@ -109,31 +116,41 @@ class Watcher:
             self._notice(self._console.line, now)
 
     def _count_boots(self, line: str, now: float) -> None:
-        if re.search(r"\bLinux version [0-9]", line):
+        if re.search(r"^(?:\[ *0\.0+\] )?Linux version [0-9]", line):
             self._boots += 1
             if self._boots >= _BOOTS:
                 self._find(_REBOOTS, now)
 
     def _notice(self, line: str, now: float) -> None:
+        line = _FORWARDED.sub("", line)
+        if not line or _STATUS_LINE.search(line):
+            return
+        before, self._line_before = self._line_before, line
         framed = _FRAMED.search(line)
         if framed or _UNDERLINE.fullmatch(line):
-            self._title = framed[1] if framed else self._line_before
-        self._line_before = line
+            self._title = framed[1] if framed else before
+        is_kernels = bool(_KERNEL_LOG.search(line))
+        # What a driver says has the same words.
+        failure = installers.failure_of(() if is_kernels else self._installers, line)
+        if failure and failure.question:
+            if self._question is None:
+                self._question, self._question_at = failure, now
+        elif not is_kernels and not _BELOW_BUTTONS.fullmatch(line):
+            self._question = None
+        if failure and not failure.question and not _HARMLESS.search(before):
+            self._find(failure, now)
         normal = _CHANGING.sub("", line).strip()
-        if not normal or normal in self._seen or _STATUS_LINE.search(line):
+        if not normal:
+            return
+        if normal in self._seen:
+            self._seen.move_to_end(normal)
             return
         self._seen[normal] = None
         if len(self._seen) > _REMEMBERED_LINES:
             self._seen.popitem(last=False)
-        self._alive = now
-        if not _KERNEL_LOG.search(line) and not _BELOW_BUTTONS.fullmatch(line):
-            self._question = None
+        if not is_kernels or self._phase is None:
+            self._alive = now
         self._follow_phase(line)
-        failure = installers.failure_of(self._installers, line)
-        if failure and failure.question:
-            self._question, self._question_at = failure, now
-        elif failure:
-            self._find(failure, now)
 
     def _find(self, failure: Failure, now: float) -> None:
         order = (_REBOOTS, *installers.failures_of(self._installers))
@@ -207,9 +224,12 @@ class _Follower:
         """Return the new lines."""
         try:
             with self._path.open("rb") as file:
-                if file.seek(0, 2) - self._offset > _READ_BYTES:
-                    # The guest prints faster than anyone could read: the end is what matters.
-                    self._offset = file.tell() - _READ_BYTES
+                size = file.seek(0, 2)
+                if size < self._offset:
+                    # virtlogd begins a new file when one is large.
+                    self._offset = 0
+                # The guest may print faster than anyone could read: the end is what matters.
+                self._offset = max(self._offset, size - _READ_BYTES)
                 file.seek(self._offset)
                 data = file.read(_READ_BYTES)
         except OSError:

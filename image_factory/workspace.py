@@ -31,6 +31,7 @@ def opened(plan: Plan, *, resume: bool = False) -> Iterator[Build]:
     with _locked_directory(plan) as directory:
         if resume:
             _release(directory)
+            _remove_entries(directory, spare=_kept(directory))
         elif any(directory.iterdir()):
             if checkpoint.read(directory):
                 logger.warning("What --resume could go on with is removed: %s", directory)
@@ -106,11 +107,16 @@ def _records(directory: Path) -> list[Path]:
     return [path for path in (directory / _VM_FILE, loop.mount_record(directory)) if os.path.lexists(path)]
 
 
+def _kept(directory: Path) -> list[Path]:
+    """Return what is to be resumed."""
+    found = checkpoint.read(directory)
+    return [directory / name for name in found.kept] if found else []
+
+
 def _remove(directory: Path) -> None:
     """Remove the working directory, but for what can be resumed and the records of what is to be released."""
     records = _records(directory)
-    found = checkpoint.read(directory)
-    spare = [*records, *([directory / name for name in found.kept] if found else [])]
+    spare = [*records, *_kept(directory)]
     if not spare:
         shutil.rmtree(directory)
         return

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,17 @@ from image_factory.outputs import raw
 from image_factory.settings import Configuration
 
 
-def build_in(directory: Path, extra: str = "") -> Build:
-    """Return a build whose disk is installed."""
+def make_plan(directory: Path, extra: str = "") -> Plan:
     (directory / "a.cfg").write_text("answers")
     configuration = directory / "image-factory.conf"
     configuration.write_text(f"[x]\nlinux = {directory}/linux\ninitrd = /i\npreseed = {directory}/a.cfg\n{extra}")
     settings = Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)}).image("x", {})
-    plan = Plan("x", settings, datetime.date(2026, 1, 31), directory, {})
+    return Plan("x", settings, datetime.date(2026, 1, 31), directory, {})
+
+
+def build_in(directory: Path, extra: str = "") -> Build:
+    """Return a build whose disk is installed."""
+    plan = make_plan(directory, extra)
     plan.work_path.mkdir(exist_ok=True)
     build = Build(plan, plan.work_path, "vm")
     build.disk_path.write_text("disk")
@@ -104,14 +109,22 @@ def test_file_that_can_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "--resume will not know how far the build has come: Is a directory: " in caplog.messages[-1]
     assert checkpoint.read(build.directory) is not None
     with pytest.raises(OSError, match="Is a directory"):
-        done.keep([])
+        done.write()
     done.reach("published", [Artifact(tmp_path / "x.raw", "raw", 1, True)])
     assert checkpoint.read(build.directory) is None
 
 
+def publish(build: Build, path: Path) -> None:
+    """Have *path* be what the build has published."""
+    path.write_text("x")
+    digest = checkpoint.digest_of(path)
+    path.with_name(f"{path.name}.sha256sum").write_text(f"{digest}  {path.name}\n")
+    begin(build).reach("published", [Artifact(path, "qcow2", 1, True, digest)])
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_raw_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    """It is a second name of the disk, or its new one on a filesystem that has no second names."""
+    """It is a second name of the disk, or a copy on a filesystem that has no second names."""
 
     def link(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -122,7 +135,8 @@ def test_raw_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool)
     done = begin(build)
     artifact = raw.write(build, Disk(build.disk_path))
     assert artifact.path.read_text() == "disk"
-    assert build.disk_path.exists() == links
+    assert artifact.path.samefile(build.disk_path) == links
+    done.reach("converted", [dataclasses.replace(artifact, sha256="0" * 64)])
     done.reach("published", [dataclasses.replace(artifact, sha256="0" * 64)])
     assert not build.disk_path.exists()
     assert checkpoint.read(build.directory) is not None
@@ -132,11 +146,84 @@ def test_raw_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool)
 def test_other_artifacts_are_asked_for(tmp_path: Path, change: str) -> None:
     build = build_in(tmp_path)
     path = tmp_path / "x.qcow2"
-    path.write_text("x")
-    done = begin(build)
-    done.reach("published", [Artifact(path, "qcow2", 1, True, checkpoint.digest_of(path))])
+    publish(build, path)
     assert checkpoint.resumed(build.plan, build.directory).stage == "published"
     assert checkpoint.resumed(build_in(tmp_path, change).plan, build.directory).stage == "cleaned"
+    build.disk_path.unlink()
+    key = change.partition(" ")[0].replace("-", "_")
+    with pytest.raises(ConfigurationError, match=f"{key} changed since the images were made; its disk is gone"):
+        checkpoint.resumed(make_plan(tmp_path, change), build.directory)
+
+
+@pytest.mark.parametrize("damage", ["image", "checksum", "no image", "no checksum"])
+def test_artifact_that_is_not_as_it_was(tmp_path: Path, damage: str) -> None:
+    build = build_in(tmp_path)
+    path = tmp_path / "x.qcow2"
+    publish(build, path)
+    changed = path if damage.endswith("image") else path.with_name("x.qcow2.sha256sum")
+    changed.unlink() if damage.startswith("no ") else changed.write_text("damaged")
+    assert checkpoint.resumed(build.plan, build.directory).stage == "cleaned"
+
+
+def test_answer_file_that_is_left_out(tmp_path: Path) -> None:
+    build = build_in(tmp_path)
+    begin(build)
+    text = (tmp_path / "image-factory.conf").read_text()
+    (tmp_path / "image-factory.conf").write_text(re.sub("preseed.*", "", text))
+    settings = Configuration({"IMAGE_FACTORY_CONFIG": str(tmp_path / "image-factory.conf")}).image("x", {})
+    with pytest.raises(ConfigurationError, match="preseed changed since the disk was installed"):
+        checkpoint.resumed(dataclasses.replace(build.plan, settings=settings), build.directory)
+
+
+def test_answer_file_that_is_gone(tmp_path: Path) -> None:
+    """Its copy is there until the build ends; without the file itself there is nothing to compare later."""
+    build = build_in(tmp_path)
+    copy = tmp_path / "copy.cfg"
+    (tmp_path / "a.cfg").rename(copy)
+    used = checkpoint.InputsUsed()
+    used.notice(events.InputUsed("preseed", str(tmp_path / "a.cfg"), copy))
+    checkpoint.begin(build, Disk(build.disk_path, "qemu"), used)
+    assert checkpoint.read(build.directory)
+
+
+def test_machine_that_was_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What QEMU wrote may not have reached the disk; what has the right checksum has."""
+    build = build_in(tmp_path)
+    begin(build)
+    (tmp_path / "boot_id").write_text("another")
+    monkeypatch.setattr(checkpoint, "_BOOT_ID", tmp_path / "boot_id")
+    with pytest.raises(ConfigurationError, match=r"this machine was started anew since the installation"):
+        checkpoint.resumed(build.plan, build.directory)
+    monkeypatch.undo()
+    publish(build, tmp_path / "x.qcow2")
+    monkeypatch.setattr(checkpoint, "_BOOT_ID", tmp_path / "boot_id")
+    assert checkpoint.resumed(build.plan, build.directory).stage == "published"
+
+
+def test_disk_that_is_the_published_image(tmp_path: Path) -> None:
+    """A build was killed between the publishing and the note of it; someone may have booted the image."""
+    build = build_in(tmp_path)
+    begin(build).reach("cleaned")
+    os.link(build.disk_path, build.directory / "x.raw")
+    checkpoint.resumed(build.plan, build.directory)
+    (build.directory / "x.raw").rename(tmp_path / "x.raw")
+    with pytest.raises(ConfigurationError, match="its disk is the published image, which may have been used"):
+        checkpoint.resumed(build.plan, build.directory)
+
+
+def test_file_is_its_owners(tmp_path: Path) -> None:
+    """URIs may have a password, and others get through root's working directory."""
+    build = build_in(tmp_path)
+    begin(build)
+    path = build.directory / checkpoint.FILE_NAME
+    assert path.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "elsewhere").write_text(path.read_text())
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    assert checkpoint.read(build.directory) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert checkpoint.read(build.directory) is None
 
 
 values = st.recursive(

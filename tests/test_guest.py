@@ -176,7 +176,8 @@ class TestProbe:
         (b"10%\r20%\r30%\n", ["30%"]),
         (b"\x1b[2J\x1b[1;31mred\x1b[0m \x07bell\n\n\n", ["red ?bell"]),
         (b"\xff\xfe\n", ["\ufffd\ufffd"]),
-        (b"\x00" * 100_000, ["?" * 65536]),
+        (b"\x00" * 100_000, ["?" * 4096] * 16),
+        (b"a question\r\x1b[22A\x1b[M\x1b[22B<Yes>\x1b[5;70H<No>", ["a question", "<Yes>", "<No>"]),
         (b"".join(b"line %d\n" % number for number in range(100)), [f"line {number}" for number in range(60, 100)]),
     ],
 )

@@ -158,6 +158,8 @@ FAILURES = [
     ("kickstart", "Out of memory: Killed process 811 (anaconda)", "run out of memory", "ram"),
     ("kickstart", "Not enough space in file systems for the current software selection.", "too small", "image-size"),
     ("kickstart", "The following problem occurred on line 5 of the kickstart file:", "Kickstart file", "ksvalidator"),
+    ("kickstart", "Non interactive installation failed: X", "Anaconda has stopped", "console log"),
+    ("kickstart", "Some packages, groups or modules are missing.", "what can't be had", "console log"),
     ("yast", "No repository found.", "source can't be read", "install="),
     ("yast", "No bootable device.", "nothing to boot from", "installer"),
 ]
@@ -192,6 +194,24 @@ QUESTIONS = [
     ("kickstart", "Please make a selection from the above ['c' to continue, 'q' to quit]: "),
     ("preseed", "stand-in: Please choose [1-3]: "),
 ]
+
+SHELLS = [
+    "Give root password for maintenance\r\n(or press Control-D to continue): ",
+    "Press Enter for maintenance",
+    "dracut:/# ",
+    "(initramfs) ",
+    "sh-5.2# ",
+    "grub> ",
+]
+
+
+@pytest.mark.parametrize("prompt", SHELLS)
+def test_emergency_shell(tmp_path: Path, watched: Watched, prompt: str) -> None:
+    watched = Watched(tmp_path, answers="yast")
+    watched.prints(f"something before\r\n{prompt}")
+    assert watched.look_for(10) <= 6
+    with pytest.raises(InstallationError, match=r"^The guest has stopped at an emergency shell\.$"):
+        watched.look()
 
 
 @pytest.mark.parametrize(("answers", "question"), QUESTIONS)
@@ -254,7 +274,7 @@ def test_time_for_the_whole(tmp_path: Path, watched: Watched) -> None:
 
 
 def test_guest_that_boots_again_and_again(watched: Watched) -> None:
-    for _ in range(3):
+    for _ in range(5):
         watched.prints("[    0.000000] Linux version 6.1.0")
         watched.look()
         watched.prints(" (gcc)\r\n")
@@ -275,6 +295,71 @@ def test_question_does_not_matter_when_the_guest_is_off(watched: Watched) -> Non
     with watched.build.console_path.open("w") as file:
         file.write("Press ENTER to continue.\n")
     watched.watcher.finish()
+
+
+@pytest.mark.parametrize("line", ["Pane is dead (status 1, Sat)", "Traceback (most recent call last):"])
+def test_word_in_passing_does_not_matter_when_the_guest_is_off(tmp_path: Path, line: str) -> None:
+    watched = Watched(tmp_path, answers="kickstart")
+    with watched.build.console_path.open("w") as file:
+        file.write(f"{line}\n")
+    watched.watcher.finish()
+
+
+HEALTHY = [
+    ("preseed", "[    3.2] psmouse serio1: Failed to get extended button data, assuming 3 buttons"),
+    ("preseed", "[    4.0] ACPI: insufficient memory for the log"),
+    ("preseed", "[    4.0] loop: No space left on device"),
+    ("preseed", "systemd-journald: Failed to get machine id: No medium found"),
+    ("preseed", "modprobe: ERROR: could not insert 'x': Cannot allocate memory"),
+    ("kickstart", "Pane is dead (status 0, Sat Nov 21 12:00:00 2026)"),
+    ("kickstart", "[  130.1] dracut-initqueue[811]: Warning: dracut-initqueue timeout - starting timeout scripts"),
+    ("kickstart", "Exception ignored in: <function x>\r\nTraceback (most recent call last):\r\n  File"),
+    ("yast", " [Help]     [Abort]     [Back]     [Next] "),
+    ("yast", "[  OK  ] Started something."),
+    ("yast", "SeaBIOS: Boot failed: not a bootable disk"),
+    ("yast", "dmesg says: Linux version 6.4 " * 5),
+]
+
+
+@pytest.mark.parametrize(("answers", "line"), HEALTHY, ids=[line[:40] for _, line in HEALTHY])
+def test_what_a_healthy_installation_prints(tmp_path: Path, answers: str, line: str) -> None:
+    watched = Watched(tmp_path, answers=answers)
+    watched.prints(f"{line}\r\n")
+    for _ in range(20):
+        watched.look()
+    watched.watcher.finish()
+
+
+def test_question_that_comes_again(watched: Watched) -> None:
+    """The same words at the second time are no news, and a question all the same."""
+    watched.prints("Prompt: '?' for help, default=1> \r\nsomething\r\n")
+    for _ in range(10):
+        watched.look()
+    watched.prints("Prompt: '?' for help, default=1> ")
+    assert watched.look_for(10) <= 6
+
+
+def test_console_log_that_begins_anew(watched: Watched) -> None:
+    """virtlogd does so at 2 MiB."""
+    watched.prints("line\r\n" * 1000)
+    watched.build.console_path.write_text("Kernel panic - not syncing: Fatal exception\n")
+    assert watched.look_for(10) <= 3
+
+
+def test_job_that_runs_and_runs(tmp_path: Path, watched: Watched) -> None:
+    watched = Watched(tmp_path, limits=Limits(math.inf, 20))
+    stars = ["[*     ]", "[ ***  ]", "[   ***]"]
+    with pytest.raises(InstallationError, match="no sign of life"):
+        for second in range(40):
+            watched.prints(f"\r{stars[second % 3]} A start job is running for x (1min {second}s / no limit)")
+
+
+def test_service_that_says_it_by_the_journal(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, answers="kickstart")
+    watched.prints("[   33.5] anaconda[2628]: Installing glibc.x86_64 (12/48)\r\n")
+    assert watched.of(events.PhaseStarted) == [events.PhaseStarted("Installing packages")]
+    watched.prints("[   34.5] anaconda[2628]: Traceback (most recent call last):\r\n")
+    assert watched.look_for(10) <= 3
 
 
 def test_flood(watched: Watched) -> None:

@@ -2,6 +2,7 @@
 
 import os
 
+from .. import command
 from ..log import step
 from ..model import Artifact, Build, Disk
 
@@ -24,7 +25,7 @@ def write(build: Build, disk: Disk) -> Artifact:
             os.link(disk.path, path)
         except OSError:
             # There are filesystems that have no such thing.
-            disk.path.rename(path)
+            command.run(["cp", "--sparse=always", "--reflink=auto", str(disk.path), str(path)])
         # libvirt's QEMU may have changed who can read it.
         umask = os.umask(0)
         os.umask(umask)

@@ -44,7 +44,7 @@ def test_only_what_failed_is_done_again(failed: Build) -> None:
     assert again.returncode == 1
     configure(failed, "post-build-command = true")
     done = failed.run("--resume")
-    assert steps(done) == ["Running the post-build command"]
+    assert steps(done) == ["Checking the images", "Running the post-build command"]
     assert (qcow2.stat().st_ino, qcow2.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert not (failed.directory / WORK).exists()
     nothing = failed.run("--resume", check=False)
@@ -59,7 +59,7 @@ def test_each_stage(failed: Build) -> None:
     text = json.loads(checkpoint.read_text())
     disk = (failed.directory / WORK / "disk.raw").read_bytes()
     rest = {
-        "published": "Running the post-build command",
+        "published": "Checking the images",
         "installed": "Mounting the root partition",
         "cleaned": "Converting to qcow2",
     }
@@ -142,17 +142,21 @@ def test_until(user_build: Build) -> None:
         "install": "Creating the disk",
         "clean": "Mounting the root partition",
         "convert": "Converting to qcow2",
-        "publish": "Converting to qcow2",
-        "upload": None,
+        "publish": "Checking the images",
+        "upload": "Checking the images",
     }
     for until, step in first.items():
         resume = [] if until == "install" else ["--resume"]
         done = user_build.run("--until", until, *resume)
-        assert steps(done)[:1] == ([step] if step else [])
+        assert steps(done)[0] == step
+        assert until == "convert" or "Converting to qcow2" not in steps(done)
         assert done.stdout.endswith(f"Stopped after {until}. 'image-factory --resume stand-in' goes on.\n")
         assert (user_build.directory / WORK / "disk.raw").exists()
         assert (user_build.directory / WORK / f"{IMAGE}.qcow2").exists() == (until == "convert")
         assert (user_build.directory / f"{IMAGE}.qcow2").exists() == (until in ("publish", "upload"))
+    # What is done already is not taken back, and nothing more is done.
+    done = user_build.run("--resume", "--until", "convert")
+    assert steps(done) == ["Checking the images"]
     assert not (user_build.directory / "built").exists()
     user_build.run("--resume")
     assert (user_build.directory / "built").exists()

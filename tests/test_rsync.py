@@ -319,7 +319,8 @@ def test_full_disk_there(far: Far, artifact: Artifact, logged: pytest.LogCapture
         assert "No space left on device" in error.message
         assert error.hint is not None
         assert error.hint.startswith("Make room there. ")
-        assert tries(logged) == 1
+        # The rsync there may end before it has said why; the next one says it.
+        assert tries(logged) <= 2
         assert list(far.directory.iterdir()) == []
     finally:
         run("umount", far.directory)

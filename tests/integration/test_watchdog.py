@@ -14,6 +14,7 @@ from .test_build import TODAY, Build
 # Mode, settings; seconds from the start of the misbehaviour until the build has ended; the error.
 MISBEHAVIOURS = {
     "panic": ("", 10, r"The guest's kernel has panicked\."),
+    "oom": ("", 30, r"The guest has run out of memory\."),
     "question": ("", 15, r"The installer waits for an answer\."),
     "loop": (
         "stall-timeout = 8s",

@@ -279,19 +279,20 @@ AGAMA = Installer(
 # What ends any installation.
 COMMON = (
     Failure(
-        "Kernel panic - not syncing: (VFS|System is deadlocked on memory|Out of memory)",
-        "The installer's kernel has found no memory, or no initrd that it can use.",
-        "Set a larger ram; if that doesn't help, linux and initrd don't belong together.",
+        "Out of memory: |Out of memory and no killable|invoked oom-killer|"
+        "Kernel panic - not syncing: (System is deadlocked on memory|Out of memory)",
+        "The guest has run out of memory.",
+        "Set a larger ram; Anaconda's second stage, for example, needs 4G.",
+    ),
+    Failure(
+        "Kernel panic - not syncing: VFS",
+        "The installer's kernel has found no initrd that it can use.",
+        "linux and initrd don't belong together, or ram is too small for them.",
     ),
     Failure(
         "Kernel panic - not syncing",
         "The guest's kernel has panicked.",
         "The console log shows where. Often ram is too small, or the CPU lacks what the release needs.",
-    ),
-    Failure(
-        "Out of memory: |Out of memory and no killable|invoked oom-killer",
-        "The guest has run out of memory.",
-        "Set a larger ram; Anaconda's second stage, for example, needs 4G.",
     ),
     Failure(
         "[Nn]o bootable device",

@@ -147,7 +147,7 @@ def test_recorded_installation(watched: Watched, name: str) -> None:
 
 FAILURES = [
     ("preseed", "[  1.0] Kernel panic - not syncing: Attempted to kill init!", "kernel has panicked", "ram"),
-    ("preseed", "Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)", "no memory", "ram"),
+    ("preseed", "Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)", "no initrd", "ram"),
     ("preseed", "[!!] Installation step failed", "A step of the installer has failed", "answer file"),
     ("preseed", "The installer failed to download a file from the mirror.", "download from the mirror", "mirror"),
     ("preseed", "No kernel modules were found. This probably is due to", "different versions", "linux and initrd"),

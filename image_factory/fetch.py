@@ -27,7 +27,7 @@ _PAUSE_SECONDS = (1.0, 3.0)
 _TIMEOUT_SECONDS = 30.0
 _REDIRECTIONS = 5
 # httplib2 keeps a whole response in memory, so large files are asked for in parts.
-_PART_SIZE = 16 << 20
+_PART_SIZE = 8 << 20
 _PIECE_SIZE = 64 << 10
 _RSYNC_STATUS_TRANSIENT = (5, 10, 11, 12, 30, 35)  # rsync(1): protocol start, socket, file and stream I/O, timeouts
 

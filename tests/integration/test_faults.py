@@ -590,7 +590,8 @@ class MirrorHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         # The reader may be killed.
         with contextlib.suppress(ConnectionError):
-            if start == 0 or (self.server.fault != "breaks-always" and self.server.reached.is_set()):
+            other = self.path != "/initrd.gz" or start == 0
+            if other or (self.server.fault != "breaks-always" and self.server.reached.is_set()):
                 self.wfile.write(part)
                 return
             self.wfile.write(part[: len(part) // 2])

@@ -137,11 +137,14 @@ def virt_install_argv(build: Build, media: Sequence[str], virt_type: str, *, by_
     return argv
 
 
+def _by_hand(build: Build) -> Build:
+    name = f"{build.plan.image}-by-hand"
+    return Build(build.plan, build.plan.output_dir / name, f"{VM_PREFIX}{name}")
+
+
 def by_hand_argvs(build: Build, media: Sequence[str], virt_type: str) -> list[list[str]]:
     """Return the commands by which a person repeats the installation, and sees its console."""
-    plan = build.plan
-    name = f"{plan.image}-by-hand"
-    other = Build(plan, plan.output_dir / name, f"{VM_PREFIX}{name}")
+    plan, other = build.plan, _by_hand(build)
     return [
         ["mkdir", str(other.directory)],
         ["qemu-img", "create", "-q", "-f", "raw", str(other.disk_path), str(plan.settings.image_size)],
@@ -302,7 +305,7 @@ def _explained(build: Build, media: Media, virt_type: str) -> Iterator[None]:
         _keep_screenshot(build)
         commands = by_hand_argvs(build, media.kept, virt_type)
         logger.error("To repeat the installation by hand: %s", " && ".join(map(shlex.join, commands)))
-        attach = ["virsh", "--connect", build.plan.libvirt_uri, "console", commands[-1][4]]
+        attach = ["virsh", "--connect", build.plan.libvirt_uri, "console", _by_hand(build).vm_name]
         logger.error("To attach to it from elsewhere: %s", shlex.join(attach))
         raise
 

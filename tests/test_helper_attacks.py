@@ -15,6 +15,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,11 @@ def test_not_from_a_namespace(scene: Scene) -> None:
         assert user.run("unshare", *options, "sudo", "-n", user.helper, "version", check=False).returncode != 0
 
 
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.wait()
+
+
 def start_helper(scene: Scene, words: list[str]) -> Callable[[], None]:
     """Start a call; return what ends the helper with SIGKILL."""
     user = scene.users["a"]
@@ -265,11 +271,7 @@ def start_helper(scene: Scene, words: list[str]) -> Callable[[], None]:
         [user.helper, *words], env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
 
-    def kill() -> None:
-        process.kill()
-        process.wait()
-
-    return kill
+    return partial(kill, process)
 
 
 def start_sudo(scene: Scene, words: list[str]) -> Callable[[], None]:
@@ -281,11 +283,7 @@ def start_sudo(scene: Scene, words: list[str]) -> Callable[[], None]:
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
-    def kill() -> None:
-        process.kill()
-        process.wait()
-
-    return kill
+    return partial(kill, process)
 
 
 def start_in_terminal(scene: Scene, words: list[str]) -> Callable[[], None]:

@@ -436,3 +436,24 @@ def test_signal_does_not_cut_the_record(tmp_path: Path, monkeypatch: pytest.Monk
     assert cli.main(["x", "--json", str(tmp_path / "r.json")]) == 2
     assert checked_file(tmp_path / "r.json")["failure"]["kind"] == "configuration"
     interrupts._state.pending = None
+
+
+def test_time_without_end(tmp_path: Path) -> None:
+    """JSON has no infinity; Python's own reader would take it."""
+    kept = record.Record("x")
+    kept.plan_made(plan_of(tmp_path, "install-timeout = none\nstall-timeout = none"))
+    text = kept.text()
+    assert "Infinity" not in text
+    settings = checked(text)["settings"]
+    assert (settings["install-timeout"], settings["stall-timeout"]) == ("none", "none")
+
+
+def test_link_of_another_user(tmp_path: Path) -> None:
+    """What it leads to is neither removed nor replaced."""
+    (tmp_path / "target").write_text("theirs")
+    link = tmp_path / "r.json"
+    link.symlink_to("target")
+    os.lchown(link, 65534, -1)
+    with pytest.raises(ConfigurationError, match=r"r\.json is another user's link\.$"):
+        record.prepared(str(link))
+    assert (tmp_path / "target").read_text() == "theirs"

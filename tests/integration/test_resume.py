@@ -33,17 +33,17 @@ def steps(done: "subprocess.CompletedProcess[str]") -> list[str]:
     return re.findall(r" INFO: (\S.*): done in ", done.stderr)
 
 
-def configure(build: Build, extra: str, **keywords: str) -> None:
-    build.configure(extra=extra, **keywords)  # type: ignore[arg-type]
-
-
 def test_only_what_failed_is_done_again(failed: Build) -> None:
     qcow2 = failed.directory / f"{IMAGE}.qcow2"
     before = qcow2.stat()
+    (failed.directory / WORK / "older-something").touch()
     again = failed.run("--resume", check=False)
     assert again.returncode == 1
-    configure(failed, "post-build-command = true")
-    done = failed.run("--resume")
+    assert {path.name for path in (failed.directory / WORK).iterdir()} == {"checkpoint.json", "disk.raw"}
+    failed.configure(extra="post-build-command = true")
+    done = failed.run("--resume", "--json", "r.json")
+    record = json.loads((failed.directory / "r.json").read_text())
+    assert [artifact["path"] for artifact in record["artifacts"]] == [str(qcow2)]
     assert steps(done) == ["Checking the images", "Running the post-build command"]
     assert (qcow2.stat().st_ino, qcow2.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert not (failed.directory / WORK).exists()
@@ -54,7 +54,7 @@ def test_only_what_failed_is_done_again(failed: Build) -> None:
 
 def test_each_stage(failed: Build) -> None:
     """From each checkpoint the rest is done, with the same result."""
-    configure(failed, "post-build-command = true")
+    failed.configure(extra="post-build-command = true")
     checkpoint = failed.directory / WORK / "checkpoint.json"
     text = json.loads(checkpoint.read_text())
     disk = (failed.directory / WORK / "disk.raw").read_bytes()
@@ -81,14 +81,14 @@ CHANGES = {
 @pytest.mark.parametrize("key", CHANGES)
 def test_change_that_makes_it_unusable(failed: Build, key: str) -> None:
     extra, keywords = CHANGES[key]
-    configure(failed, extra, **keywords)
+    failed.configure(extra=extra, **keywords)
     done = failed.run("--resume", check=False)
     assert done.returncode == 2
     assert failed.errors(done) == [
         f"image-factory: error: [stand-in] {key} changed since the disk was installed.",
         "image-factory: hint: Build it without --resume, or take the change back.",
     ]
-    configure(failed, "post-build-command = true")
+    failed.configure(extra="post-build-command = true")
     failed.run("--resume")
 
 
@@ -101,7 +101,7 @@ def test_answer_file_that_has_changed(failed: Build) -> None:
 
 def test_other_format(failed: Build) -> None:
     """The artifacts are made anew, of the disk that is there."""
-    configure(failed, "format = raw")
+    failed.configure(extra="format = raw")
     text = (failed.directory / "image-factory.conf").read_text().replace("format = qcow2\n", "")
     (failed.directory / "image-factory.conf").write_text(text)
     done = failed.run("--resume")
@@ -111,7 +111,7 @@ def test_other_format(failed: Build) -> None:
 
 
 def test_published_file_that_has_changed(failed: Build) -> None:
-    configure(failed, "post-build-command = true")
+    failed.configure(extra="post-build-command = true")
     qcow2 = failed.directory / f"{IMAGE}.qcow2"
     qcow2.write_bytes(b"changed")
     assert "Converting to qcow2" in steps(failed.run("--resume"))
@@ -119,7 +119,7 @@ def test_published_file_that_has_changed(failed: Build) -> None:
 
 
 def test_new_build_says_that_one_could_be_resumed(failed: Build) -> None:
-    configure(failed, "post-build-command = true", arguments="stand-in=empty-disk")
+    failed.configure(extra="post-build-command = true", arguments="stand-in=empty-disk")
     done = failed.run(check=False)
     assert f"WARNING: What --resume could go on with is removed: {failed.directory}/{WORK}\n" in done.stderr
     # A disk without a system is nothing to go on with.
@@ -186,7 +186,7 @@ def in_terminal(argv: list[str], directory: Path) -> tuple[int, str]:
 def test_shell_on_error(failed: Build, way: str) -> None:
     """The shell is in the tree of the disk; when it ends, all is released."""
     before = machine_state()
-    configure(failed, f"mount-via = {way}\npost-build-command = false")
+    failed.configure(extra=f"mount-via = {way}\npost-build-command = false")
     shell = failed.directory / "shell"
     program = "cat etc/os-release; pwd" if way == "loop" else "true"
     shell.write_text(f"#!/bin/sh\n{program}\n")

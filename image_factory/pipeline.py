@@ -212,12 +212,6 @@ def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> lis
     return done.artifacts
 
 
-def finish_disk(build: Build, disk: Disk) -> list[Artifact]:
-    """Turn an installed disk into artifacts with checksums, in the working directory."""
-    clean_disk(build, disk)
-    return write_artifacts(build, disk)
-
-
 def clean_disk(build: Build, disk: Disk) -> None:
     """Remove from the installed disk what does not belong into an image."""
     try:

@@ -237,7 +237,3 @@ def left_behind(user: User, directory: Path) -> list[str]:
     processes = run("ps", "-eo", "args").stdout.splitlines()
     left += [f"process {line}" for line in processes if "qemu-system" in line and str(directory) in line]
     return left
-
-
-# What it shares needs what is above.
-from .helper_scene import scene  # noqa: E402, F401

@@ -159,7 +159,8 @@ def finish_both(builds: dict[str, Build], caplog: pytest.LogCaptureFixture) -> d
     for way, build in builds.items():
         caplog.clear()
         start = time.monotonic()
-        [artifact] = pipeline.finish_disk(build, Disk(build.disk_path))
+        pipeline.clean_disk(build, Disk(build.disk_path))
+        [artifact] = pipeline.write_artifacts(build, Disk(build.disk_path))
         print(f"{way}: finished in {time.monotonic() - start:.1f} s")
         artifact.path.rename(image(build))
         said[way] = shown_and_removed(caplog.messages)
@@ -226,7 +227,8 @@ def test_logical_volume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     script = tmp_path / "script"
     script.write_text("\n".join(line.strip() for line in lines) + "\n")
     run("guestfish", "-f", script, env=appliance.environment(build, disk))
-    pipeline.finish_disk(build, disk)
+    pipeline.clean_disk(build, disk)
+    pipeline.write_artifacts(build, disk)
     assert "Removed /var/log/installer" in caplog.messages
 
 

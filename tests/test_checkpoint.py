@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_factory import checkpoint, events
+from image_factory import checkpoint, events, pipeline
 from image_factory.checkpoint import Checkpoint
 from image_factory.errors import ConfigurationError
 from image_factory.model import Artifact, Build, Disk, Plan
@@ -249,3 +250,18 @@ def test_damaged_file(tmp_path_factory: pytest.TempPathFactory, key: str, value:
     assert all(type(name) is str and "/" not in name for name in found.kept)
     found.has_served(["x"])
     list(found.inputs_used(build.plan))
+
+
+def test_space_that_a_failed_build_takes(tmp_path: Path) -> None:
+    """A new build removes it first, so it counts as free."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10M", "tmpfs", tmp_path], check=True)
+    try:
+        plan = make_plan(tmp_path, "image-size = 9M")
+        (tmp_path / "something").write_bytes(bytes(5 << 20))
+        with pytest.raises(ConfigurationError, match="the disk may grow to 9"):
+            pipeline._check_space(plan)
+        plan.work_path.mkdir()
+        (tmp_path / "something").rename(plan.work_path / "disk.raw")
+        pipeline._check_space(plan)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from .conftest import machine_state, run
-from .helper_scene import IMAGE_SIZE, Scene, own_mount
+from .helper_scene import IMAGE_SIZE, Scene, own_mount, scene
+
+__all__ = ["scene"]
 
 REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("no words", []),

@@ -21,7 +21,9 @@ from pathlib import Path
 import pytest
 
 from .conftest import machine_state, run, wait_for
-from .helper_scene import Scene, own_mount
+from .helper_scene import Scene, own_mount, scene
+
+__all__ = ["scene"]
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> bool:

@@ -29,6 +29,7 @@ _Result = TypeVar("_Result")
 # The Debian package that has each program; see require().
 PACKAGES = {
     "cpio": "cpio",
+    "gpgv": "gpgv",
     "guestfish": "guestfish",
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",

@@ -1,6 +1,7 @@
 """URI -> a file in the cache that is whole and up to date."""
 
 import fcntl
+import hashlib
 import http.client
 import json
 import os
@@ -9,8 +10,10 @@ import ssl
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,13 +69,35 @@ class _HttpsConnection(httplib2.HTTPSConnectionWithTimeout):
     response_class = _Metered
 
 
-def fetch(source: Source, directory: Path) -> Path:
-    """Return a local path of *source*: the file itself, or a copy in *directory* as new as the server's.
+@dataclass(frozen=True)
+class Expected:
+    """The SHA-256 that a file must have; *by* says in words who vouches for it."""
 
-    BuildError if it can't be had; the cache has then what it had before.
+    sha256: str
+    by: str
+
+
+Expect = Callable[[str], Expected | None]
+_Check = Callable[[Path], None]
+
+
+def _expect_anything(uri: str) -> None:
+    """Know nothing of what is at *uri*."""
+
+
+def fetch(source: Source, directory: Path, expect: Expect = _expect_anything) -> Path:
+    """Return a local path of *source*: the file itself, or a copy in *directory* as new as the server's."""
+    return fetch_from_mirrors(source, directory, expect)[0]
+
+
+def fetch_from_mirrors(source: Source, directory: Path, expect: Expect) -> tuple[Path, str]:
+    """Return a local path of *source*, as ``fetch`` does, and the URI that it comes from.
+
+    *expect* is asked for each mirror what the file must be; BuildError from it refuses the mirror.
+    BuildError if the file can't be had; the cache has then what it had before.
     """
     if source.path is not None:
-        return source.path
+        return source.path, source.uri
     name = source.name
     if not name:
         raise ConfigurationError(f"{source.uri} names no file.")
@@ -83,7 +108,103 @@ def fetch(source: Source, directory: Path) -> Path:
     target = directory / name
     with _locked(directory):
         _remove_left_files(directory)
-        return _fetch(source, target)
+        return target, _try_mirrors(source, target, expect)
+
+
+def _try_mirrors(source: Source, target: Path, expect: Expect) -> str:
+    """Bring *target* up to date from the first mirror that has it; return the URI there."""
+    failures = []
+    for uri in source.uris:
+        try:
+            _bring(uri, target, expect(uri))
+        except BuildError as error:
+            failures.append(error)
+            if uri != source.uris[-1]:
+                logger.warning("%s The next mirror is tried.", error.message)
+            continue
+        if source.mirrors:
+            logger.info("%s is served by %s", target.name, uri)
+        return uri
+    if len(failures) == 1:
+        raise failures[0]
+    raise BuildError(
+        f"No mirror gives {target.name}: {' '.join(error.message for error in failures)}",
+        hint=next((error.hint for error in failures if error.hint), None),
+    )
+
+
+def _bring(uri: str, target: Path, expected: Expected | None) -> None:
+    if expected is None:
+        _fetch(uri, target, partial(_refuse_web_page, uri))
+        return
+    if target.is_file() and sha256_of(target) == expected.sha256:
+        logger.info("%s in the cache is what %s lists.", target.name, expected.by)
+    else:
+        _fetch(uri, target, partial(_check_sha256, uri, expected), afresh=True)
+    _remember_verified(uri, target, expected)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of the file at *path*."""
+    with path.open("rb") as file, interrupts.interruptible():
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_web_page(head: bytes) -> bool:
+    """Whether what begins with *head* is a web page."""
+    return re.match(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head)\b", head[:1024], re.IGNORECASE) is not None
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1024)
+
+
+PORTAL_HINT = "Does this network ask for a login? Open a page in a browser, or set http_proxy"
+
+
+def _refuse_web_page(uri: str, path: Path) -> None:
+    """Raise BuildError if *path* is a web page: a login page of the network, or an error page with status 200."""
+    if is_web_page(_head(path)):
+        raise BuildError(f"Can't fetch {uri}: a web page came instead of the file.", hint=PORTAL_HINT)
+
+
+def _check_sha256(uri: str, expected: Expected, path: Path) -> None:
+    _refuse_web_page(uri, path)
+    found = sha256_of(path)
+    if found != expected.sha256:
+        raise BuildError(
+            f"{uri} is not what {expected.by} lists: expected SHA-256 {expected.sha256}, found {found}.",
+            hint="The mirror is broken or out of date, or somebody has changed the file. Try another mirror",
+        )
+
+
+def _verified_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.verified")
+
+
+def _remember_verified(uri: str, target: Path, expected: Expected) -> None:
+    """Write down what *target* is known to be, for builds without a network."""
+    with _new_file(_verified_path(target)) as file:
+        file.write(json.dumps({"uri": uri, "sha256": expected.sha256, "by": expected.by}).encode())
+
+
+def known_verified(target: Path, uris: Sequence[str]) -> Expected | None:
+    """Return what *target*, as it is now, was verified to be when it came from one of *uris*, else None."""
+    try:
+        known = json.loads(_verified_path(target).read_text(encoding="utf-8"))
+        expected = Expected(str(known["sha256"]), str(known["by"]))
+        return expected if known["uri"] in uris and sha256_of(target) == expected.sha256 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read(uri: str, *, secure: bool = False) -> bytes:
+    """Return what is at *uri*, a list of checksums or the like; with *secure* by https all the way."""
+    with tempfile.TemporaryDirectory(prefix="image-factory-list.") as directory:
+        target = Path(directory) / "list"
+        _fetch(uri, target, partial(_refuse_web_page, uri), secure=secure)
+        return target.read_bytes()
 
 
 @contextmanager
@@ -110,41 +231,51 @@ def _remove_left_files(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _fetch(source: Source, target: Path) -> Path:
+def _fetch(uri: str, target: Path, check: _Check, *, afresh: bool = False, secure: bool = False) -> None:
+    """Bring *target* up to date with *uri* if *check* raises nothing; *afresh* trusts nothing in the cache."""
     for attempt in range(1, TRIES + 1):
         try:
-            if source.by_rsync:
-                _rsync(source.uri, target)
+            if uri.lower().startswith("rsync:"):
+                _rsync(uri, target, check, afresh=afresh)
             else:
-                _download(source.uri, target)
-            return target
+                _download(uri, target, check, afresh=afresh, secure=secure)
+            return
         except OSError as error:
             raise BuildError(f"Can't write {target}: {error.strerror or error}.", hint="See --cache-dir.") from error
         except _Transient as error:
             if attempt == TRIES:
-                raise BuildError(f"Can't fetch {source.uri}: {error} ({TRIES} tries).") from error
+                raise BuildError(f"Can't fetch {uri}: {error} ({TRIES} tries).") from error
             pause = _PAUSE_SECONDS[attempt - 1]
-            logger.warning("Fetching %s: %s; trying again in %.0f s.", source.uri, error, pause)
+            logger.warning("Fetching %s: %s; trying again in %.0f s.", uri, error, pause)
             with interrupts.interruptible():
                 time.sleep(pause)
     raise AssertionError("unreachable")
 
 
 @contextmanager
-def _new_file(target: Path) -> Iterator[IO[bytes]]:
-    """Give a file that takes the place of *target* at the end, and is gone if the body raises."""
+def _staged(target: Path, check: _Check | None = None) -> Iterator[Path]:
+    """Give a path whose file takes the place of *target* at the end; it is gone if the body or *check* raises."""
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    os.close(descriptor)
     try:
-        with os.fdopen(descriptor, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield Path(name)
+        if check is not None:
+            check(Path(name))
         # mkstemp's files are their owner's alone, but all users share root's cache.
         os.chmod(name, 0o644)
         os.replace(name, target)
     except BaseException:
         os.unlink(name)
         raise
+
+
+@contextmanager
+def _new_file(target: Path, check: _Check | None = None) -> Iterator[IO[bytes]]:
+    """Give a file that takes the place of *target* at the end, and is gone if the body or *check* raises."""
+    with _staged(target, check) as path, path.open("w+b") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def rsync_argv(uri: str, target: Path) -> list[str]:
@@ -164,7 +295,15 @@ def rsync_argv(uri: str, target: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _rsync(uri: str, target: Path) -> None:
+def _rsync(uri: str, target: Path, check: _Check, *, afresh: bool) -> None:
+    if afresh:
+        with _staged(target, check) as path:
+            _run_rsync(uri, path)
+    else:
+        _run_rsync(uri, target)
+
+
+def _run_rsync(uri: str, target: Path) -> None:
     try:
         items = command.run(rsync_argv(uri, target), capture=True)
     except CommandError as error:
@@ -203,15 +342,16 @@ def _remember_validators(uri: str, target: Path, response: _Response) -> None:
             file.write(json.dumps(known).encode())
 
 
-def _download(uri: str, target: Path) -> None:
+def _download(uri: str, target: Path, check: _Check, *, afresh: bool, secure: bool) -> None:
     """Bring *target* up to date with *uri*, in parts where the server can."""
     logger.info("Fetching %s", uri)
     client = httplib2.Http(timeout=_TIMEOUT_SECONDS)
     client.follow_redirects = False
     # The file itself is wanted, not what a server makes of a name that ends in .gz.
     plain = {"accept-encoding": "identity"}
-    validators = _known_validators(uri, target)
-    where, response, content = _follow(client, uri, plain | validators | {"range": f"bytes=0-{_PART_SIZE - 1}"})
+    validators = {} if afresh else _known_validators(uri, target)
+    first = plain | validators | {"range": f"bytes=0-{_PART_SIZE - 1}"}
+    where, response, content = _follow(client, uri, first, ("https",) if secure else ("http", "https"))
     if response.status == 304 and validators:
         logger.info("%s is unchanged.", target.name)
         return
@@ -220,13 +360,17 @@ def _download(uri: str, target: Path) -> None:
         raise BuildError(f"Can't fetch {uri}: the file there is empty.")
     if response.status not in (200, 206):
         raise BuildError(f"Can't fetch {uri}: the server says {response.status} {response.reason}.")
-    with _new_file(target) as file:
+
+    def accept(path: Path) -> None:
+        check(path)
+        _validators_path(target).unlink(missing_ok=True)
+
+    with _new_file(target, accept) as file:
         file.write(content)
         if response.status == 206:
             # From the same place: redirections may lead to another mirror each time.
             _fetch_rest(client, where, plain, response, file)
         size = file.tell()
-        _validators_path(target).unlink(missing_ok=True)
     _remember_validators(uri, target, response)
     logger.info("Fetched %s: %s", target.name, format_size(size))
 
@@ -258,8 +402,10 @@ def _range_size(uri: str, response: _Response, start: int, length: int) -> int:
     return int(match[3])
 
 
-def _follow(client: httplib2.Http, uri: str, headers: dict[str, str]) -> tuple[str, Any, bytes]:
-    """Follow redirections from *uri*; return where they end, response and content.
+def _follow(
+    client: httplib2.Http, uri: str, headers: dict[str, str], schemes: tuple[str, ...]
+) -> tuple[str, Any, bytes]:
+    """Follow redirections from *uri* to *schemes*; return where they end, response and content.
 
     httplib2 itself would drop the validators on the way, and not say where it has come to.
     """
@@ -269,7 +415,7 @@ def _follow(client: httplib2.Http, uri: str, headers: dict[str, str]) -> tuple[s
         if response.status not in (301, 302, 303, 307, 308) or "location" not in response:
             return where, response, content
         where = urllib.parse.urljoin(where, response["location"])
-        if urllib.parse.urlsplit(where).scheme not in ("http", "https"):
+        if urllib.parse.urlsplit(where).scheme not in schemes:
             raise BuildError(f"Can't fetch {uri}: the server redirects to {where}.")
     raise BuildError(f"Can't fetch {uri}: more than {_REDIRECTIONS} redirections.")
 

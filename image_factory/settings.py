@@ -150,15 +150,21 @@ def parse_file_name(text: str) -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a file comes from: a local *path*, or a *uri* to fetch."""
+    """Where a file comes from: a local *path*, or a *uri* to fetch, from one of *mirrors* if it isn't there."""
 
     uri: str
     path: Path | None = None
+    mirrors: tuple[str, ...] = ()
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """All places to fetch it from, in the order in which they are tried."""
+        return self.uri, *self.mirrors
 
     @property
     def by_rsync(self) -> bool:
         """Whether rsync fetches it; else, unless it is local, HTTP does."""
-        return self.uri.lower().startswith("rsync:")
+        return any(uri.lower().startswith("rsync:") for uri in self.uris)
 
     @property
     def name(self) -> str:
@@ -188,6 +194,25 @@ def parse_source(text: str) -> Source:
     if not scheme and not parts.netloc and parts.path and "\0" not in text:
         return Source(text, Path(os.path.expanduser(text)))
     raise ValueError(accepted)
+
+
+def parse_mirrors(text: str) -> Source:
+    """What parse_source reads, or the URIs of several mirrors with blanks, commas or line breaks between them."""
+    # A URI has no blanks, but a path may have them.
+    words = [word.rstrip(",") for word in text.split()]
+    if len(words) < 2 or not all(re.match(r"(?:https?|rsync)://", word, re.IGNORECASE) for word in words):
+        return parse_source(text)
+    sources = [parse_source(word) for word in dict.fromkeys(words)]
+    if len({source.name for source in sources}) > 1:
+        raise ValueError("mirrors of one file, whose URIs have the same last part")
+    return Source(sources[0].uri, None, tuple(source.uri for source in sources[1:]))
+
+
+def parse_sha256(text: str) -> str:
+    """A SHA-256 in hexadecimal digits."""
+    if not re.fullmatch(r"[0-9a-f]{64}", text.strip().lower()):
+        raise ValueError("a SHA-256, which has 64 hexadecimal digits")
+    return text.strip().lower()
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -229,11 +254,21 @@ def _setting(*arguments: Any, **keywords: Any) -> Any:
 class ImageSettings:
     """The settings of one image; sizes in bytes."""
 
-    linux: Source | None = _setting(parse_source, "path or URI of the netboot kernel")
-    initrd: Source | None = _setting(parse_source, "path or URI of the netboot initrd")
+    linux: Source | None = _setting(parse_mirrors, "path or URI of the netboot kernel")
+    initrd: Source | None = _setting(parse_mirrors, "path or URI of the netboot initrd")
     installer_image: Source | None = _setting(
-        parse_source, "ISO or installation tree for virt-install's --location, instead of linux and initrd"
+        parse_mirrors, "ISO or installation tree for virt-install's --location, instead of linux and initrd"
     )
+    linux_sha256: str | None = _setting(parse_sha256, "SHA-256 that the kernel must have")
+    initrd_sha256: str | None = _setting(parse_sha256, "SHA-256 that the initrd must have")
+    installer_image_sha256: str | None = _setting(parse_sha256, "SHA-256 that the ISO must have")
+    verify: str = _setting(
+        one_of("auto", "required", "none"), "whether downloads are verified: auto, required or none", "auto"
+    )
+    keyring: Path | None = _setting(
+        parse_path, "OpenPGP keys of who signs the downloads (default: the distribution's, from its package)"
+    )
+    offline: bool = _setting(parse_boolean, "download nothing, use what is cached and verified", "no", ("--offline",))
     append: str = _setting(parse_line, "extra kernel arguments", "")
     preseed: Path | None = _setting(parse_answer_file, "answer file of the Debian and Ubuntu installer")
     kickstart: Path | None = _setting(parse_answer_file, "answer file of the Fedora and Enterprise Linux installer")

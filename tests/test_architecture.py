@@ -17,7 +17,7 @@ LEVELS = [
     {"pipeline", "display", "record"},
     {"sources", "outputs"},
     {"sources.installer", "outputs.raw", "outputs.qcow2"},
-    {"workspace"},
+    {"workspace", "verify"},
     {"clean", "shrink", "checksum", "publish", "mounts"},
     {"loop", "appliance", "guest", "fetch", "rsync"},
     {"layout", "privileged", "watch"},

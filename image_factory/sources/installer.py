@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .. import arch, command, events, fetch, guest
+from .. import arch, command, events, fetch, guest, verify
 from ..errors import BuildError, ConfigurationError
 from ..log import step
 from ..model import Build, Disk, Plan
@@ -22,7 +22,7 @@ def programs(plan: Plan) -> list[str]:
         names.append("rsync")
     if settings.installer_image and not is_tree(settings.installer_image):
         names.append("xorriso")
-    return names
+    return names + verify.programs(settings, _sources(settings).values())
 
 
 def _sources(settings: ImageSettings) -> dict[str, Source]:
@@ -41,6 +41,8 @@ def is_tree(source: Source) -> bool:
 def check(plan: Plan) -> None:
     """Raise ConfigurationError if a local file that the installer needs can't be read."""
     for key, source in _sources(plan.settings).items():
+        if key == "installer_image" and is_tree(source):
+            _check_tree(plan, source)
         if source.path is not None:
             _check_readable(f"[{plan.image}] {key}", source.path, directory=key == "installer_image")
         elif key != "installer_image" and not source.name:
@@ -51,6 +53,20 @@ def check(plan: Plan) -> None:
             )
     if plan.settings.answer_file:
         _check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
+
+
+def _check_tree(plan: Plan, tree: Source) -> None:
+    """Raise ConfigurationError if *tree*, which virt-install reads itself, has to be what it can't be."""
+    where = f"[{plan.image}] installer_image"
+    if tree.mirrors:
+        raise ConfigurationError(f"{where}: an installation tree has one URI, as virt-install reads it itself.")
+    if plan.settings.installer_image_sha256:
+        raise ConfigurationError(f"{where}: an installation tree has no SHA-256.", hint="Name an ISO file.")
+    if tree.path is None and (plan.settings.verify == "required" or plan.settings.offline):
+        raise ConfigurationError(
+            f"{where}: virt-install fetches an installation tree itself, and verifies nothing.",
+            hint="Name the kernel and initrd of the tree with 'linux' and 'initrd'.",
+        )
 
 
 def _check_readable(where: str, path: Path, *, directory: bool = False) -> None:
@@ -85,8 +101,9 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
             continue
         target = plan.cache_dir / source.name
         # What httplib2 does is no command: a comment among them.
-        comment = ["#", "GET", source.uri, "->", str(target)]
-        fetches.append(fetch.rsync_argv(source.uri, target) if source.by_rsync else comment)
+        for uri in () if settings.offline else source.uris:
+            by_rsync = uri.lower().startswith("rsync:")
+            fetches.append(fetch.rsync_argv(uri, target) if by_rsync else ["#", "GET", uri, "->", str(target)])
     if settings.answer_file:
         copy = guest.answer_file_copy(build, settings.answer_file)
         fetches.append(["#", "copy", str(settings.answer_file), "->", str(copy)])
@@ -127,12 +144,17 @@ def _location(build: Build) -> tuple[str, str]:
 def _prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
     """Return what virt-install boots, and the installer's kernel where it is known."""
     settings = build.plan.settings
+    verifier = verify.Verifier(build.plan)
+    verifier.check_offline(_sources(settings))
     if settings.installer_image is None:
         netboot = _netboot(build)
         netboot.mkdir(mode=0o755)
         for name, source in (("linux", settings.linux), ("initrd", settings.initrd)):
             assert source is not None
-            (netboot / name).symlink_to(_fetch(name, source, build.plan))
+            file, uri = _fetch(name, source, verifier)
+            (netboot / name).symlink_to(file)
+            if name == "linux" and source.path is None:
+                verifier.check_modules(uri, file)
         linux, initrd = (os.readlink(netboot / name) for name in ("linux", "initrd"))
         kept = "--install", guest.option(f"kernel={linux}", f"initrd={initrd}")
         return guest.Media(_location(build), kept), Path(linux)
@@ -141,15 +163,17 @@ def _prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
         events.tell(events.InputUsed("installer-image", settings.installer_image.uri, None))
         arguments = "--location", str(path.absolute() if path else settings.installer_image.uri)
         return guest.Media(arguments, arguments), _kernel_of_tree(path)
-    iso = _fetch("installer-image", settings.installer_image, build.plan)
+    iso, _ = _fetch("installer-image", settings.installer_image, verifier)
     arguments = "--location", str(iso)
     return guest.Media(arguments, arguments), _kernel_of_iso(build, iso)
 
 
-def _fetch(key: str, source: Source, plan: Plan) -> Path:
-    path = fetch.fetch(source, plan.cache_dir).absolute()
-    events.tell(events.InputUsed(key, source.uri, path))
-    return path
+def _fetch(key: str, source: Source, verifier: verify.Verifier) -> tuple[Path, str]:
+    """Return a path of *source*, and the URI that it came from."""
+    path, uri = verifier.fetch(key, source)
+    path = path.absolute()
+    events.tell(events.InputUsed(key, uri, path))
+    return path, uri
 
 
 def _copy_answer_file(build: Build) -> None:

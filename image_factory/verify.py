@@ -1,0 +1,522 @@
+"""Who vouches for a download: signed lists of checksums, and what they say of a file.
+
+Each distribution has its own way; LAYOUTS tells by its URI which one a file has.
+"""
+
+import base64
+import binascii
+import configparser
+import contextlib
+import datetime
+import email.utils
+import gzip
+import hashlib
+import lzma
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import command, fetch
+from .errors import BuildError, CommandError, ConfigurationError
+from .fetch import Expected
+from .log import logger
+from .model import Plan
+from .settings import ImageSettings, Source
+
+KEYRINGS = Path("/usr/share/keyrings")
+
+# x86's boot protocol (Documentation/arch/x86/boot.rst): a magic number, and where the version's text is.
+_KERNEL_MAGIC = slice(0x202, 0x206)
+_KERNEL_VERSION = slice(0x20E, 0x210)
+_KERNEL_VERSION_BASE = 0x200
+
+
+class _Unverifiable(Exception):
+    """Nobody vouches for a file, or nobody that this machine knows; says why, and what to do."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class _Release:
+    """What a Debian archive's InRelease says: when it is from, and the SHA-256 of its files by path."""
+
+    base: str
+    date: datetime.datetime
+    checksums: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to publish files and their checksums.
+
+    *pattern* matches whole URIs.  *keyring* is the file of the public keys, in the Debian package *package*;
+    a layout without one has no signatures.
+    """
+
+    name: str
+    pattern: re.Pattern[str]
+    find: Callable[["Verifier", "Layout", re.Match[str]], Expected]
+    keyring: str | None = None
+    package: str | None = None
+
+
+class Verifier:
+    """Fetches the files of one build, and verifies them as its settings say."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._image = plan.image
+        self._settings = plan.settings
+        self._directory = plan.cache_dir
+        # What a list says holds for the whole build: kernel and initrd are of one version.
+        self._texts: dict[str, bytes] = {}
+        self._releases: dict[str, _Release] = {}
+        self._installers: dict[str, str] = {}
+        self._newest: dict[str, datetime.datetime] = {}
+
+    def fetch(self, key: str, source: Source) -> tuple[Path, str]:
+        """Return a path of *source*, which the setting *key* names, and where it was fetched from.
+
+        BuildError if it can't be had, or is not what it should be.
+        """
+        pinned: str | None = getattr(self._settings, f"{key.replace('-', '_')}_sha256")
+        if source.path is not None:
+            if pinned:
+                _check_local(self._image, key, source.path, pinned)
+            return source.path, source.uri
+        if self._settings.offline:
+            return self._cached(source, pinned), source.uri
+        if pinned:
+            expected = Expected(pinned, f"{key}-sha256 of [{self._image}]")
+            return fetch.fetch_from_mirrors(source, self._directory, lambda uri: expected)
+        return fetch.fetch_from_mirrors(source, self._directory, self._expect)
+
+    def check_offline(self, sources: dict[str, Source]) -> None:
+        """Raise BuildError, naming all of *sources* that a build without a network lacks."""
+        if not self._settings.offline:
+            return
+        missing = [
+            f"{key} ({source.uri})"
+            for key, source in sources.items()
+            if source.path is None and self._usable(source, getattr(self._settings, f"{key}_sha256")) is None
+        ]
+        if missing:
+            raise BuildError(
+                f"--offline: {self._directory} lacks {', '.join(missing)}, or what is there was never verified.",
+                hint="Build once without --offline"
+                + ("" if self._settings.verify == "none" else "; verify = none uses what is there as it is"),
+            )
+
+    def _usable(self, source: Source, pinned: str | None) -> Path | None:
+        target = self._directory / source.name
+        if not source.name or not target.is_file():
+            return None
+        if pinned:
+            return target if fetch.sha256_of(target) == pinned else None
+        if self._settings.verify == "none" or fetch.known_verified(target, source.uris):
+            return target
+        return None
+
+    def _cached(self, source: Source, pinned: str | None) -> Path:
+        path = self._usable(source, pinned)
+        if path is None:
+            raise BuildError(f"--offline: {source.name} is not in {self._directory}, or was never verified.")
+        logger.info("%s is taken from the cache.", path.name)
+        return path
+
+    def _expect(self, uri: str) -> Expected | None:
+        """Return what the file at *uri* must be, None if nobody can tell; BuildError if that is not accepted."""
+        if self._settings.verify == "none":
+            return None
+        try:
+            layout, match = _layout_of(uri)
+            expected = layout.find(self, layout, match)
+            logger.info("%s must have the SHA-256 %s, as %s says.", uri, expected.sha256, expected.by)
+            return expected
+        except _Unverifiable as error:
+            if self._settings.verify == "required":
+                raise BuildError(f"{uri} can't be verified: {error}.", hint=error.hint) from error
+            logger.warning("%s is not verified: %s. %s.", uri, error, error.hint)
+            return None
+
+    def read(self, uri: str, *, secure: bool = False) -> bytes:
+        """Return the list at *uri*, which is fetched once in a build."""
+        if uri not in self._texts:
+            self._texts[uri] = fetch.read(uri, secure=secure)
+        return self._texts[uri]
+
+    def keyring(self, layout: Layout) -> Path:
+        """Return the file of the keys that sign what *layout* has."""
+        if not shutil.which("gpgv", path=command.search_path()):
+            raise _Unverifiable("there is no gpgv here", "Install it: apt-get install gpgv")
+        if self._settings.keyring:
+            return self._settings.keyring
+        if layout.keyring is None:
+            raise _Unverifiable(
+                f"the keys of {layout.name} are in no package",
+                "Fetch them from a place that you trust, and name their file with 'keyring'",
+            )
+        path = KEYRINGS / layout.keyring
+        if not path.is_file():
+            raise _Unverifiable(f"{path} is missing", f"Install it: apt-get install {layout.package}")
+        return path
+
+    def release(self, layout: Layout, archive: str, suite: str) -> _Release:
+        """Return what the InRelease of *suite* says; BuildError if it is not genuine, or out of date."""
+        base = f"{archive}dists/{suite}/"
+        if base not in self._releases:
+            where = f"{base}InRelease"
+            keyring = self.keyring(layout)
+            found = _parse_release(check_signature(keyring, self.read(where), None, where), where, base, suite)
+            newest = self._newest.setdefault(suite, found.date)
+            if found.date < newest:
+                raise BuildError(f"{where} is of {found.date:%Y-%m-%d %H:%M}, older than another mirror's.")
+            self._newest[suite] = found.date
+            self._releases[base] = found
+        return self._releases[base]
+
+    def listed_in(self, release: _Release, path: str) -> bytes:
+        """Return the file at *path* of the archive that *release* lists."""
+        where = f"{release.base}{path}"
+        if path not in release.checksums:
+            raise BuildError(f"{release.base}InRelease does not list {path}.")
+        data = self.read(where)
+        found = hashlib.sha256(data).hexdigest()
+        if found != release.checksums[path]:
+            self._texts.pop(where, None)
+            raise BuildError(
+                f"{where} is not what {release.base}InRelease lists: "
+                f"expected SHA-256 {release.checksums[path]}, found {found}.",
+                hint="The mirror is being updated, or broken. Try again later, or another mirror",
+            )
+        return data
+
+    def one_installer(self, name: str, checksums: bytes, where: str) -> None:
+        """Raise BuildError if *checksums* are those of another installer *name* than this build has begun with."""
+        digest = hashlib.sha256(checksums).hexdigest()
+        if self._installers.setdefault(name, digest) != digest:
+            raise BuildError(f"{where} is of another version of the installer than the file fetched before.")
+
+    def check_modules(self, uri: str, kernel: Path) -> None:
+        """Raise BuildError if the Debian archive of *uri* has no more modules for the installer's *kernel*.
+
+        The installer itself finds out after minutes.  What can't be known here is no error.
+        """
+        if self._settings.verify == "none" or self._settings.offline:
+            return
+        match = _DEBIAN.pattern.fullmatch(uri)
+        version = kernel_version(kernel)
+        if not match or not version:
+            return
+        try:
+            release = self.release(_DEBIAN, match["archive"], match["suite"])
+            available = set(self._installer_kernels(release, match["arch"]))
+        except (BuildError, _Unverifiable) as error:
+            logger.warning("Whether the archive has modules for the installer's kernel is not known: %s", error)
+            return
+        if available and version not in available:
+            raise BuildError(
+                f"{uri} is of kernel {version}, but the archive's installer components are for "
+                f"{', '.join(sorted(available))}: the installation would find no kernel modules.",
+                hint="Take the installer from 'current', or from the archive that it is of",
+            )
+
+    def _installer_kernels(self, release: _Release, arch: str) -> Iterator[str]:
+        index = f"main/debian-installer/binary-{arch}/Packages"
+        unpackers: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress, "": bytes}
+        suffix = next((suffix for suffix in unpackers if index + suffix in release.checksums), None)
+        if suffix is None:
+            raise BuildError(f"{release.base}InRelease lists no {index}.")
+        text = unpackers[suffix](self.listed_in(release, index + suffix)).decode("utf-8", errors="replace")
+        yield from re.findall(r"^Kernel-Version: (\S+)$", text, re.MULTILINE)
+
+
+def _check_local(image: str, key: str, path: Path, pinned: str) -> None:
+    found = fetch.sha256_of(path)
+    if found != pinned:
+        raise BuildError(
+            f"{path} is not what {key}-sha256 of [{image}] says: expected SHA-256 {pinned}, found {found}."
+        )
+
+
+def _layout_of(uri: str) -> tuple[Layout, re.Match[str]]:
+    for layout in LAYOUTS:
+        match = layout.pattern.fullmatch(uri)
+        if match:
+            return layout, match
+    raise _Unverifiable("its URI is of no known distribution", "Pin it with linux-sha256 and the like")
+
+
+def programs(settings: ImageSettings, sources: Iterable[Source]) -> list[str]:
+    """Return the programs that a build can't verify *sources* without, where it has to."""
+    if settings.verify != "required" or settings.offline:
+        return []
+    signed = any(
+        layout.find is not _find_treeinfo and layout.pattern.fullmatch(uri)
+        for source in sources
+        if source.path is None
+        for uri in source.uris
+        for layout in LAYOUTS
+    )
+    return ["gpgv"] if signed else []
+
+
+# Signatures.
+
+
+def check_signature(keyring: Path, data: bytes, signature: bytes | None, where: str) -> bytes:
+    """Return what of *data* is signed with a key of *keyring*: by *signature*, or by one around it.
+
+    BuildError, which names *where* it is from, unless one signature is good and its key valid today.
+    """
+    with tempfile.TemporaryDirectory(prefix="image-factory-gpgv.") as name:
+        directory = Path(name)
+        (directory / "signed").write_bytes(data)
+        keys = directory / "keys.gpg"
+        keys.write_bytes(_binary_keys(keyring))
+        # The status lines, and no others, have the answer: the exit status is 0 for an expired key, and 2
+        # if of several signatures one is by a key that is not in the keyring.
+        argv = ["gpgv", "--status-fd", "1", "--weak-digest", "SHA1", "--keyring", str(keys)]
+        if signature is None:
+            argv += ["--output", str(directory / "text"), str(directory / "signed")]
+        else:
+            (directory / "signature").write_bytes(_binary_signature(signature))
+            argv += [str(directory / "signature"), str(directory / "signed")]
+        lines: list[str] = []
+
+        def keep(line: str) -> None:
+            lines.append(line)
+
+        with contextlib.suppress(CommandError):
+            command.run(argv, quiet=True, progress=keep)
+        statuses = [line.removeprefix("[GNUPG:] ").split() for line in lines if line.startswith("[GNUPG:] ")]
+        reason = _signature_fault(statuses)
+        if reason:
+            hint = "A good mirror has a good signature: try another, and update the package of the keyring"
+            if fetch.is_web_page(data):
+                reason, hint = "a web page came instead", fetch.PORTAL_HINT
+            raise BuildError(f"The signature of {where} is not accepted: {reason}.", hint=hint)
+        # What gpgv has read as signed: there may be other text around it.
+        return (directory / "text").read_bytes() if signature is None else data
+
+
+def _signature_fault(statuses: list[list[str]]) -> str | None:
+    """Return what is wrong with all the signatures of which gpgv has told *statuses*, None if one is good."""
+    faults = []
+    good = False
+    for words in statuses:
+        match words:
+            case ["NEWSIG", *_]:
+                good = False
+            case ["GOODSIG", *_]:
+                good = True
+            case ["VALIDSIG", *_] if good:
+                return None
+            case ["EXPKEYSIG", key, *_]:
+                faults.append(f"key {key} has expired")
+            case ["REVKEYSIG", key, *_]:
+                faults.append(f"key {key} is revoked")
+            case ["EXPSIG", key, *_]:
+                faults.append(f"the signature by {key} has expired")
+            case ["BADSIG", key, *_]:
+                faults.append(f"it is not what key {key} has signed")
+            case ["NO_PUBKEY", key, *_]:
+                faults.append(f"key {key} is not in the keyring")
+            case ["NODATA" | "UNEXPECTED", *_]:
+                faults.append("there is no signature")
+    return "; ".join(dict.fromkeys(faults)) or "there is no good signature"
+
+
+def _binary_keys(keyring: Path) -> bytes:
+    """Return the keys of *keyring*, which may be armoured: gpgv reads binary ones only."""
+    try:
+        data = keyring.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"The keyring {keyring} can't be read: {error.strerror}.") from error
+    blocks = re.findall(
+        rb"-----BEGIN PGP PUBLIC KEY BLOCK-----\r?\n(?:[^\r\n]+\r?\n)*\r?\n(.*?)(?:\r?\n=[^\r\n]{4})?\r?\n-----END",
+        data,
+        re.DOTALL,
+    )
+    if not blocks:
+        return data
+    try:
+        return b"".join(base64.b64decode(block) for block in blocks)
+    except binascii.Error as error:
+        raise ConfigurationError(f"The keyring {keyring} has a broken block of keys: {error}.") from error
+
+
+def _binary_signature(signature: bytes) -> bytes:
+    """Return *signature* as it is: gpgv reads both forms, but says nothing at all of an empty one."""
+    return signature or b"-\n"
+
+
+# Debian's archive.
+
+
+def _parse_release(text: bytes, where: str, base: str, suite: str) -> _Release:
+    lines = text.decode("utf-8", errors="replace").splitlines()
+    fields = dict(re.findall(r"^([A-Za-z0-9-]+): *(.*?) *$", "\n".join(lines), re.MULTILINE))
+    # Else a mirror could serve one suite, with all its holes, for another.
+    if suite not in (fields.get("Suite"), fields.get("Codename")):
+        raise BuildError(f"{where} is that of {fields.get('Codename') or 'no suite'}, not of {suite}.")
+    date = _parse_date(fields.get("Date", ""), where)
+    if "Valid-Until" in fields:
+        until = _parse_date(fields["Valid-Until"], where)
+        if until < datetime.datetime.now(datetime.UTC):
+            raise BuildError(
+                f"{where} was valid until {until:%Y-%m-%d %H:%M}: the mirror is out of date.", hint="Try another mirror"
+            )
+    checksums = {}
+    inside = False
+    for line in lines:
+        if not line.startswith(" "):
+            inside = line.strip() == "SHA256:"
+        elif inside and len(words := line.split()) == 3:
+            checksums[words[2]] = words[0].lower()
+    return _Release(base, date, checksums)
+
+
+def _parse_date(text: str, where: str) -> datetime.datetime:
+    try:
+        found = email.utils.parsedate_to_datetime(text)
+    except ValueError as error:
+        raise BuildError(f"{where} has no date that can be read.") from error
+    # "UTC", as Debian writes it, is no zone to the parser.
+    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+
+
+def _find_in_archive(verifier: Verifier, layout: Layout, match: re.Match[str]) -> Expected:
+    """InRelease, signed -> the installer's SHA256SUMS -> the file."""
+    release = verifier.release(layout, match["archive"], match["suite"])
+    sums = f"{match['images']}SHA256SUMS"
+    where = f"{release.base}{sums}"
+    text = verifier.listed_in(release, sums)
+    verifier.one_installer(f"{match['suite']}/{match['images']}", text, where)
+    return _listed(text, match["path"], where, signed_by="the signed InRelease")
+
+
+def kernel_version(path: Path) -> str | None:
+    """Return the version of the x86 kernel at *path*, None if it is no such file."""
+    with path.open("rb") as file:
+        head = file.read(64 << 10)
+    if head[_KERNEL_MAGIC] != b"HdrS":
+        return None
+    start = int.from_bytes(head[_KERNEL_VERSION], "little") + _KERNEL_VERSION_BASE
+    words = head[start : start + 256].split(b"\0")[0].split()
+    return words[0].decode("ascii", errors="replace") if words else None
+
+
+# Lists of checksums.
+
+
+def _parse_checksums(text: bytes) -> dict[str, str]:
+    """Return the SHA-256 of each file in a list as sha256sum writes them; ``*`` marks a binary file."""
+    found = re.findall(r"^([0-9A-Fa-f]{64}) [ *](?:\./)?(\S.*?)\s*$", text.decode("utf-8", "replace"), re.MULTILINE)
+    return {path: digest.lower() for digest, path in found}
+
+
+def _listed(text: bytes, path: str, where: str, *, signed_by: str) -> Expected:
+    checksums = _parse_checksums(text)
+    if path not in checksums:
+        raise _Unverifiable(f"{where} does not list {path}", "Pin it with linux-sha256 and the like")
+    return Expected(checksums[path], f"{where}, verified by {signed_by},")
+
+
+def _find_in_sums(sums: str, signature: str) -> Callable[[Verifier, Layout, re.Match[str]], Expected]:
+    """Return a way to find files in the list *sums* with a *signature* beside it; ``{path}`` in them is the file."""
+
+    def find(verifier: Verifier, layout: Layout, match: re.Match[str]) -> Expected:
+        keyring = verifier.keyring(layout)
+        where = match["base"] + sums.format(path=match["path"])
+        signed = verifier.read(match["base"] + signature.format(path=match["path"]))
+        text = check_signature(keyring, verifier.read(where), signed, where)
+        return _listed(text, match["path"], where, signed_by="its signature")
+
+    return find
+
+
+# Fedora and Enterprise Linux: no signatures, but one host of the distribution's own with all trees.
+
+CANONICAL = (
+    (re.compile(r".*/(releases/[0-9]+/[^/]+/[^/]+/os/)"), "https://dl.fedoraproject.org/pub/fedora/linux/"),
+    (re.compile(r".*/([0-9]+-stream/[^/]+/[^/]+/os/)"), "https://mirror.stream.centos.org/"),
+    (re.compile(r".*/rocky(?:linux)?/([0-9.]+/[^/]+/[^/]+/os/)"), "https://download.rockylinux.org/pub/rocky/"),
+    (re.compile(r".*/almalinux/([0-9.]+/[^/]+/[^/]+/os/)"), "https://repo.almalinux.org/almalinux/"),
+)
+
+
+def _find_treeinfo(verifier: Verifier, layout: Layout, match: re.Match[str]) -> Expected:
+    base = match["base"]
+    for pattern, host in CANONICAL:
+        if known := pattern.fullmatch(base):
+            base = host + known[1]
+            break
+    if not base.lower().startswith("https:"):
+        raise _Unverifiable(
+            "nobody signs its tree, and the distribution's own host is not known", "Name an https mirror, or pin it"
+        )
+    where = f"{base}.treeinfo"
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    try:
+        parser.read_string(verifier.read(where, secure=True).decode())
+        kind, _, digest = parser.get("checksums", match["path"]).partition(":")
+    except configparser.NoOptionError as error:
+        raise BuildError(f"{where} does not list {match['path']}.") from error
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise BuildError(f"{where} can't be read: {' '.join(str(error).split())}.") from error
+    if kind != "sha256" or not re.fullmatch(r"[0-9A-Fa-f]{64}", digest):
+        raise BuildError(f"{where} has no SHA-256 of {match['path']}.")
+    return Expected(digest.lower(), where)
+
+
+_DEBIAN = Layout(
+    "Debian",
+    re.compile(
+        r"(?P<archive>.+/)dists/(?P<suite>[^/]+)/(?P<images>main/installer-(?P<arch>[^/]+)/[^/]+/images/)(?P<path>.+)"
+    ),
+    _find_in_archive,
+    "debian-archive-keyring.gpg",
+    "debian-archive-keyring",
+)
+_UBUNTU = ("ubuntu-archive-keyring.gpg", "ubuntu-keyring")
+LAYOUTS = (
+    _DEBIAN,
+    Layout(
+        "Debian's ISOs",
+        re.compile(r"(?P<base>.+/)(?P<path>debian-[^/]+\.iso)"),
+        _find_in_sums("SHA256SUMS", "SHA256SUMS.sign"),
+        "debian-role-keys.gpg",
+        "debian-keyring",
+    ),
+    Layout(
+        "Ubuntu",
+        re.compile(r"(?P<base>.+/)(?P<path>ubuntu-[^/]+\.iso)"),
+        _find_in_sums("SHA256SUMS", "SHA256SUMS.gpg"),
+        *_UBUNTU,
+    ),
+    Layout(
+        "Ubuntu",
+        re.compile(r"(?P<base>.+/[0-9]{2}\.[0-9]{2}[^/]*/)(?P<path>netboot/.+)"),
+        _find_in_sums("SHA256SUMS", "SHA256SUMS.gpg"),
+        *_UBUNTU,
+    ),
+    Layout(
+        "openSUSE",
+        re.compile(r"(?P<base>.+/)(?P<path>(?:openSUSE|Leap|agama)[^/]*\.iso)"),
+        _find_in_sums("{path}.sha256", "{path}.sha256.asc"),
+    ),
+    # The whole installation repository has one list.
+    Layout(
+        "openSUSE",
+        re.compile(r"(?P<base>.+/)(?P<path>boot/[^/]+/loader/[^/]+)"),
+        _find_in_sums("CHECKSUMS", "CHECKSUMS.asc"),
+    ),
+    Layout("Fedora and Enterprise Linux", re.compile(r"(?P<base>.+/)(?P<path>images/pxeboot/[^/]+)"), _find_treeinfo),
+)

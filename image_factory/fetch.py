@@ -116,13 +116,13 @@ def _try_mirrors(source: Source, target: Path, expect: Expect) -> str:
     failures = []
     for uri in source.uris:
         try:
-            _bring(uri, target, expect(uri))
+            fetched = _bring(uri, target, expect(uri))
         except BuildError as error:
             failures.append(error)
             if uri != source.uris[-1]:
                 logger.warning("%s The next mirror is tried.", error.message)
             continue
-        if source.mirrors:
+        if source.mirrors and fetched:
             logger.info("%s is served by %s", target.name, uri)
         return uri
     if len(failures) == 1:
@@ -133,15 +133,18 @@ def _try_mirrors(source: Source, target: Path, expect: Expect) -> str:
     )
 
 
-def _bring(uri: str, target: Path, expected: Expected | None) -> None:
+def _bring(uri: str, target: Path, expected: Expected | None) -> bool:
+    """Make *target* what is at *uri*, which is *expected*; return whether the mirror was asked for it."""
     if expected is None:
         _fetch(uri, target, partial(_refuse_web_page, uri))
-        return
-    if target.is_file() and sha256_of(target) == expected.sha256:
+        return True
+    cached = target.is_file() and sha256_of(target) == expected.sha256
+    if cached:
         logger.info("%s in the cache is what %s lists.", target.name, expected.by)
     else:
         _fetch(uri, target, partial(_check_sha256, uri, expected), afresh=True)
     _remember_verified(uri, target, expected)
+    return not cached
 
 
 def sha256_of(path: Path) -> str:

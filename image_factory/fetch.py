@@ -183,7 +183,8 @@ def _check_sha256(uri: str, expected: Expected, path: Path) -> None:
 
 
 def _verified_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.verified")
+    # A name that _TEMPORARY doesn't match.
+    return target.with_name(f".{target.name}.verification")
 
 
 def _remember_verified(uri: str, target: Path, expected: Expected) -> None:

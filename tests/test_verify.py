@@ -416,7 +416,8 @@ def test_which_mirror_served_is_noted(
     assert "The next mirror is tried." in caplog.text
     caplog.clear()
     builder.fetch(f"{second.debian()} {first.debian()}")
-    assert "served" not in caplog.text
+    assert "is served by" not in caplog.text
+    assert "a killed build" not in caplog.text
     assert "linux in the cache is what" in caplog.text
 
 

@@ -189,8 +189,17 @@ def _verified_path(target: Path) -> Path:
 
 def _remember_verified(uri: str, target: Path, expected: Expected) -> None:
     """Write down what *target* is known to be, for builds without a network."""
-    with _new_file(_verified_path(target)) as file:
-        file.write(json.dumps({"uri": uri, "sha256": expected.sha256, "by": expected.by}).encode())
+    known = {"uri": uri, "sha256": expected.sha256, "by": expected.by}
+    write_whole(_verified_path(target), json.dumps(known).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write *data* to *path* in the cache; half of it never replaces an older file."""
+    try:
+        with _new_file(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise BuildError(f"Can't write {path}: {error.strerror or error}.", hint="See --cache-dir.") from error
 
 
 def known_verified(target: Path, uris: Sequence[str]) -> Expected | None:

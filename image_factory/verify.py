@@ -94,7 +94,9 @@ class Verifier:
         if pinned:
             expected = Expected(pinned, f"{key}-sha256 of [{self._image}]")
             return fetch.fetch_from_mirrors(source, self._directory, lambda uri: expected)
-        return fetch.fetch_from_mirrors(source, self._directory, self._expect)
+        found = fetch.fetch_from_mirrors(source, self._directory, self._expect)
+        self._remember_dates()
+        return found
 
     def check_offline(self, sources: dict[str, Source]) -> None:
         """Raise BuildError, naming all of *sources* that a build without a network lacks."""
@@ -173,12 +175,33 @@ class Verifier:
             where = f"{base}InRelease"
             keyring = self.keyring(layout)
             found = _parse_release(check_signature(keyring, self.read(where), None, where), where, base, suite)
-            newest = self._newest.setdefault(suite, found.date)
-            if found.date < newest:
-                raise BuildError(f"{where} is of {found.date:%Y-%m-%d %H:%M}, older than another mirror's.")
+            newest = self._newest.get(suite) or self._newest_before(suite)
+            if newest and found.date < newest:
+                raise BuildError(
+                    f"{where} is of {found.date:%Y-%m-%d %H:%M}, older than one of {newest:%Y-%m-%d %H:%M} "
+                    "that was seen before: the mirror is out of date.",
+                    hint=f"Try another mirror; if you want an older archive, remove {self._date_path(suite)}",
+                )
             self._newest[suite] = found.date
             self._releases[base] = found
         return self._releases[base]
+
+    def _date_path(self, suite: str) -> Path:
+        return self._directory / f".{suite}.release-date"
+
+    def _newest_before(self, suite: str) -> datetime.datetime | None:
+        """Return the date of the newest InRelease that builds before have taken files by."""
+        try:
+            found = datetime.datetime.fromisoformat(self._date_path(suite).read_text(encoding="ascii"))
+            return found if found.tzinfo else None
+        except (OSError, ValueError):
+            return None
+
+    def _remember_dates(self) -> None:
+        """Write down the dates of the releases: an old one has good signatures for ever."""
+        for suite, date in self._newest.items():
+            if self._newest_before(suite) != date:
+                fetch.write_whole(self._date_path(suite), date.isoformat().encode())
 
     def listed_in(self, release: _Release, path: str) -> bytes:
         """Return the file at *path* of the archive that *release* lists."""

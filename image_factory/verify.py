@@ -77,6 +77,7 @@ class Verifier:
         self._texts: dict[str, bytes] = {}
         self._releases: dict[str, _Release] = {}
         self._installers: dict[str, str] = {}
+        self._found: dict[str, str] = {}
         self._newest: dict[str, datetime.datetime] = {}
 
     def fetch(self, key: str, source: Source) -> tuple[Path, str]:
@@ -95,6 +96,8 @@ class Verifier:
             expected = Expected(pinned, f"{key}-sha256 of [{self._image}]")
             return fetch.fetch_from_mirrors(source, self._directory, lambda uri: expected)
         found = fetch.fetch_from_mirrors(source, self._directory, self._expect)
+        # Only now: a mirror whose file was refused has no say in what the next one may have.
+        self._installers |= self._found
         self._remember_dates()
         return found
 
@@ -222,7 +225,8 @@ class Verifier:
     def one_installer(self, name: str, checksums: bytes, where: str) -> None:
         """Raise BuildError if *checksums* are those of another installer *name* than this build has begun with."""
         digest = hashlib.sha256(checksums).hexdigest()
-        if self._installers.setdefault(name, digest) != digest:
+        self._found[name] = digest
+        if self._installers.get(name, digest) != digest:
             raise BuildError(f"{where} is of another version of the installer than the file fetched before.")
 
     def check_modules(self, uri: str, kernel: Path) -> None:

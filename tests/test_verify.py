@@ -116,7 +116,7 @@ class Archive:
     def __init__(self, keys: Keys, kernel: str = KERNEL) -> None:
         self.keys = keys
         self.linux = bz_image(kernel)
-        self.initrd = gzip.compress(b"initrd of " + kernel.encode())
+        self.initrd = gzip.compress(b"initrd of " + kernel.encode(), mtime=0)
         self.components = kernel
         self.date = datetime.datetime(2026, 1, 10, 10, 0, tzinfo=datetime.UTC)
         self.fields = {"Origin": "Debian", "Suite": "stable", "Codename": "trixie"}
@@ -501,6 +501,15 @@ def test_older_release_of_another_mirror_is_refused(
     with pytest.raises(BuildError, match="older than one of 2026-01-10 10:00"):
         verifier.fetch("initrd", plan.settings.initrd)
     assert set(builder.files()) == {"linux"}
+
+
+def test_mirror_that_was_refused_does_not_bind_the_build_to_its_installer(
+    mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys
+) -> None:
+    broken, good = mirrors
+    broken.files = Archive(keys, "6.12.41+deb13-amd64").files() | {LINUX: status(404)}
+    good.files = Archive(keys).files()
+    assert builder.fetch(f"{broken.debian()} {good.debian()}") == good.debian()
 
 
 def test_older_release_than_in_a_build_before_is_refused(

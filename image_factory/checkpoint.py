@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import interrupts
+from . import answers, interrupts
 from .errors import ConfigurationError, reason_of
 from .events import Event, InputUsed
 from .log import logger, step
@@ -73,8 +73,9 @@ class Checkpoint:
         for key, origin, name, state in self.used:
             path = Path(name) if name else None
             if key == plan.settings.answer_file_key:
-                # It is as it was, or the build would not be resumed.
-                path = plan.settings.answer_file
+                # It is as it was, or the build would not be resumed; what a template became is gone.
+                source = plan.settings.answer_file
+                path = None if source is None or answers.is_template(source) else source
             elif _state_of(path) != state:
                 path = None
             yield InputUsed(key, origin, path)
@@ -265,7 +266,7 @@ def _why_not_the_disk(found: Checkpoint, directory: Path) -> str | None:
 def inputs_of(plan: Plan, answer_file: Path | None = None) -> dict[str, str]:
     """Return a digest of each setting that makes an installed disk another one.
 
-    *answer_file* is read instead of the one that the settings name.
+    *answer_file* is what the installer got; else that is made anew, as it would be now.
     """
     settings = plan.settings
     sources = {key: getattr(settings, key.replace("-", "_")) for key in ("linux", "initrd", "installer-image")}
@@ -273,7 +274,7 @@ def inputs_of(plan: Plan, answer_file: Path | None = None) -> dict[str, str]:
     texts |= {"append": settings.append, "image-size": str(settings.image_size)}
     digests = {key: _digest(text.encode()) for key, text in texts.items()}
     if settings.answer_file and settings.answer_file_key:
-        digests[settings.answer_file_key] = digest_of(answer_file or settings.answer_file)
+        digests[settings.answer_file_key] = digest_of(answer_file) if answer_file else _digest(answers.content(plan))
     return digests
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from . import __version__, estimates, events, interrupts, log, pipeline, record, workspace
+from . import __version__, answers, estimates, events, interrupts, log, pipeline, record, workspace
 from .errors import ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
 from .release import released
@@ -79,6 +79,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shell-on-error", action="store_true", help="when a step fails, open a shell in the mounted disk"
     )
+    parser.add_argument(
+        "--show-answers",
+        action="store_true",
+        help="print the answer file as the installer gets it, secrets too, and stop",
+    )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
     parser.add_argument(
         "--json", metavar="FILE", help="write a record of the build for machines to FILE; -: to stdout, no summary then"
@@ -107,6 +112,14 @@ def _print_steps(plan: Plan) -> None:
         print(f"# {name}")
         for argv in commands:
             print(f"#   {' '.join(argv[1:])}" if argv[0] == "#" else shlex.join(argv))
+
+
+def _show_answers(plan: Plan) -> None:
+    if not plan.settings.answer_file:
+        raise ConfigurationError(f"[{plan.image}] has no answer file.")
+    # Bytes, as it need not be UTF-8.
+    sys.stdout.buffer.write(answers.content(plan))
+    sys.stdout.flush()
 
 
 def summary(artifacts: Sequence[Artifact], times: Sequence[events.StepEnded], seconds: float) -> str:
@@ -195,8 +208,8 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     arguments = make_parser().parse_args(argv)
-    only_checks = arguments.list or arguments.cleanup or arguments.check or arguments.dry_run
-    for mode in ("list", "check", "dry_run", "cleanup"):
+    only_checks = arguments.list or arguments.cleanup or arguments.check or arguments.dry_run or arguments.show_answers
+    for mode in ("list", "check", "dry_run", "show_answers", "cleanup"):
         if arguments.json is not None and getattr(arguments, mode):
             raise ConfigurationError(f"--json is the record of a build, --{mode.replace('_', '-')} makes none.")
     # A shell and a display would write over each other.
@@ -222,6 +235,9 @@ def _run(argv: Sequence[str]) -> None:
         plan = pipeline.make_plan(Configuration(os.environ), arguments.image, _flag_texts(arguments), resume=resume)
         if kept:
             kept.plan_made(plan)
+        if arguments.show_answers:
+            _show_answers(plan)
+            return
         plan = pipeline.check_plan(plan, resume=resume)
         if kept:
             kept.plan_checked(plan, pipeline.programs(plan))

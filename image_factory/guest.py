@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import arch, command
+from . import answers, arch, command
 from .console import Console
 from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, step
@@ -70,7 +70,9 @@ def kernel_arguments(settings: ImageSettings) -> str:
     """Return the kernel's command line: the answer file, then what the user appends."""
     words = []
     if settings.answer_file_key and settings.answer_file:
-        words.append(ANSWER_FILE_ARGUMENTS[settings.answer_file_key].format(name=settings.answer_file.name))
+        words.append(
+            ANSWER_FILE_ARGUMENTS[settings.answer_file_key].format(name=answers.installer_name(settings.answer_file))
+        )
     if settings.append.strip():
         words.append(settings.append.strip())
     return " ".join(words)
@@ -132,7 +134,10 @@ def virt_install_argv(build: Build, media: Sequence[str], virt_type: str, *, by_
         "--extra-args", kernel_arguments(settings),
     ]  # fmt: skip
     if settings.answer_file:
-        injected = settings.answer_file.absolute() if by_hand else answer_file_copy(build, settings.answer_file)
+        template = answers.is_template(settings.answer_file)
+        # A person has no copy, and needs none but of what a template becomes.
+        own = by_hand and not template
+        injected = settings.answer_file.absolute() if own else answer_file_copy(build, settings.answer_file)
         argv += ["--initrd-inject", str(injected)]
     return argv
 
@@ -145,8 +150,14 @@ def _by_hand(build: Build) -> Build:
 def by_hand_argvs(build: Build, media: Sequence[str], virt_type: str) -> list[list[str]]:
     """Return the commands by which a person repeats the installation, and sees its console."""
     plan, other = build.plan, _by_hand(build)
+    made = []
+    if plan.settings.answer_file and answers.is_template(plan.settings.answer_file):
+        copy = answer_file_copy(other, plan.settings.answer_file)
+        render = f"umask 077; image-factory --show-answers {shlex.quote(plan.image)} > {shlex.quote(str(copy))}"
+        made = [["mkdir", "-m", "700", str(copy.parent)], ["sh", "-c", render]]
     return [
         ["mkdir", str(other.directory)],
+        *made,
         ["qemu-img", "create", "-q", "-f", "raw", str(other.disk_path), str(plan.settings.image_size)],
         virt_install_argv(other, media, virt_type, by_hand=True),
     ]
@@ -154,7 +165,7 @@ def by_hand_argvs(build: Build, media: Sequence[str], virt_type: str) -> list[li
 
 def answer_file_copy(build: Build, answer_file: Path) -> Path:
     """Return where the copy of the answer file is that virt-install reads."""
-    return build.directory / "answers" / answer_file.name
+    return build.directory / "answers" / answers.installer_name(answer_file)
 
 
 def check_libvirt(plan: Plan) -> None:

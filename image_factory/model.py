@@ -2,8 +2,8 @@
 
 import datetime
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +27,7 @@ class Plan:
     """What is to be built; made from text, checked, and not changed any more.
 
     *output_dir* is absolute.  *destinations* has the upload destinations of each format's file, in
-    the order of the formats.
+    the order of the formats.  *variables* has the texts of the section's keys, for a template.
     """
 
     image: str
@@ -35,6 +35,8 @@ class Plan:
     date: datetime.date
     output_dir: Path
     destinations: dict[str, tuple[Destination, ...]]
+    # It may have secrets, which are nobody's business who sees a plan in a message.
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def base_name(self) -> str:

@@ -43,7 +43,8 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     """
     check_image_name(image)
     settings = configuration.image(image, flags)
-    plan = Plan(image, settings, datetime.date.today(), settings.output_dir.absolute(), {})
+    variables = configuration.variables(image, flags)
+    plan = Plan(image, settings, datetime.date.today(), settings.output_dir.absolute(), {}, variables)
     left = checkpoint.read(plan.work_path) if resume else None
     if left:
         plan = dataclasses.replace(plan, date=datetime.date.fromisoformat(left.date))

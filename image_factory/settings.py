@@ -12,7 +12,7 @@ import re
 import shlex
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -387,6 +387,34 @@ def find_data_dir() -> Path:
     )
 
 
+class Variables(Mapping[str, str]):
+    """The texts of all keys of an image, own variables included, by key with underscores.
+
+    A text is made when it is asked for, and ConfigurationError says what is wrong with it.
+    """
+
+    def __init__(self, keys: Iterable[str], text: Callable[[str], str]) -> None:
+        """Take *text*, which gives the text of one of *keys*."""
+        self._keys = {key.replace("-", "_"): key for key in keys}
+        self._text = text
+
+    def __getitem__(self, name: str) -> str:
+        """Return the text of the key *name*."""
+        return self._text(self._keys[name])
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a key *name*, without its text."""
+        return name in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        """Give the keys."""
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        """Return how many keys there are."""
+        return len(self._keys)
+
+
 class Configuration:
     """The configuration files, read and merged; values are parsed when they are asked for."""
 
@@ -461,6 +489,14 @@ class Configuration:
         settings = ImageSettings(**self._values(name, ImageSettings, flags))
         _check_sources(name, settings)
         return settings
+
+    def variables(self, name: str, flags: Mapping[str, str]) -> Variables:
+        """Return the texts of the keys of image *name*, for its answer file: flags, files and defaults."""
+        defaults = {key: declaration.default_text() for key, declaration in declarations(ImageSettings)}
+        given = {key: text for key, text in defaults.items() if text is not None and key not in self._parser[name]}
+        given |= flags
+        keys = dict.fromkeys([*given, *self._parser[name]])
+        return Variables(keys, lambda key: given[key] if key in given else self._text(name, key))
 
     def destination(self, section: str, image_file: str, *, named_by: str) -> Destination:
         """Return upload destination *section* with ``${image}`` standing for *image_file*.

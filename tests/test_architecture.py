@@ -23,7 +23,7 @@ LEVELS = [
     {"layout", "privileged", "watch"},
     {"command"},
     {"release", "locks", "estimates", "checkpoint"},
-    {"interrupts"},
+    {"interrupts", "answers"},
     {"arch", "model"},
     {"settings"},
     {"console", "installers"},
@@ -131,7 +131,7 @@ def test_only_cli_prints_and_exits(name: str) -> None:
 
 def test_packages_beside_the_standard_library() -> None:
     names = {found.split(".")[0] for name in MODULES for found in imports(name)}
-    assert names - sys.stdlib_module_names == {"image_factory", "httplib2", "parted", "_ped", "rich"}
+    assert names - sys.stdlib_module_names == {"image_factory", "httplib2", "jinja2", "parted", "_ped", "rich"}
 
 
 def test_helper_stands_alone() -> None:

@@ -1,10 +1,9 @@
 """Make a disk with the distribution's own installer, run by virt-install."""
 
 import os
-import shutil
 from pathlib import Path
 
-from .. import arch, command, events, fetch, guest, verify
+from .. import answers, arch, command, events, fetch, guest, verify
 from ..errors import BuildError, ConfigurationError
 from ..log import step
 from ..model import Build, Disk, Plan
@@ -53,6 +52,8 @@ def check(plan: Plan) -> None:
             )
     if plan.settings.answer_file:
         _check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
+        if answers.is_template(plan.settings.answer_file):
+            answers.content(plan)
 
 
 def _check_tree(plan: Plan, tree: Source) -> None:
@@ -106,7 +107,8 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
             fetches.append(fetch.rsync_argv(uri, target) if by_rsync else ["#", "GET", uri, "->", str(target)])
     if settings.answer_file:
         copy = guest.answer_file_copy(build, settings.answer_file)
-        fetches.append(["#", "copy", str(settings.answer_file), "->", str(copy)])
+        verb = "render" if answers.is_template(settings.answer_file) else "copy"
+        fetches.append(["#", verb, str(settings.answer_file), "->", str(copy)])
     if settings.installer_image is None:
         location = _location(build)
     elif is_tree(settings.installer_image):
@@ -177,14 +179,13 @@ def _fetch(key: str, source: Source, verifier: verify.Verifier) -> tuple[Path, s
 
 
 def _copy_answer_file(build: Build) -> None:
-    """Copy the answer file: virt-install's own copy of it gets the mode of what it copies."""
+    """Write the answer file anew: virt-install's own copy of it gets the mode of what it copies."""
     key, source = build.plan.settings.answer_file_key, build.plan.settings.answer_file
     if key is None or source is None:
         return
     copy = guest.answer_file_copy(build, source)
     copy.parent.mkdir(mode=0o700)
-    copy.touch(mode=0o600, exist_ok=False)
-    shutil.copyfile(source, copy)
+    answers.write(build.plan, copy)
     events.tell(events.InputUsed(key, str(source), copy))
 
 

@@ -1,0 +1,198 @@
+"""Answer files: templates, what they are made from, and what is told of their errors."""
+
+import datetime
+import stat
+from pathlib import Path
+
+import pytest
+
+from image_factory import answers, checkpoint, cli, guest, pipeline
+from image_factory.errors import ConfigurationError
+from image_factory.model import Build, Plan
+from image_factory.settings import Configuration
+from image_factory.sources import installer
+
+SECRET = "$6$salt$hunter2"
+
+
+def make_plan(
+    directory: Path, template: str | bytes, extra: str = "", name: str = "a.cfg.j2", flags: dict[str, str] | None = None
+) -> Plan:
+    """Return the plan of an image with the answer file *template* and the lines *extra* in its section."""
+    path = directory / name
+    path.write_bytes(template if isinstance(template, bytes) else template.encode())
+    (directory / "linux").touch()
+    configuration = directory / "image-factory.conf"
+    configuration.write_text(
+        f"[DEFAULT]\nshared = all\n[x]\nlinux = {directory}/linux\ninitrd = {directory}/linux\n"
+        f"preseed = {path}\n{extra}"
+    )
+    return pipeline.make_plan(
+        Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)}),
+        "x",
+        {"output-dir": str(directory), **(flags or {})},
+    )
+
+
+def rendered(directory: Path, template: str, extra: str = "", **flags: str) -> str:
+    return answers.content(make_plan(directory, template, extra, flags=flags)).decode()
+
+
+KEYS = {
+    "own": ("{{ name }}", "name = value", "value"),
+    "dash": ("{{ my_name }}", "my-name = value", "value"),
+    "underscore": ("{{ my_name }}", "my_name = value", "value"),
+    "upper case": ("{{ my_name }}", "My-Name = value", "value"),
+    "references": ("{{ a }}", "a = <${b}>\nb = $$5", "<$5>"),
+    "of DEFAULT": ("{{ shared }}", "", "all"),
+    "of image-factory": ("{{ image_size }}", "image-size = 3G", "3G"),
+    "default of image-factory": ("{{ ram }}", "", "1G"),
+    "several lines": (
+        "{% for key in keys.strip().splitlines() %}[{{ key }}]{% endfor %}",
+        "keys =\n  a b\n  c",
+        "[a b][c]",
+    ),
+    "not there, with a default": ("{{ name | default('x') }}", "", "x"),
+    "not there, looked for": ("{% if name is defined %}x{% endif %}.", "", "."),
+    "default that is set": ("{% set name = name | default('x') %}{{ name }}", "name = y", "y"),
+    "error in a key that is not asked for": ("x", "broken = ${absent}", "x"),
+    "no quoting": ("{{ name }}", "name = <&\"'>", "<&\"'>"),
+    "lines of statements": ("a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "", "a\n  b\nc\n"),
+    "not ASCII": ("{{ name }} ü", "name = ö", "ö ü"),
+}
+
+
+@pytest.mark.parametrize(("template", "extra", "expected"), KEYS.values(), ids=KEYS)
+def test_keys(tmp_path: Path, template: str, extra: str, expected: str) -> None:
+    assert rendered(tmp_path, template, extra) == expected
+
+
+def test_flags_win(tmp_path: Path) -> None:
+    assert rendered(tmp_path, "{{ image_size }}", "image-size = 3G", **{"image-size": "4G"}) == "4G"
+
+
+ERRORS: dict[str, tuple[str | bytes, str, str]] = {
+    "unknown key": (f"{SECRET}\n\n{{{{ my_name }}}}", "", "line 3: there is no key 'my-name'."),
+    "unknown key in a loop": ("\n{% for a in b %}{% endfor %}", "", "line 2: there is no key 'b'."),
+    "part of a value": (f"{SECRET}\n{{{{ shared.{SECRET[3:7]} }}}}", "", "line 2: a part of a value is not there."),
+    "secret as a part": ("{{ {}['hunter2'] }}", "", "line 1: a part of a value is not there."),
+    "not closed": (f"\n{{{{ '{SECRET}'", "", "line 2: Jinja2 doesn't understand the template there."),
+    "unknown tag": ("a\n{% hunter2 %}", "", "line 2: Jinja2 doesn't understand the template there."),
+    "unknown filter": ("a\n{{ shared | hunter2 }}", "", "line 2: Jinja2 doesn't understand the template there."),
+    "wrong value": (f"\n\n{{{{ '{SECRET}' + 1 }}}}", "", "line 3: the template can't be rendered (TypeError)."),
+    "another template": ("{% include 'hunter2' %}", "", "line 1: the template can't be rendered (TypeError)."),
+    "way out of the sandbox": (
+        "{{ ''.__class__.__mro__ }}",
+        "",
+        "line 1: the template can't be rendered (SecurityError).",
+    ),
+    "huge": ("{{ range(10 ** 9) }}", "", "line 1: the template can't be rendered (OverflowError)."),
+    "not UTF-8": (b"\nhunter2\xff", "", "line 2 is not UTF-8."),
+}
+
+
+@pytest.mark.parametrize(("template", "extra", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(tmp_path: Path, template: str | bytes, extra: str, message: str) -> None:
+    """They name file, line and key, and show nothing of the answer file."""
+    plan = make_plan(tmp_path, template, extra)
+    with pytest.raises(ConfigurationError) as caught:
+        installer.check(plan)
+    separator = ", " if message.startswith("line") else " "
+    assert caught.value.message == f"[x] preseed: {tmp_path}/a.cfg.j2{separator}{message}"
+    assert "hunter2" not in f"{caught.value.message}{caught.value.hint}"
+    assert caught.value.__suppress_context__
+
+
+def test_error_in_a_key(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "{{ name }}", "name = ${absent}")
+    with pytest.raises(ConfigurationError, match=r"^\[x\] name: \${absent} is not defined\.$"):
+        installer.check(plan)
+
+
+def test_file_that_can_not_be_read(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "")
+    (tmp_path / "a.cfg.j2").unlink()
+    with pytest.raises(ConfigurationError, match=r"a\.cfg\.j2 can't be read: No such file or directory\.$"):
+        answers.content(plan)
+
+
+def test_other_files_are_passed_as_they_are(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, b"{{ absent }} \xff\r\n", name="a.cfg")
+    installer.check(plan)
+    assert answers.content(plan) == b"{{ absent }} \xff\r\n"
+
+
+def test_plan_shows_no_variables(tmp_path: Path) -> None:
+    assert "hunter2" not in repr(make_plan(tmp_path, "", "root-password-hash = hunter2"))
+
+
+def build_of(plan: Plan) -> Build:
+    return Build(plan, plan.output_dir / "work", "vm")
+
+
+@pytest.mark.parametrize(("name", "verb"), [("a.cfg.j2", "render"), ("a.cfg", "copy")])
+def test_what_the_installer_gets(tmp_path: Path, name: str, verb: str) -> None:
+    plan = make_plan(tmp_path, "{{ shared }}", name=name)
+    build = build_of(plan)
+    build.directory.mkdir()
+    installer._copy_answer_file(build)
+    copy = build.directory / "answers/a.cfg"
+    assert copy.read_text() == ("all" if verb == "render" else "{{ shared }}")
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert guest.kernel_arguments(plan.settings) == "preseed/url=file:///a.cfg"
+    words = guest.virt_install_argv(build, ["--location", "LOCATION"], "TYPE")
+    assert words[words.index("--initrd-inject") + 1] == str(copy)
+    commands = dict(installer.describe(build))["Caching the installer"]
+    assert ["#", verb, str(tmp_path / name), "->", str(copy)] in commands
+
+
+def test_link_in_place_of_the_copy(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "new")
+    (tmp_path / "other").write_text("old")
+    (tmp_path / "copy").symlink_to(tmp_path / "other")
+    with pytest.raises(FileExistsError):
+        answers.write(plan, tmp_path / "copy")
+    assert (tmp_path / "other").read_text() == "old"
+
+
+def test_checkpoint_has_the_rendered_file(tmp_path: Path) -> None:
+    """What counts is what the installer got, whether the template or a key makes the difference."""
+    plan = make_plan(tmp_path, "{{ name }}", "name = a")
+    before = checkpoint.inputs_of(plan)
+    (tmp_path / "copy").write_text("a")
+    assert checkpoint.inputs_of(plan, tmp_path / "copy") == before
+    assert checkpoint.inputs_of(make_plan(tmp_path, "{% if name %}{{ name }}{% endif %}", "name = a")) == before
+    changed = checkpoint.inputs_of(make_plan(tmp_path, "{{ name }}", "name = b"))
+    assert [key for key in before if before[key] != changed[key]] == ["preseed"]
+
+
+def test_checkpoint_names_no_template_as_what_was_used(tmp_path: Path) -> None:
+    """A record has digests of what the installer got, and a template is not that."""
+    plan = make_plan(tmp_path, "{{ shared }}")
+    used = [("preseed", str(plan.settings.answer_file), str(tmp_path / "copy"), [1, 2])]
+    today = datetime.date(2026, 1, 2).isoformat()
+    found = checkpoint.Checkpoint(tmp_path, {}, {}, today, "TYPE", used, "boot")  # type: ignore[arg-type]
+    assert [event.path for event in found.inputs_used(plan)] == [None]
+
+
+def test_show_answers(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    cli._show_answers(make_plan(tmp_path, "{{ shared }} ü\n"))
+    assert capfdbinary.readouterr().out == "all ü\n".encode()
+
+
+def test_show_answers_of_an_image_without(tmp_path: Path) -> None:
+    (tmp_path / "own.conf").write_text("[x]\nlinux = /l\ninitrd = /i\n")
+    plan = pipeline.make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(tmp_path / "own.conf")}), "x", {})
+    with pytest.raises(ConfigurationError, match=r"^\[x\] has no answer file\.$"):
+        cli._show_answers(plan)
+
+
+@pytest.mark.parametrize(("name", "made"), [("a.cfg.j2", True), ("a.cfg", False)])
+def test_repeating_by_hand(tmp_path: Path, name: str, made: bool) -> None:
+    """What a template became is gone by then."""
+    plan = make_plan(tmp_path, "", name=name)
+    commands = guest.by_hand_argvs(build_of(plan), ["--location", "LOCATION"], "TYPE")
+    copy = tmp_path / "x-by-hand/answers/a.cfg"
+    injected = commands[-1][commands[-1].index("--initrd-inject") + 1]
+    assert injected == str(copy if made else tmp_path / name)
+    assert (["sh", "-c", f"umask 077; image-factory --show-answers x > {copy}"] in commands) == made

@@ -434,6 +434,8 @@ class Configuration:
             self.files = [path for path in candidates if os.path.lexists(path)]
             for path in self.files:
                 self._read(path)
+        for section in self._parser.sections():
+            self._fill(section)
 
     def _read(self, path: Path, named: str = "") -> None:
         where = f"{path}{named}"
@@ -467,6 +469,27 @@ class Configuration:
             raise ConfigurationError(f"{where}, line {line} is neither a [section] nor KEY = VALUE.") from error
         except configparser.Error as error:
             raise ConfigurationError(f"{where}: {' '.join(str(error).split())}") from error
+
+    def _fill(self, section: str) -> None:
+        """Give *section* the keys that it lacks of the section that it is based on, as they are written there."""
+        own = self._own_texts(section)
+        seen = [section]
+        while based_on := self._own_texts(seen[-1]).get("based-on", "").strip():
+            if based_on not in self._parser.sections():
+                raise ConfigurationError(f"[{seen[-1]}] based-on: there is no section [{based_on}].")
+            if based_on in seen:
+                raise ConfigurationError(
+                    f"[{section}] based-on: {' -> '.join([*seen, based_on])} goes round in a circle."
+                )
+            seen.append(based_on)
+            own = {**self._own_texts(based_on), **own}
+        # Not by set(), which refuses what is to be refused when it is used, with a better message.
+        self._own_texts(section).update(own)
+
+    def _own_texts(self, section: str) -> dict[str, str]:
+        """Return the keys of *section* as they are written, without those of DEFAULT."""
+        texts: dict[str, str] = self._parser._sections[section]  # type: ignore[attr-defined]
+        return texts
 
     def images(self) -> list[str]:
         """Return the names of the configured images, in the order of the files."""

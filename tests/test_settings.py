@@ -712,3 +712,29 @@ def test_bad_upload_section(read: Read, text: str, message: str) -> None:
     configuration = read(MINIMAL + text)
     error = error_of(lambda: configuration.destination("up", "x.raw", named_by="x"))
     assert error.message.startswith(message)
+
+
+def test_section_that_is_based_on_another(read: Read) -> None:
+    """The texts are taken as they are written, so that they follow the variables of the new section."""
+    text = (
+        "[DEFAULT]\nram = 3G\n[a]\nname = one\nlinux = /${name}\ninitrd = /i\ncores = 2\nram = 2G\n"
+        "[b]\nbased-on = a\nname = two\ncores = 3\n[c]\nbased_on = b\nram = 4G\n"
+    )
+    configuration = read(text)
+    assert configuration.images() == ["a", "b", "c"]
+    image = configuration.image("b", {})
+    assert (image.linux, image.cores, image.ram) == (settings.Source("/two", Path("/two")), 3, 2 << 30)
+    image = configuration.image("c", {})
+    assert (image.linux, image.cores, image.ram) == (settings.Source("/two", Path("/two")), 3, 4 << 30)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[x]\nbased-on = y\n", "[x] based-on: there is no section [y]."),
+        ("[x]\nbased-on = x\n", "[x] based-on: x -> x goes round in a circle."),
+        ("[x]\nbased-on = y\n[y]\nbased-on = x\n", "[x] based-on: x -> y -> x goes round in a circle."),
+    ],
+)
+def test_section_that_can_not_be_based_on_another(read: Read, text: str, message: str) -> None:
+    assert error_of(lambda: read(text)).message == message

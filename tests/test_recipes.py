@@ -1,0 +1,230 @@
+"""The shipped recipes: what their templates become, which the checker of each family accepts.
+
+data/recipes/ has what the installers get: `image-factory --show-answers IMAGE` of the shipped configuration, and of
+the sections below.
+"""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from image_factory import answers, pipeline
+from image_factory.model import Plan
+from image_factory.settings import Configuration
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = REPOSITORY / "tests/data/recipes"
+SHIPPED = REPOSITORY / "data/image-factory.conf"
+
+# What has no section yet, as its installer takes no file from the initrd; any key of an answer file renders it.
+OTHERS = """
+[Ubuntu-server]
+linux = /l
+initrd = /i
+preseed = ${data_dir}/ubuntu.yaml.j2
+[Ubuntu-minimal]
+based_on = Ubuntu-server
+source = ubuntu-server-minimal
+[openSUSE-Leap-16.0-server]
+linux = /l
+initrd = /i
+yast = ${data_dir}/agama.json.j2
+[openSUSE-Tumbleweed-minimal]
+based_on = openSUSE-Leap-16.0-server
+product = Tumbleweed
+weak_dependencies = no
+"""
+
+# Each key with a value that is not its default, and with what has a meaning somewhere.
+ALL_KEYS = r"""
+locale = de_DE.UTF-8
+timezone = Europe/Berlin
+packages = vim curl
+mirror = https://mirror.example.com/tree
+proxy = http://proxy.example.com:3128
+root_password_hash = $$6$$salt$$hash
+authorized_keys =
+    ssh-ed25519 AAAA it's "me" <a\b&c>
+    ssh-rsa BBBB
+filesystem = btrfs
+kernel_arguments = quiet console=ttyS0
+weak_dependencies = no
+keyboard = """
+VARIANTS = {
+    "Debian-13-server": "de",
+    "Fedora-44-server": "de",
+    "openSUSE-Leap-15.6-server": "german",
+    "Ubuntu-server": "de",
+    "openSUSE-Leap-16.0-server": "de",
+}
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
+    path = tmp_path_factory.mktemp("recipes") / "image-factory.conf"
+    variants = "".join(f"[{name}-all]\nbased_on = {name}{ALL_KEYS}{keyboard}\n" for name, keyboard in VARIANTS.items())
+    path.write_text(SHIPPED.read_text(encoding="utf-8") + OTHERS + variants, encoding="utf-8")
+    configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(path)})
+    return {name: pipeline.make_plan(configuration, name, {}) for name in configuration.images()}
+
+
+def golden_names(suffix: str = "") -> list[str]:
+    return sorted(path.name for path in GOLDEN.iterdir() if path.name.endswith(suffix))
+
+
+def golden_name(plan: Plan) -> str:
+    assert plan.settings.answer_file is not None
+    return f"{plan.image}.{answers.installer_name(plan.settings.answer_file)}"
+
+
+def test_every_recipe_has_a_golden_file(plans: dict[str, Plan]) -> None:
+    assert golden_names() == sorted(map(golden_name, plans.values()))
+
+
+def test_rendered(plans: dict[str, Plan]) -> None:
+    for plan in plans.values():
+        expected = (GOLDEN / golden_name(plan)).read_text(encoding="utf-8")
+        assert answers.content(plan).decode() == expected, plan.image
+
+
+@pytest.mark.parametrize("name", golden_names(".cfg"))
+def test_debconf(name: str) -> None:
+    done = subprocess.run(
+        ["debconf-set-selections", "--checkonly", GOLDEN / name], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+
+
+def kickstart_version(name: str) -> str:
+    words = name.split("-")
+    return f"F{words[1]}" if words[0] == "Fedora" else f"RHEL{words[2 if words[0] == 'CentOS' else 1]}"
+
+
+@pytest.mark.parametrize("name", golden_names(".ks"))
+def test_ksvalidator(name: str) -> None:
+    # Debian has no package of it: it is in requirements.txt.
+    program = shutil.which("ksvalidator", path=str(REPOSITORY / ".venv/bin"))
+    if program is None:
+        pytest.skip("needs pykickstart: make .venv/bin/ruff")
+    version = kickstart_version(name)
+    done = subprocess.run([program, "--version", version, GOLDEN / name], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", golden_names(".xml"))
+def test_xmllint(name: str) -> None:
+    subprocess.run(["xmllint", "--noout", GOLDEN / name], check=True)
+
+
+def mapping(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {**required, **optional},
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def list_of(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+TEXT = {"type": "string", "minLength": 1}
+FLAG = {"type": "boolean"}
+
+# The part of Subiquity's reference manual that the template uses.
+AUTOINSTALL = mapping(
+    {
+        "version": {"const": 1},
+        "locale": TEXT,
+        "keyboard": mapping({"layout": TEXT}),
+        "timezone": TEXT,
+        "source": mapping({"id": {"enum": ["ubuntu-server", "ubuntu-server-minimal"]}}),
+        "apt": mapping(
+            {
+                "geoip": FLAG,
+                "preserve_sources_list": FLAG,
+                "primary": list_of(mapping({"arches": list_of(TEXT), "uri": TEXT})),
+            }
+        ),
+        "storage": mapping({"swap": mapping({"size": {"const": 0}}), "config": list_of({"required": ["type", "id"]})}),
+        "user-data": mapping({"disable_root": FLAG}),
+        "ssh": mapping({"install-server": FLAG, "allow-pw": {"const": False}}),
+        "packages": list_of(TEXT),
+        "updates": {"const": "all"},
+        "late-commands": list_of({"anyOf": [TEXT, list_of(TEXT)]}),
+        "shutdown": {"const": "poweroff"},
+    },
+    proxy=TEXT,
+)
+
+# The part of Agama's profile that the template uses.
+SCRIPT = mapping({"name": TEXT, "chroot": FLAG, "content": {"type": "string", "pattern": "^#!/bin/bash\n"}})
+PARTITION = {
+    "oneOf": [
+        mapping({"search": {"const": "*"}, "delete": {"const": True}}),
+        mapping(
+            {
+                "filesystem": mapping({"path": TEXT, "type": {"enum": ["xfs", "ext4", "btrfs"]}}),
+                "size": mapping({"min": TEXT}),
+            }
+        ),
+    ]
+}
+AGAMA = mapping(
+    {
+        "product": mapping({"id": {"enum": ["openSUSE_Leap", "Tumbleweed"]}}),
+        "localization": mapping({"language": TEXT, "keyboard": TEXT, "timezone": TEXT}),
+        "root": mapping({"password": TEXT, "hashedPassword": {"const": True}}, sshPublicKey=TEXT),
+        "software": mapping(
+            {"patterns": list_of(TEXT), "packages": list_of(TEXT), "onlyRequired": FLAG},
+            extraRepositories=list_of(mapping({"alias": TEXT, "url": TEXT})),
+        ),
+        "storage": mapping(
+            {
+                "boot": mapping({"configure": FLAG}),
+                "drives": list_of(
+                    mapping(
+                        {"search": TEXT, "ptableType": {"enum": ["gpt", "msdos"]}, "partitions": list_of(PARTITION)}
+                    )
+                ),
+            }
+        ),
+        "bootloader": mapping({"timeout": {"type": "integer"}, "extraKernelParams": TEXT}),
+        "scripts": mapping({"post": list_of(SCRIPT)}),
+    }
+)
+
+
+@pytest.mark.parametrize("name", golden_names(".yaml"))
+def test_autoinstall(name: str) -> None:
+    text = (GOLDEN / name).read_text(encoding="utf-8")
+    assert text.startswith("#cloud-config\n")
+    jsonschema.validate(yaml.safe_load(text), mapping({"autoinstall": AUTOINSTALL}))
+
+
+@pytest.mark.parametrize("name", golden_names(".json"))
+def test_agama(name: str) -> None:
+    jsonschema.validate(json.loads((GOLDEN / name).read_text(encoding="utf-8")), AGAMA)
+
+
+@pytest.mark.parametrize("name", [name for name in golden_names() if "-all." not in name])
+def test_no_recipe_has_a_password(name: str) -> None:
+    """Nor the key of someone; those with all keys have both."""
+    text = (GOLDEN / name).read_text(encoding="utf-8")
+    assert "$6$" not in text
+    assert "ssh-" not in text.replace("openssh-", "")
+
+
+def test_every_head_says_what_it_installs() -> None:
+    for path in (REPOSITORY / "data").glob("*.j2"):
+        head = path.read_text(encoding="utf-8").partition("#}")[0]
+        assert "What it installs, and why:" in head, path
+        for key in ("locale", "keyboard", "timezone", "packages", "mirror", "proxy", "root-password-hash"):
+            assert key in head, (path, key)

@@ -5,7 +5,9 @@ Answer files hold secrets, so no message has anything of their contents but the 
 
 import os
 import re
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, nodes
 from jinja2.sandbox import SandboxedEnvironment
@@ -78,8 +80,12 @@ def _rendered(plan: Plan, data: bytes) -> str:
         ) from None
     # Only those that it asks for: an error in another is no concern of the template's.
     variables = {name: plan.variables[name] for name in sorted(names) if name in plan.variables}
+    # These as they are understood, also where they are not given.
+    variables |= {"arch": plan.settings.arch, "firmware": plan.settings.firmware}
     try:
-        return template.render(variables)
+        return template.render(variables, refuse=partial(_refuse, plan))
+    except ConfigurationError:
+        raise
     except UndefinedError as error:
         raise _unknown(plan, error, names) from None
     except Exception as error:
@@ -88,6 +94,11 @@ def _rendered(plan: Plan, data: bytes) -> str:
             f"{_where(plan)}, line {_line(error)}: the template can't be rendered ({type(error).__name__}).",
             hint="A filter or an expression there doesn't take the value that it gets.",
         ) from None
+
+
+def _refuse(plan: Plan, key: str, reason: str) -> NoReturn:
+    """Stop a template, as what *key* says can't be had."""
+    raise ConfigurationError(f"{_where(plan)}: {reason}", hint=f"Change {key} in [{plan.image}].")
 
 
 def _unknown(plan: Plan, error: UndefinedError, names: set[str]) -> ConfigurationError:

@@ -3,19 +3,23 @@
 import platform
 from dataclasses import dataclass
 
-from .errors import ConfigurationError
-
 
 @dataclass(frozen=True)
 class Architecture:
     """What differs between architectures.
 
+    *machines* are the machine types of libvirt by firmware, empty for virt-install's choice; a
+    firmware that is not among them can't be had.  *uefi_package* is Debian's, with UEFI for it.
+    *probe_options* are QEMU's for a kernel that is started directly with KVM.
     *installer_kernels* are the places of the kernel on installation media, relative to their root.
     """
 
     name: str
     qemu: str
     console: str
+    machines: dict[str, str]
+    uefi_package: str
+    probe_options: tuple[str, ...]
     installer_kernels: tuple[str, ...]
 
 
@@ -24,6 +28,9 @@ ARCHITECTURES = {
         name="x86_64",
         qemu="qemu-system-x86_64",
         console="ttyS0",
+        machines={"bios": "", "uefi": "q35", "hybrid": "q35"},
+        uefi_package="ovmf",
+        probe_options=(),
         installer_kernels=(
             "install.amd/vmlinuz",
             "casper/vmlinuz",
@@ -31,14 +38,23 @@ ARCHITECTURES = {
             "boot/x86_64/loader/linux",
         ),
     ),
+    "aarch64": Architecture(
+        name="aarch64",
+        qemu="qemu-system-aarch64",
+        console="ttyAMA0",
+        machines={"uefi": "virt"},
+        uefi_package="qemu-efi-aarch64",
+        probe_options=("-machine", "virt", "-cpu", "host"),
+        installer_kernels=(
+            "install.a64/vmlinuz",
+            "casper/vmlinuz",
+            "images/pxeboot/vmlinuz",
+            "boot/aarch64/linux",
+        ),
+    ),
 }
 
 
-def host() -> Architecture:
-    """Return the architecture of this machine, which is the one that images are built for."""
-    try:
-        return ARCHITECTURES[platform.machine()]
-    except KeyError:
-        raise ConfigurationError(
-            f"Images can't be built on {platform.machine()}.", hint=f"Use a machine of: {', '.join(ARCHITECTURES)}."
-        ) from None
+def is_host(name: str) -> bool:
+    """Return whether *name* is this machine's architecture, whose programs KVM runs."""
+    return platform.machine() == name

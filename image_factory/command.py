@@ -32,6 +32,7 @@ PACKAGES = {
     "gpgv": "gpgv",
     "guestfish": "guestfish",
     "qemu-img": "qemu-utils",
+    "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-x86_64": "qemu-system-x86",
     "rsync": "rsync",
     "ssh": "openssh-client",

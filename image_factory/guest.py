@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import json
 import os
+import platform
 import pwd
 import re
 import select
@@ -48,6 +50,11 @@ _NOT_IN_PATHS = frozenset("&<>'\"")
 _QEMU_USER = "libvirt-qemu"
 _QEMU_CONFIGURATION = Path("/etc/libvirt/qemu.conf")
 _QEMU_USER_CHANGED = re.compile(r"^\s*user\s*=", re.MULTILINE)
+
+# Where libvirt finds the firmware that QEMU can have (firmware.json of QEMU's interop documents).
+_FIRMWARE_DIRECTORIES = (Path("/etc/qemu/firmware"), Path("/usr/share/qemu/firmware"))
+# Without secure boot, UEFI starts what nobody has signed: an installer's kernel, without a boot loader.
+_UEFI = "firmware=efi,firmware.feature0.name=secure-boot,firmware.feature0.enabled=no"
 
 _VIRSH_SECONDS = 60.0
 # A libvirtd that was killed is started again by systemd, or by the next command of the session's user.
@@ -113,13 +120,14 @@ def virt_install_argv(build: Build, media: Sequence[str], virt_type: str, *, by_
     network = settings.network + (f",mac={settings.mac}" if settings.mac else "")
     osinfo = settings.osinfo or "detect=on,require=off"
     # libvirt 9.0 knows no model ``max``.
-    cpu = {"kvm": "host-passthrough", "qemu": "mode=maximum"}.get(virt_type, "CPU")
+    cpu = settings.cpu or {"kvm": "host-passthrough", "qemu": "mode=maximum"}.get(virt_type, "CPU")
     # ``--noreboot``: the guest must stay off until its logs are removed.
     argv = [
         "virt-install",
         "--connect", build.plan.libvirt_uri,
         "--name", build.vm_name,
         "--virt-type", virt_type,
+        *_machine(settings),
         "--cpu", cpu,
         "--vcpus", str(settings.cores),
         "--memory", str(settings.ram >> 20),
@@ -140,6 +148,14 @@ def virt_install_argv(build: Build, media: Sequence[str], virt_type: str, *, by_
         injected = settings.answer_file.absolute() if own else answer_file_copy(build, settings.answer_file)
         argv += ["--initrd-inject", str(injected)]
     return argv
+
+
+def _machine(settings: ImageSettings) -> list[str]:
+    """Return virt-install's arguments for architecture, machine type and firmware, where they are not its own."""
+    machine = arch.ARCHITECTURES[settings.arch].machines[settings.firmware]
+    words = [] if arch.is_host(settings.arch) else ["--arch", settings.arch]
+    words += ["--machine", machine] if machine else []
+    return words if settings.firmware == "bios" else [*words, "--boot", _UEFI]
 
 
 def _by_hand(build: Build) -> Build:
@@ -216,6 +232,39 @@ def check_output_dir(plan: Plan) -> None:
                 f"QEMU, which libvirt runs as user {_QEMU_USER}, can't enter {directory}.",
                 hint="Build in another directory with --output-dir, or as an ordinary user.",
             )
+
+
+def check_machine(plan: Plan) -> None:
+    """Raise ConfigurationError if there is no such machine, or not here: architecture, firmware, KVM."""
+    settings = plan.settings
+    facts = arch.ARCHITECTURES[settings.arch]
+    if settings.firmware not in facts.machines:
+        raise ConfigurationError(
+            f"[{plan.image}] firmware: {settings.arch} has no {settings.firmware}.",
+            hint=f"Use {' or '.join(facts.machines)}.",
+        )
+    if settings.firmware != "bios" and not _has_uefi(settings.arch):
+        raise ConfigurationError(
+            f"[{plan.image}] firmware = {settings.firmware}: this machine has no UEFI for {settings.arch}.",
+            hint=f"Install it: apt-get install {facts.uefi_package}",
+        )
+    if settings.virt_type == "kvm" and not arch.is_host(settings.arch):
+        raise ConfigurationError(
+            f"[{plan.image}] virt-type: KVM runs no {settings.arch} on {platform.machine()}.", hint="Use qemu or auto."
+        )
+
+
+def _has_uefi(architecture: str) -> bool:
+    """Return whether libvirt will find UEFI for *architecture*."""
+    for path in (path for directory in _FIRMWARE_DIRECTORIES for path in directory.glob("*.json")):
+        # What is no such description, libvirt can't use either.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            told = json.loads(path.read_bytes())
+            if "uefi" in told["interface-types"] and any(
+                target["architecture"] == architecture for target in told["targets"]
+            ):
+                return True
+    return False
 
 
 def _text_of(path: Path) -> str:
@@ -398,8 +447,11 @@ def choose_virt_type(plan: Plan, kernel: Path | None) -> str:
     """
     if plan.settings.virt_type != "auto":
         return plan.settings.virt_type
+    if not arch.is_host(plan.settings.arch):
+        logger.info("KVM runs no %s on %s: it is emulated.", plan.settings.arch, platform.machine())
+        return "qemu"
     with step("Probing KVM"):
-        reason = why_not_kvm(kernel)
+        reason = why_not_kvm(kernel, plan.settings.arch)
     if reason is None:
         return "kvm"
     logger.warning(
@@ -409,11 +461,12 @@ def choose_virt_type(plan: Plan, kernel: Path | None) -> str:
     return "qemu"
 
 
-def probe_argv(kernel: Path) -> list[str]:
-    """Return the command that starts *kernel* under KVM with its serial port on stdout."""
-    machine = arch.host()
+def probe_argv(kernel: Path, architecture: str) -> list[str]:
+    """Return the command that starts *kernel* of *architecture* under KVM with its serial port on stdout."""
+    machine = arch.ARCHITECTURES[architecture]
     return [
         machine.qemu,
+        *machine.probe_options,
         "-accel", "kvm",
         "-m", "256",
         "-nodefaults",
@@ -426,8 +479,8 @@ def probe_argv(kernel: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def why_not_kvm(kernel: Path | None) -> str | None:
-    """Start *kernel* under KVM until it prints to its serial port; return what is wrong, or None."""
+def why_not_kvm(kernel: Path | None, architecture: str) -> str | None:
+    """Start *kernel* of *architecture* under KVM until it prints to its serial port; return what is wrong, or None."""
     try:
         with KVM_DEVICE.open("r+b", buffering=0):
             pass
@@ -435,7 +488,7 @@ def why_not_kvm(kernel: Path | None) -> str | None:
         return f"{KVM_DEVICE}: {error.strerror}"
     if kernel is None:
         return "there is no kernel to probe it with"
-    output = command.read_until(probe_argv(kernel), _PROBE_BANNER, PROBE_SECONDS)
+    output = command.read_until(probe_argv(kernel, architecture), _PROBE_BANNER, PROBE_SECONDS)
     if _PROBE_BANNER in output:
         return None
     return f"the installer's kernel printed nothing under it within {PROBE_SECONDS:.0f} s"

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from . import (
-    arch,
     checkpoint,
     checksum,
     clean,
@@ -63,7 +62,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
 
     Returns the plan with what is chosen on this machine.
     """
-    arch.host()
+    guest.check_machine(plan)
     if resume and not checkpoint.read(plan.work_path):
         # Before the working directory is opened, so that what is there stays.
         raise checkpoint.nothing_to_resume(plan)

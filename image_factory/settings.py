@@ -8,6 +8,7 @@ import configparser
 import copy
 import difflib
 import os
+import platform
 import re
 import shlex
 import urllib.parse
@@ -28,6 +29,11 @@ FILE_VARIABLE = "IMAGE_FACTORY_CONFIG"
 
 FORMATS = ("raw", "qcow2")
 UPLOAD_TYPES = ("rsync",)
+ARCHITECTURES = ("x86_64", "aarch64")
+# The distributions' names of them, which configuration files may have in a variable 'arch' of their own.
+# A 32-bit system runs on the machine of the 64-bit one.
+_ARCHITECTURE_NAMES = {"amd64": "x86_64", "i386": "x86_64", "i586": "x86_64", "i686": "x86_64", "arm64": "aarch64"}
+FIRMWARES = ("bios", "uefi", "hybrid")
 ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast")
 
 # The file names of an image have its name, date, format and ".sha256sum": together at most 255 bytes.
@@ -226,9 +232,29 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_arch(text: str) -> str:
+    """An architecture, by its name or by a distribution's."""
+    name = text.strip().lower()
+    name = _ARCHITECTURE_NAMES.get(name, name)
+    if name not in ARCHITECTURES:
+        raise ValueError(" or ".join(ARCHITECTURES))
+    return name
+
+
 def default_cache_dir() -> str:
     """Return where downloads are kept: root's are the machine's."""
     return "/var/cache/image-factory" if os.geteuid() == 0 else "~/.cache/image-factory"
+
+
+def default_arch() -> str:
+    """Return the architecture of this machine, x86_64 if images can't be built for it."""
+    machine = platform.machine()
+    return machine if machine in ARCHITECTURES else "x86_64"
+
+
+def default_firmware(arch: str) -> str:
+    """Return the firmware of machines of *arch* when nothing is said of it."""
+    return "bios" if arch == "x86_64" else "uefi"
 
 
 @dataclass(frozen=True)
@@ -302,6 +328,17 @@ class ImageSettings:
         parse_vnc, "HOST:DISPLAY of the installation machine's screen; HOST alone picks a free display"
     )
     osinfo: str | None = _setting(parse_text, "name of the operating system for virt-install")
+    arch: str = _setting(
+        parse_arch,
+        f"architecture of the image: {' or '.join(ARCHITECTURES)} (default: this machine's)",
+        default_arch,
+    )
+    firmware: str = _setting(
+        one_of(*FIRMWARES), "what the image boots with: bios, uefi, or hybrid for both (default: bios, uefi on aarch64)"
+    )
+    cpu: str | None = _setting(
+        parse_text, "virt-install's CPU (default: host-passthrough with KVM, mode=maximum without)"
+    )
     virt_type: str = _setting(one_of("auto", "kvm", "qemu"), "kvm, qemu (emulation) or auto", "auto")
     network: str = _setting(parse_text, "virt-install's network", "user,model=virtio")
     install_timeout: float = _setting(parse_duration, "how long the installation may take, or none", "2h")
@@ -509,7 +546,9 @@ class Configuration:
                 hint=self._suggestion(name),
             )
         self._warn_of_near_misses(name, ImageSettings)
-        settings = ImageSettings(**self._values(name, ImageSettings, flags))
+        values = self._values(name, ImageSettings, flags)
+        values["firmware"] = values["firmware"] or default_firmware(values["arch"])
+        settings = ImageSettings(**values)
         _check_sources(name, settings)
         return settings
 

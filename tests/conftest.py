@@ -81,7 +81,7 @@ def stand_in(base: Path) -> Path:
 @contextmanager
 def hidden_kvm(kernel: Path) -> Iterator[None]:
     """Put /dev/kvm out of the way where it is there and useless: it slows the system's libvirt down."""
-    if KVM.exists() and guest.why_not_kvm(kernel):
+    if KVM.exists() and guest.why_not_kvm(kernel, "x86_64"):
         KVM.rename(HIDDEN_KVM)
     try:
         yield

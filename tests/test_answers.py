@@ -52,6 +52,8 @@ KEYS = {
         "keys =\n  a b\n  c",
         "[a b][c]",
     ),
+    "machine": ("{{ arch }} {{ firmware }}", "arch = amd64", "x86_64 bios"),
+    "firmware": ("{{ firmware }}", "firmware = UEFI", "uefi"),
     "not there, with a default": ("{{ name | default('x') }}", "", "x"),
     "not there, looked for": ("{% if name is defined %}x{% endif %}.", "", "."),
     "default that is set": ("{% set name = name | default('x') %}{{ name }}", "name = y", "y"),
@@ -101,6 +103,16 @@ def test_errors(tmp_path: Path, template: str | bytes, extra: str, message: str)
     assert caught.value.message == f"[x] preseed: {tmp_path}/a.cfg.j2{separator}{message}"
     assert "hunter2" not in f"{caught.value.message}{caught.value.hint}"
     assert caught.value.__suppress_context__
+
+
+def test_refusal(tmp_path: Path) -> None:
+    plan = make_plan(
+        tmp_path, "{% if firmware == 'uefi' %}{{ refuse('firmware', 'too new.') }}{% endif %}", "firmware=uefi"
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        installer.check(plan)
+    assert caught.value.message == f"[x] preseed: {tmp_path}/a.cfg.j2: too new."
+    assert caught.value.hint == "Change firmware in [x]."
 
 
 def test_error_in_a_key(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ GOLDEN = """virt-install
 --extra-args 
 """  # noqa: W291
 
+UEFI = "firmware=efi,firmware.feature0.name=secure-boot,firmware.feature0.enabled=no"
+
 
 def as_lines(words: list[str]) -> str:
     """Return an option and its value on one line."""
@@ -79,6 +81,10 @@ def test_defaults(tmp_path: Path) -> None:
         ("vnc = 127.0.0.1", ["--graphics vnc,port=-1,listen=127.0.0.1"]),
         ("vnc = [::1]:1", ["--graphics vnc,port=5901,listen=::1"]),
         ("osinfo = debian12", ["--osinfo debian12"]),
+        ("cpu = EPYC", ["--cpu EPYC"]),
+        ("firmware = uefi", ["--machine q35", f"--boot {UEFI}"]),
+        ("firmware = hybrid", ["--machine q35", f"--boot {UEFI}"]),
+        ("arch = aarch64", ["--arch aarch64", "--machine virt", f"--boot {UEFI}"]),
         (
             "preseed = /a/p.cfg\nappend = quiet",
             ["--extra-args preseed/url=file:///p.cfg quiet", "--initrd-inject /output/.work/answers/p.cfg"],
@@ -96,6 +102,54 @@ def test_kvm(tmp_path: Path) -> None:
     lines = as_lines(argv(tmp_path, virt_type="kvm")).splitlines()
     assert "--virt-type kvm" in lines
     assert "--cpu host-passthrough" in lines
+
+
+FIRMWARE = """{"interface-types": ["uefi"], "targets": [{"architecture": "x86_64", "machines": ["pc-q35-*"]}]}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("arch = aarch64\nfirmware = bios", "[image] firmware: aarch64 has no bios.", "Use uefi."),
+        ("arch = aarch64\nfirmware = hybrid", "[image] firmware: aarch64 has no hybrid.", "Use uefi."),
+        (
+            "arch = aarch64",
+            "[image] firmware = uefi: this machine has no UEFI for aarch64.",
+            "Install it: apt-get install qemu-efi-aarch64",
+        ),
+        ("firmware = uefi\narch = x86_64\nvirt-type = kvm", None, None),
+        ("firmware = hybrid", None, None),
+        ("", None, None),
+    ],
+)
+def test_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str | None, hint: str | None
+) -> None:
+    """The others are what QEMU's packages or a user may have there, and libvirt doesn't read."""
+    for name, content in {"10-bad.json": "{", "20-list.json": "[1]", "60-good.json": FIRMWARE}.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "30-directory.json").mkdir()
+    monkeypatch.setattr(guest, "_FIRMWARE_DIRECTORIES", (tmp_path / "none", tmp_path))
+    if message is None:
+        guest.check_machine(plan(tmp_path, text))
+        return
+    with pytest.raises(ConfigurationError) as caught:
+        guest.check_machine(plan(tmp_path, text))
+    assert (caught.value.message, caught.value.hint) == (message, hint)
+
+
+def test_no_uefi_for_hybrid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "_FIRMWARE_DIRECTORIES", (tmp_path,))
+    with pytest.raises(ConfigurationError) as caught:
+        guest.check_machine(plan(tmp_path, "firmware = hybrid"))
+    assert caught.value.hint == "Install it: apt-get install ovmf"
+
+
+def test_kvm_of_another_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "_has_uefi", lambda architecture: True)
+    with pytest.raises(ConfigurationError, match=r"^\[image\] virt-type: KVM runs no aarch64 on x86_64\.$"):
+        guest.check_machine(plan(tmp_path, "arch = aarch64\nvirt-type = kvm"))
+    assert guest.choose_virt_type(plan(tmp_path, "arch = aarch64"), Path("/netboot/linux")) == "qemu"
 
 
 @pytest.mark.parametrize("character", "&<>'\"")
@@ -146,7 +200,7 @@ class TestProbe:
 
     def test_kernel_that_prints(self, qemu: Path, tmp_path: Path) -> None:
         self.write(qemu, f'echo "$@" > {tmp_path}/argv; echo "Linux version 6.1"; exec sleep 60')
-        assert guest.why_not_kvm(Path("/netboot/linux")) is None
+        assert guest.why_not_kvm(Path("/netboot/linux"), "x86_64") is None
         words = (tmp_path / "argv").read_text()
         assert "-accel kvm" in words
         assert "-kernel /netboot/linux" in words
@@ -154,14 +208,17 @@ class TestProbe:
     @pytest.mark.parametrize("script", ["exec sleep 60", "echo SeaBIOS; exec sleep 60", "echo could not; exit 1"])
     def test_kernel_that_does_not(self, qemu: Path, script: str) -> None:
         self.write(qemu, script)
-        assert guest.why_not_kvm(Path("/netboot/linux")) == "the installer's kernel printed nothing under it within 0 s"
+        assert (
+            guest.why_not_kvm(Path("/netboot/linux"), "x86_64")
+            == "the installer's kernel printed nothing under it within 0 s"
+        )
 
     def test_no_kernel(self, qemu: Path) -> None:
-        assert guest.why_not_kvm(None) == "there is no kernel to probe it with"
+        assert guest.why_not_kvm(None, "x86_64") == "there is no kernel to probe it with"
 
     def test_no_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(guest, "KVM_DEVICE", Path("/dev/none"))
-        assert guest.why_not_kvm(Path("/netboot/linux")) == "/dev/none: No such file or directory"
+        assert guest.why_not_kvm(Path("/netboot/linux"), "x86_64") == "/dev/none: No such file or directory"
 
     @pytest.mark.parametrize("chosen", ["kvm", "qemu"])
     def test_settings_decide(self, tmp_path: Path, chosen: str) -> None:

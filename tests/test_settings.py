@@ -23,6 +23,8 @@ from image_factory.settings import (
     UploadSettings,
     check_image_name,
     declarations,
+    default_arch,
+    default_firmware,
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -94,6 +96,9 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "compression": ("zlib", "zlib"),
     "vnc": ("localhost:13", ("localhost", 13)),
     "osinfo": ("debian11", "debian11"),
+    "arch": ("AArch64", "aarch64"),
+    "firmware": ("Hybrid", "hybrid"),
+    "cpu": ("EPYC,disable=x2apic", "EPYC,disable=x2apic"),
     "virt_type": ("qemu", "qemu"),
     "network": ("bridge=br0", "bridge=br0"),
     "install_timeout": ("1h 30m", 5400.0),
@@ -165,6 +170,9 @@ def test_defaults(read: Read) -> None:
         mount_via="auto",
         keep_raw=False,
         compression="zstd",
+        arch=default_arch(),
+        firmware=default_firmware(default_arch()),
+        cpu=None,
         virt_type="auto",
         network="user,model=virtio",
         install_timeout=7200.0,
@@ -186,6 +194,11 @@ def test_defaults(read: Read) -> None:
         vnc=None,
         osinfo=None,
     )
+
+
+@pytest.mark.parametrize(("arch", "firmware"), [("x86_64", "bios"), ("aarch64", "uefi")])
+def test_default_firmware(read: Read, arch: str, firmware: str) -> None:
+    assert read(f"{MINIMAL}arch = {arch}\n").image("x", {}).firmware == firmware
 
 
 def test_default_cache_of_an_ordinary_user_is_below_the_home_directory() -> None:
@@ -232,6 +245,8 @@ GOOD: list[tuple[str, str, Any]] = [
     ("vnc", "localhost:59635", ("localhost", 59635)),
     ("compression", "NONE", "none"),
     ("virt-type", "Auto", "auto"),
+    *(("arch", text, "x86_64") for text in ("x86_64", "amd64", "i386", "i686")),
+    ("arch", "arm64", "aarch64"),
     *(("stall-timeout", text, 90.0) for text in ("90", "1m30s", "1M 30S")),
     ("stall-timeout", "None", math.inf),
     ("install-timeout", "1d", 86400.0),
@@ -293,6 +308,8 @@ BAD: list[tuple[str, str, str]] = [
     ("keep-raw", "-", BOOLEANS),
     ("compression", "xz", "only zstd, zlib or none"),
     ("virt-type", "xen", "only auto, kvm or qemu"),
+    *(("arch", text, "only x86_64 or aarch64") for text in ("", "riscv64", "x86-64")),
+    ("firmware", "efi", "only bios, uefi or hybrid"),
     *(("install-timeout", text, DURATION_FORMS) for text in ("", "0", "-1s", "2 hours", "1m1h", "1.5h", "never")),
     *(
         ("vnc", text, VNC)

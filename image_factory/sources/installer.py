@@ -12,7 +12,7 @@ from ..settings import ImageSettings, Source
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that the installation needs."""
-    names = ["qemu-img", "virsh", "virt-install", arch.host().qemu]
+    names = ["qemu-img", "virsh", "virt-install", arch.ARCHITECTURES[plan.settings.arch].qemu]
     settings = plan.settings
     if settings.answer_file:
         # virt-install injects it with cpio, which its Debian package doesn't depend on.
@@ -115,11 +115,13 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
         location = ("--location", str(settings.installer_image.path or settings.installer_image.uri))
     else:
         location = ("--location", str(settings.installer_image.path or plan.cache_dir / settings.installer_image.name))
-    virt_type = "VIRT-TYPE" if settings.virt_type == "auto" else settings.virt_type
+    virt_type = settings.virt_type
+    if virt_type == "auto":
+        virt_type = "VIRT-TYPE" if arch.is_host(settings.arch) else "qemu"
     return [
         ("Creating the disk", [create_argv(build)]),
         ("Caching the installer", fetches),
-        *([("Probing KVM", [guest.probe_argv(Path("KERNEL"))])] if settings.virt_type == "auto" else []),
+        *([("Probing KVM", [guest.probe_argv(Path("KERNEL"), settings.arch)])] if virt_type == "VIRT-TYPE" else []),
         ("Installing", [guest.virt_install_argv(build, location, virt_type)]),
     ]
 
@@ -164,7 +166,7 @@ def _prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
         path = settings.installer_image.path
         events.tell(events.InputUsed("installer-image", settings.installer_image.uri, None))
         arguments = "--location", str(path.absolute() if path else settings.installer_image.uri)
-        return guest.Media(arguments, arguments), _kernel_of_tree(path)
+        return guest.Media(arguments, arguments), _kernel_of_tree(build, path)
     iso, _ = _fetch("installer-image", settings.installer_image, verifier)
     arguments = "--location", str(iso)
     return guest.Media(arguments, arguments), _kernel_of_iso(build, iso)
@@ -189,10 +191,14 @@ def _copy_answer_file(build: Build) -> None:
     events.tell(events.InputUsed(key, str(source), copy))
 
 
-def _kernel_of_tree(path: Path | None) -> Path | None:
+def _kernels(build: Build) -> tuple[str, ...]:
+    return arch.ARCHITECTURES[build.plan.settings.arch].installer_kernels
+
+
+def _kernel_of_tree(build: Build, path: Path | None) -> Path | None:
     if path is None:
         return None
-    return next((path / kernel for kernel in arch.host().installer_kernels if (path / kernel).is_file()), None)
+    return next((path / kernel for kernel in _kernels(build) if (path / kernel).is_file()), None)
 
 
 def _kernel_of_iso(build: Build, iso: Path) -> Path | None:
@@ -200,7 +206,7 @@ def _kernel_of_iso(build: Build, iso: Path) -> Path | None:
     if build.plan.settings.virt_type != "auto":
         return None
     target = build.directory / "probe-kernel"
-    for kernel in arch.host().installer_kernels:
+    for kernel in _kernels(build):
         try:
             command.run(["xorriso", "-osirrox", "on", "-indev", str(iso), "-extract", f"/{kernel}", str(target)])
         except BuildError:

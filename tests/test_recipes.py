@@ -5,6 +5,7 @@ the sections below.
 """
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from image_factory import answers, pipeline
+from image_factory.errors import ConfigurationError
 from image_factory.model import Plan
 from image_factory.settings import Configuration
 
@@ -40,6 +42,13 @@ based_on = openSUSE-Leap-16.0-server
 product = Tumbleweed
 weak_dependencies = no
 """
+
+FIRMWARES = {
+    "Debian-13-server": ("uefi", "hybrid"),
+    "Fedora-44-server": ("uefi", "hybrid"),
+    "Rocky-10-server": ("hybrid",),
+    "openSUSE-Leap-15.6-server": ("uefi",),
+}
 
 # Each key with a value that is not its default, and with what has a meaning somewhere.
 ALL_KEYS = r"""
@@ -69,6 +78,11 @@ VARIANTS = {
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
     path = tmp_path_factory.mktemp("recipes") / "image-factory.conf"
     variants = "".join(f"[{name}-all]\nbased_on = {name}{ALL_KEYS}{keyboard}\n" for name, keyboard in VARIANTS.items())
+    variants += "".join(
+        f"[{name}-{firmware}]\nbased_on = {name}\nfirmware = {firmware}\n"
+        for name, firmwares in FIRMWARES.items()
+        for firmware in firmwares
+    )
     path.write_text(SHIPPED.read_text(encoding="utf-8") + OTHERS + variants, encoding="utf-8")
     configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(path)})
     return {name: pipeline.make_plan(configuration, name, {}) for name in configuration.images()}
@@ -89,6 +103,8 @@ def test_every_recipe_has_a_golden_file(plans: dict[str, Plan]) -> None:
 
 def test_rendered(plans: dict[str, Plan]) -> None:
     for plan in plans.values():
+        if os.environ.get("UPDATE_GOLDEN"):
+            (GOLDEN / golden_name(plan)).write_bytes(answers.content(plan))
         expected = (GOLDEN / golden_name(plan)).read_text(encoding="utf-8")
         assert answers.content(plan).decode() == expected, plan.image
 
@@ -220,6 +236,15 @@ def test_no_recipe_has_a_password(name: str) -> None:
     text = (GOLDEN / name).read_text(encoding="utf-8")
     assert "$6$" not in text
     assert "ssh-" not in text.replace("openssh-", "")
+
+
+def test_hybrid_where_the_installer_cannot(tmp_path: Path) -> None:
+    path = tmp_path / "image-factory.conf"
+    section = "[x]\nbased_on = openSUSE-Leap-15.6-server\nfirmware = hybrid\n"
+    path.write_text(SHIPPED.read_text(encoding="utf-8") + section, encoding="utf-8")
+    plan = pipeline.make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(path)}), "x", {})
+    with pytest.raises(ConfigurationError, match="AutoYaST installs a boot loader for bios or uefi, not for both"):
+        answers.content(plan)
 
 
 def test_every_head_says_what_it_installs() -> None:

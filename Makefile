@@ -42,6 +42,9 @@ bench: packages-bench
 acceptance: packages-acceptance
 	tests/acceptance
 
+acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid: packages-acceptance
+	ONLY=$(@:acceptance-%=%) tests/acceptance
+
 doc: $(MANUALS)
 
 %.1: %.1.md image_factory/__init__.py
@@ -70,4 +73,4 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .FORCE:
-.PHONY: all check lint faults demo bench acceptance doc install dist version clean .FORCE
+.PHONY: all check lint faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist version clean .FORCE

@@ -43,7 +43,7 @@ class Checkpoint:
     outputs: dict[str, str]
     date: str
     virt_type: str
-    used: list[tuple[str, str, str | None, list[int]]]
+    used: list[tuple[str, str, str | None, list[int], str | None]]
     boot: str
     stage: str = "installed"
     artifacts: list[Artifact] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Checkpoint:
 
     def inputs_used(self, plan: Plan) -> Iterator[InputUsed]:
         """Give what the disk was installed from; of a file that has changed meanwhile, no path."""
-        for key, origin, name, state in self.used:
+        for key, origin, name, state, verified_by in self.used:
             path = Path(name) if name else None
             if key == plan.settings.answer_file_key:
                 # It is as it was, or the build would not be resumed; what a template became is gone.
@@ -78,7 +78,7 @@ class Checkpoint:
                 path = None if source is None or answers.is_template(source) else source
             elif _state_of(path) != state:
                 path = None
-            yield InputUsed(key, origin, path)
+            yield InputUsed(key, origin, path, verified_by)
 
     def has_served(self, destination: object) -> bool:
         """Return whether *destination*, as it is now, got its files."""
@@ -140,7 +140,10 @@ def begin(build: Build, disk: Disk, used: InputsUsed) -> Checkpoint:
         outputs_of(plan),
         plan.date.isoformat(),
         disk.virt_type,
-        [(event.key, event.origin, str(event.path) if event.path else None, state) for event, state in used.found],
+        [
+            (event.key, event.origin, str(event.path) if event.path else None, state, event.verified_by)
+            for event, state in used.found
+        ],
         _BOOT_ID.read_text(),
     )
     found.try_to_write()
@@ -184,7 +187,7 @@ def _is_sound(found: Checkpoint) -> bool:
         and found.stage in STAGES
         and not any("/" in name for name in found.kept)
         and all(
-            isinstance(entry, list) and len(entry) == 4 and are_texts(*entry[:2], entry[2] or "")
+            isinstance(entry, list) and len(entry) == 5 and are_texts(*entry[:2], entry[2] or "", entry[4] or "")
             for entry in found.used
         )
         and all(

@@ -71,11 +71,13 @@ class InputUsed:
 
     *key* is the setting that names it, ``configuration`` for a configuration file, and *origin* the path or
     URI that it names.  *path* is None for an installation tree, of which only the installer knows what it reads.
+    *verified_by* says who vouches for the file, if anybody does.
     """
 
     key: str
     origin: str
     path: Path | None
+    verified_by: str | None = None
 
 
 @dataclass(frozen=True)

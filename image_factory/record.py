@@ -171,7 +171,12 @@ class Record:
             "seconds": _rounded(seconds),
             "host": {"architecture": platform.machine(), "virt_type": self._virt_type},
             "inputs": [
-                {"key": event.key, "origin": _without_secrets(event.origin), "sha256": answer and answer.split()[0]}
+                {
+                    "key": event.key,
+                    "origin": _without_secrets(event.origin),
+                    "sha256": answer and answer.split()[0],
+                    "verified_by": event.verified_by,
+                }
                 for event, answer in inputs
             ],
             "settings": settings and {key: value for key, value in settings.items() if _is_public(key, value)},

@@ -46,7 +46,7 @@ def begin(build: Build) -> Checkpoint:
     (build.plan.output_dir / "linux").write_text("kernel")
     for key, path in (("linux", build.plan.output_dir / "linux"), ("preseed", build.plan.output_dir / "a.cfg")):
         used.notice(events.InputUsed(key, str(path), path))
-    used.notice(events.InputUsed("installer-image", "http://tree", None))
+    used.notice(events.InputUsed("installer-image", "http://tree", None, "somebody"))
     used.notice(events.VirtTypeChosen("qemu"))
     return checkpoint.begin(build, Disk(build.disk_path, "qemu"), used)
 
@@ -68,7 +68,7 @@ def test_inputs_that_were_used(tmp_path: Path) -> None:
     begin(build)
     linux, answers = tmp_path / "linux", tmp_path / "a.cfg"
     found = checkpoint.resumed(build.plan, build.directory)
-    tree = events.InputUsed("installer-image", "http://tree", None)
+    tree = events.InputUsed("installer-image", "http://tree", None, "somebody")
     unchanged = [events.InputUsed("linux", str(linux), linux), events.InputUsed("preseed", str(answers), answers), tree]
     assert list(found.inputs_used(build.plan)) == unchanged
     linux.write_text("another kernel")

@@ -110,7 +110,8 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
         log.logger.warning("\x1b[31mred\x1b[0m %s", "tape")
         log.logger.error("no warning")
         with pytest.raises(CommandError) as caught, log.step("Installing"):
-            events.tell(events.InputUsed("linux", "https://me:s3cret@example.com:8443/linux?token=s3cret", tmp_path))
+            origin = "https://me:s3cret@example.com:8443/linux?token=s3cret"
+            events.tell(events.InputUsed("linux", origin, tmp_path, "linux-sha256"))
             events.tell(events.VirtTypeChosen("kvm"))
             events.tell(events.PhaseStarted("partition"))
             time.sleep(0.02)
@@ -127,7 +128,8 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
     assert described == {path for path in properties(found) if not re.match("/(settings|programs)/", path)}
     assert "s3cret" not in text
     assert found["warnings"] == ["red tape"]
-    assert found["inputs"][-1] == {"key": "linux", "origin": "https://example.com:8443/linux", "sha256": None}
+    origin = "https://example.com:8443/linux"
+    assert found["inputs"][-1] == {"key": "linux", "origin": origin, "sha256": None, "verified_by": "linux-sha256"}
     (step,) = found["steps"]
     assert (step["name"], step["outcome"]) == ("Installing", "failed")
     partition, packages = step["phases"]
@@ -344,9 +346,9 @@ def test_build_that_can_not_start(place: Place, row: str) -> None:
     assert said in found["failure"]["message"]
     assert f"image-factory: error: {' '.join(found['failure']['message'].splitlines())}" in done.stderr
     assert (found["failure"]["kind"], found["failure"]["exit_status"]) == ("configuration", 2)
-    assert found["inputs"] == [
-        {"key": "configuration", "origin": str(place.path / "own.conf"), "sha256": sha256(place.path / "own.conf")}
-    ]
+    own = place.path / "own.conf"
+    expected = {"key": "configuration", "origin": str(own), "sha256": sha256(own), "verified_by": None}
+    assert found["inputs"] == [expected]
     assert (found["settings"] is None) == (row not in ("no such file", "no such command"))
     assert (found["steps"], found["artifacts"], list(found["programs"])) == ([], [], ["python"])
     assert len(found["warnings"]) == (row == "no such command")
@@ -408,7 +410,9 @@ def test_name_that_is_no_text(place: Place) -> None:
     place.environment["IMAGE_FACTORY_CONFIG"] = odd
     assert place.run("no-file", "--json", f"{odd}.json").returncode == 2
     found = checked_file(place.path / f"{odd}.json")
-    assert found["inputs"] == [{"key": "configuration", "origin": "\\xe9 \x1b[31m", "sha256": sha256(place.path / odd)}]
+    digest = sha256(place.path / odd)
+    expected = {"key": "configuration", "origin": "\\xe9 \x1b[31m", "sha256": digest, "verified_by": None}
+    assert found["inputs"] == [expected]
 
 
 @contextmanager

@@ -13,14 +13,16 @@ from .test_build import ANSWERS, TODAY, Build
 REAL_BUILD_SECONDS = 300
 
 
-def inputs_of(build: Build) -> list[dict[str, str]]:
+def inputs_of(build: Build) -> list[dict[str, str | None]]:
     files = {
         "configuration": build.directory / "image-factory.conf",
         "linux": build.stand_in / "linux",
         "initrd": build.stand_in / "initrd.gz",
         "preseed": build.directory / "answers.cfg",
     }
-    return [{"key": key, "origin": str(path), "sha256": sha256(path)} for key, path in files.items()]
+    return [
+        {"key": key, "origin": str(path), "sha256": sha256(path), "verified_by": None} for key, path in files.items()
+    ]
 
 
 def test_real_build(build: Build) -> None:

@@ -6,12 +6,13 @@ import http.client
 import json
 import os
 import re
+import shutil
 import ssl
 import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,10 +72,23 @@ class _HttpsConnection(httplib2.HTTPSConnectionWithTimeout):
 
 @dataclass(frozen=True)
 class Expected:
-    """The SHA-256 that a file must have; *by* says in words who vouches for it."""
+    """The SHA-256 that a file must have, where that is listed, and in words *by* whom that is vouched for.
+
+    *by* goes into the build record: no secret of a URI is in it.
+    """
 
     sha256: str
+    listed_in: str
     by: str
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file, the URI that it is from, and who vouches for it: None if nobody does."""
+
+    path: Path
+    uri: str
+    verified_by: str | None = None
 
 
 Expect = Callable[[str], Expected | None]
@@ -87,36 +101,26 @@ def _expect_anything(uri: str) -> None:
 
 def fetch(source: Source, directory: Path, expect: Expect = _expect_anything) -> Path:
     """Return a local path of *source*: the file itself, or a copy in *directory* as new as the server's."""
-    return fetch_from_mirrors(source, directory, expect)[0]
+    if source.path is not None:
+        return source.path
+    if not source.name:
+        raise ConfigurationError(f"{source.uri} names no file.")
+    with locked(directory):
+        return fetch_from_mirrors(source, directory, expect).path
 
 
-def fetch_from_mirrors(source: Source, directory: Path, expect: Expect) -> tuple[Path, str]:
-    """Return a local path of *source*, as ``fetch`` does, and the URI that it comes from.
+def fetch_from_mirrors(source: Source, directory: Path, expect: Expect) -> Fetched:
+    """Return a copy of *source* in *directory*, which is ``locked``.
 
     *expect* is asked for each mirror what the file must be; BuildError from it refuses the mirror.
     BuildError if the file can't be had; the cache has then what it had before.
     """
-    if source.path is not None:
-        return source.path, source.uri
-    name = source.name
-    if not name:
-        raise ConfigurationError(f"{source.uri} names no file.")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"The cache {directory} can't be made: {error.strerror}.", hint="See --cache-dir.") from error
-    target = directory / name
-    with _locked(directory):
-        _remove_left_files(directory)
-        return target, _try_mirrors(source, target, expect)
-
-
-def _try_mirrors(source: Source, target: Path, expect: Expect) -> str:
-    """Bring *target* up to date from the first mirror that has it; return the URI there."""
+    target = directory / source.name
     failures = []
     for uri in source.uris:
         try:
-            fetched = _bring(uri, target, expect(uri))
+            expected = expect(uri)
+            fetched = _bring(uri, target, expected)
         except BuildError as error:
             failures.append(error)
             if uri != source.uris[-1]:
@@ -124,7 +128,7 @@ def _try_mirrors(source: Source, target: Path, expect: Expect) -> str:
             continue
         if source.mirrors and fetched:
             logger.info("%s is served by %s", target.name, uri)
-        return uri
+        return Fetched(target, uri, expected.by if expected else None)
     if len(failures) == 1:
         raise failures[0]
     raise BuildError(
@@ -140,7 +144,7 @@ def _bring(uri: str, target: Path, expected: Expected | None) -> bool:
         return True
     cached = target.is_file() and sha256_of(target) == expected.sha256
     if cached:
-        logger.info("%s in the cache is what %s lists.", target.name, expected.by)
+        logger.info("%s in the cache is what %s lists.", target.name, expected.listed_in)
     else:
         _fetch(uri, target, partial(_check_sha256, uri, expected), afresh=True)
     _remember_verified(uri, target, expected)
@@ -177,7 +181,7 @@ def _check_sha256(uri: str, expected: Expected, path: Path) -> None:
     found = sha256_of(path)
     if found != expected.sha256:
         raise BuildError(
-            f"{uri} is not what {expected.by} lists: expected SHA-256 {expected.sha256}, found {found}.",
+            f"{uri} is not what {expected.listed_in} lists: expected SHA-256 {expected.sha256}, found {found}.",
             hint="The mirror is broken or out of date, or somebody has changed the file. Try another mirror",
         )
 
@@ -202,12 +206,11 @@ def write_whole(path: Path, data: bytes) -> None:
         raise BuildError(f"Can't write {path}: {error.strerror or error}.", hint="See --cache-dir.") from error
 
 
-def known_verified(target: Path, uris: Sequence[str]) -> Expected | None:
-    """Return what *target*, as it is now, was verified to be when it came from one of *uris*, else None."""
+def known_verified(target: Path, uris: Sequence[str]) -> str | None:
+    """Return who vouched for *target*, as it is now, when it came from one of *uris*, else None."""
     try:
         known = json.loads(_verified_path(target).read_text(encoding="utf-8"))
-        expected = Expected(str(known["sha256"]), str(known["by"]))
-        return expected if known["uri"] in uris and sha256_of(target) == expected.sha256 else None
+        return str(known["by"]) if known["uri"] in uris and sha256_of(target) == known["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -221,9 +224,25 @@ def read(uri: str, *, secure: bool = False) -> bytes:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Let only one build at a time write to the cache *directory*; the lock ends with its process."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def locked(directory: Path) -> Iterator[None]:
+    """Let no other build write to the cache *directory* inside; the lock ends with its process.
+
+    The directory is made where there is none; BuildError if that can't be.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise BuildError(f"The cache {directory} can't be used: {error.strerror}.", hint="See --cache-dir.") from error
+    try:
+        _lock(descriptor, directory)
+        _remove_left_files(directory)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path) -> None:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -231,9 +250,20 @@ def _locked(directory: Path) -> Iterator[None]:
             logger.info("Waiting for another build that writes to %s.", directory)
             with interrupts.interruptible():
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        # NFS locks nothing that is open for reading only, as directories are.
+        logger.warning("%s can't be locked (%s): let no other build use it now.", directory, error.strerror)
+
+
+def take(path: Path, target: Path) -> None:
+    """Make *target* the file that is at *path* in the cache now, whatever takes its place there later."""
+    try:
+        os.link(path.resolve(), target)
+    except OSError:
+        # Another filesystem, or a file of another user's, to which the kernel allows no hard link.
+        with interrupts.interruptible():
+            shutil.copyfile(path, target)
+        os.chmod(target, 0o644)
 
 
 def _remove_left_files(directory: Path) -> None:
@@ -241,7 +271,9 @@ def _remove_left_files(directory: Path) -> None:
     for path in directory.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             logger.info("Removing %s, which a killed build has left.", path)
-            path.unlink(missing_ok=True)
+            # In a cache that one may only read, or with the sticky bit and of another user's, it stays.
+            with suppress(OSError):
+                path.unlink()
 
 
 def _fetch(uri: str, target: Path, check: _Check, *, afresh: bool = False, secure: bool = False) -> None:
@@ -309,6 +341,8 @@ def rsync_argv(uri: str, target: Path) -> list[str]:
 
 
 def _rsync(uri: str, target: Path, check: _Check, *, afresh: bool) -> None:
+    # They are of what a web server had; one may be another mirror of the file.
+    _validators_path(target).unlink(missing_ok=True)
     if afresh:
         with _staged(target, check) as path:
             _run_rsync(uri, path)

@@ -15,13 +15,14 @@ import lzma
 import re
 import shutil
 import tempfile
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import command, fetch
 from .errors import BuildError, CommandError, ConfigurationError
-from .fetch import Expected
+from .fetch import Expected, Fetched
 from .log import logger
 from .model import Plan
 from .settings import ImageSettings, Source
@@ -47,6 +48,7 @@ class _Release:
     """What a Debian archive's InRelease says: when it is from, and the SHA-256 of its files by path."""
 
     base: str
+    signed_by: str
     date: datetime.datetime
     checksums: dict[str, str]
 
@@ -80,20 +82,30 @@ class Verifier:
         self._found: dict[str, str] = {}
         self._newest: dict[str, datetime.datetime] = {}
 
-    def fetch(self, key: str, source: Source) -> tuple[Path, str]:
-        """Return a path of *source*, which the setting *key* names, and where it was fetched from.
+    @contextlib.contextmanager
+    def locked(self, sources: Iterable[Source]) -> Iterator[None]:
+        """Keep other builds from changing the cache inside, if one of *sources* is to be in it.
+
+        So files that are fetched in one go belong together, and the lists that vouch for them too.
+        """
+        with fetch.locked(self._directory) if any(s.path is None for s in sources) else contextlib.nullcontext():
+            yield
+
+    def fetch(self, key: str, source: Source) -> Fetched:
+        """Return *source*, which the setting *key* names; in the cache, which is ``locked``, unless it is local.
 
         BuildError if it can't be had, or is not what it should be.
         """
         pinned: str | None = getattr(self._settings, f"{key.replace('-', '_')}_sha256")
+        vouched = f"{key}-sha256" if pinned else None
         if source.path is not None:
             if pinned:
                 _check_local(self._image, key, source.path, pinned)
-            return source.path, source.uri
+            return Fetched(source.path, source.uri, vouched)
         if self._settings.offline:
-            return self._cached(source, pinned), source.uri
+            return self._cached(source, pinned, vouched)
         if pinned:
-            expected = Expected(pinned, f"{key}-sha256 of [{self._image}]")
+            expected = Expected(pinned, f"{key}-sha256 of [{self._image}]", f"{key}-sha256")
             return fetch.fetch_from_mirrors(source, self._directory, lambda uri: expected)
         found = fetch.fetch_from_mirrors(source, self._directory, self._expect)
         # Only now: a mirror whose file was refused has no say in what the next one may have.
@@ -127,12 +139,12 @@ class Verifier:
             return target
         return None
 
-    def _cached(self, source: Source, pinned: str | None) -> Path:
+    def _cached(self, source: Source, pinned: str | None, vouched: str | None) -> Fetched:
         path = self._usable(source, pinned)
         if path is None:
             raise BuildError(f"--offline: {source.name} is not in {self._directory}, or was never verified.")
         logger.info("%s is taken from the cache.", path.name)
-        return path
+        return Fetched(path, source.uri, vouched or fetch.known_verified(path, source.uris))
 
     def _expect(self, uri: str) -> Expected | None:
         """Return what the file at *uri* must be, None if nobody can tell; BuildError if that is not accepted."""
@@ -141,7 +153,9 @@ class Verifier:
         try:
             layout, match = _layout_of(uri)
             expected = layout.find(self, layout, match)
-            logger.info("%s must have the SHA-256 %s, as %s says.", uri, expected.sha256, expected.by)
+            logger.info(
+                "%s must have the SHA-256 %s, as %s lists: %s.", uri, expected.sha256, expected.listed_in, expected.by
+            )
             return expected
         except _Unverifiable as error:
             if self._settings.verify == "required":
@@ -177,7 +191,8 @@ class Verifier:
         if base not in self._releases:
             where = f"{base}InRelease"
             keyring = self.keyring(layout)
-            found = _parse_release(check_signature(keyring, self.read(where), None, where), where, base, suite)
+            text, signed_by = check_signature(keyring, self.read(where), None, where)
+            found = _parse_release(text, where, base, suite, signed_by)
             newest = self._newest.get(suite) or self._newest_before(suite)
             if newest and found.date < newest:
                 raise BuildError(
@@ -296,8 +311,8 @@ def programs(settings: ImageSettings, sources: Iterable[Source]) -> list[str]:
 # Signatures.
 
 
-def check_signature(keyring: Path, data: bytes, signature: bytes | None, where: str) -> bytes:
-    """Return what of *data* is signed with a key of *keyring*: by *signature*, or by one around it.
+def check_signature(keyring: Path, data: bytes, signature: bytes | None, where: str) -> tuple[bytes, str]:
+    """Return what of *data* is signed with a key of *keyring*, by *signature* or one around it; and that key.
 
     BuildError, which names *where* it is from, unless one signature is good and its key valid today.
     """
@@ -322,18 +337,18 @@ def check_signature(keyring: Path, data: bytes, signature: bytes | None, where: 
         with contextlib.suppress(CommandError):
             command.run(argv, quiet=True, progress=keep)
         statuses = [line.removeprefix("[GNUPG:] ").split() for line in lines if line.startswith("[GNUPG:] ")]
-        reason = _signature_fault(statuses)
-        if reason:
+        key, reason = _signature(statuses)
+        if key is None:
             hint = "A good mirror has a good signature: try another, and update the package of the keyring"
             if fetch.is_web_page(data):
                 reason, hint = "a web page came instead", fetch.PORTAL_HINT
             raise BuildError(f"The signature of {where} is not accepted: {reason}.", hint=hint)
         # What gpgv has read as signed: there may be other text around it.
-        return (directory / "text").read_bytes() if signature is None else data
+        return (directory / "text").read_bytes() if signature is None else data, key
 
 
-def _signature_fault(statuses: list[list[str]]) -> str | None:
-    """Return what is wrong with all the signatures of which gpgv has told *statuses*, None if one is good."""
+def _signature(statuses: list[list[str]]) -> tuple[str | None, str]:
+    """Return the fingerprint of a key with a good signature, None and why not if gpgv's *statuses* have none."""
     faults = []
     good = False
     for words in statuses:
@@ -342,8 +357,9 @@ def _signature_fault(statuses: list[list[str]]) -> str | None:
                 good = False
             case ["GOODSIG", *_]:
                 good = True
-            case ["VALIDSIG", *_] if good:
-                return None
+            case ["VALIDSIG", key, *others] if good:
+                # The last is that of the primary key, by which a key is known.
+                return (others[8] if len(others) > 8 else key), ""
             case ["EXPKEYSIG", key, *_]:
                 faults.append(f"key {key} has expired")
             case ["REVKEYSIG", key, *_]:
@@ -356,7 +372,7 @@ def _signature_fault(statuses: list[list[str]]) -> str | None:
                 faults.append(f"key {key} is not in the keyring")
             case ["NODATA" | "UNEXPECTED", *_]:
                 faults.append("there is no signature")
-    return "; ".join(dict.fromkeys(faults)) or "there is no good signature"
+    return None, "; ".join(dict.fromkeys(faults)) or "there is no good signature"
 
 
 def _binary_keys(keyring: Path) -> bytes:
@@ -386,7 +402,7 @@ def _binary_signature(signature: bytes) -> bytes:
 # Debian's archive.
 
 
-def _parse_release(text: bytes, where: str, base: str, suite: str) -> _Release:
+def _parse_release(text: bytes, where: str, base: str, suite: str, signed_by: str) -> _Release:
     lines = text.decode("utf-8", errors="replace").splitlines()
     fields = dict(re.findall(r"^([A-Za-z0-9-]+): *(.*?) *$", "\n".join(lines), re.MULTILINE))
     # Else a mirror could serve one suite, with all its holes, for another.
@@ -406,7 +422,7 @@ def _parse_release(text: bytes, where: str, base: str, suite: str) -> _Release:
             inside = line.strip() == "SHA256:"
         elif inside and len(words := line.split()) == 3:
             checksums[words[2]] = words[0].lower()
-    return _Release(base, date, checksums)
+    return _Release(base, signed_by, date, checksums)
 
 
 def _parse_date(text: str, where: str) -> datetime.datetime:
@@ -425,7 +441,7 @@ def _find_in_archive(verifier: Verifier, layout: Layout, match: re.Match[str]) -
     where = f"{release.base}{sums}"
     text = verifier.listed_in(release, sums)
     verifier.one_installer(f"{match['suite']}/{match['images']}", text, where)
-    return _listed(text, match["path"], where, signed_by="the signed InRelease")
+    return _listed(text, match["path"], where, f"InRelease signed by {release.signed_by}")
 
 
 def kernel_version(path: Path) -> str | None:
@@ -448,11 +464,11 @@ def _parse_checksums(text: bytes) -> dict[str, str]:
     return {path: digest.lower() for digest, path in found}
 
 
-def _listed(text: bytes, path: str, where: str, *, signed_by: str) -> Expected:
+def _listed(text: bytes, path: str, where: str, by: str) -> Expected:
     checksums = _parse_checksums(text)
     if path not in checksums:
         raise _Unverifiable(f"{where} does not list {path}", "Pin it with linux-sha256 and the like")
-    return Expected(checksums[path], f"{where}, verified by {signed_by},")
+    return Expected(checksums[path], where, by)
 
 
 def _find_in_sums(sums: str, signature: str) -> Callable[[Verifier, Layout, re.Match[str]], Expected]:
@@ -460,10 +476,11 @@ def _find_in_sums(sums: str, signature: str) -> Callable[[Verifier, Layout, re.M
 
     def find(verifier: Verifier, layout: Layout, match: re.Match[str]) -> Expected:
         keyring = verifier.keyring(layout)
-        where = match["base"] + sums.format(path=match["path"])
+        name = sums.format(path=match["path"])
+        where = match["base"] + name
         signed = verifier.read(match["base"] + signature.format(path=match["path"]))
-        text = check_signature(keyring, verifier.read(where), signed, where)
-        return _listed(text, match["path"], where, signed_by="its signature")
+        text, key = check_signature(keyring, verifier.read(where), signed, where)
+        return _listed(text, match["path"], where, f"{name} signed by {key}")
 
     return find
 
@@ -500,7 +517,7 @@ def _find_treeinfo(verifier: Verifier, layout: Layout, match: re.Match[str]) -> 
         raise BuildError(f"{where} can't be read: {' '.join(str(error).split())}.") from error
     if kind != "sha256" or not re.fullmatch(r"[0-9A-Fa-f]{64}", digest):
         raise BuildError(f"{where} has no SHA-256 of {match['path']}.")
-    return Expected(digest.lower(), where)
+    return Expected(digest.lower(), where, f".treeinfo by https from {urllib.parse.urlsplit(base).hostname}")
 
 
 _DEBIAN = Layout(

@@ -830,7 +830,7 @@ def test_one_build_at_a_time_writes_to_the_cache(tmp_path: Path, server: Server)
         fetch.fetch(parse_source(server.uri()), tmp_path)
         done.set()
 
-    with fetch._locked(tmp_path):
+    with fetch.locked(tmp_path):
         threading.Thread(target=fetch_it, daemon=True).start()
         assert not done.wait(0.5)
         assert not (tmp_path / "linux").exists()

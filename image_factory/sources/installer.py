@@ -1,5 +1,6 @@
 """Make a disk with the distribution's own installer, run by virt-install."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
     elif is_tree(settings.installer_image):
         location = ("--location", str(settings.installer_image.path or settings.installer_image.uri))
     else:
-        location = ("--location", str(settings.installer_image.path or plan.cache_dir / settings.installer_image.name))
+        location = "--location", guest.option(str(settings.installer_image.path or _own_iso(build)))
     virt_type = settings.virt_type
     if virt_type == "auto":
         virt_type = "VIRT-TYPE" if arch.is_host(settings.arch) else "qemu"
@@ -132,7 +133,7 @@ def produce(build: Build) -> Disk:
         # Others get through the working directory of root's builds.
         command.run(create_argv(build), umask=0o077)
     with step("Caching the installer"):
-        media, kernel = _prepare_installer(build)
+        media, kernel = prepare_installer(build)
         _copy_answer_file(build)
     virt_type = guest.choose_virt_type(build.plan, kernel)
     events.tell(events.VirtTypeChosen(virt_type))
@@ -145,39 +146,45 @@ def _location(build: Build) -> tuple[str, str]:
     return "--location", guest.option(str(_netboot(build)), "kernel=linux", "initrd=initrd")
 
 
-def _prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
+def _own_iso(build: Build) -> Path:
+    return _netboot(build) / "installer.iso"
+
+
+def prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
     """Return what virt-install boots, and the installer's kernel where it is known."""
     settings = build.plan.settings
-    verifier = verify.Verifier(build.plan)
-    verifier.check_offline(_sources(settings))
-    if settings.installer_image is None:
-        netboot = _netboot(build)
-        netboot.mkdir(mode=0o755)
-        for name, source in (("linux", settings.linux), ("initrd", settings.initrd)):
-            assert source is not None
-            file, uri = _fetch(name, source, verifier)
-            (netboot / name).symlink_to(file)
-            if name == "linux" and source.path is None:
-                verifier.check_modules(uri, file)
-        linux, initrd = (os.readlink(netboot / name) for name in ("linux", "initrd"))
-        kept = "--install", guest.option(f"kernel={linux}", f"initrd={initrd}")
-        return guest.Media(_location(build), kept), Path(linux)
-    if is_tree(settings.installer_image):
+    sources = _sources(settings)
+    if settings.installer_image and is_tree(settings.installer_image):
         path = settings.installer_image.path
         events.tell(events.InputUsed("installer-image", settings.installer_image.uri, None))
         arguments = "--location", str(path.absolute() if path else settings.installer_image.uri)
         return guest.Media(arguments, arguments), _kernel_of_tree(build, path)
-    iso, _ = _fetch("installer-image", settings.installer_image, verifier)
-    arguments = "--location", str(iso)
-    return guest.Media(arguments, arguments), _kernel_of_iso(build, iso)
+    verifier = verify.Verifier(build.plan)
+    verifier.check_offline(sources)
+    _netboot(build).mkdir(mode=0o755)
+    with verifier.locked(sources.values()):
+        if settings.installer_image is None:
+            linux, initrd = (_fetch(name, sources[name], verifier, _netboot(build) / name) for name in sources)
+            if sources["linux"].path is None:
+                verifier.check_modules(linux.uri, linux.path)
+            kept = "--install", guest.option(f"kernel={linux.path}", f"initrd={initrd.path}")
+            return guest.Media(_location(build), kept), _netboot(build) / "linux"
+        iso = _fetch("installer-image", settings.installer_image, verifier, _own_iso(build))
+    own = iso.path if settings.installer_image.path else _own_iso(build)
+    kept = "--location", guest.option(str(iso.path))
+    return guest.Media(("--location", guest.option(str(own))), kept), _kernel_of_iso(build, own)
 
 
-def _fetch(key: str, source: Source, verifier: verify.Verifier) -> tuple[Path, str]:
-    """Return a path of *source*, and the URI that it came from."""
-    path, uri = verifier.fetch(key, source)
-    path = path.absolute()
-    events.tell(events.InputUsed(key, uri, path))
-    return path, uri
+def _fetch(key: str, source: Source, verifier: verify.Verifier, own: Path) -> fetch.Fetched:
+    """Fetch *source*, and make *own* a name of it that no other build touches."""
+    found = verifier.fetch(key, source)
+    found = dataclasses.replace(found, path=found.path.absolute())
+    events.tell(events.InputUsed(key, found.uri, found.path, found.verified_by))
+    if source.path is None:
+        fetch.take(found.path, own)
+    else:
+        own.symlink_to(found.path)
+    return found
 
 
 def _copy_answer_file(build: Build) -> None:

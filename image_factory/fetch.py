@@ -233,7 +233,7 @@ def locked(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise BuildError(f"The cache {directory} can't be used: {error.strerror}.", hint="See --cache-dir.") from error
+        raise BuildError(f"The cache {directory} can't be made: {error.strerror}.", hint="See --cache-dir.") from error
     try:
         _lock(descriptor, directory)
         _remove_left_files(directory)

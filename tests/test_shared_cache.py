@@ -2,13 +2,20 @@
 
 import datetime
 import json
+import os
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from image_factory import fetch
+import pytest
+
+from image_factory import checkpoint, events, fetch
+from image_factory.errors import BuildError
+from image_factory.model import Build
+from image_factory.sources import installer
 
 from .test_verify import (
     DAY,
@@ -140,3 +147,68 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+# What the installation reads is its own.
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """Another filesystem, to which there are no hard links."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="image-factory-test.") as name:
+        assert Path(name).stat().st_dev != tmp_path.stat().st_dev
+        yield Path(name)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_file_that_was_taken_stays(tmp_path: Path, elsewhere: Path, *, linked: bool) -> None:
+    cached, own = tmp_path / "linux", (tmp_path if linked else elsewhere) / "own"
+    cached.write_bytes(b"verified")
+    cached.chmod(0o644)
+    fetch.take(cached, own)
+    fetch.write_whole(cached, b"another")
+    assert own.read_bytes() == b"verified"
+    assert own.stat().st_mode & 0o777 == 0o644
+
+
+def build_of(builder: Builder, linux: str, initrd: str) -> Build:
+    build = Build(builder.plan(linux, initrd=initrd, verify="required"), builder.directory / "work", "vm")
+    build.directory.mkdir()
+    return build
+
+
+def test_record_says_who_vouched(mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys) -> None:
+    mirror, _ = mirrors
+    mirror.files = Archive(keys).files()
+    build = build_of(builder, mirror.debian(), mirror.debian(INITRD))
+    used = checkpoint.InputsUsed()
+    with events.observed(used):
+        installer.prepare_installer(build)
+    by = f"InRelease signed by {keys.fingerprint}"
+    assert [event for event, _ in used.found] == [
+        events.InputUsed("linux", mirror.debian(), builder.cache / "linux", by),
+        events.InputUsed("initrd", mirror.debian(INITRD), builder.cache / "initrd.gz", by),
+    ]
+
+
+def test_local_files_are_used_in_place(builder: Builder, keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
+    """A kernel in a copy of Debian's archive too: of what archive its components will be is not known."""
+    archive = Archive(keys)
+    paths = {path: builder.directory / path for path in FILES.values()}
+    for path, data in archive.files().items():
+        (builder.directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (builder.directory / path).write_bytes(data)
+    caplog.set_level("INFO")
+    build = build_of(builder, str(paths[LINUX]), f"file://{paths[INITRD]}")
+    media, _ = installer.prepare_installer(build)
+    assert [os.readlink(build.directory / "netboot" / key) for key in FILES] == [str(path) for path in paths.values()]
+    assert media.kept == ("--install", f"kernel={paths[LINUX]},initrd={paths[INITRD]}")
+    assert not builder.cache.exists()
+    assert caplog.text == ""
+
+
+def test_cache_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/x"):
+        with pytest.raises(BuildError, match=f"The cache {path} can.t be made: "), fetch.locked(path):
+            pass

@@ -4,6 +4,7 @@ import datetime
 import gzip
 import hashlib
 import lzma
+import os
 import random
 import re
 import shutil
@@ -24,7 +25,9 @@ from image_factory.model import Plan
 from image_factory.settings import FILE_VARIABLE, Configuration
 from image_factory.sources import installer
 
-from .test_fetch import File, Handler, Server, redirect, status
+from .test_fetch import File, Handler, RsyncDaemon, Server, redirect, rsync, status
+
+__all__ = ["rsync"]
 
 KERNEL = "6.12.43+deb13-amd64"
 IMAGES = "dists/trixie/main/installer-amd64/current/images"
@@ -441,6 +444,7 @@ def test_debian(mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys, ve
     uri = mirror.debian(LINUX.replace("current", version))
     assert builder.fetch(uri, verify="required") == uri
     assert builder.files() == {"linux": bz_image(KERNEL)}
+    assert builder.fetched.verified_by == f"InRelease signed by {keys.fingerprint}"
 
 
 def test_verified_file_in_the_cache_is_not_fetched_again(
@@ -501,9 +505,10 @@ def test_older_release_of_another_mirror_is_refused(
     plan = builder.plan(f"{first.debian()} {second.debian()}", initrd=f"{first.debian(INITRD)} {second.debian(INITRD)}")
     assert plan.settings.linux and plan.settings.initrd
     verifier = verify.Verifier(plan)
-    verifier.fetch("linux", plan.settings.linux)
-    with pytest.raises(BuildError, match="older than one of 2026-01-10 10:00"):
-        verifier.fetch("initrd", plan.settings.initrd)
+    with verifier.locked([plan.settings.linux]):
+        verifier.fetch("linux", plan.settings.linux)
+        with pytest.raises(BuildError, match="older than one of 2026-01-10 10:00"):
+            verifier.fetch("initrd", plan.settings.initrd)
     assert set(builder.files()) == {"linux"}
 
 
@@ -547,9 +552,10 @@ def test_initrd_of_another_installer_is_refused(mirrors: tuple[Mirror, Mirror], 
     plan = builder.plan(first.debian(), initrd=f"{first.debian(INITRD)} {second.debian(INITRD)}")
     assert plan.settings.linux and plan.settings.initrd
     verifier = verify.Verifier(plan)
-    verifier.fetch("linux", plan.settings.linux)
-    with pytest.raises(BuildError, match="another version of the installer"):
-        verifier.fetch("initrd", plan.settings.initrd)
+    with verifier.locked([plan.settings.linux]):
+        verifier.fetch("linux", plan.settings.linux)
+        with pytest.raises(BuildError, match="another version of the installer"):
+            verifier.fetch("initrd", plan.settings.initrd)
 
 
 # The kernel and the archive's installer components.
@@ -600,6 +606,7 @@ def test_pinned(mirrors: tuple[Mirror, Mirror], builder: Builder) -> None:
 def test_pinned_local_file(builder: Builder, tmp_path: Path) -> None:
     (tmp_path / "linux").write_bytes(b"genuine")
     builder.fetch(str(tmp_path / "linux"), linux_sha256=sha256(b"genuine"))
+    assert builder.fetched.verified_by == "linux-sha256"
     assert "linux-sha256 of [x]" in builder.fails(str(tmp_path / "linux"), linux_sha256=sha256(b"other")).message
 
 
@@ -680,7 +687,9 @@ def test_offline(mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys) -
     mirror.requests.clear()
     for strictness in ("auto", "required", "none"):
         builder.fetch(uri, offline="yes", verify=strictness)
+        assert builder.fetched.verified_by == f"InRelease signed by {keys.fingerprint}"
     builder.fetch(uri, offline="yes", linux_sha256=sha256(bz_image(KERNEL)))
+    assert builder.fetched.verified_by == "linux-sha256"
     builder.fails(uri, offline="yes", linux_sha256=sha256(b"another"))
     builder.fails(mirror.debian(LINUX.replace("trixie", "forky")), offline="yes")
     (builder.cache / "linux").write_bytes(bytes(2500))
@@ -701,6 +710,7 @@ def test_offline_with_what_was_never_verified(mirrors: tuple[Mirror, Mirror], bu
     builder.fetch(mirror.debian("linux"))
     assert "verify = none" in str(builder.fails(mirror.debian("linux"), offline="yes").hint)
     builder.fetch(mirror.debian("linux"), offline="yes", verify="none")
+    assert builder.fetched.verified_by is None
 
 
 # The other distributions.
@@ -728,6 +738,7 @@ def test_signed_list(mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Key
     signature = keys._gpg("--local-user", "good", *dict.fromkeys((armour, "--detach-sign")), data=text)
     good.files = {path: b"genuine", sums: text, sums + suffix: signature}
     assert builder.fetch(good.debian(path), verify="required") == good.debian(path)
+    assert builder.fetched.verified_by == f"{sums.rpartition('/')[2]} signed by {keys.fingerprint}"
     shutil.rmtree(builder.cache)
     for fault in (
         {path: b"changed"},
@@ -809,6 +820,7 @@ def test_treeinfo_from_the_canonical_host(
     assert builder.left() == []
     uri = builder.fetch(f"{bad.debian(VMLINUZ)} {good.debian(VMLINUZ)}", verify="required")
     assert uri == good.debian(VMLINUZ)
+    assert builder.fetched.verified_by == ".treeinfo by https from 127.0.0.1"
     assert f"{TREE}/.treeinfo" not in bad.asked() + good.asked()
 
 
@@ -871,6 +883,72 @@ def test_canonical_hosts(mirror: str, host: str) -> None:
 def test_tree_of_an_unknown_distribution(mirrors: tuple[Mirror, Mirror], builder: Builder) -> None:
     uri = mirrors[0].debian("own/os/images/pxeboot/vmlinuz")
     assert "host is not known" in builder.fails(uri, verify="required").message
+
+
+# By rsync.
+
+
+def publish(daemon: RsyncDaemon, files: dict[str, bytes | Callable[[Handler], None]]) -> None:
+    for path, data in files.items():
+        assert isinstance(data, bytes)
+        (daemon.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (daemon.root / path).write_bytes(data)
+
+
+def test_rsync(rsync: RsyncDaemon, builder: Builder, keys: Keys) -> None:
+    """Lists and file come from the daemon, and are verified like those of a web server."""
+    publish(rsync, Archive(keys).files())
+    uri = rsync.uri(LINUX)
+    assert builder.fetch(uri, verify="required") == uri
+    assert builder.files() == {"linux": bz_image(KERNEL)}
+    assert (builder.cache / "linux").stat().st_mode & 0o777 == 0o644
+    assert builder.left() == [".linux.verification", ".trixie.release-date", "linux"]
+    builder.fetch(uri, offline="yes")
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        (LINUX, b"changed", "is not what .*SHA256SUMS lists: expected SHA-256"),
+        (LINUX, b"", "empty, or no file"),
+        (SUMS, b"changed", "is not what .*InRelease lists: expected SHA-256"),
+        (RELEASE, b"changed", "there is no signature"),
+        (RELEASE, None, "rsync failed with status 23"),
+    ],
+)
+def test_rsync_of_a_bad_mirror(
+    mirrors: tuple[Mirror, Mirror],
+    rsync: RsyncDaemon,
+    builder: Builder,
+    keys: Keys,
+    path: str,
+    content: bytes | None,
+    message: str,
+) -> None:
+    files = Archive(keys).files()
+    publish(rsync, files)
+    if content is None:
+        (rsync.root / path).unlink()
+    else:
+        (rsync.root / path).write_bytes(content)
+    assert_matches(message, builder.fails(rsync.uri(LINUX)).message)
+    assert builder.left() == []
+    mirrors[0].files = files
+    assert builder.fetch(f"{rsync.uri(LINUX)} {mirrors[0].debian()}") == mirrors[0].debian()
+
+
+def test_rsync_that_has_replaced_the_file_of_a_web_server(
+    mirrors: tuple[Mirror, Mirror], rsync: RsyncDaemon, builder: Builder
+) -> None:
+    """By what is known of the older file, of the same length, the web server would say that nothing has changed."""
+    mirrors[0].files = {"linux": b"of the web server"}
+    publish(rsync, {"linux": b"of the rsync one!"})
+    os.utime(rsync.root / "linux", (0, 0))
+    builder.fetch(mirrors[0].debian("linux"))
+    builder.fetch(rsync.uri())
+    assert builder.files() == {"linux": b"of the rsync one!"}
+    builder.fetch(mirrors[0].debian("linux"))
+    assert builder.files() == {"linux": b"of the web server"}
 
 
 # What is refused before the build, and what it needs.

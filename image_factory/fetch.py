@@ -72,14 +72,29 @@ class _HttpsConnection(httplib2.HTTPSConnectionWithTimeout):
 
 @dataclass(frozen=True)
 class Expected:
-    """The SHA-256 that a file must have, where that is listed, and in words *by* whom that is vouched for.
+    """The checksum that a file must have, where that is listed, and in words *by* whom that is vouched for.
 
-    *by* goes into the build record: no secret of a URI is in it.
+    The checksum is a SHA-256 or SHA-512 in hexadecimal digits.  *by* goes into the build record: no secret
+    of a URI is in it.
     """
 
-    sha256: str
+    checksum: str
     listed_in: str
     by: str
+
+    @property
+    def algorithm(self) -> str:
+        """What the checksum is, as people write it."""
+        return "SHA-512" if len(self.checksum) == 128 else "SHA-256"
+
+    def found_in(self, path: Path) -> str:
+        """Return what the file at *path* has in its place."""
+        with path.open("rb") as file, interrupts.interruptible():
+            return hashlib.file_digest(file, self.algorithm.replace("-", "").lower()).hexdigest()
+
+    def is_that_of(self, path: Path) -> bool:
+        """Whether the file at *path* has it."""
+        return self.found_in(path) == self.checksum
 
 
 @dataclass(frozen=True)
@@ -142,19 +157,13 @@ def _bring(uri: str, target: Path, expected: Expected | None) -> bool:
     if expected is None:
         _fetch(uri, target, partial(_refuse_web_page, uri))
         return True
-    cached = target.is_file() and sha256_of(target) == expected.sha256
+    cached = target.is_file() and expected.is_that_of(target)
     if cached:
         logger.info("%s in the cache is what %s lists.", target.name, expected.listed_in)
     else:
-        _fetch(uri, target, partial(_check_sha256, uri, expected), afresh=True)
+        _fetch(uri, target, partial(_check_checksum, uri, expected), afresh=True)
     _remember_verified(uri, target, expected)
     return not cached
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of the file at *path*."""
-    with path.open("rb") as file, interrupts.interruptible():
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_web_page(head: bytes) -> bool:
@@ -176,12 +185,13 @@ def _refuse_web_page(uri: str, path: Path) -> None:
         raise BuildError(f"Can't fetch {uri}: a web page came instead of the file.", hint=PORTAL_HINT)
 
 
-def _check_sha256(uri: str, expected: Expected, path: Path) -> None:
+def _check_checksum(uri: str, expected: Expected, path: Path) -> None:
     _refuse_web_page(uri, path)
-    found = sha256_of(path)
-    if found != expected.sha256:
+    found = expected.found_in(path)
+    if found != expected.checksum:
         raise BuildError(
-            f"{uri} is not what {expected.listed_in} lists: expected SHA-256 {expected.sha256}, found {found}.",
+            f"{uri} is not what {expected.listed_in} lists: "
+            f"expected {expected.algorithm} {expected.checksum}, found {found}.",
             hint="The mirror is broken or out of date, or somebody has changed the file. Try another mirror",
         )
 
@@ -193,7 +203,7 @@ def _verified_path(target: Path) -> Path:
 
 def _remember_verified(uri: str, target: Path, expected: Expected) -> None:
     """Write down what *target* is known to be, for builds without a network."""
-    known = {"uri": uri, "sha256": expected.sha256, "by": expected.by}
+    known = {"uri": uri, "checksum": expected.checksum, "by": expected.by}
     write_whole(_verified_path(target), json.dumps(known).encode())
 
 
@@ -210,7 +220,8 @@ def known_verified(target: Path, uris: Sequence[str]) -> str | None:
     """Return who vouched for *target*, as it is now, when it came from one of *uris*, else None."""
     try:
         known = json.loads(_verified_path(target).read_text(encoding="utf-8"))
-        return str(known["by"]) if known["uri"] in uris and sha256_of(target) == known["sha256"] else None
+        expected = Expected(str(known["checksum"]), "", str(known["by"]))
+        return expected.by if known["uri"] in uris and expected.is_that_of(target) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -134,7 +134,7 @@ class Verifier:
         if not source.name or not target.is_file():
             return None
         if pinned:
-            return target if fetch.sha256_of(target) == pinned else None
+            return target if Expected(pinned, "", "").is_that_of(target) else None
         if self._settings.verify == "none" or fetch.known_verified(target, source.uris):
             return target
         return None
@@ -154,8 +154,9 @@ class Verifier:
             layout, match = _layout_of(uri)
             expected = layout.find(self, layout, match)
             logger.info(
-                "%s must have the SHA-256 %s, as %s lists: %s.", uri, expected.sha256, expected.listed_in, expected.by
-            )
+                "%s must have the %s %s, as %s lists: %s.",
+                uri, expected.algorithm, expected.checksum, expected.listed_in, expected.by,
+            )  # fmt: skip
             return expected
         except _Unverifiable as error:
             if self._settings.verify == "required":
@@ -177,12 +178,14 @@ class Verifier:
             return self._settings.keyring
         if layout.keyring is None:
             raise _Unverifiable(
-                f"the keys of {layout.name} are in no package",
-                "Fetch them from a place that you trust, and name their file with 'keyring'",
+                f"which keys are those of {layout.name} is not known here",
+                "Get them from a place that you trust, and name their file with 'keyring'",
             )
         path = KEYRINGS / layout.keyring
         if not path.is_file():
-            raise _Unverifiable(f"{path} is missing", f"Install it: apt-get install {layout.package}")
+            raise _Unverifiable(
+                f"{path} is missing", f"Install it: apt-get install {layout.package}, or name another with 'keyring'"
+            )
         return path
 
     def release(self, layout: Layout, archive: str, suite: str) -> _Release:
@@ -279,7 +282,7 @@ class Verifier:
 
 
 def _check_local(image: str, key: str, path: Path, pinned: str) -> None:
-    found = fetch.sha256_of(path)
+    found = Expected(pinned, "", "").found_in(path)
     if found != pinned:
         raise BuildError(
             f"{path} is not what {key}-sha256 of [{image}] says: expected SHA-256 {pinned}, found {found}."
@@ -459,9 +462,22 @@ def kernel_version(path: Path) -> str | None:
 
 
 def _parse_checksums(text: bytes) -> dict[str, str]:
-    """Return the SHA-256 of each file in a list as sha256sum writes them; ``*`` marks a binary file."""
-    found = re.findall(r"^([0-9A-Fa-f]{64}) [ *](?:\./)?(\S.*?)\s*$", text.decode("utf-8", "replace"), re.MULTILINE)
+    """Return the checksum of each file in a list as sha256sum and sha512sum write them; ``*`` marks a binary file."""
+    line = r"^((?:[0-9A-Fa-f]{64}){1,2}) [ *](?:\./)?(\S.*?)\s*$"
+    found = re.findall(line, text.decode("utf-8", "replace"), re.MULTILINE)
     return {path: digest.lower() for digest, path in found}
+
+
+def _name_in_own_list(path: str, text: bytes) -> str:
+    """Return the name of *path* in the list *text* of its own.
+
+    What openSUSE calls Media or Current, or nothing, is a link to a build, and the list has the name of that.
+    """
+    link = re.sub(r"-(?:Media|Current)(?=\.)", "", path)
+    for name in _parse_checksums(text):
+        if re.sub(r"-(?:Build|Snapshot)[0-9]+(?:\.[0-9]+)*|-Media(?=\.)", "", name) == link:
+            return name
+    return path
 
 
 def _listed(text: bytes, path: str, where: str, by: str) -> Expected:
@@ -480,7 +496,8 @@ def _find_in_sums(sums: str, signature: str) -> Callable[[Verifier, Layout, re.M
         where = match["base"] + name
         signed = verifier.read(match["base"] + signature.format(path=match["path"]))
         text, key = check_signature(keyring, verifier.read(where), signed, where)
-        return _listed(text, match["path"], where, f"{name} signed by {key}")
+        path = match["path"] if name == sums else _name_in_own_list(match["path"], text)
+        return _listed(text, path, where, f"{name} signed by {key}")
 
     return find
 
@@ -553,8 +570,14 @@ LAYOUTS = (
     ),
     Layout(
         "openSUSE",
-        re.compile(r"(?P<base>.+/)(?P<path>(?:openSUSE|Leap|agama)[^/]*\.iso)"),
+        re.compile(r"(?P<base>.+/)(?P<path>openSUSE[^/]*\.iso)"),
         _find_in_sums("{path}.sha256", "{path}.sha256.asc"),
+    ),
+    # Since 16.0.
+    Layout(
+        "openSUSE",
+        re.compile(r"(?P<base>.+/)(?P<path>Leap-[^/]*\.iso)"),
+        _find_in_sums("{path}.sha512", "{path}.sha512.asc"),
     ),
     # The whole installation repository has one list.
     Layout(

@@ -657,7 +657,7 @@ def test_missing_keyring(
     builder.keyring = None
     monkeypatch.setattr(verify, "KEYRINGS", builder.directory)
     error = builder.fails(mirror.debian(), verify="required")
-    assert error.hint == "Install it: apt-get install debian-archive-keyring"
+    assert error.hint == "Install it: apt-get install debian-archive-keyring, or name another with 'keyring'"
     builder.fetch(mirror.debian())
     assert "debian-archive-keyring.gpg is missing" in caplog.text
 
@@ -715,6 +715,37 @@ def test_offline_with_what_was_never_verified(mirrors: tuple[Mirror, Mirror], bu
 
 # The other distributions.
 
+OPENSUSE = {
+    "openSUSE-Leap-15.6-NET-x86_64-Media.iso": "openSUSE-Leap-15.6-NET-x86_64-Build710.3-Media.iso",
+    "openSUSE-Tumbleweed-NET-x86_64-Current.iso": "openSUSE-Tumbleweed-NET-x86_64-Snapshot20260929-Media.iso",
+    "Leap-16.0-online-installer-x86_64.install.iso": "Leap-16.0-online-installer-x86_64-Build178.27.install.iso",
+}
+
+
+@pytest.mark.parametrize("named", ["link", "build", "another build", "another product"])
+@pytest.mark.parametrize("link", OPENSUSE)
+def test_opensuse_iso(mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys, link: str, named: str) -> None:
+    """A link to the newest build has a list with the name of that; a list of another file says nothing."""
+    build = OPENSUSE[link]
+    asked = link if named in ("link", "another product") else build
+    listed = {"another build": re.sub("(Build|Snapshot)[0-9]", r"\g<1>8", build), "another product": f"X{build}"}
+    kind = "sha512" if link.startswith("Leap") else "sha256"
+    text = f"{hashlib.new(kind, b'genuine').hexdigest()}  {listed.get(named, build)}\n".encode()
+    signature = keys.sign(text, how="--detach-sign")
+    mirrors[0].files = {asked: b"genuine", f"{asked}.{kind}": text, f"{asked}.{kind}.asc": signature}
+    uri = mirrors[0].debian(asked)
+    if named.startswith("another"):
+        assert f"does not list {asked}" in builder.fails(uri, verify="required").message
+        return
+    builder.fetch(uri, verify="required")
+    assert builder.fetched.verified_by == f"{asked}.{kind} signed by {keys.fingerprint}"
+    builder.fetch(uri, offline="yes")
+    mirrors[0].files[asked] = b"changed"
+    (builder.cache / asked).unlink()
+    algorithm = "SHA-512" if kind == "sha512" else "SHA-256"
+    assert f"lists: expected {algorithm} " in builder.fails(uri).message
+
+
 SUM_LISTS = {
     "ubuntu ISO": ("24.04/ubuntu-24.04.3-live-server-amd64.iso", "24.04/SHA256SUMS", ".gpg"),
     "ubuntu netboot": ("24.04/netboot/amd64/linux", "24.04/SHA256SUMS", ".gpg"),
@@ -766,7 +797,7 @@ def test_signed_list_without_the_file(mirrors: tuple[Mirror, Mirror], builder: B
     builder.fetch(uri)
 
 
-def test_keys_of_opensuse_are_in_no_package(mirrors: tuple[Mirror, Mirror], builder: Builder) -> None:
+def test_keys_of_opensuse_are_not_known(mirrors: tuple[Mirror, Mirror], builder: Builder) -> None:
     mirror, _ = mirrors
     builder.keyring = None
     error = builder.fails(mirror.debian("iso/openSUSE-Leap-15.6-NET-x86_64-Media.iso"), verify="required")

@@ -114,7 +114,7 @@ class Verifier:
         return found
 
     def check_offline(self, sources: dict[str, Source]) -> None:
-        """Raise BuildError, naming all of *sources* that a build without a network lacks."""
+        """Raise ConfigurationError, naming all of *sources* that a build without a network lacks."""
         if not self._settings.offline:
             return
         missing = [
@@ -123,7 +123,7 @@ class Verifier:
             if source.path is None and self._usable(source, getattr(self._settings, f"{key}_sha256")) is None
         ]
         if missing:
-            raise BuildError(
+            raise ConfigurationError(
                 f"--offline: {self._directory} lacks {', '.join(missing)}, or what is there was never verified.",
                 hint="Build once without --offline"
                 + ("" if self._settings.verify == "none" else "; verify = none uses what is there as it is"),

@@ -39,7 +39,7 @@ def is_tree(source: Source) -> bool:
 
 
 def check(plan: Plan) -> None:
-    """Raise ConfigurationError if a local file that the installer needs can't be read."""
+    """Raise ConfigurationError if a file that the installer needs can't be read, or is to be cached and isn't."""
     for key, source in _sources(plan.settings).items():
         if key == "installer_image" and is_tree(source):
             _check_tree(plan, source)
@@ -55,6 +55,7 @@ def check(plan: Plan) -> None:
         _check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
         if answers.is_template(plan.settings.answer_file):
             answers.content(plan)
+    verify.Verifier(plan).check_offline(_sources(plan.settings))
 
 
 def _check_tree(plan: Plan, tree: Source) -> None:
@@ -160,7 +161,6 @@ def prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
         arguments = "--location", str(path.absolute() if path else settings.installer_image.uri)
         return guest.Media(arguments, arguments), _kernel_of_tree(build, path)
     verifier = verify.Verifier(build.plan)
-    verifier.check_offline(sources)
     _netboot(build).mkdir(mode=0o755)
     with verifier.locked(sources.values()):
         if settings.installer_image is None:

@@ -483,12 +483,18 @@ def _name_in_own_list(path: str, text: bytes) -> str:
 def _listed(text: bytes, path: str, where: str, by: str) -> Expected:
     checksums = _parse_checksums(text)
     if path not in checksums:
-        raise _Unverifiable(f"{where} does not list {path}", "Pin it with linux-sha256 and the like")
+        # Not just unverified: a mirror could give the genuine list of something else to get there.
+        raise BuildError(f"{where} does not list {path}.", hint="Pin it with linux-sha256 and the like")
     return Expected(checksums[path], where, by)
 
 
-def _find_in_sums(sums: str, signature: str) -> Callable[[Verifier, Layout, re.Match[str]], Expected]:
-    """Return a way to find files in the list *sums* with a *signature* beside it; ``{path}`` in them is the file."""
+def _find_in_sums(
+    sums: str, signature: str, *, complete: bool = True
+) -> Callable[[Verifier, Layout, re.Match[str]], Expected]:
+    """Return a way to find files in the list *sums* with a *signature* beside it; ``{path}`` in them is the file.
+
+    Unless the lists are *complete*, nobody vouches for a file that is not in them.
+    """
 
     def find(verifier: Verifier, layout: Layout, match: re.Match[str]) -> Expected:
         keyring = verifier.keyring(layout)
@@ -497,6 +503,8 @@ def _find_in_sums(sums: str, signature: str) -> Callable[[Verifier, Layout, re.M
         signed = verifier.read(match["base"] + signature.format(path=match["path"]))
         text, key = check_signature(keyring, verifier.read(where), signed, where)
         path = match["path"] if name == sums else _name_in_own_list(match["path"], text)
+        if not complete and path not in _parse_checksums(text):
+            raise _Unverifiable(f"{where} does not list {path}", "Pin it with linux-sha256 and the like")
         return _listed(text, path, where, f"{name} signed by {key}")
 
     return find
@@ -565,7 +573,7 @@ LAYOUTS = (
     Layout(
         "Ubuntu",
         re.compile(r"(?P<base>.+/[0-9]{2}\.[0-9]{2}[^/]*/)(?P<path>netboot/.+)"),
-        _find_in_sums("SHA256SUMS", "SHA256SUMS.gpg"),
+        _find_in_sums("SHA256SUMS", "SHA256SUMS.gpg", complete=False),
         *_UBUNTU,
     ),
     Layout(

@@ -697,13 +697,13 @@ def test_offline(mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys) -
     assert mirror.requests == []
 
 
-def test_offline_names_all_that_is_missing(builder: Builder) -> None:
+def test_offline_names_all_that_is_missing_before_the_build(builder: Builder) -> None:
     plan = builder.plan("http://a.invalid/linux", initrd="http://a.invalid/initrd.gz", offline="yes")
-    assert plan.settings.linux and plan.settings.initrd
     with pytest.raises(
         ConfigurationError, match=r"linux \(http://a.invalid/linux\), initrd \(http://a.invalid/initrd.gz\)"
     ):
-        verify.Verifier(plan).check_offline({"linux": plan.settings.linux, "initrd": plan.settings.initrd})
+        installer.check(plan)
+    assert not builder.cache.exists()
 
 
 def test_offline_with_what_was_never_verified(mirrors: tuple[Mirror, Mirror], builder: Builder) -> None:

@@ -54,7 +54,7 @@ _QEMU_USER_CHANGED = re.compile(r"^\s*user\s*=", re.MULTILINE)
 # Where libvirt finds the firmware that QEMU can have (firmware.json of QEMU's interop documents).
 _FIRMWARE_DIRECTORIES = (Path("/etc/qemu/firmware"), Path("/usr/share/qemu/firmware"))
 # Without secure boot, UEFI starts what nobody has signed: an installer's kernel, without a boot loader.
-_UEFI = "firmware=efi,firmware.feature0.name=secure-boot,firmware.feature0.enabled=no"
+_UEFI = ("firmware=efi", "firmware.feature0.name=secure-boot", "firmware.feature0.enabled=no")
 
 _VIRSH_SECONDS = 60.0
 # A libvirtd that was killed is started again by systemd, or by the next command of the session's user.
@@ -122,12 +122,13 @@ def virt_install_argv(build: Build, media: Sequence[str], virt_type: str, *, by_
     # libvirt 9.0 knows no model ``max``.
     cpu = settings.cpu or {"kvm": "host-passthrough", "qemu": "mode=maximum"}.get(virt_type, "CPU")
     # ``--noreboot``: the guest must stay off until its logs are removed.
+    # ``--channel none``: the socket of a guest agent's channel has too long a path in many homes.
     argv = [
         "virt-install",
         "--connect", build.plan.libvirt_uri,
         "--name", build.vm_name,
         "--virt-type", virt_type,
-        *_machine(settings),
+        *_machine(build),
         "--cpu", cpu,
         "--vcpus", str(settings.cores),
         "--memory", str(settings.ram >> 20),
@@ -135,6 +136,7 @@ def virt_install_argv(build: Build, media: Sequence[str], virt_type: str, *, by_
         "--disk", option(f"path={build.disk_path}", *_DISK_OPTIONS),
         "--network", network,
         "--graphics", _graphics(settings),
+        "--channel", "none",
         "--console", option("pty", "target_type=serial", f"log.file={build.console_path}"),
         *(["--autoconsole", "text"] if by_hand else ["--noautoconsole", "--wait", "-1"]),
         "--noreboot",
@@ -150,12 +152,16 @@ def virt_install_argv(build: Build, media: Sequence[str], virt_type: str, *, by_
     return argv
 
 
-def _machine(settings: ImageSettings) -> list[str]:
+def _machine(build: Build) -> list[str]:
     """Return virt-install's arguments for architecture, machine type and firmware, where they are not its own."""
+    settings = build.plan.settings
     machine = arch.ARCHITECTURES[settings.arch].machines[settings.firmware]
     words = [] if arch.is_host(settings.arch) else ["--arch", settings.arch]
     words += ["--machine", machine] if machine else []
-    return words if settings.firmware == "bios" else [*words, "--boot", _UEFI]
+    if settings.firmware == "bios":
+        return words
+    # libvirt's own place would keep it, up to 64 MiB, where the machine fails to start.
+    return [*words, "--boot", option(*_UEFI, f"nvram={build.directory / 'nvram.fd'}")]
 
 
 def _by_hand(build: Build) -> Build:

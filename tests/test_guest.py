@@ -44,6 +44,7 @@ GOLDEN = """virt-install
 --disk path=/output/.work/disk.raw,bus=virtio,format=raw,cache=unsafe,discard=unmap,error_policy=report
 --network user,model=virtio
 --graphics none
+--channel none
 --console pty,target_type=serial,log.file=/output/.work/console.log
 --noautoconsole
 --wait -1
@@ -52,7 +53,7 @@ GOLDEN = """virt-install
 --extra-args 
 """  # noqa: W291
 
-UEFI = "firmware=efi,firmware.feature0.name=secure-boot,firmware.feature0.enabled=no"
+UEFI = "firmware=efi,firmware.feature0.name=secure-boot,firmware.feature0.enabled=no,nvram=/output/.work/nvram.fd"
 
 
 def as_lines(words: list[str]) -> str:

@@ -65,7 +65,11 @@ def make_parser() -> argparse.ArgumentParser:
             parser.add_argument(
                 *declaration.flags, dest=name, metavar=declaration.metavar, help=declaration.help + shown
             )
-    parser.add_argument("--list", action="store_true", help="list the configured images, one a line")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="list the configured images, one a line, each with distribution, release, architecture and firmware",
+    )
     parser.add_argument("--check", action="store_true", help="check all that can be known before a build, and stop")
     parser.add_argument(
         "--dry-run", action="store_true", help="--check, then print each step with its commands, and stop"
@@ -120,6 +124,16 @@ def _show_answers(plan: Plan) -> None:
     # Bytes, as it need not be UTF-8.
     sys.stdout.buffer.write(answers.content(plan))
     sys.stdout.flush()
+
+
+def listing(configuration: Configuration) -> str:
+    """Return a line for each configured image: its name first, then what is known of it, in columns."""
+    rows = [
+        [_one_line(text) or "-" for text in (name, *configuration.summary(name))] for name in configuration.images()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def summary(artifacts: Sequence[Artifact], times: Sequence[events.StepEnded], seconds: float) -> str:
@@ -222,8 +236,7 @@ def _run(argv: Sequence[str]) -> None:
                 print(removed, flush=True)
         return
     if arguments.list:
-        for name in Configuration(os.environ).images():
-            print(name)
+        print(listing(Configuration(os.environ)), end="")
         return
     if not arguments.image:
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")

@@ -35,6 +35,8 @@ ARCHITECTURES = ("x86_64", "aarch64")
 _ARCHITECTURE_NAMES = {"amd64": "x86_64", "i386": "x86_64", "i586": "x86_64", "i686": "x86_64", "arm64": "aarch64"}
 FIRMWARES = ("bios", "uefi", "hybrid")
 ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast")
+# What --list shows of an image beside its name.
+LISTED_KEYS = ("distribution", "release", "arch", "firmware")
 
 # The file names of an image have its name, date, format and ".sha256sum": together at most 255 bytes.
 _LONGEST_NAME = 200
@@ -280,6 +282,8 @@ def _setting(*arguments: Any, **keywords: Any) -> Any:
 class ImageSettings:
     """The settings of one image; sizes in bytes."""
 
+    distribution: str | None = _setting(parse_line, "name of the distribution, for people")
+    release: str | None = _setting(parse_line, "name of its release, for people")
     linux: Source | None = _setting(parse_mirrors, "path or URI of the netboot kernel")
     initrd: Source | None = _setting(parse_mirrors, "path or URI of the netboot initrd")
     installer_image: Source | None = _setting(
@@ -538,6 +542,22 @@ class Configuration:
             and any(key in section for key in ("linux", "initrd", "installer-image"))
         ]
 
+    def summary(self, name: str) -> list[str]:
+        """Return what there is to say of image *name*, by LISTED_KEYS; empty where it is not known, or wrong."""
+        known = dict(declarations(ImageSettings))
+        found: dict[str, str] = {}
+        for key in LISTED_KEYS:
+            try:
+                value = self._value(name, key, known[key], {})
+            except ConfigurationError:
+                # Whoever builds the image is told; the others are to be listed all the same.
+                found[key] = ""
+                continue
+            if key == "firmware" and found["arch"]:
+                value = value or default_firmware(found["arch"])
+            found[key] = value or ""
+        return list(found.values())
+
     def image(self, name: str, flags: Mapping[str, str]) -> ImageSettings:
         """Return the settings of image *name*; *flags* (key -> text) win over the files."""
         if name not in self._parser or name == self._parser.default_section:
@@ -606,17 +626,18 @@ class Configuration:
                 logger.warning("[%s] %s is not a key of image-factory. Did you mean %s?", section, key, near[0])
 
     def _values(self, section: str, kind: type[Any], flags: Mapping[str, str]) -> dict[str, Any]:
-        values = {}
-        for key, declaration in declarations(kind):
-            if key in flags:
-                value = _parsed(f"{declaration.flags[-1]}", flags[key], declaration.parse)
-            elif key in self._parser[section]:
-                value = self._parse(section, key, declaration.parse)
-            else:
-                default = declaration.default_text()
-                value = None if default is None else declaration.parse(default)
-            values[key.replace("-", "_")] = value
-        return values
+        return {
+            key.replace("-", "_"): self._value(section, key, declaration, flags)
+            for key, declaration in declarations(kind)
+        }
+
+    def _value(self, section: str, key: str, declaration: Declaration, flags: Mapping[str, str]) -> Any:
+        if key in flags:
+            return _parsed(f"{declaration.flags[-1]}", flags[key], declaration.parse)
+        if key in self._parser[section]:
+            return self._parse(section, key, declaration.parse)
+        default = declaration.default_text()
+        return None if default is None else declaration.parse(default)
 
     def _parse(self, section: str, key: str, parse: Callable[[str], Any]) -> Any:
         return _parsed(f"[{section}] {key}", self._text(section, key), parse)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from image_factory import __version__
+from image_factory.settings import default_arch, default_firmware
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOBODY = 65534
@@ -478,7 +479,25 @@ def test_help_names_each_option_of_the_manual(place: Place) -> None:
 def test_list(place: Place) -> None:
     (place.path / "own.conf").write_text("[b]\nlinux = /l\n[up]\nupload_type = rsync\n[a]\ninstaller_image = /i\n")
     done = place.run("--list")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "b\na\n", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        [name, "-", "-", default_arch(), default_firmware(default_arch())] for name in "ba"
+    ]
+
+
+def test_list_in_columns(place: Place) -> None:
+    """One bad image does not hide the others, and what is in a file does not get on a terminal as it is."""
+    (place.path / "own.conf").write_text(
+        "[DEFAULT]\ninstaller_image = /i\narch = amd64\n"
+        "[CentOS-Stream-10]\ndistribution = CentOS Stream\nrelease = 10\nfirmware = hybrid\n"
+        "[bad]\ndistribution = ${absent}\nrelease = a\x1b[31m\n   b\narch = vax\npreseed = /a\nyast = /b\nram = x\n"
+    )
+    done = place.run("--list")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        "CentOS-Stream-10  CentOS Stream  10   x86_64  hybrid\n"
+        "bad               -              a b  -       -\n"
+    )
 
 
 def test_list_of_no_images(place: Place) -> None:
@@ -492,7 +511,10 @@ def test_list_of_the_shipped_images(place: Place) -> None:
     place.environment["IMAGE_FACTORY_CONFIG"] = ""
     done = place.run("--list")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Debian-13-server" in done.stdout.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert rows["Debian-13-server"] == ["Debian", "13", "x86_64", "bios"]
+    assert rows["Rocky-10-minimal"] == ["Rocky", "Linux", "10", "x86_64", "bios"]
+    assert not [row for row in rows.values() if row[0] == "-"]
 
 
 def test_check(place: Place) -> None:

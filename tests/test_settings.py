@@ -1,5 +1,6 @@
 """The settings: files, flags, parsers, and what is said about mistakes."""
 
+import itertools
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 from image_factory import settings
 from image_factory.errors import ConfigurationError
 from image_factory.settings import (
+    ANSWER_FILE_KEYS,
     Configuration,
     Destination,
     ImageSettings,
@@ -68,6 +70,8 @@ def error_of(action: Callable[[], Any]) -> ConfigurationError:
 # Every setting: what a user writes, and what becomes of it.
 
 IMAGE_ROWS: dict[str, tuple[str, Any]] = {
+    "distribution": ("CentOS\n  Stream", "CentOS Stream"),
+    "release": ("10", "10"),
     "linux": ("http://example.com/linux", Source("http://example.com/linux")),
     "initrd": ("/boot/initrd", Source("/boot/initrd", Path("/boot/initrd"))),
     "installer_image": ("file:///srv/a%20b.iso", Source("file:///srv/a%20b.iso", Path("/srv/a b.iso"))),
@@ -189,6 +193,8 @@ def test_defaults(read: Read) -> None:
         preseed=None,
         kickstart=None,
         yast=None,
+        distribution=None,
+        release=None,
         mac=None,
         log_filename=None,
         vnc=None,
@@ -455,7 +461,7 @@ def test_user_without_a_home_directory() -> None:
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert SHIPPED_IMAGE in done.stdout.splitlines()
+    assert SHIPPED_IMAGE in done.stdout.split()
 
 
 def test_data_dir(read: Read) -> None:
@@ -654,19 +660,40 @@ def test_installer_image_takes_the_place_of_both(read: Read) -> None:
     assert read("[x]\ninstaller_image = /x.iso\n").image("x", {}).linux is None
 
 
-@pytest.mark.parametrize("keys", [("preseed", "kickstart"), ("kickstart", "yast"), ("preseed", "yast")])
+@pytest.mark.parametrize("keys", itertools.combinations(ANSWER_FILE_KEYS, 2))
 def test_two_answer_files(read: Read, keys: tuple[str, str]) -> None:
-    configuration = read(MINIMAL + "".join(f"{key} = /a\n" for key in keys))
+    configuration = read(MINIMAL + "".join(f"{key} = /a.json\n" for key in keys))
     error = error_of(lambda: configuration.image("x", {}))
     assert error.message == f"[x] has '{keys[0]}' and '{keys[1]}'. An image has one answer file."
 
 
-@pytest.mark.parametrize("key", ["preseed", "kickstart", "yast"])
+@pytest.mark.parametrize("key", ANSWER_FILE_KEYS)
 def test_answer_file(read: Read, key: str) -> None:
-    image = read(f"{MINIMAL}{key} = /a.cfg\n").image("x", {})
-    assert (image.answer_file_key, image.answer_file) == (key, Path("/a.cfg"))
+    image = read(f"{MINIMAL}{key} = /a.json\n").image("x", {})
+    assert (image.answer_file_key, image.answer_file) == (key, Path("/a.json"))
     none = read(MINIMAL).image("x", {})
     assert (none.answer_file_key, none.answer_file) == (None, None)
+
+
+SUMMARIES = {
+    "nothing is known": ("arch = x86_64", ["", "", "x86_64", "bios"]),
+    "all": (
+        "distribution = Debian\nrelease = 13\narch = arm64\nfirmware = uefi",
+        ["Debian", "13", "aarch64", "uefi"],
+    ),
+    "the architecture decides": ("arch = aarch64", ["", "", "aarch64", "uefi"]),
+    "wrong architecture": ("release = 9\narch = vax", ["", "9", "", ""]),
+    "wrong firmware": ("arch = x86_64\nfirmware = none", ["", "", "x86_64", ""]),
+    "wrong reference": ("distribution = ${absent}\nrelease = $\narch = x86_64", ["", "", "x86_64", "bios"]),
+    "wrong elsewhere": ("release = 9\narch = x86_64\nram = no\nlinux = ftp:", ["", "9", "x86_64", "bios"]),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), SUMMARIES.values(), ids=SUMMARIES)
+def test_summary(read: Read, text: str, expected: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """It says what can be said, and complains of nothing."""
+    assert read(f"[x]\npresseed = a\n{text}\n").summary("x") == expected
+    assert caplog.messages == []
 
 
 # Upload destinations.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import answers, arch, command
+from . import arch, command, delivery
 from .console import Console
 from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, step
@@ -30,13 +30,6 @@ from .watch import Limits, Watcher
 
 # What a progress bar writes over.
 _OVERWRITTEN = re.compile(rb"[^\r\n\x1b]*\r(?=[^\r\n\x1b])")
-
-# How each installer is told of its answer file, which is in the root of the initrd.
-ANSWER_FILE_ARGUMENTS = {
-    "preseed": "preseed/url=file:///{name}",
-    "kickstart": "inst.ks=file:///{name}",
-    "yast": "autoyast=file:///{name}",
-}
 
 KVM_DEVICE = Path("/dev/kvm")
 
@@ -75,14 +68,7 @@ _VIRT_INSTALL_STOP_SECONDS = 60.0
 
 def kernel_arguments(settings: ImageSettings) -> str:
     """Return the kernel's command line: the answer file, then what the user appends."""
-    words = []
-    if settings.answer_file_key and settings.answer_file:
-        words.append(
-            ANSWER_FILE_ARGUMENTS[settings.answer_file_key].format(name=answers.installer_name(settings.answer_file))
-        )
-    if settings.append.strip():
-        words.append(settings.append.strip())
-    return " ".join(words)
+    return " ".join(filter(None, (delivery.kernel_argument(settings), settings.append.strip())))
 
 
 def option(*parts: str) -> str:
@@ -143,13 +129,20 @@ def virt_install_argv(build: Build, media: Sequence[str], virt_type: str, *, by_
         *media,
         "--extra-args", kernel_arguments(settings),
     ]  # fmt: skip
-    if settings.answer_file:
-        template = answers.is_template(settings.answer_file)
-        # A person has no copy, and needs none but of what a template becomes.
-        own = by_hand and not template
-        injected = settings.answer_file.absolute() if own else answer_file_copy(build, settings.answer_file)
-        argv += ["--initrd-inject", str(injected)]
-    return argv
+    return [*argv, *_answer_file_arguments(build, by_hand=by_hand)]
+
+
+def _answer_file_arguments(build: Build, *, by_hand: bool) -> list[str]:
+    settings = build.plan.settings
+    if settings.answer_file is None:
+        return []
+    seed = delivery.seed_path(build)
+    if seed:
+        # Without a bus: virt-install takes one that the machine has, and makes it read-only.
+        return ["--disk", option(f"path={seed}", "device=cdrom", "format=raw")]
+    # A person has no copy, and needs none but of what a template becomes.
+    own = by_hand and not delivery.is_made(settings)
+    return ["--initrd-inject", str(settings.answer_file.absolute() if own else delivery.copy_path(build))]
 
 
 def _machine(build: Build) -> list[str]:
@@ -172,22 +165,12 @@ def _by_hand(build: Build) -> Build:
 def by_hand_argvs(build: Build, media: Sequence[str], virt_type: str) -> list[list[str]]:
     """Return the commands by which a person repeats the installation, and sees its console."""
     plan, other = build.plan, _by_hand(build)
-    made = []
-    if plan.settings.answer_file and answers.is_template(plan.settings.answer_file):
-        copy = answer_file_copy(other, plan.settings.answer_file)
-        render = f"umask 077; image-factory --show-answers {shlex.quote(plan.image)} > {shlex.quote(str(copy))}"
-        made = [["mkdir", "-m", "700", str(copy.parent)], ["sh", "-c", render]]
     return [
         ["mkdir", str(other.directory)],
-        *made,
+        *delivery.by_hand_argvs(other),
         ["qemu-img", "create", "-q", "-f", "raw", str(other.disk_path), str(plan.settings.image_size)],
         virt_install_argv(other, media, virt_type, by_hand=True),
     ]
-
-
-def answer_file_copy(build: Build, answer_file: Path) -> Path:
-    """Return where the copy of the answer file is that virt-install reads."""
-    return build.directory / "answers" / answers.installer_name(answer_file)
 
 
 def check_libvirt(plan: Plan) -> None:
@@ -408,7 +391,7 @@ def install(build: Build, media: Media, virt_type: str) -> None:
         remove_vm(build.vm_name)
         build.vm_record.unlink(missing_ok=True)
 
-    with step("Installing"), released(remove), _explained(build, media, virt_type):
+    with delivery.seeded(build), step("Installing"), released(remove), _explained(build, media, virt_type):
         # Before there is a machine: it says what a killed build has left.
         build.vm_record.write_text(build.vm_name + "\n", encoding="utf-8")
         _run_virt_install(build, virt_install_argv(build, media.arguments, virt_type), virt_type)

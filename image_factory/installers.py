@@ -219,7 +219,7 @@ SUBIQUITY = Installer(
         Failure(
             "Continue with autoinstall[?]|Please enter the full path|\\(yes\\|no\\)",
             "The installer waits for an answer.",
-            "Add the word autoinstall to append.",
+            "Name the answer file with autoinstall, or add that word to append.",
             question=True,
             titled=True,
         ),
@@ -319,6 +319,8 @@ _BY_ANSWER_FILE = {
     "preseed": (DEBIAN,),
     "kickstart": (ANACONDA,),
     "yast": (AUTOYAST, AGAMA),
+    "autoinstall": (SUBIQUITY,),
+    "agama": (AGAMA,),
     None: (DEBIAN, ANACONDA, SUBIQUITY, AUTOYAST, AGAMA),
 }
 

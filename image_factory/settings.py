@@ -34,7 +34,7 @@ ARCHITECTURES = ("x86_64", "aarch64")
 # A 32-bit system runs on the machine of the 64-bit one.
 _ARCHITECTURE_NAMES = {"amd64": "x86_64", "i386": "x86_64", "i586": "x86_64", "i686": "x86_64", "arm64": "aarch64"}
 FIRMWARES = ("bios", "uefi", "hybrid")
-ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast")
+ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast", "autoinstall", "agama")
 # What --list shows of an image beside its name.
 LISTED_KEYS = ("distribution", "release", "arch", "firmware")
 
@@ -145,6 +145,14 @@ def parse_answer_file(text: str) -> Path:
     path = parse_path(text)
     if not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*", path.name):
         raise ValueError("a path whose last part has only letters, digits and . _ + -")
+    return path
+
+
+def parse_agama_file(text: str) -> Path:
+    """The path of an answer file of Agama, which knows its language by the suffix."""
+    path = parse_answer_file(text)
+    if not path.name.removesuffix(".j2").endswith((".json", ".jsonnet", ".xml")):
+        raise ValueError("a path that ends in .json, .jsonnet or .xml, and then in .j2 if it is a template")
     return path
 
 
@@ -300,9 +308,13 @@ class ImageSettings:
     )
     offline: bool = _setting(parse_boolean, "download nothing, use what is cached and verified", "no", ("--offline",))
     append: str = _setting(parse_line, "extra kernel arguments", "")
-    preseed: Path | None = _setting(parse_answer_file, "answer file of the Debian and Ubuntu installer")
+    preseed: Path | None = _setting(
+        parse_answer_file, "answer file of the Debian installer, which Ubuntu had until 20.04"
+    )
     kickstart: Path | None = _setting(parse_answer_file, "answer file of the Fedora and Enterprise Linux installer")
-    yast: Path | None = _setting(parse_answer_file, "answer file of the openSUSE installer")
+    yast: Path | None = _setting(parse_answer_file, "answer file of the openSUSE installer until Leap 15")
+    autoinstall: Path | None = _setting(parse_answer_file, "answer file of Ubuntu's installer since 20.04, Subiquity")
+    agama: Path | None = _setting(parse_agama_file, "answer file of the openSUSE installer since Leap 16, Agama")
     cores: int = _setting(parse_count, "processors of the installation machine", "1")
     ram: int = _setting(parse_memory, "memory of the installation machine", "1G")
     image_size: int = _setting(parse_size, "size of the disk", "2G", ("--image-size",), "SIZE")

@@ -20,7 +20,7 @@ LEVELS = [
     {"workspace", "verify"},
     {"clean", "shrink", "checksum", "publish", "mounts"},
     {"loop", "appliance", "guest", "fetch", "rsync"},
-    {"layout", "privileged", "watch"},
+    {"layout", "privileged", "watch", "delivery"},
     {"command"},
     {"release", "locks", "estimates", "checkpoint"},
     {"interrupts", "answers"},

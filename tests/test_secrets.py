@@ -21,6 +21,7 @@ ANSWERS = {
     "preseed": f"d-i passwd/root-password password {PASSWORD}\n",
     "kickstart": f"rootpw --plaintext {PASSWORD}\n",
     "yast": f"<profile><user_password>{PASSWORD}</user_password></profile>\n",
+    "autoinstall": f"#cloud-config\nautoinstall: {{identity: {{password: {PASSWORD}}}}}\n",
 }
 # virt-install's own log, what it leaves in its scratch directory, libvirt's logs and machines.
 KEPT_BY_OTHERS = ("/var/lib/libvirt/boot", "/var/log/libvirt", "/etc/libvirt/qemu", "/run/libvirt/qemu")
@@ -150,9 +151,10 @@ def test_build_that_virt_install_refuses(site: Site) -> None:
     assert PASSWORD not in log_file(site)
 
 
-def test_build_whose_kernel_is_none(site: Site) -> None:
-    """virt-install has put the answer file into its copy of the initrd when QEMU refuses the kernel."""
-    site.write()
+@pytest.mark.parametrize("key", ["preseed", "autoinstall"])
+def test_build_whose_kernel_is_none(site: Site, key: str) -> None:
+    """The answer file is in virt-install's copy of the initrd, or on the seed disk, when QEMU refuses the kernel."""
+    site.write(key)
     done = site.run("--log-file", "--debug")
     assert done.returncode == 1, done.stderr
     assert "image-factory: error: " in done.stderr

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from .. import answers, arch, command, events, fetch, guest, verify
+from .. import answers, arch, command, delivery, events, fetch, guest, verify
 from ..errors import BuildError, ConfigurationError
 from ..log import step
 from ..model import Build, Disk, Plan
@@ -15,9 +15,7 @@ def programs(plan: Plan) -> list[str]:
     """Return the programs that the installation needs."""
     names = ["qemu-img", "virsh", "virt-install", arch.ARCHITECTURES[plan.settings.arch].qemu]
     settings = plan.settings
-    if settings.answer_file:
-        # virt-install injects it with cpio, which its Debian package doesn't depend on.
-        names.append("cpio")
+    names += delivery.programs(settings)
     if any(source.by_rsync for source in _sources(settings).values()):
         names.append("rsync")
     if settings.installer_image and not is_tree(settings.installer_image):
@@ -108,7 +106,7 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
             by_rsync = uri.lower().startswith("rsync:")
             fetches.append(fetch.rsync_argv(uri, target) if by_rsync else ["#", "GET", uri, "->", str(target)])
     if settings.answer_file:
-        copy = guest.answer_file_copy(build, settings.answer_file)
+        copy = delivery.copy_path(build)
         verb = "render" if answers.is_template(settings.answer_file) else "copy"
         fetches.append(["#", verb, str(settings.answer_file), "->", str(copy)])
     if settings.installer_image is None:
@@ -116,7 +114,7 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
     elif is_tree(settings.installer_image):
         location = ("--location", str(settings.installer_image.path or settings.installer_image.uri))
     else:
-        location = "--location", guest.option(str(settings.installer_image.path or _own_iso(build)))
+        location = _location_of_iso(build, settings.installer_image.path or _own_iso(build))
     virt_type = settings.virt_type
     if virt_type == "auto":
         virt_type = "VIRT-TYPE" if arch.is_host(settings.arch) else "qemu"
@@ -124,6 +122,7 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
         ("Creating the disk", [create_argv(build)]),
         ("Caching the installer", fetches),
         *([("Probing KVM", [guest.probe_argv(Path("KERNEL"), settings.arch)])] if virt_type == "VIRT-TYPE" else []),
+        *delivery.seed_commands(build),
         ("Installing", [guest.virt_install_argv(build, location, virt_type)]),
     ]
 
@@ -151,6 +150,11 @@ def _own_iso(build: Build) -> Path:
     return _netboot(build) / "installer.iso"
 
 
+def _location_of_iso(build: Build, iso: Path) -> tuple[str, str]:
+    names = zip(("kernel", "initrd"), delivery.boot_files(build.plan.settings), strict=False)
+    return "--location", guest.option(str(iso), *(f"{key}={name}" for key, name in names))
+
+
 def prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
     """Return what virt-install boots, and the installer's kernel where it is known."""
     settings = build.plan.settings
@@ -171,8 +175,7 @@ def prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
             return guest.Media(_location(build), kept), _netboot(build) / "linux"
         iso = _fetch("installer-image", settings.installer_image, verifier, _own_iso(build))
     own = iso.path if settings.installer_image.path else _own_iso(build)
-    kept = "--location", guest.option(str(iso.path))
-    return guest.Media(("--location", guest.option(str(own))), kept), _kernel_of_iso(build, own)
+    return guest.Media(_location_of_iso(build, own), _location_of_iso(build, iso.path)), _kernel_of_iso(build, own)
 
 
 def _fetch(key: str, source: Source, verifier: verify.Verifier, own: Path) -> fetch.Fetched:
@@ -188,14 +191,9 @@ def _fetch(key: str, source: Source, verifier: verify.Verifier, own: Path) -> fe
 
 
 def _copy_answer_file(build: Build) -> None:
-    """Write the answer file anew: virt-install's own copy of it gets the mode of what it copies."""
     key, source = build.plan.settings.answer_file_key, build.plan.settings.answer_file
-    if key is None or source is None:
-        return
-    copy = guest.answer_file_copy(build, source)
-    copy.parent.mkdir(mode=0o700)
-    answers.write(build.plan, copy)
-    events.tell(events.InputUsed(key, str(source), copy))
+    if key and source:
+        events.tell(events.InputUsed(key, str(source), delivery.write_copy(build)))
 
 
 def _kernels(build: Build) -> tuple[str, ...]:

@@ -514,6 +514,7 @@ def test_list_of_the_shipped_images(place: Place) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
     assert rows["Debian-13-server"] == ["Debian", "13", "x86_64", "bios"]
     assert rows["Rocky-10-minimal"] == ["Rocky", "Linux", "10", "x86_64", "bios"]
+    assert rows["openSUSE-Tumbleweed-server"] == ["openSUSE", "Tumbleweed", "-", "x86_64", "bios"]
     assert not [row for row in rows.values() if row[0] == "-"]
 
 

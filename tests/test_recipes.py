@@ -1,7 +1,7 @@
 """The shipped recipes: what their templates become, which the checker of each family accepts.
 
 data/recipes/ has what the installers get: `image-factory --show-answers IMAGE` of the shipped configuration, and of
-the sections below.
+variants of its sections; data/machines/ has the machines that they are installed in, and the kernel's arguments.
 """
 
 import json
@@ -17,37 +17,24 @@ import yaml
 
 from image_factory import answers, pipeline
 from image_factory.errors import ConfigurationError
-from image_factory.model import Plan
+from image_factory.model import Build, Plan
 from image_factory.settings import Configuration
+from image_factory.sources import installer
+
+from .test_guest import as_lines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = REPOSITORY / "tests/data/recipes"
+MACHINES = REPOSITORY / "tests/data/machines"
 SHIPPED = REPOSITORY / "data/image-factory.conf"
-
-# What has no section yet, as its installer takes no file from the initrd; any key of an answer file renders it.
-OTHERS = """
-[Ubuntu-server]
-linux = /l
-initrd = /i
-preseed = ${data_dir}/ubuntu.yaml.j2
-[Ubuntu-minimal]
-based_on = Ubuntu-server
-source = ubuntu-server-minimal
-[openSUSE-Leap-16.0-server]
-linux = /l
-initrd = /i
-yast = ${data_dir}/agama.json.j2
-[openSUSE-Tumbleweed-minimal]
-based_on = openSUSE-Leap-16.0-server
-product = Tumbleweed
-weak_dependencies = no
-"""
 
 FIRMWARES = {
     "Debian-13-server": ("uefi", "hybrid"),
     "Fedora-44-server": ("uefi", "hybrid"),
     "Rocky-10-server": ("hybrid",),
     "openSUSE-Leap-15.6-server": ("uefi",),
+    "openSUSE-Leap-16.0-server": ("uefi",),
+    "Ubuntu-26.04-server": ("uefi", "hybrid"),
 }
 
 # Each key with a value that is not its default, and with what has a meaning somewhere.
@@ -69,7 +56,7 @@ VARIANTS = {
     "Debian-13-server": "de",
     "Fedora-44-server": "de",
     "openSUSE-Leap-15.6-server": "german",
-    "Ubuntu-server": "de",
+    "Ubuntu-26.04-server": "de",
     "openSUSE-Leap-16.0-server": "de",
 }
 
@@ -83,9 +70,10 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
         for name, firmwares in FIRMWARES.items()
         for firmware in firmwares
     )
-    path.write_text(SHIPPED.read_text(encoding="utf-8") + OTHERS + variants, encoding="utf-8")
+    path.write_text(SHIPPED.read_text(encoding="utf-8") + variants, encoding="utf-8")
     configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(path)})
-    return {name: pipeline.make_plan(configuration, name, {}) for name in configuration.images()}
+    flags = {"output-dir": "/output", "cache-dir": "/cache"}
+    return {name: pipeline.make_plan(configuration, name, flags) for name in configuration.images()}
 
 
 def golden_names(suffix: str = "") -> list[str]:
@@ -107,6 +95,20 @@ def test_rendered(plans: dict[str, Plan]) -> None:
             (GOLDEN / golden_name(plan)).write_bytes(answers.content(plan))
         expected = (GOLDEN / golden_name(plan)).read_text(encoding="utf-8")
         assert answers.content(plan).decode() == expected, plan.image
+
+
+def test_every_recipe_has_a_golden_machine(plans: dict[str, Plan]) -> None:
+    assert sorted(path.name for path in MACHINES.iterdir()) == sorted(f"{name}.txt" for name in plans)
+
+
+def test_machines(plans: dict[str, Plan]) -> None:
+    for plan in plans.values():
+        build = Build(plan, plan.work_path, "MACHINE")
+        [argv] = dict(installer.describe(build))["Installing"]
+        path = MACHINES / f"{plan.image}.txt"
+        if os.environ.get("UPDATE_GOLDEN"):
+            path.write_text(as_lines(argv), encoding="utf-8")
+        assert as_lines(argv) == path.read_text(encoding="utf-8"), plan.image
 
 
 @pytest.mark.parametrize("name", golden_names(".cfg"))
@@ -225,6 +227,31 @@ def test_autoinstall(name: str) -> None:
     jsonschema.validate(yaml.safe_load(text), mapping({"autoinstall": AUTOINSTALL}))
 
 
+@pytest.fixture(scope="module")
+def cloud_init(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The modules of cloud-init, whose package is not installed: it would set up this machine when that starts."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "image-factory-tests"
+    if not list(cache.glob("cloud-init_*.deb")):
+        cache.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["apt-get", "download", "-q", "cloud-init"], cwd=cache, check=True)
+    directory = tmp_path_factory.mktemp("cloud-init")
+    subprocess.run(["dpkg", "-x", sorted(cache.glob("cloud-init_*.deb"))[-1], directory], check=True)
+    return directory / "usr/lib/python3/dist-packages"
+
+
+@pytest.mark.parametrize("name", golden_names(".yaml"))
+def test_cloud_init_schema(name: str, cloud_init: Path, tmp_path: Path) -> None:
+    """Of what the installer reads, and of what is in it for the installed system."""
+    text = (GOLDEN / name).read_text(encoding="utf-8")
+    inner = yaml.safe_load(text)["autoinstall"]["user-data"]
+    for data in (text, f"#cloud-config\n{yaml.safe_dump(inner)}"):
+        path = tmp_path / "user-data"
+        path.write_text(data, encoding="utf-8")
+        argv = ["/usr/bin/python3", "-m", "cloudinit.cmd.main", "schema", "--config-file", path]
+        done = subprocess.run(argv, env={"PYTHONPATH": str(cloud_init)}, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"Valid cloud-config: {path}\n"), done.stderr
+
+
 @pytest.mark.parametrize("name", golden_names(".json"))
 def test_agama(name: str) -> None:
     jsonschema.validate(json.loads((GOLDEN / name).read_text(encoding="utf-8")), AGAMA)
@@ -238,12 +265,13 @@ def test_no_recipe_has_a_password(name: str) -> None:
     assert "ssh-" not in text.replace("openssh-", "")
 
 
-def test_hybrid_where_the_installer_cannot(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("section", "name"), [("15.6", "AutoYaST"), ("16.0", "Agama")])
+def test_hybrid_where_the_installer_cannot(tmp_path: Path, section: str, name: str) -> None:
     path = tmp_path / "image-factory.conf"
-    section = "[x]\nbased_on = openSUSE-Leap-15.6-server\nfirmware = hybrid\n"
-    path.write_text(SHIPPED.read_text(encoding="utf-8") + section, encoding="utf-8")
+    text = f"[x]\nbased_on = openSUSE-Leap-{section}-server\nfirmware = hybrid\n"
+    path.write_text(SHIPPED.read_text(encoding="utf-8") + text, encoding="utf-8")
     plan = pipeline.make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(path)}), "x", {})
-    with pytest.raises(ConfigurationError, match="AutoYaST installs a boot loader for bios or uefi, not for both"):
+    with pytest.raises(ConfigurationError, match=f"{name} installs a boot loader for bios or uefi, not for both"):
         answers.content(plan)
 
 

@@ -16,6 +16,8 @@ INSTALLER_LOGS = (
     "var/log/YaST2",
     "var/lib/YaST2",
     "var/adm/autoinstall",
+    # Agama (openSUSE): its scripts, which may have secrets, among them
+    "var/log/agama-installation",
 )
 
 # Of these, what a reader of the log wants to see: no answer files, which hold password hashes, and

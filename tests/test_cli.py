@@ -446,6 +446,7 @@ guestfish
 #   rm-rf /var/log/YaST2
 #   rm-rf /var/lib/YaST2
 #   rm-rf /var/adm/autoinstall
+#   rm-rf /var/log/agama-installation
 # Freeing unused blocks
 fallocate --punch-hole --length 4096 {disk.parent}/appliance-file
 #   sync
@@ -495,8 +496,7 @@ def test_list_in_columns(place: Place) -> None:
     done = place.run("--list")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
-        "CentOS-Stream-10  CentOS Stream  10   x86_64  hybrid\n"
-        "bad               -              a b  -       -\n"
+        "CentOS-Stream-10  CentOS Stream  10   x86_64  hybrid\nbad               -              a b  -       -\n"
     )
 
 

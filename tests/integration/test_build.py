@@ -35,6 +35,7 @@ INSTALLER_LOGS = (
     "var/log/YaST2",
     "var/lib/YaST2",
     "var/adm/autoinstall",
+    "var/log/agama-installation",
 )
 
 

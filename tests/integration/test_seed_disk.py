@@ -16,6 +16,11 @@ ANSWERS = {
     "autoinstall": f"#cloud-config\nautoinstall: {{version: 1, identity: {{password: {SECRET}}}}}\n",
     "agama": f'{{"root": {{"password": "{SECRET}"}}}}\n',
 }
+# Where an ISO of the installer has its kernel and initrd.
+BOOT_FILES = {
+    "autoinstall": ("casper/vmlinuz", "casper/initrd"),
+    "agama": ("boot/x86_64/loader/linux", "boot/x86_64/loader/initrd"),
+}
 # What the guest sees on the disk.
 FILES = {"autoinstall": "/seed/meta-data /seed/user-data", "agama": "/seed/autoinst.json"}
 
@@ -50,10 +55,21 @@ def delivered(key: str, digest: str) -> str:
     return f"stand-in: seed disk: {FILES[key]} \nstand-in: answer file: {FILES[key].split()[-1][1:]}, sha256 {digest}\n"
 
 
-def test_installation(build: Build) -> None:
+def make_iso(build: Build, key: str) -> Path:
+    """Make an ISO of the stand-in, as it is for the answer file *key*."""
+    iso = build.directory / "installer.iso"
+    kernel, initrd = BOOT_FILES[key]
+    files = ("-map", build.stand_in / "linux", f"/{kernel}", "-map", build.stand_in / "initrd.gz", f"/{initrd}")
+    run("xorriso", "-outdev", f"stdio:{iso}", "-volid", "INSTALLER", *files, "-commit")
+    iso.chmod(0o644)
+    return iso
+
+
+def test_installation_from_an_iso(build: Build) -> None:
     """The installer has read the answer file, and nothing of its disk is in the image."""
     key = "autoinstall" if build.user.is_root else "agama"
-    digest = configure(build, key, extra="format = raw")
+    iso = make_iso(build, key)
+    digest = configure(build, key, extra=f"format = raw\ninstaller_image = {iso}")
     dry = build.run("--dry-run")
     assert not seed(build).exists()
     build.run()

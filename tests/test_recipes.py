@@ -167,6 +167,7 @@ AUTOINSTALL = mapping(
         "apt": mapping(
             {
                 "geoip": FLAG,
+                "fallback": {"const": "abort"},
                 "preserve_sources_list": FLAG,
                 "primary": list_of(mapping({"arches": list_of(TEXT), "uri": TEXT})),
             }

@@ -652,7 +652,10 @@ class Configuration:
         return None if default is None else declaration.parse(default)
 
     def _parse(self, section: str, key: str, parse: Callable[[str], Any]) -> Any:
-        return _parsed(f"[{section}] {key}", self._text(section, key), parse)
+        text = self._text(section, key)
+        # An autoinstall file that is taken for a configuration begins with that key, and has secrets below it.
+        shown = "a value of several lines" if key in ANSWER_FILE_KEYS and "\n" in text.strip() else None
+        return _parsed(f"[{section}] {key}", text, parse, shown)
 
     def _text(self, section: str, key: str) -> str:
         where = f"[{section}] {key}"
@@ -677,7 +680,8 @@ def _command_number(key: str) -> int:
     return int(key.removeprefix("post-upload-command") or -1)
 
 
-def _parsed(where: str, text: str, parse: Callable[[str], Any]) -> Any:
+def _parsed(where: str, text: str, parse: Callable[[str], Any], shown: str | None = None) -> Any:
+    """Return the value of *text*; the error has *shown* in its place, if that is given."""
     try:
         value = parse(text)
         # No program takes it in an argument.
@@ -685,7 +689,7 @@ def _parsed(where: str, text: str, parse: Callable[[str], Any]) -> Any:
             raise ValueError("text without NUL characters")
         return value
     except ValueError as error:
-        raise ConfigurationError(f"{where}: {text!r} is not accepted, only {error}.") from error
+        raise ConfigurationError(f"{where}: {shown or repr(text)} is not accepted, only {error}.") from error
 
 
 def _named(keys: Sequence[str]) -> str:

@@ -228,7 +228,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "cache is a file": (["x", "--image-size", "1M", "-c", "linux"], "[x] cache-dir: "),
     "empty output": (["x", "-o", ""], "--output-dir: '' is not accepted"),
     "empty log file": (["x", "--log-filename", ""], "--log-filename: '' is not accepted"),
-    "value with a line break": (["two-lines"], "[two-lines] preseed: 'first\\nsecond' is not accepted"),
+    "value with a line break": (["two-lines"], "[two-lines] preseed: a value of several lines is not accepted"),
     "unknown flag": (["x", "--colour"], "Unrecognized arguments: --colour."),
     "two images": (["x", "Debian-12"], "Unrecognized arguments: Debian-12."),
     "flag without its value": (["x", "-f"], "Argument -f/--format: expected one argument."),

@@ -21,7 +21,7 @@ ANSWERS = {
     "preseed": f"d-i passwd/root-password password {PASSWORD}\n",
     "kickstart": f"rootpw --plaintext {PASSWORD}\n",
     "yast": f"<profile><user_password>{PASSWORD}</user_password></profile>\n",
-    "autoinstall": f"#cloud-config\nautoinstall: {{identity: {{password: {PASSWORD}}}}}\n",
+    "autoinstall": f"#cloud-config\nautoinstall:\n  identity:\n    password: {PASSWORD}\n",
 }
 # virt-install's own log, what it leaves in its scratch directory, libvirt's logs and machines.
 KEPT_BY_OTHERS = ("/var/lib/libvirt/boot", "/var/log/libvirt", "/etc/libvirt/qemu", "/run/libvirt/qemu")
@@ -113,7 +113,18 @@ def test_errors_do_not_show_it(site: Site, mistake: str) -> None:
     assert "image-factory: error: " in done.stderr
 
 
-@pytest.mark.parametrize("key", ANSWERS)
+@pytest.mark.parametrize("section", ["", "[x]\n"])
+def test_autoinstall_file_for_the_configuration(site: Site, section: str) -> None:
+    """With a section it is one, with the key autoinstall."""
+    site.write("autoinstall")
+    site.answer_file.write_text(section + ANSWERS["autoinstall"])
+    done = site.run("--check", IMAGE_FACTORY_CONFIG=str(site.answer_file))
+    assert done.returncode == 2
+    expected = "[x] autoinstall: a value of several lines is not accepted" if section else "line 2 comes before any"
+    assert expected in done.stderr
+
+
+@pytest.mark.parametrize("key", [key for key in ANSWERS if key != "autoinstall"])
 @pytest.mark.parametrize("section", ["", "[x]\n"])
 def test_answer_file_for_the_configuration(site: Site, key: str, section: str) -> None:
     site.write(key)

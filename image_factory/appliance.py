@@ -1,4 +1,4 @@
-"""Mount the root filesystem of a disk in libguestfs' appliance: a small virtual machine, which needs no root.
+"""Mount the filesystems of a disk in libguestfs' appliance: a small virtual machine, which needs no root.
 
 guestfish(1) runs it, and reads commands from image-factory.  The guest's filesystem never meets the
 kernel of this machine.
@@ -12,13 +12,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import command, layout
+from . import command, layout, tree
 from .command import Conversation
-from .errors import CommandError, ConfigurationError
+from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, step
-from .model import Build, Disk, Partition, Plan
+from .model import Build, Disk, Plan, Volume
+from .tree import Branch, Tree
 
-STEP = "Mounting the root partition"
+STEP = "Mounting the filesystems"
 
 BOOT = Path("/boot")
 MODULES = Path("/lib/modules")
@@ -37,6 +38,9 @@ _DEEPEST = 8
 _SHOWN_OF_FILE = 1 << 20
 _SHOWN = 16 << 20
 _HEADING = 1 << 10
+
+# So many subvolumes of btrfs are looked into.
+_TOPS = 64
 
 
 def programs(plan: Plan) -> list[str]:
@@ -71,12 +75,18 @@ def _sort_key(kernel: Path) -> list[tuple[int, str]]:
 def describe(build: Build, shown: Sequence[str], removed: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
     """Return the steps on the tree with their commands; nothing is *shown* if that is empty."""
     # The commands for guestfish itself are no commands for a shell.
+    place = "/partition-N"
+    mounting = (f"mkmountpoint {place}", _mount_line("DEVICE", place))
     return [
-        (STEP, [_ARGV, *_comments(_add_line(Disk(build.disk_path)), "run", _mount_line("DEVICE"))]),
-        *([("Showing installer logs", _comments(*(f"download /{pattern}" for pattern in shown)))] if shown else []),
-        ("Removing installer logs", _comments(*(f"rm-rf /{pattern}" for pattern in removed))),
-        ("Freeing unused blocks", [_punch_argv(build), *_comments("sync", "-fstrim /")]),
-        ("Unmounting", _comments("umount /", "shutdown")),
+        (STEP, [_ARGV, *_comments(_add_line(Disk(build.disk_path)), "run", *mounting)]),
+        *(
+            [("Showing installer logs", _comments(*(f"download {place}/{pattern}" for pattern in shown)))]
+            if shown
+            else []
+        ),
+        ("Removing installer logs", _comments(*(f"rm-rf {place}/{pattern}" for pattern in removed))),
+        ("Freeing unused blocks", [_punch_argv(build), *_comments("sync", f"-fstrim {place}")]),
+        ("Unmounting", _comments("umount-all", "shutdown")),
     ]
 
 
@@ -89,8 +99,13 @@ def _add_line(disk: Disk) -> str:
     return f"add {quoted(str(disk.path))} format:raw discard:besteffort cachemode:unsafe"
 
 
-def _mount_line(device: str) -> str:
-    return f"mount-options noatime {quoted(device)} /"
+def _mount_line(device: str, place: str, *options: str) -> str:
+    return f"mount-options {','.join(('noatime', *options))} {quoted(device)} {place}"
+
+
+def _mount_volume_line(volume: Volume, place: str) -> str:
+    # Of btrfs all subvolumes.
+    return _mount_line(_device(volume), place, *(["subvolid=5"] if volume.filesystem == "btrfs" else []))
 
 
 def _punch_argv(build: Build) -> list[str]:
@@ -121,13 +136,14 @@ def environment(build: Build, disk: Disk) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class ApplianceTree:
-    """A ``Tree`` that is mounted in the appliance that *guestfish* runs."""
+class ApplianceFilesystem:
+    """A ``Filesystem`` that is mounted at *place* in the appliance that *guestfish* runs."""
 
     build: Build
     guestfish: Conversation
-    device: str
-    partition: Partition | None
+    place: str
+    volume: Volume
+    tops: tuple[str, ...] = ("",)
 
     def has(self, path: str) -> bool:
         """Return whether *path* is there, without a link on the way."""
@@ -155,7 +171,7 @@ class ApplianceTree:
 
     def _shown(self, path: str, limit: int) -> tuple[str, int]:
         """Return what shows the last *limit* bytes of the file *path*, and how many they are."""
-        size = int(self.guestfish.ask(f"filesize {quoted('/' + path)}")[-1])
+        size = int(self.guestfish.ask(f"filesize {self._word(path)}")[-1])
         hidden = max(0, size - limit)
         data = self._into_file("download-offset", path, str(hidden), str(size - hidden))
         text = data.decode("utf-8", errors="replace")
@@ -167,7 +183,7 @@ class ApplianceTree:
         removed = []
         for pattern in patterns:
             for path in self._matching(pattern):
-                self.guestfish.do(f"rm-rf {quoted('/' + path)}")
+                self.guestfish.do(f"rm-rf {self._word(path)}")
                 removed.append(_shown_name(path))
         return removed
 
@@ -179,8 +195,12 @@ class ApplianceTree:
             command.run(_punch_argv(self.build))
         except CommandError:
             return None
+        if self.volume.filesystem == "btrfs":
+            # See loop: it frees no metadata that was in use when it was mounted.
+            self.guestfish.do(f"umount {self.place}")
+            self.guestfish.do(_mount_volume_line(self.volume, self.place))
         self.guestfish.do("sync")
-        if any("error:" in line for line in self.guestfish.do("-fstrim /")):
+        if any("error:" in line for line in self.guestfish.do(f"-fstrim {self.place}")):
             return None
         return self._statvfs("bfree") * self._statvfs("frsize")
 
@@ -189,8 +209,12 @@ class ApplianceTree:
         return self._statvfs("bsize")
 
     def _statvfs(self, field: str) -> int:
-        values = dict(line.split(": ", 1) for line in self.guestfish.ask("statvfs /") if ": " in line)
+        lines = self.guestfish.ask(f"statvfs {self.place}")
+        values = dict(line.split(": ", 1) for line in lines if ": " in line)
         return int(values[field])
+
+    def _word(self, path: str) -> str:
+        return quoted(f"{self.place}/{path}")
 
     def _matching(self, pattern: str) -> list[str]:
         """Return the paths that *pattern* matches; none where the way there leads through a link."""
@@ -204,14 +228,14 @@ class ApplianceTree:
         ]  # fmt: skip
 
     def _is(self, kind: str, path: str) -> bool:
-        return self.guestfish.ask(f"is-{kind} {quoted('/' + path)}")[-1:] == ["true"]
+        return self.guestfish.ask(f"is-{kind} {self._word(path)}")[-1:] == ["true"]
 
     def _names(self, directory: str) -> list[str]:
         return sorted(os.fsdecode(name) for name in self._into_file("ls0", directory).split(b"\0") if name)
 
     def _into_file(self, verb: str, path: str, *more: str) -> bytes:
         file = _scratch(self.build)
-        self.guestfish.ask(" ".join([verb, quoted("/" + path), quoted(str(file)), *more]))
+        self.guestfish.ask(" ".join([verb, self._word(path), quoted(str(file)), *more]))
         return file.read_bytes()
 
 
@@ -220,10 +244,31 @@ def _shown_name(path: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in path)
 
 
+@dataclass(frozen=True)
+class ApplianceLogicalVolumes:
+    """The ``LogicalVolumes`` of a disk."""
+
+    guestfish: Conversation
+    places: dict[str, str]
+
+    def zero_unused_blocks(self, volume: Volume) -> None:
+        """Unmount the ext filesystem on *volume*, and zero its unused blocks."""
+        self.guestfish.do(f"umount {self.places[volume.name]}")
+        if self.guestfish.do(f"-zerofree {quoted(volume.name)}"):
+            logger.warning("The unused blocks of %s are not zeroed.", volume.name)
+
+    def zero_swap(self, volume: Volume) -> None:
+        """Zero the swap space on *volume*, and make it anew with its UUID and its label."""
+        names = [f"{key}:{quoted(value)}" for key, value in (("label", volume.label), ("uuid", volume.uuid)) if value]
+        # Where it makes no hole, the next one writes zeros.
+        self.guestfish.do(f"-blkdiscard {quoted(volume.name)}")
+        self.guestfish.do(f"zero-device {quoted(volume.name)}")
+        self.guestfish.do(" ".join(["mkswap", quoted(volume.name), *names]))
+
+
 @contextmanager
-def mounted(build: Build, disk: Disk) -> Iterator[ApplianceTree]:
-    """Give the root filesystem of *disk*, mounted in the appliance; NoSystemError if there is none."""
-    partitions = layout.read_partitions(disk.path)
+def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tree]:
+    """Give the system on *volumes* of *disk*, mounted in the appliance; NoSystemError if there is none."""
     environ = environment(build, disk)
     with ExitStack() as stack:
         with step(STEP):
@@ -232,49 +277,82 @@ def mounted(build: Build, disk: Disk) -> Iterator[ApplianceTree]:
             )
             guestfish.do(_add_line(disk))
             guestfish.do("run")
-            tree = _mount_root(build, guestfish, partitions)
-        yield tree
+            found = _mount_all(build, guestfish, [*volumes, *_logical_volumes(guestfish, volumes)])
+        yield found
         with step("Unmounting"):
-            guestfish.do("umount /")
+            guestfish.do("umount-all")
             guestfish.do("shutdown")
 
 
-def shell(build: Build, disk: Disk) -> None:
-    """Open guestfish, which has a shell's commands, on the root filesystem of *disk*."""
-    with mounted(build, disk) as tree:
-        device = tree.device
-    argv = [*_ARGV, "--format=raw", "--add", str(disk.path), "--mount", device]
+def shell(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
+    """Open guestfish, which has a shell's commands, on the system on *disk*."""
+    with mounted(build, disk, volumes) as found:
+        root, *others = [_mount_words(branch) for branch in reversed(found.branches)]
+    for device, point, *options in others:
+        # Not at once: where the mount point is a link of the guest's, it would be mounted somewhere else.
+        logger.info("For %s: mount-options %s %s %s", point, ",".join(options) or '""', device, point)
+    argv = [*_ARGV, "--format=raw", "--add", str(disk.path), "--mount", ":".join(root)]
     command.interact(argv, env=environment(build, disk))
 
 
-def _mount_root(build: Build, guestfish: Conversation, partitions: list[Partition]) -> ApplianceTree:
-    found = _filesystems(guestfish)
-    if not found:
-        # It says so, and what there is.
-        layout.root_candidates(partitions)
-    for device, filesystem in found:
-        logger.info("%s has %s.", device, filesystem)
-        guestfish.do(_mount_line(device))
-        tree = ApplianceTree(build, guestfish, device, _partition_of(device, partitions))
-        if any(tree.has(mark) for mark in layout.ROOT_MARKS):
-            return tree
-        guestfish.do("umount /")
-    raise layout.no_root(partitions)
+def _mount_words(branch: Branch) -> tuple[str, ...]:
+    """Return the device, the mount point and the options of *branch*."""
+    words = _device(branch.filesystem.volume), f"/{branch.point}"
+    return (*words, f"subvol=/{branch.top}") if branch.filesystem.volume.filesystem == "btrfs" else words
 
 
-def _filesystems(guestfish: Conversation) -> list[tuple[str, str]]:
-    """Return the devices that can hold a root, btrfs subvolumes among them, with their types, the largest first."""
-    lines = guestfish.do("list-filesystems")
-    matches = [re.fullmatch(r"((?:btrfsvol:)?/dev/\S.*): (\w+)", line) for line in lines]
-    found = [(match[1], match[2]) for match in matches if match and match[2] in layout.ROOT_FILESYSTEMS]
-
-    def size(entry: tuple[str, str]) -> int:
-        device = re.sub(r"btrfsvol:(/dev/[^/]+).*", r"\1", entry[0])
-        return int(guestfish.ask(f"blockdev-getsize64 {quoted(device)}")[-1])
-
-    return sorted(found, key=size, reverse=True)
+def _device(volume: Volume) -> str:
+    """Return the path of *volume* in the appliance, where the disk is the first one."""
+    return volume.name if volume.partition is None else f"/dev/sda{volume.partition.number}"
 
 
-def _partition_of(device: str, partitions: list[Partition]) -> Partition | None:
-    match = re.fullmatch(r"(?:btrfsvol:)?/dev/sda([0-9]+)(?:/.*)?", device)
-    return next((partition for partition in partitions if match and partition.number == int(match[1])), None)
+def _logical_volumes(guestfish: Conversation, volumes: Sequence[Volume]) -> list[Volume]:
+    """Return the logical volumes that lie in *volumes*."""
+    if not any(volume.filesystem == layout.LVM for volume in volumes):
+        return []
+
+    def ask(verb: str, name: str) -> str:
+        # Nothing, or an error, for one that it knows nothing of.
+        lines = guestfish.ask(f"-{verb} {quoted(name)}")
+        return "" if any("error:" in line for line in lines) else "".join(lines[-1:])
+
+    return [
+        Volume(
+            name,
+            int(ask("blockdev-getsize64", name) or 0),
+            ask("vfs-type", name) or None,
+            ask("vfs-uuid", name) or None,
+            ask("vfs-label", name) or None,
+        )
+        for name in guestfish.do("lvs")
+        if re.fullmatch(r"/dev/[^/]+/[^/]+", name)
+    ]
+
+
+def _mount_all(build: Build, guestfish: Conversation, volumes: Sequence[Volume]) -> Tree:
+    """Mount what can be mounted of *volumes*, each at a place of its own."""
+    filesystems: list[ApplianceFilesystem] = []
+    failures: dict[str, BuildError] = {}
+    for volume in volumes:
+        if volume.filesystem not in layout.MOUNTED_FILESYSTEMS:
+            continue
+        place = f"/partition-{volume.partition.number}" if volume.partition else f"/volume-{volumes.index(volume)}"
+        guestfish.do(f"mkmountpoint {place}")
+        said = guestfish.do("-" + _mount_volume_line(volume, place))
+        if said:
+            logger.warning("%s (%s) can't be mounted: its unused blocks stay.", volume.name, volume.filesystem)
+            failures[volume.name] = BuildError(f"{volume.name} can't be mounted: {said[-1]}")
+            continue
+        tops = _tops(guestfish, place) if volume.filesystem == "btrfs" else ("",)
+        filesystems.append(ApplianceFilesystem(build, guestfish, place, volume, tops))
+    logical = ApplianceLogicalVolumes(guestfish, {found.volume.name: found.place for found in filesystems})
+    return tree.assemble(filesystems, volumes, failures, logical)
+
+
+def _tops(guestfish: Conversation, place: str) -> tuple[str, ...]:
+    """Return the directories of the subvolumes of btrfs, the default one first, and the top among them."""
+    text = "\n".join(guestfish.ask(f"-btrfs-subvolume-list {place}"))
+    found = re.findall(r"btrfssubvolume_id: ([0-9]+)\n.*\n *btrfssubvolume_path: (.*)", text)
+    paths = {"5": ""} | {number: path for number, path in found if tree.is_top(path)}
+    default = paths.get("".join(guestfish.ask(f"-btrfs-subvolume-get-default {place}")[-1:]), "")
+    return tuple(dict.fromkeys((default, *paths.values())))[:_TOPS]

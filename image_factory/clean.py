@@ -1,7 +1,8 @@
 """Show and remove what the installers leave behind."""
 
 from .log import logger, step
-from .model import Build, Tree
+from .model import Build
+from .tree import Tree
 
 # Paths below the root; the last part may have ``*``.
 INSTALLER_LOGS = (

@@ -28,13 +28,16 @@ _Result = TypeVar("_Result")
 
 # The Debian package that has each program; see require().
 PACKAGES = {
+    "blkid": "util-linux",
     "cpio": "cpio",
+    "fallocate": "util-linux",
     "gpgv": "gpgv",
     "guestfish": "guestfish",
     "qemu-img": "qemu-utils",
     "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-x86_64": "qemu-system-x86",
     "rsync": "rsync",
+    "sfdisk": "fdisk",
     "ssh": "openssh-client",
     "sudo": "sudo",
     "virsh": "libvirt-clients",

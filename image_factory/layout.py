@@ -1,19 +1,33 @@
-"""Partition tables, read with pyparted from a disk image, with no root and no device."""
+"""Partition tables, and what the partitions hold, read from a disk image with no root and no device."""
 
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import _ped
 import parted
 
 from . import command
-from .errors import CrashError, NoSystemError
-from .model import Partition
+from .errors import BuildError, CommandError, CrashError, NoSystemError
+from .model import Partition, Volume
 
-# As libparted names the filesystems that can hold a root.
+# As blkid names the filesystems that can hold a root.
 ROOT_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs")
+# Those that are mounted.
+MOUNTED_FILESYSTEMS = (*ROOT_FILESYSTEMS, "vfat")
+SWAP = "swap"
+LVM = "LVM2_member"
+
+# What a root may be in, and is not reached then.
+_CONTAINERS = {"crypto_LUKS": "encrypted", "linux_raid_member": "a part of a RAID"}
 
 # A root filesystem has one of these.
 ROOT_MARKS = ("etc/fstab", "etc/os-release", "usr/lib/os-release")
+
+# Of blkid: nothing that it knows, or several things at once.
+_NOTHING_FOR_SURE = (2, 8)
 
 _SECONDS = 60.0
 
@@ -43,38 +57,86 @@ def _read_partitions(image: Path) -> list[Partition]:
             number=partition.number,
             offset=partition.geometry.start * device.sectorSize,
             size=partition.geometry.length * device.sectorSize,
-            filesystem=partition.fileSystem.type if partition.fileSystem else None,
         )
         for partition in sorted(disk.partitions, key=lambda partition: partition.geometry.start)
         if partition.type in (parted.PARTITION_NORMAL, parted.PARTITION_LOGICAL)
     ]
 
 
-def root_candidates(partitions: list[Partition]) -> list[Partition]:
-    """Return those of *partitions* that can be the root filesystem, the largest first.
-
-    NoSystemError if there is none.
-    """
-    candidates = [partition for partition in partitions if partition.filesystem in ROOT_FILESYSTEMS]
-    if not candidates:
-        raise NoSystemError(f"The disk has no root filesystem, only {describe(partitions)}.")
-    return sorted(candidates, key=lambda partition: partition.size, reverse=True)
+def read_volumes(image: Path) -> list[Volume]:
+    """Return the partitions of *image* with what they hold; NoSystemError if there is no table."""
+    partitions = read_partitions(image)
+    names = _names(image)
+    return [_volume(image, partition, *names.get(partition.number, (None, None))) for partition in partitions]
 
 
-def no_root(partitions: list[Partition]) -> NoSystemError:
-    """Return the error that none of the filesystems on *partitions* is a root filesystem."""
+def table_argv(image: Path) -> list[str]:
+    """Return the command that tells the UUIDs and names of partitions, which libparted doesn't."""
+    return ["sfdisk", "--json", str(image)]
+
+
+def probe_argv(image: Path, offset: int | str, size: int | str) -> list[str]:
+    """Return the command that tells what *size* bytes at *offset* of *image* hold."""
+    return ["blkid", "-p", "-o", "export", "-O", str(offset), "-S", str(size), str(image)]
+
+
+def _names(image: Path) -> dict[int, tuple[str | None, str | None]]:
+    """Return UUID and name of each partition, by its number; nothing of a table that sfdisk doesn't take."""
+    try:
+        table: dict[str, Any] = json.loads(command.run(table_argv(image), capture=True, timeout=_SECONDS))
+        table = table["partitiontable"]
+        found = {}
+        for entry in table.get("partitions", []):
+            number = int(entry["node"].removeprefix(str(image)).lstrip("p"))
+            # As the kernel has it for a table whose partitions have none.
+            uuid = entry.get("uuid") or f"{table['id'].removeprefix('0x')}-{number:02x}"
+            found[number] = uuid, entry.get("name")
+        return found
+    except (BuildError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _volume(image: Path, partition: Partition, part_uuid: str | None, part_label: str | None) -> Volume:
+    try:
+        argv = probe_argv(image, partition.offset, partition.size)
+        text = command.run(argv, capture=True, timeout=_SECONDS)
+    except CommandError as error:
+        if error.status not in _NOTHING_FOR_SURE:
+            raise
+        text = ""
+    values = {key: re.sub(r"\\(.)", r"\1", value) for key, value in re.findall(r"^([A-Z_]+)=(.*)$", text, re.MULTILINE)}
+    return Volume(
+        f"partition {partition.number}",
+        partition.size,
+        values.get("TYPE"),
+        values.get("UUID"),
+        values.get("LABEL"),
+        part_uuid,
+        part_label,
+        partition,
+    )
+
+
+def no_root(volumes: Sequence[Volume]) -> NoSystemError:
+    """Return the error that none of *volumes* has a root filesystem."""
+    for volume in volumes:
+        if volume.filesystem in _CONTAINERS:
+            return NoSystemError(
+                f"No root filesystem can be reached: {volume.name} is {_CONTAINERS[volume.filesystem]}.",
+                hint="Have the root filesystem on a partition or on LVM, without encryption or RAID.",
+            )
+    if not any(volume.filesystem in ROOT_FILESYSTEMS for volume in volumes):
+        return NoSystemError(f"The disk has no root filesystem, only {describe(volumes)}.")
     return NoSystemError(
-        f"None of the disk's filesystems is a root filesystem (with {' or '.join(ROOT_MARKS)}): {describe(partitions)}."
+        f"None of the disk's filesystems is a root filesystem (with {' or '.join(ROOT_MARKS)}): {describe(volumes)}."
     )
 
 
-def describe(partitions: list[Partition]) -> str:
-    """Return *partitions* as a phrase."""
-    if not partitions:
+def describe(volumes: Sequence[Volume]) -> str:
+    """Return *volumes* as a phrase."""
+    if not volumes:
         return "a partition table without partitions"
-    return ", ".join(
-        f"partition {partition.number} ({partition.filesystem or 'no known filesystem'})" for partition in partitions
-    )
+    return ", ".join(f"{volume.name} ({volume.filesystem or 'no known filesystem'})" for volume in volumes)
 
 
 def _one_line(error: Exception) -> str:

@@ -5,19 +5,20 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import command, layout, locks, privileged
+from . import command, layout, locks, privileged, tree
 from .errors import BuildError, CommandError
 from .log import logger, step
-from .model import Build, Disk, Partition, Plan
+from .model import Build, Disk, Plan, Volume
 from .release import released
+from .tree import Tree
 
-STEP = "Mounting the root partition"
+STEP = "Mounting the filesystems"
 
 # The helper mounts nowhere else.
 MOUNT_DIRECTORY = Path("/tmp")
@@ -26,13 +27,22 @@ MOUNT_PREFIX = "image-factory."
 # Something such as an indexer may hold a mount for a moment.
 _UMOUNT_SECONDS = 5.0
 
+# So many directories at the top of a btrfs filesystem are taken for subvolumes.
+_TOPS = 64
+
 
 @dataclass(frozen=True)
-class LoopTree:
-    """A ``Tree`` that is mounted at *path*."""
+class LoopFilesystem:
+    """A ``Filesystem`` that is mounted at *path*; *mount* mounts it there again."""
 
     path: Path
-    partition: Partition
+    volume: Volume
+    mount: Callable[[], None]
+    tops: tuple[str, ...] = ("",)
+
+    def has(self, path: str) -> bool:
+        """Return whether *path* is there."""
+        return os.path.lexists(self.path / path)
 
     def show(self, patterns: Sequence[str]) -> str:
         """Return the files that *patterns* match."""
@@ -44,6 +54,11 @@ class LoopTree:
 
     def trim(self) -> int | None:
         """Free the unused blocks."""
+        if self.volume.filesystem == "btrfs":
+            # It frees no metadata that was in use when it was mounted (seen with Linux 6.1 and 6.18), and
+            # that holds small files, such as logs.
+            umount(self.path)
+            self.mount()
         return privileged.trim(self.path)
 
     def block_size(self) -> int:
@@ -63,46 +78,84 @@ def check(plan: Plan) -> None:
 
 def describe(build: Build, shown: Sequence[str], removed: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
     """Return the steps on the tree with their commands; nothing is *shown* if that is empty."""
-    tree = f"{MOUNT_DIRECTORY}/{MOUNT_PREFIX}XXXXXXXX/tree"
+    place = f"{MOUNT_DIRECTORY}/{MOUNT_PREFIX}XXXXXXXX/partition-N"
     helper = privileged.helper_argv
+    mount = helper("mount-image", str(build.disk_path), "OFFSET", "SIZE", place)
     return [
-        (STEP, [helper("mount-image", str(build.disk_path), "OFFSET", "SIZE", tree)]),
-        *([("Showing installer logs", [helper("show", tree, *shown)])] if shown else []),
-        ("Removing installer logs", [helper("remove", tree, *removed)]),
-        ("Freeing unused blocks", [helper("trim", tree)]),
-        ("Unmounting", [helper("umount", tree)]),
+        (STEP, [mount, helper("show", place, "etc/fstab")]),
+        *([("Showing installer logs", [helper("show", place, *shown)])] if shown else []),
+        ("Removing installer logs", [helper("remove", place, *removed)]),
+        ("Freeing unused blocks", [helper("trim", place)]),
+        ("Unmounting", [helper("umount", place)]),
     ]
 
 
 @contextmanager
-def mounted(build: Build, disk: Disk) -> Iterator[LoopTree]:
-    """Give the root filesystem of *disk*, mounted; NoSystemError if there is none."""
-    partitions = layout.read_partitions(disk.path)
-    candidates = layout.root_candidates(partitions)
-    for partition in candidates:
-        with _mounted_partition(disk, partition) as tree:
-            if any(os.path.lexists(tree.path / mark) for mark in layout.ROOT_MARKS):
-                yield tree
-                return
-    raise layout.no_root(partitions)
-
-
-def shell(build: Build, disk: Disk) -> None:
-    """Open a shell in the root filesystem of *disk*."""
-    with mounted(build, disk) as tree:
-        command.interact([os.environ.get("SHELL", "/bin/sh")], cwd=tree.path)
-
-
-@contextmanager
-def _mounted_partition(disk: Disk, partition: Partition) -> Iterator[LoopTree]:
-    # The directory around the mount point is the user's alone: no one else sees the guest's files.
-    # A signal may stop the wait for the helper when it has mounted already: umount looks.
-    with _mount_point(mount_record(disk.path.parent)) as path, released(partial(umount, path)):
+def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tree]:
+    """Give the system on *volumes* of *disk*, mounted; NoSystemError if there is none."""
+    # The directory around the mount points is the user's alone: no one else sees the guest's files.
+    with _mount_directory(mount_record(disk.path.parent)) as directory, released(partial(_umount_all, directory)):
         with step(STEP):
-            logger.info("Partition %d has %s.", partition.number, partition.filesystem)
-            # The helper takes no path with a link in it.
-            privileged.mount_image(disk.path.resolve(), partition.offset, partition.size, path)
-        yield LoopTree(path, partition)
+            found = _mount_all(disk, volumes, directory)
+        yield found
+
+
+def shell(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
+    """Open a shell in the root filesystem of *disk*."""
+    with mounted(build, disk, volumes) as found:
+        paths = [(branch.point, _path_of(branch.filesystem, branch.top)) for branch in reversed(found.branches)]
+        for point, path in paths[1:]:
+            logger.info("/%s is in %s.", point, path)
+        command.interact([os.environ.get("SHELL", "/bin/sh")], cwd=paths[0][1])
+
+
+def _path_of(filesystem: object, top: str) -> Path:
+    assert isinstance(filesystem, LoopFilesystem)
+    return filesystem.path / top
+
+
+def _mount_all(disk: Disk, volumes: Sequence[Volume], directory: Path) -> Tree:
+    """Mount what can be mounted of *volumes* below *directory*, where the caller unmounts it."""
+    filesystems: list[LoopFilesystem] = []
+    failures: dict[str, BuildError] = {}
+    for volume in volumes:
+        if volume.filesystem not in layout.MOUNTED_FILESYSTEMS:
+            continue
+        try:
+            filesystems.append(_mount(disk, volume, directory))
+        except BuildError as error:
+            logger.warning("%s (%s) can't be mounted: its unused blocks stay.", volume.name, volume.filesystem)
+            failures[volume.name] = error
+    return tree.assemble(filesystems, volumes, failures)
+
+
+def _mount(disk: Disk, volume: Volume, directory: Path) -> LoopFilesystem:
+    partition = volume.partition
+    assert partition is not None
+    path = directory / f"partition-{partition.number}"
+    path.mkdir(mode=0o700)
+    # The helper takes no path with a link in it.
+    mount = partial(privileged.mount_image, disk.path.resolve(), partition.offset, partition.size, path)
+    mount()
+    if volume.filesystem != "btrfs":
+        return LoopFilesystem(path, volume, mount)
+    default = _mounted_subvolume(path)
+    if default:
+        # The others are not below it.
+        umount(path)
+        mount = partial(mount, top=True)
+        mount()
+    names: list[str] = []
+    # The guest decides who may look into it.
+    with contextlib.suppress(PermissionError):
+        names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))[:_TOPS]
+    tops = dict.fromkeys(name for name in (default, "", *names) if tree.is_top(name))
+    return LoopFilesystem(path, volume, mount, tuple(tops))
+
+
+def _mounted_subvolume(path: Path) -> str:
+    """Return the path of the subvolume that is mounted at *path*, below the top of its filesystem."""
+    return next((root for _, point, root in _loop_mounts() if point == path), "/").strip("/")
 
 
 def mount_record(directory: Path) -> Path:
@@ -111,17 +164,15 @@ def mount_record(directory: Path) -> Path:
 
 
 @contextmanager
-def _mount_point(record: Path) -> Iterator[Path]:
-    """Give an empty directory, and remove it on the way out unless something is still mounted there.
+def _mount_directory(record: Path) -> Iterator[Path]:
+    """Give an empty directory for mount points, and remove it on the way out unless something is still mounted there.
 
-    The directory around it is locked: one without a holder is what a killed build has left.
+    It is locked: one without a holder is what a killed build has left.
     """
     descriptor, directory = _locked_directory(record)
-    path = directory / "tree"
     try:
-        with released(partial(_remove_mount_point, path, record)):
-            path.mkdir(mode=0o700)
-            yield path
+        with released(partial(_remove_mount_points, directory, record)):
+            yield directory
     finally:
         os.close(descriptor)
 
@@ -145,15 +196,40 @@ def _locked_directory(record: Path) -> tuple[int, Path]:
         # A clean-up was faster than the lock.
 
 
-def _remove_mount_point(path: Path, record: Path | None = None) -> None:
-    # That it could not be unmounted has been said.  rmdir spares a guest's files in any case.
-    if os.path.ismount(path):
+def _mount_points(directory: Path) -> list[Path]:
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
+    return []
+
+
+def _remove_mount_points(directory: Path, record: Path | None = None) -> None:
+    # That something could not be unmounted has been said.  rmdir spares a guest's files in any case.
+    points = _mount_points(directory)
+    if any(os.path.ismount(path) for path in points):
         return
-    for directory in (path, path.parent):
+    for path in (*points, directory):
         with contextlib.suppress(FileNotFoundError):
-            directory.rmdir()
+            path.rmdir()
     if record is not None:
         record.unlink(missing_ok=True)
+
+
+def _umount_all(directory: Path) -> None:
+    """Unmount what is mounted in *directory*; one that is held doesn't keep the others."""
+    # A signal may have stopped the wait for the helper when it had mounted already, so this looks.
+    points = [path for path in _mount_points(directory) if os.path.ismount(path)]
+    if not points:
+        return
+    with step("Unmounting"):
+        failures = []
+        for path in points:
+            try:
+                umount(path)
+            except BuildError as error:
+                logger.error("%s", error.message)
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
 
 def umount(path: Path) -> None:
@@ -161,8 +237,7 @@ def umount(path: Path) -> None:
     deadline = time.monotonic() + _UMOUNT_SECONDS
     while os.path.ismount(path):
         try:
-            with step("Unmounting"):
-                privileged.umount(path)
+            privileged.umount(path)
             return
         except BuildError as error:
             if time.monotonic() > deadline:
@@ -201,13 +276,13 @@ def release_left_mounts(directory: Path) -> list[Path]:
     for point in points:
         umount(point)
         if _is_ours(point.parent):
-            _remove_mount_point(point)
+            _remove_mount_points(point.parent)
     record = mount_record(directory)
     if record.is_symlink():
         # It was killed before it had mounted.
         left = Path(os.readlink(record))
         if _is_ours(left):
-            _remove_mount_point(left / "tree")
+            _remove_mount_points(left, record)
     return points
 
 
@@ -226,7 +301,7 @@ def remove_left_mount_points() -> Iterator[Path]:
             if descriptor is None:
                 continue
             try:
-                _remove_mount_point(directory / "tree")
+                _remove_mount_points(directory)
                 if not directory.exists():
                     yield directory
             finally:
@@ -236,19 +311,19 @@ def remove_left_mount_points() -> Iterator[Path]:
 def image_mounts() -> list[tuple[Path, Path]]:
     """Return what is mounted of loop devices here: the mount points, and the images' paths."""
     found = []
-    for device, mount_point in _loop_mounts():
+    for device, mount_point, _ in _loop_mounts():
         with contextlib.suppress(OSError):
             backing_file = Path("/sys/block", device, "loop/backing_file").read_text(encoding="utf-8")
             found.append((mount_point, Path(backing_file.rstrip("\n"))))
     return found
 
 
-def _loop_mounts() -> list[tuple[str, Path]]:
-    """Return the loop devices that are mounted here, with their mount points."""
+def _loop_mounts() -> list[tuple[str, Path, str]]:
+    """Return the loop devices that are mounted here, with their mount points, and what of them is mounted."""
     found = []
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        mount_point, source = line.split()[4], line.partition(" - ")[2].split()[1]
+        (root, mount_point), source = line.split()[3:5], line.partition(" - ")[2].split()[1]
         match = re.fullmatch(r"/dev/(loop[0-9]+)", source)
         if match:
-            found.append((match[1], Path(mount_point)))
+            found.append((match[1], Path(mount_point), root))
     return found

@@ -28,6 +28,7 @@ class Plan:
 
     *output_dir* is absolute.  *destinations* has the upload destinations of each format's file, in
     the order of the formats.  *variables* has the texts of the section's keys, for a template.
+    *guestfs_for_lvm* is whether a disk with LVM may be mounted in another way than the one chosen.
     """
 
     image: str
@@ -37,6 +38,7 @@ class Plan:
     destinations: dict[str, tuple[Destination, ...]]
     # It may have secrets, which are nobody's business who sees a plan in a message.
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    guestfs_for_lvm: bool = False
 
     @property
     def base_name(self) -> str:
@@ -119,24 +121,48 @@ class Disk:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition: *offset* and *size* in bytes, *filesystem* as libparted names it or None."""
+    """An entry of a partition table: *offset* and *size* in bytes."""
 
     number: int
     offset: int
     size: int
-    filesystem: str | None
 
 
-class Tree(Protocol):
-    """The root filesystem of a disk, mounted by one of the ways in ``mounts``.
+@dataclass(frozen=True)
+class Volume:
+    """What can hold a filesystem: a partition, or a logical volume, whose *name* is /dev/GROUP/NAME.
 
-    Patterns are paths below the root; only the last part may have ``*``.  No operation follows a link:
+    *filesystem* is named as blkid does, None where nothing is known.  *partition* is None for a logical
+    volume.
+    """
+
+    name: str
+    size: int
+    filesystem: str | None = None
+    uuid: str | None = None
+    label: str | None = None
+    part_uuid: str | None = None
+    part_label: str | None = None
+    partition: Partition | None = None
+
+
+class Filesystem(Protocol):
+    """A filesystem of a disk, mounted by one of the ways in ``mounts``.
+
+    Patterns are paths below its top; only the last part may have ``*``.  No operation follows a link:
     what is behind one is not there.
     """
 
     @property
-    def partition(self) -> Partition | None:
-        """The partition that it is in, None if it is in none itself, but in a logical volume."""
+    def volume(self) -> Volume:
+        """What it is on."""
+
+    @property
+    def tops(self) -> tuple[str, ...]:
+        """The directories that can be mounted as a root: the default one first, ``""`` for its top."""
+
+    def has(self, path: str) -> bool:
+        """Return whether *path* is there."""
 
     def show(self, patterns: Sequence[str]) -> str:
         """Return the regular files that *patterns* match, and those below directories, with headings."""
@@ -148,7 +174,17 @@ class Tree(Protocol):
         """Free the unused blocks; return their bytes, None where this is not possible."""
 
     def block_size(self) -> int:
-        """Return the bytes of a block of the filesystem."""
+        """Return the bytes of a block."""
+
+
+class LogicalVolumes(Protocol):
+    """What can be done to logical volumes, which only a kernel finds in their partitions."""
+
+    def zero_unused_blocks(self, volume: Volume) -> None:
+        """Unmount the ext filesystem on *volume*, and zero its unused blocks."""
+
+    def zero_swap(self, volume: Volume) -> None:
+        """Zero the swap space on *volume*, and keep its UUID and its label."""
 
 
 @dataclass(frozen=True)

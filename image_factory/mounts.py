@@ -1,14 +1,17 @@
-"""How the root filesystem of a disk is reached: each way is a module with the functions of ``Way``."""
+"""How the filesystems of a disk are reached: each way is a module with the functions of ``Way``."""
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from . import appliance, loop, privileged
-from .errors import ConfigurationError
-from .log import logger
-from .model import Build, Disk, Plan, Tree
+from . import appliance, command, layout, loop, privileged
+from .errors import BuildError, ConfigurationError
+from .log import logger, step
+from .model import Build, Disk, Plan, Volume
+from .tree import Tree
+
+STEP = "Reading the partition table"
 
 
 class Way(Protocol):
@@ -23,19 +26,86 @@ class Way(Protocol):
     def describe(self, build: Build, shown: Sequence[str], removed: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
         """Return the steps on the tree, each with its commands; nothing is *shown* if that is empty."""
 
-    def mounted(self, build: Build, disk: Disk) -> AbstractContextManager[Tree]:
-        """Give the root filesystem of *disk*, mounted; NoSystemError if there is none."""
+    def mounted(self, build: Build, disk: Disk, volumes: Sequence[Volume]) -> AbstractContextManager[Tree]:
+        """Give the system on *volumes*, the partitions of *disk*, mounted; NoSystemError if there is none."""
 
-    def shell(self, build: Build, disk: Disk) -> None:
-        """Let the user look into the root filesystem of *disk*, on the terminal; NoSystemError if there is none."""
+    def shell(self, build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
+        """Let the user look into the system on *disk*, on the terminal; NoSystemError if there is none."""
 
 
 WAYS: dict[str, Way] = {"loop": loop, "guestfs": appliance}
 
 
-def way(plan: Plan) -> Way:
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that are needed to mount the disk of *plan*."""
+    return ["sfdisk", "blkid", *_way(plan).programs(plan)]
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if it is known already that the disk of *plan* can't be mounted here."""
+    _way(plan).check(plan)
+
+
+def describe(build: Build, shown: Sequence[str], removed: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps on the tree, each with its commands; nothing is *shown* if that is empty."""
+    image = build.disk_path
+    reading = [layout.table_argv(image), layout.probe_argv(image, "OFFSET", "SIZE")]
+    return [(STEP, reading), *_way(build.plan).describe(build, shown, removed)]
+
+
+@contextmanager
+def mounted(build: Build, disk: Disk) -> Iterator[Tree]:
+    """Give the system on *disk*, mounted; NoSystemError if there is none."""
+    volumes = _volumes(build.plan, disk)
+    with _way_to(volumes, build.plan).mounted(build, disk, volumes) as tree:
+        yield tree
+
+
+def shell(build: Build, disk: Disk) -> None:
+    """Let the user look into the system on *disk*, on the terminal; NoSystemError if there is none."""
+    volumes = _volumes(build.plan, disk)
+    _way_to(volumes, build.plan).shell(build, disk, volumes)
+
+
+def _volumes(plan: Plan, disk: Disk) -> list[Volume]:
+    with step(STEP):
+        volumes = layout.read_volumes(disk.path)
+        logger.info("The disk has %s.", layout.describe(volumes))
+        if plan.settings.require_single_partition and len(volumes) > 1:
+            raise BuildError(
+                f"The disk has {len(volumes)} partitions, and require-single-partition = yes: "
+                f"{layout.describe(volumes)}.",
+                hint="Have the answer file make one partition, or set require-single-partition = no.",
+            )
+        return volumes
+
+
+def _way(plan: Plan) -> Way:
     """Return the way of *plan*, for which it is chosen."""
     return WAYS[plan.settings.mount_via]
+
+
+def _way_to(volumes: Sequence[Volume], plan: Plan) -> Way:
+    """Return the way of *plan*, or guestfs for logical volumes: the guest's LVM must not meet this machine's."""
+    way = _way(plan)
+    group = next((volume for volume in volumes if volume.filesystem == layout.LVM), None)
+    if way is not loop or group is None:
+        return way
+    if not plan.guestfs_for_lvm:
+        raise BuildError(
+            f"The disk has LVM on {group.name}, which mount-via = loop can't reach.",
+            hint="Set mount-via to guestfs or auto.",
+        )
+    try:
+        command.require(appliance.programs(plan))
+        appliance.check(plan)
+    except ConfigurationError as error:
+        raise BuildError(
+            f"The disk has LVM on {group.name}, which only guestfish can reach: {error.message}",
+            hint=f"Install both: apt-get install guestfish {appliance.KERNEL_PACKAGE}. {error.hint}",
+        ) from error
+    logger.info("The disk has LVM on %s: it is mounted by way of guestfs.", group.name)
+    return appliance
 
 
 def chosen(plan: Plan) -> Plan:
@@ -50,4 +120,5 @@ def chosen(plan: Plan) -> Plan:
         except ConfigurationError as error:
             name, reason = "guestfs", f"{error.message} {error.hint}"
     logger.info("mount-via = %s is chosen: %s", name, reason)
-    return dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, mount_via=name))
+    settings = dataclasses.replace(plan.settings, mount_via=name)
+    return dataclasses.replace(plan, settings=settings, guestfs_for_lvm=True)

@@ -72,14 +72,14 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     if not resume:
         _check_space(plan)
     guest.check_output_dir(plan)
-    mounts.way(plan).check(plan)
+    mounts.check(plan)
     guest.check_libvirt(plan)
     return plan
 
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that *plan* needs, the user's own commands among them."""
-    names = [*SOURCES["installer"].programs(plan), *mounts.way(plan).programs(plan), "zerofree"]
+    names = [*SOURCES["installer"].programs(plan), *mounts.programs(plan), "fallocate", "zerofree"]
     if plan.settings.post_build_command:
         names.append(plan.settings.post_build_command[0])
     for destinations in plan.destinations.values():
@@ -175,7 +175,7 @@ def _shell_on_error(build: Build, wanted: bool) -> Iterator[None]:
             logger.error("%s", error.message)
             logger.error("A shell is opened where the build failed; the build ends when you leave it.")
             try:
-                mounts.way(build.plan).shell(build, Disk(build.disk_path))
+                mounts.shell(build, Disk(build.disk_path))
             except BuildError as reason:
                 logger.error("The shell, or its end, failed: %s", reason.message)
         raise
@@ -215,15 +215,16 @@ def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> lis
 def clean_disk(build: Build, disk: Disk) -> None:
     """Remove from the installed disk what does not belong into an image."""
     try:
-        with mounts.way(build.plan).mounted(build, disk) as tree:
+        with mounts.mounted(build, disk) as tree:
             clean.show_installer_logs(build, tree)
             clean.remove_installer_logs(build, tree)
-            zeroed = shrink.trim_filesystem(build, disk, tree)
+            unfreed = shrink.trim_filesystems(build, disk, tree)
+            shrink.zero_logical_volumes(build, tree, unfreed)
     except NoSystemError:
         guest.log_console(build)
         raise
-    if not zeroed:
-        shrink.zero_unused_blocks(build, disk, tree.partition)
+    shrink.zero_unused_blocks(build, disk, unfreed)
+    shrink.zero_swap(build, disk, tree.volumes)
 
 
 def write_artifacts(build: Build, disk: Disk) -> list[Artifact]:
@@ -257,9 +258,10 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
     build = Build(plan, plan.work_path, f"image-factory-{plan.image}-XXXXXXXX")
     steps = SOURCES["installer"].describe(build)
     shown = clean.SHOWN_LOGS if plan.settings.installer_logs else ()
-    steps += mounts.way(plan).describe(build, shown, clean.INSTALLER_LOGS)
-    # Only where they can't be freed.
+    steps += mounts.describe(build, shown, clean.INSTALLER_LOGS)
+    # Only where they can't be freed, and where there is some.
     steps.append(("Zeroing unused blocks", [shrink.zerofree_argv(build.disk_path, "OFFSET")]))
+    steps.append(("Zeroing swap space", [shrink.punch_argv(build.disk_path, "OFFSET", "SIZE")]))
     formats = _formats(plan)
     steps += [(OUTPUTS[name].STEP, OUTPUTS[name].commands(build)) for name in _raw_last(formats)]
     artifacts = [

@@ -71,12 +71,13 @@ def check() -> None:
         )
 
 
-def mount_image(image: Path, offset: int, size: int, directory: Path) -> None:
+def mount_image(image: Path, offset: int, size: int, directory: Path, *, top: bool = False) -> None:
     """Attach *size* bytes at *offset* of *image* to a loop device and mount it at *directory*.
 
-    The loop device goes away by itself when the filesystem is unmounted.
+    The loop device goes away by itself when the filesystem is unmounted.  Of btrfs its default
+    subvolume is mounted, or with *top* the one that all others are below.
     """
-    _run("mount-image", str(image), str(offset), str(size), str(directory))
+    _run("mount-image", str(image), str(offset), str(size), str(directory), *(["subvolid=5"] if top else []))
 
 
 def umount(directory: Path) -> None:

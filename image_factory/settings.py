@@ -338,6 +338,9 @@ class ImageSettings:
     mount_via: str = _setting(
         one_of("loop", "guestfs", "auto"), "how the installed disk is mounted: loop, guestfs or auto", "auto"
     )
+    require_single_partition: bool = _setting(
+        parse_boolean, "fail if the installer has made more than one partition", "no"
+    )
     keep_raw: bool = _setting(parse_boolean, "keep the raw image too", "no")
     compression: str = _setting(one_of("zstd", "zlib", "none"), "compression of qcow2", "zstd")
     vnc: tuple[str, int | None] | None = _setting(

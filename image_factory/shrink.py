@@ -1,27 +1,47 @@
-"""Free the blocks that no file uses."""
+"""Free the blocks that no file uses, and what has been swapped out."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from . import command
+from . import command, interrupts, layout
+from .errors import CommandError
 from .log import logger, step
-from .model import Build, Disk, Partition, Tree
+from .model import Build, Disk, Volume
+from .tree import Tree
 from .units import format_size
 
+_ZEROFREE_FILESYSTEMS = ("ext2", "ext3", "ext4")
 
-def trim_filesystem(build: Build, disk: Disk, tree: Tree) -> bool:
-    """Give the unused blocks of the mounted filesystem back; return whether they all are zeros now.
+# The header of swap space fills a page of the guest's kernel, and ends with this (linux/swap.h).
+_SWAP_MAGIC = b"SWAPSPACE2"
+_PAGES = (4096, 8192, 16384, 65536)
+
+_CHUNK = 1 << 20
+
+
+def trim_filesystems(build: Build, disk: Disk, tree: Tree) -> list[Volume]:
+    """Give the unused blocks of the mounted filesystems back; return those that are not all zeros then.
 
     They are holes of the disk's file then.  A file has no holes that are smaller than a block of
     the filesystem that it is on.
     """
+    unfreed = []
     with step("Freeing unused blocks"):
-        freed = tree.trim()
-        if freed is None:
-            logger.info("This filesystem, or the one that the disk is on, can't free blocks.")
-            return False
-        logger.info("%s were unused.", format_size(freed))
-        return tree.block_size() >= os.statvfs(disk.path).f_bsize
+        for filesystem in tree.filesystems:
+            volume = filesystem.volume
+            freed = filesystem.trim()
+            if freed is None:
+                logger.info("%s can't free blocks, or what the disk is on can't.", _name(volume))
+            else:
+                logger.info("%s had %s unused.", _name(volume), format_size(freed))
+            if freed is None or filesystem.block_size() < os.statvfs(disk.path).f_bsize:
+                unfreed.append(volume)
+    return unfreed
+
+
+def _name(volume: Volume) -> str:
+    return f"{volume.name[0].upper()}{volume.name[1:]} ({volume.filesystem})"
 
 
 def zerofree_argv(disk: Path, offset: int | str) -> list[str]:
@@ -32,16 +52,60 @@ def zerofree_argv(disk: Path, offset: int | str) -> list[str]:
     return ["zerofree", f"{disk}?offset={offset}"]
 
 
-def zero_unused_blocks(build: Build, disk: Disk, partition: Partition | None) -> None:
-    """Zero what is in the unused blocks of *partition*, on ext2, ext3 and ext4.
+def punch_argv(disk: Path, offset: int | str, size: int | str) -> list[str]:
+    """Return the command that makes a hole of *size* bytes at *offset* of *disk*."""
+    return ["fallocate", "--punch-hole", "--offset", str(offset), "--length", str(size), str(disk)]
+
+
+def zero_unused_blocks(build: Build, disk: Disk, unfreed: Sequence[Volume]) -> None:
+    """Zero what is in the unused blocks of those of *unfreed* that are partitions with ext2, ext3 or ext4.
 
     It reads them one by one, which takes longer than the conversion of the disk: only for what could
     not be freed.
     """
-    if partition is None:
-        logger.warning("The blocks that could not be freed are not zeroed, as the root is on a logical volume.")
-        return
-    if partition.filesystem not in ("ext2", "ext3", "ext4"):
+    found = [volume.partition for volume in unfreed if volume.filesystem in _ZEROFREE_FILESYSTEMS]
+    partitions = [partition for partition in found if partition]
+    if not partitions:
         return
     with step("Zeroing unused blocks"):
-        command.run(zerofree_argv(disk.path, partition.offset))
+        for partition in partitions:
+            command.run(zerofree_argv(disk.path, partition.offset))
+
+
+def zero_logical_volumes(build: Build, tree: Tree, unfreed: Sequence[Volume]) -> None:
+    """Do to the logical volumes of *tree* what the other two do to partitions, while it is mounted."""
+    blocks = [volume for volume in unfreed if not volume.partition and volume.filesystem in _ZEROFREE_FILESYSTEMS]
+    swap = [volume for volume in tree.volumes if not volume.partition and volume.filesystem == layout.SWAP]
+    if tree.logical is None or not (blocks or swap):
+        return
+    with step("Zeroing logical volumes"):
+        for volume in blocks:
+            tree.logical.zero_unused_blocks(volume)
+        for volume in swap:
+            tree.logical.zero_swap(volume)
+
+
+def zero_swap(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
+    """Zero what was swapped out to those of *volumes* that are partitions, but for the header: UUID and label stay."""
+    found = [(volume, volume.partition) for volume in volumes if volume.filesystem == layout.SWAP]
+    partitions = [(volume, partition) for volume, partition in found if partition]
+    if not partitions:
+        return
+    with step("Zeroing swap space"), disk.path.open("r+b") as file:
+        for volume, partition in partitions:
+            start = os.pread(file.fileno(), max(_PAGES), partition.offset)
+            page = next((size for size in _PAGES if start[:size].endswith(_SWAP_MAGIC)), None)
+            if page is None or page >= partition.size:
+                logger.warning("The swap space on %s is of an unknown kind, and stays as it is.", volume.name)
+                continue
+            _zero(disk, file.fileno(), partition.offset + page, partition.size - page)
+
+
+def _zero(disk: Disk, file: int, offset: int, size: int) -> None:
+    try:
+        command.run(punch_argv(disk.path, offset, size))
+    except CommandError:
+        logger.info("What the disk is on can't make holes: zeros are written.")
+        with interrupts.interruptible():
+            for position in range(offset, offset + size, _CHUNK):
+                os.pwrite(file, bytes(min(_CHUNK, offset + size - position)), position)

@@ -1,4 +1,4 @@
-"""The root filesystem in libguestfs' appliance: the same result as on this machine, and no way out of it."""
+"""The filesystems in libguestfs' appliance: the same result as on this machine, and no way out of it."""
 
 import dataclasses
 import datetime
@@ -11,13 +11,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from image_factory import appliance, interrupts, pipeline
-from image_factory.errors import CommandError, ConfigurationError, Interrupted, NoSystemError
-from image_factory.model import Build, Disk, Plan
+from image_factory import appliance, interrupts, mounts, pipeline
+from image_factory.command import Conversation
+from image_factory.errors import BuildError, CommandError, ConfigurationError, Interrupted, NoSystemError
+from image_factory.model import Build, Disk, Partition, Plan, Volume
 from image_factory.settings import Configuration
+from image_factory.tree import Branch
 
 from .conftest import machine_state, run, wait_for
 
@@ -232,6 +235,66 @@ def test_logical_volume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "Removed /var/log/installer" in caplog.messages
 
 
+def lvm_disk(build: Build) -> Disk:
+    disk = Disk(build.disk_path)
+    run("truncate", "-s", "16M", disk.path)
+    subprocess.run(["sfdisk", "--quiet", disk.path], input="label: gpt\nstart=1MiB\n", text=True, check=True)
+    part = disk.path.with_name("part")
+    run("truncate", "-s", "14M", part)
+    options = 'devices{filter=["a|^/dev/loop|","r|.*|"] scan_lvs=0}'
+    device = run("losetup", "--find", "--show", part).stdout.strip()
+    try:
+        run("pvcreate", "-q", "--config", options, device)
+    finally:
+        run("losetup", "--detach", device)
+    with disk.path.open("r+b") as file:
+        file.seek(OFFSET)
+        file.write(part.read_bytes())
+    part.unlink()
+    return disk
+
+
+def test_logical_volumes_are_not_for_loop(tmp_path: Path) -> None:
+    build = make_build(tmp_path / "build", "loop")
+    disk = lvm_disk(build)
+    with pytest.raises(BuildError) as raised, mounts.mounted(build, disk):
+        pytest.fail("it was mounted")
+    assert raised.value.message == "The disk has LVM on partition 1, which mount-via = loop can't reach."
+    assert raised.value.hint == "Set mount-via to guestfs or auto."
+
+
+@pytest.mark.parametrize("lacking", ["guestfish", "kernel"])
+def test_logical_volumes_without_guestfish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    """Where auto has chosen loop, guestfs is taken; the error says what that needs."""
+    build = make_build(tmp_path / "build", "loop")
+    build = dataclasses.replace(build, plan=dataclasses.replace(build.plan, guestfs_for_lvm=True))
+    disk = lvm_disk(build)
+    if lacking == "kernel":
+        monkeypatch.setattr(appliance, "BOOT", tmp_path)
+    else:
+        monkeypatch.setattr(appliance, "_ARGV", ["guestfish-that-is-not-there"])
+    with pytest.raises(BuildError) as raised, mounts.mounted(build, disk):
+        pytest.fail("it was mounted")
+    assert raised.value.exit_status == 1
+    assert raised.value.message.startswith("The disk has LVM on partition 1, which only guestfish can reach: ")
+    assert "apt-get install guestfish linux-image-cloud-amd64" in (raised.value.hint or "")
+
+
+@pytest.mark.parametrize(("table", "fits"), [("start=1MiB", True), ("size=4MiB\nsize=4MiB", False)])
+def test_single_partition(tmp_path: Path, table: str, fits: bool) -> None:
+    build = make_build(tmp_path / "build", "loop", require_single_partition=True)
+    run("truncate", "-s", "16M", build.disk_path)
+    subprocess.run(["sfdisk", "--quiet", build.disk_path], input=f"label: dos\n{table}\n", text=True, check=True)
+    with pytest.raises(BuildError) as raised, mounts.mounted(build, Disk(build.disk_path)):
+        pytest.fail("it was mounted")
+    assert raised.value.message == (
+        "The disk has no root filesystem, only partition 1 (no known filesystem)."
+        if fits
+        else "The disk has 2 partitions, and require-single-partition = yes: "
+        "partition 1 (no known filesystem), partition 2 (no known filesystem)."
+    )
+
+
 def test_no_root(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
@@ -240,7 +303,7 @@ def test_no_root(tmp_path: Path) -> None:
     (tree / "usr/fstab").touch()
     build = make_build(tmp_path / "build")
     disk = make_disk(build, tree)
-    with pytest.raises(NoSystemError, match="None of the disk's filesystems is a root"), appliance.mounted(build, disk):
+    with pytest.raises(NoSystemError, match="None of the disk's filesystems is a root"), mounts.mounted(build, disk):
         pytest.fail("it was mounted")
 
 
@@ -250,15 +313,15 @@ def test_no_filesystem(tmp_path: Path) -> None:
     with disk.path.open("r+b") as file:
         file.seek(OFFSET)
         file.write(bytes(19 << 20))
-    with pytest.raises(NoSystemError, match=r"only partition 1 \(no known"), appliance.mounted(build, disk):
+    with pytest.raises(NoSystemError, match=r"only partition 1 \(no known"), mounts.mounted(build, disk):
         pytest.fail("it was mounted")
 
 
 def test_body_raises(tmp_path: Path) -> None:
     build = make_build(tmp_path / "build")
     disk = make_disk(build, make_tree(tmp_path / "tree"))
-    with pytest.raises(ZeroDivisionError), appliance.mounted(build, disk) as tree:
-        assert tree.partition is not None
+    with pytest.raises(ZeroDivisionError), mounts.mounted(build, disk) as tree:
+        assert tree.root.filesystem.volume.partition is not None
         raise ZeroDivisionError
 
 
@@ -268,7 +331,7 @@ def test_appliance_is_killed(tmp_path: Path) -> None:
     disk = make_disk(build, make_tree(tmp_path / "tree"))
     with (
         pytest.raises(CommandError, match=r"guestfish failed with status 1: .*libguestfs: error: "),
-        appliance.mounted(build, disk),
+        mounts.mounted(build, disk),
     ):
         run("pkill", "-KILL", "-f", f"^[^ ]*qemu.*{tmp_path}")
 
@@ -279,7 +342,7 @@ def test_interrupted_while_the_appliance_boots(tmp_path: Path) -> None:
     with interrupts.handled():
         timer = threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM))
         timer.start()
-        with pytest.raises(Interrupted), appliance.mounted(build, disk):
+        with pytest.raises(Interrupted), mounts.mounted(build, disk):
             pytest.fail("it was mounted")
         timer.join()
 
@@ -306,7 +369,7 @@ def test_nothing_is_left_when_the_program_is_killed(tmp_path: Path) -> None:
 def hold(directory: str) -> None:
     """Mount the disk below *directory*, say so, and wait."""
     build = make_build(Path(directory, "holder"))
-    with appliance.mounted(build, Disk(Path(directory, "build/disk.raw"))):
+    with mounts.mounted(build, Disk(Path(directory, "build/disk.raw"))):
         print("mounted", flush=True)
         time.sleep(60)
 
@@ -351,6 +414,21 @@ def test_kernel_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_words_for_guestfish(text: str, word: str) -> None:
     assert appliance.quoted(text) == word
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "kind", "top", "words"),
+    [
+        ("partition 5", 5, "ext4", "", ("/dev/sda5", "/var")),
+        ("partition 5", 5, "btrfs", "@/var", ("/dev/sda5", "/var", "subvol=/@/var")),
+        ("partition 5", 5, "btrfs", "", ("/dev/sda5", "/var", "subvol=/")),
+        ("/dev/vg/var", None, "xfs", "", ("/dev/vg/var", "/var")),
+    ],
+)
+def test_what_a_shell_mounts(name: str, number: int | None, kind: str, top: str, words: tuple[str, ...]) -> None:
+    volume = Volume(name, 1, kind, partition=Partition(number, 0, 1) if number else None)
+    filesystem = appliance.ApplianceFilesystem(cast(Build, None), cast(Conversation, None), "/place", volume)
+    assert appliance._mount_words(Branch(filesystem, top, "var")) == words
 
 
 def test_environment(tmp_path: Path) -> None:

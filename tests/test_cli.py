@@ -421,41 +421,47 @@ def test_auto_takes_loop_for_root(place: Place) -> None:
 def test_dry_run_with_guestfs(place: Place) -> None:
     disk = place.path / ".image-factory-guestfs/disk.raw"
     steps = place.run("guestfs", "--image-size", "1M", "--installer-logs", "--dry-run").stdout
-    begin, end = steps.index("# Mounting"), steps.index("# Naming")
+    begin, end = steps.index("# Reading"), steps.index("# Naming")
     assert (
         steps[begin:end]
         == f"""\
-# Mounting the root partition
+# Reading the partition table
+sfdisk --json {disk}
+blkid -p -o export -O OFFSET -S SIZE {disk}
+# Mounting the filesystems
 guestfish
 #   add {disk} format:raw discard:besteffort cachemode:unsafe
 #   run
-#   mount-options noatime DEVICE /
+#   mkmountpoint /partition-N
+#   mount-options noatime DEVICE /partition-N
 # Showing installer logs
-#   download /root/install.log*
-#   download /var/log/anaconda*
-#   download /var/log/installer/syslog
-#   download /var/log/installer/status
-#   download /var/log/YaST2/y2log
-#   download /var/adm/autoinstall/logs
+#   download /partition-N/root/install.log*
+#   download /partition-N/var/log/anaconda*
+#   download /partition-N/var/log/installer/syslog
+#   download /partition-N/var/log/installer/status
+#   download /partition-N/var/log/YaST2/y2log
+#   download /partition-N/var/adm/autoinstall/logs
 # Removing installer logs
-#   rm-rf /root/anaconda-ks.cfg
-#   rm-rf /root/original-ks.cfg
-#   rm-rf /root/install.log*
-#   rm-rf /var/log/anaconda*
-#   rm-rf /var/log/installer
-#   rm-rf /var/log/YaST2
-#   rm-rf /var/lib/YaST2
-#   rm-rf /var/adm/autoinstall
-#   rm-rf /var/log/agama-installation
+#   rm-rf /partition-N/root/anaconda-ks.cfg
+#   rm-rf /partition-N/root/original-ks.cfg
+#   rm-rf /partition-N/root/install.log*
+#   rm-rf /partition-N/var/log/anaconda*
+#   rm-rf /partition-N/var/log/installer
+#   rm-rf /partition-N/var/log/YaST2
+#   rm-rf /partition-N/var/lib/YaST2
+#   rm-rf /partition-N/var/adm/autoinstall
+#   rm-rf /partition-N/var/log/agama-installation
 # Freeing unused blocks
 fallocate --punch-hole --length 4096 {disk.parent}/appliance-file
 #   sync
-#   -fstrim /
+#   -fstrim /partition-N
 # Unmounting
-#   umount /
+#   umount-all
 #   shutdown
 # Zeroing unused blocks
 zerofree '{disk}?offset=OFFSET'
+# Zeroing swap space
+fallocate --punch-hole --offset OFFSET --length SIZE {disk}
 """
     )
 

@@ -76,6 +76,15 @@ REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("image: size of many digits", ["mount-image", "<IMAGE>", "512", "9" * 5000, "<OWN>/empty"]),
     ("image: digits of another script", ["mount-image", "<IMAGE>", "\u0660", "512", "<OWN>/empty"]),
     ("image: no filesystem in it", ["mount-image", "<IMAGE>", "8388608", "4194304", "<OWN>/empty"]),
+    ("image: a subvolume by its name", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/empty", "subvol=@"]),
+    ("image: another subvolume", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/empty", "subvolid=256"]),
+    ("image: two options", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/empty", "subvolid=5,exec"]),
+    ("image: an option", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/empty", "suid"]),
+    ("image: an empty option", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/empty", ""]),
+    ("image: an option and a newline", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/empty", "subvolid=5\n"]),
+    ("image: more words", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/empty", "subvolid=5", "subvolid=5"]),
+    ("image: a subvolume of no btrfs", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/empty", "subvolid=5"]),
+    ("image: a subvolume of another user's", ["mount-image", "<THEIR_IMAGE>", "0", "512", "<OWN>/empty", "subvolid=5"]),
     ("directory: not the caller's", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OTHER>/empty"]),
     ("directory: not empty", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<OWN>/full"]),
     ("directory: mounted on", ["mount-image", "<IMAGE>", "0", str(IMAGE_SIZE), "<MOUNTED>"]),
@@ -89,6 +98,15 @@ REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("remove: absolute", ["remove", "<MOUNTED>", "/etc/passwd"]),
     ("remove: with ..", ["remove", "<MOUNTED>", "../../etc/passwd"]),
     ("remove: with .. in the middle", ["remove", "<MOUNTED>", "var/../etc"]),
+    ("remove: with .. below a subvolume", ["remove", "<MOUNTED>", "@/../etc"]),
+    ("remove: with .. at the end", ["remove", "<MOUNTED>", "@/.."]),
+    ("remove: a part with .. and more", ["remove", "<MOUNTED>", "..a/etc"]),
+    ("remove: . in the middle", ["remove", "<MOUNTED>", "var/./log"]),
+    ("remove: a dot at the end", ["remove", "<MOUNTED>", "@/."]),
+    ("remove: a hidden name at the end", ["remove", "<MOUNTED>", "@/.*"]),
+    ("remove: nothing between slashes", ["remove", "<MOUNTED>", "@//etc"]),
+    ("remove: too deep", ["remove", "<MOUNTED>", "@/" * 26 + "x"]),
+    ("show: with .. below a subvolume", ["show", "<MOUNTED>", "@/.snapshots/../../etc"]),
     ("remove: the root", ["remove", "<MOUNTED>", "."]),
     ("remove: one bad among good", ["remove", "<MOUNTED>", "var/log/none", "../x"]),
     ("remove: a pattern in the middle", ["remove", "<MOUNTED>", "*/log"]),
@@ -325,3 +343,37 @@ def test_umount_finishes_the_image_that_a_namespace_holds(scene: Scene) -> None:
         finally:
             holder.communicate(b"go\n")
         assert scene.helper("mount-image", str(image), "0", str(IMAGE_SIZE), str(point)).returncode == 0
+
+
+def test_subvolumes_of_btrfs(scene: Scene, tmp_path: Path) -> None:
+    """The default one is mounted, or with an argument the top, with the same promise; trim and umount know both."""
+    user, point = scene.users["a"], scene.directories["a"] / "empty"
+    image, mounted = user.home / "btrfs.raw", tmp_path / "mnt"
+    run("truncate", "-s", "128M", image)
+    run("mkfs.btrfs", "-q", image)
+    mounted.mkdir()
+    run("mount", "-o", "loop", image, mounted)
+    try:
+        run("btrfs", "subvolume", "create", mounted / "@")
+        run("btrfs", "subvolume", "create", mounted / "@/.inner")
+        (mounted / "@/.inner/file").write_text("text\n")
+        (mounted / "@/link").symlink_to("/etc")
+        run("btrfs", "subvolume", "set-default", mounted / "@")
+    finally:
+        run("umount", mounted)
+    run("chown", user.name, image)
+    words, outside = ["mount-image", str(image), "0", str(128 << 20), str(point)], scene.outside()
+    for more, prefix, root in (([], "", "/@"), (["subvolid=5"], "@/", "/")):
+        assert scene.helper(*words, *more).returncode == 0
+        fields = run("findmnt", "--noheadings", "--output", "FSROOT,OPTIONS", point).stdout.split()
+        assert fields[0] == root
+        assert {"nosuid", "nodev", "noexec", "nosymfollow"} <= set(fields[1].split(","))
+        assert scene.helper("show", str(point), f"{prefix}.inner/file").stdout.endswith(
+            f"{prefix}.inner/file <==\ntext\n"
+        )
+        assert scene.helper("show", str(point), f"{prefix}link/passwd").stdout == ""
+        assert scene.helper("trim", str(point), user="b").returncode == 1
+        assert int(scene.helper("trim", str(point)).stdout) > 1 << 20
+        assert scene.helper("umount", str(point), user="b").returncode == 1
+        assert scene.helper("umount", str(point)).returncode == 0
+    assert scene.outside() == outside

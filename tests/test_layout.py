@@ -9,7 +9,7 @@ import pytest
 
 from image_factory import layout
 from image_factory.errors import NoSystemError
-from image_factory.model import Partition
+from image_factory.model import Partition, Volume
 
 M = 1 << 20
 
@@ -33,9 +33,12 @@ class Image:
         subprocess.run(argv, check=True, capture_output=True)
         return self
 
-    def swap(self, offset: int) -> "Image":
-        """Make swap space at *offset* in MiB, as mkswap can't."""
-        return self.magic(offset * M + 1024, struct.pack("=3I", 1, 255, 0)).magic(offset * M + 4086, b"SWAPSPACE2")
+    def swap(self, offset: int, size: int = 8, *options: str) -> "Image":
+        """Make swap space at *offset*, both in MiB; mkswap knows no offset."""
+        part = self.path.with_name("swap")
+        part.write_bytes(bytes(size * M))
+        subprocess.run(["/usr/sbin/mkswap", "-q", *options, part], check=True, capture_output=True)
+        return self.magic(offset * M, part.read_bytes())
 
     def magic(self, position: int, magic: bytes) -> "Image":
         """Write what tells the kind of a filesystem, where its mkfs isn't installed everywhere."""
@@ -59,56 +62,72 @@ def one_line(action: object, *arguments: object) -> str:
     return caught.value.message
 
 
+def filesystems(image: Image) -> list[tuple[str, str | None]]:
+    return [(found.name, found.filesystem) for found in layout.read_volumes(image.path)]
+
+
 @pytest.mark.parametrize("kind", ["ext2", "ext3", "ext4"])
 @pytest.mark.parametrize("label", ["dos", "gpt"])
 def test_one_partition(image: Image, label: str, kind: str) -> None:
     image.table(f"label: {label}\nstart=2048, size=60M, type=L\n").filesystem(kind, 1, 60)
-    expected = [Partition(number=1, offset=M, size=60 * M, filesystem=kind)]
-    assert layout.read_partitions(image.path) == expected
-    assert layout.root_candidates(expected) == expected
+    assert layout.read_partitions(image.path) == [Partition(number=1, offset=M, size=60 * M)]
+    [found] = layout.read_volumes(image.path)
+    assert (found.name, found.size, found.filesystem) == ("partition 1", 60 * M, kind)
+    assert (found.partition, found.label) == (Partition(1, M, 60 * M), None)
 
 
-@pytest.mark.parametrize(
-    ("kind", "position", "magic"),
-    [("xfs", M, struct.pack(">4sIQ", b"XFSB", 4096, 60 * M // 4096)), ("btrfs", M + 65536 + 64, b"_BHRfS_M")],
-)
-def test_other_root_filesystems(image: Image, kind: str, position: int, magic: bytes) -> None:
-    image.table("label: gpt\nstart=2048, size=60M\n").magic(position, magic)
-    assert [found.filesystem for found in layout.root_candidates(layout.read_partitions(image.path))] == [kind]
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_other_root_filesystems(tmp_path: Path, kind: str) -> None:
+    image = Image(tmp_path / "disk.raw", 400 * M).table("label: gpt\nstart=2048, size=320M\n")
+    part = tmp_path / "part"
+    part.write_bytes(b"")
+    with part.open("r+b") as file:
+        file.truncate(320 * M)
+    subprocess.run([f"/usr/sbin/mkfs.{kind}", "-q", part], check=True, capture_output=True)
+    subprocess.run(["dd", f"if={part}", f"of={image.path}", "bs=1M", "seek=1", "conv=notrunc,sparse"], check=True)
+    assert filesystems(image) == [("partition 1", kind)]
 
 
-def test_several_partitions_and_the_largest_root_first(image: Image) -> None:
-    """UEFI as Debian has it: ESP, /boot, swap and root."""
+def test_names_of_partitions_and_filesystems(image: Image) -> None:
+    """UEFI as Debian has it: ESP, /boot, swap and root; with names that have all kinds of characters."""
+    uuids = [f"0A3407DE-014B-458B-B5C1-848E92A327A{number}" for number in range(4)]
     image.table(
         "label: gpt\n"
-        "start=1MiB, size=4MiB, type=C12A7328-F81F-11D2-BA4B-00A0C93EC93B\n"
-        "start=5MiB, size=10MiB\nstart=15MiB, size=8MiB, type=S\nstart=23MiB, size=30MiB\n"
+        f'start=1MiB, size=4MiB, type=U, name="EFI System", uuid={uuids[0]}\n'
+        f"start=5MiB, size=10MiB, uuid={uuids[1]}\nstart=15MiB, size=8MiB, type=S, uuid={uuids[2]}\n"
+        f"start=23MiB, size=30MiB, uuid={uuids[3]}\n"
     )
-    image.filesystem("ext4", 23, 30).filesystem("ext2", 5, 10).swap(15)
-    partitions = layout.read_partitions(image.path)
-    assert [(found.number, found.offset // M, found.size // M, found.filesystem) for found in partitions] == [
-        (1, 1, 4, None),
-        (2, 5, 10, "ext2"),
-        (3, 15, 8, "linux-swap(v1)"),
-        (4, 23, 30, "ext4"),
+    esp = image.path.with_name("esp")
+    subprocess.run(["/usr/sbin/mkfs.fat", "-C", "-i", "1234ABCD", "-n", "MY ESP", esp, "4096"], check=True)
+    image.magic(M, esp.read_bytes()).filesystem("ext4", 23, 30).filesystem("ext2", 5, 10).swap(15, 8, "-L", "sw ap")
+    label = 'a b\\c"d=e'[:16]
+    subprocess.run(["e2label", f"{image.path}?offset={5 * M}", label], check=True)
+    partitions = layout.read_volumes(image.path)
+    assert [(found.name, found.filesystem, found.label, found.part_label) for found in partitions] == [
+        ("partition 1", "vfat", "MY ESP", "EFI System"),
+        ("partition 2", "ext2", label, None),
+        ("partition 3", "swap", "sw ap", None),
+        ("partition 4", "ext4", None, None),
     ]
-    assert [found.number for found in layout.root_candidates(partitions)] == [4, 2]
+    assert [found.part_uuid for found in partitions] == uuids
+    assert partitions[0].uuid == "1234-ABCD"
 
 
 def test_logical_partitions(image: Image) -> None:
     """As the Debian installer makes them: a root, and swap in an extended partition."""
     image.table(
-        "label: dos\nstart=1MiB, size=20MiB, type=83, bootable\nstart=22MiB, size=40MiB, type=5\n"
+        "label: dos\nlabel-id: 0x0000beef\n"
+        "start=1MiB, size=20MiB, type=83, bootable\nstart=22MiB, size=40MiB, type=5\n"
         "start=23MiB, size=10MiB, type=82\nstart=34MiB, size=20MiB, type=83\n"
     )
     image.filesystem("ext4", 1, 20).filesystem("ext4", 34, 20)
-    partitions = layout.read_partitions(image.path)
-    assert [(found.number, found.offset // M, found.size // M, found.filesystem) for found in partitions] == [
-        (1, 1, 20, "ext4"),
-        (5, 23, 10, None),
-        (6, 34, 20, "ext4"),
-    ]
-    assert layout.describe(partitions) == "partition 1 (ext4), partition 5 (no known filesystem), partition 6 (ext4)"
+    volumes = layout.read_volumes(image.path)
+    assert [found.partition for found in volumes] == [
+        Partition(1, M, 20 * M), Partition(5, 23 * M, 10 * M), Partition(6, 34 * M, 20 * M),
+    ]  # fmt: skip
+    # As the kernel makes them of the number of the table.
+    assert [found.part_uuid for found in volumes] == ["0000beef-01", "0000beef-05", "0000beef-06"]
+    assert layout.describe(volumes) == "partition 1 (ext4), partition 5 (no known filesystem), partition 6 (ext4)"
 
 
 def test_partitions_are_in_the_order_of_the_disk(image: Image) -> None:
@@ -124,7 +143,7 @@ def test_disk_of_an_odd_size(tmp_path: Path) -> None:
 
 def test_name_of_the_disk_is_no_option(tmp_path: Path) -> None:
     image = Image(tmp_path / "-a b,c.raw").table("label: dos\nstart=2048, size=60M\n")
-    assert len(layout.read_partitions(image.path)) == 1
+    assert filesystems(image) == [("partition 1", None)]
 
 
 @pytest.mark.parametrize("label", ["dos", "gpt"])
@@ -132,17 +151,38 @@ def test_table_without_partitions(image: Image, label: str) -> None:
     image.table(f"label: {label}\n")
     partitions = layout.read_partitions(image.path)
     assert partitions == []
-    message = one_line(layout.root_candidates, partitions)
+    message = layout.no_root(layout.read_volumes(image.path)).message
     assert message == "The disk has no root filesystem, only a partition table without partitions."
 
 
 def test_no_root_filesystem(image: Image) -> None:
     image.table("label: dos\nstart=1MiB, size=10MiB, type=82\nstart=11MiB, size=30MiB, type=83\n")
     image.swap(1)
-    message = one_line(layout.root_candidates, layout.read_partitions(image.path))
-    assert message == (
-        "The disk has no root filesystem, only partition 1 (linux-swap(v1)), partition 2 (no known filesystem)."
-    )
+    message = layout.no_root(layout.read_volumes(image.path)).message
+    assert message == "The disk has no root filesystem, only partition 1 (swap), partition 2 (no known filesystem)."
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("crypto_LUKS", "encrypted"), ("linux_raid_member", "a part of a RAID")])
+def test_root_that_is_not_reached(kind: str, reason: str) -> None:
+    error = layout.no_root([Volume("partition 1", M, "ext4"), Volume("partition 2", M, kind)])
+    assert error.message == f"No root filesystem can be reached: partition 2 is {reason}."
+    assert error.hint
+
+
+def test_encrypted_partition(image: Image) -> None:
+    """LUKS as cryptsetup writes it: the first sectors of a header of version 1."""
+    image.table("label: gpt\nstart=2048, size=60M\n")
+    header = b"LUKS\xba\xbe" + struct.pack(">H32s32s32sII20s32sI40s", 1, b"aes", b"xts-plain64", b"sha256", 4096, 64,
+        bytes(20), bytes(32), 1000, b"0a3407de-014b-458b-b5c1-848e92a327a3")  # fmt: skip
+    image.magic(M, header)
+    assert filesystems(image) == [("partition 1", "crypto_LUKS")]
+
+
+def test_two_filesystems_in_one_place(image: Image) -> None:
+    """What can't be told from each other is not taken for the one or the other."""
+    image.table("label: gpt\nstart=2048, size=60M\n").filesystem("ext4", 1, 60).magic(M + 65536 + 64, b"_BHRfS_M")
+    image.magic(M, struct.pack(">4sIQ", b"XFSB", 4096, 60 * M // 4096))
+    assert filesystems(image)[0][1] in (None, "ext4")
 
 
 def test_filesystem_without_a_table(image: Image) -> None:

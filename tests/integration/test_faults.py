@@ -39,7 +39,7 @@ PROGRAMS = {
     "create": ("Creating the disk", "qemu-img create*"),
     "cache": ("Caching the installer", "rsync*rsync://*"),
     "install": ("Installing", "virt-install *"),
-    "mount": ("Mounting the root partition", "* mount-image *"),
+    "mount": ("Mounting the filesystems", "* mount-image *"),
     "remove": ("Removing installer logs", "* remove *"),
     "free": ("Freeing unused blocks", "* trim *"),
     "unmount": ("Unmounting", "* umount *"),

@@ -60,7 +60,7 @@ def test_each_stage(failed: Build) -> None:
     disk = (failed.directory / WORK / "disk.raw").read_bytes()
     rest = {
         "published": "Checking the images",
-        "installed": "Mounting the root partition",
+        "installed": "Reading the partition table",
         "cleaned": "Converting to qcow2",
     }
     for stage, first in rest.items():
@@ -140,7 +140,7 @@ def test_until(user_build: Build) -> None:
     user_build.configure(extra="post-build-command = touch built")
     first = {
         "install": "Creating the disk",
-        "clean": "Mounting the root partition",
+        "clean": "Reading the partition table",
         "convert": "Converting to qcow2",
         "publish": "Checking the images",
         "upload": "Checking the images",

@@ -1,0 +1,180 @@
+"""The files of an installed system, whose filesystems are mounted each at a place of its own.
+
+They are not mounted below each other: a link where a mount point belongs leads nowhere then, and the
+places for mounts stay the ones that image-factory-sudo-helper allows.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from . import fstab, layout
+from .errors import BuildError
+from .log import logger
+from .model import Filesystem, LogicalVolumes, Volume
+
+# The directory of a btrfs subvolume, as patterns may begin with it: no part of it is ``.`` or ``..``.
+_PART = r"\.?[A-Za-z0-9_@][A-Za-z0-9._@-]{0,254}"
+_TOP = re.compile(rf"(?:{_PART}/){{0,7}}{_PART}")
+
+# Of a guest's text in a message.
+_LONGEST_QUOTE = 100
+
+
+def is_top(name: str) -> bool:
+    """Return whether *name* can be the directory of a subvolume in what follows."""
+    return name == "" or bool(_TOP.fullmatch(name))
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Directory *top* of *filesystem*, which is *point* of the system: ``""`` or such as ``var/log``."""
+
+    filesystem: Filesystem
+    top: str
+    point: str
+
+    def has(self, path: str) -> bool:
+        """Return whether *path* of the system is on it."""
+        return not self.point or path == self.point or path.startswith(f"{self.point}/")
+
+    def inner(self, pattern: str) -> str:
+        """Return the pattern in the filesystem for *pattern* of the system."""
+        return "/".join(filter(None, (self.top, pattern.removeprefix(self.point).lstrip("/"))))
+
+    def outer(self, path: str) -> str:
+        """Return the path of the system for *path* in the filesystem."""
+        return "/".join(filter(None, (self.point, path.removeprefix(self.top).lstrip("/"))))
+
+
+@dataclass(frozen=True)
+class Tree:
+    """An installed system: *branches* has the root last, and what is mounted deeper before.
+
+    *filesystems* are all that are mounted, those that the system's fstab doesn't name among them.
+    Patterns are paths below the root; only the last part may have ``*``.  No operation follows a link:
+    what is behind one is not there.  *logical* is there where the disk has logical volumes.
+    """
+
+    branches: tuple[Branch, ...]
+    filesystems: tuple[Filesystem, ...]
+    volumes: tuple[Volume, ...]
+    logical: LogicalVolumes | None = None
+
+    @property
+    def root(self) -> Branch:
+        """The root directory."""
+        return self.branches[-1]
+
+    def show(self, patterns: Sequence[str]) -> str:
+        """Return the regular files that *patterns* match, and those below directories, with headings."""
+        return "".join(
+            _with_paths_of(branch, branch.filesystem.show(inner)) for branch, inner in self._routed(patterns)
+        )
+
+    def remove(self, patterns: Sequence[str]) -> list[str]:
+        """Remove what *patterns* match, a link itself; return the paths that are gone."""
+        return [
+            branch.outer(path)
+            for branch, inner in self._routed(patterns)
+            for path in branch.filesystem.remove(inner)
+        ]  # fmt: skip
+
+    def _routed(self, patterns: Sequence[str]) -> Iterator[tuple[Branch, list[str]]]:
+        """Give the branches that *patterns* are on, with those for their filesystems."""
+
+        def branch_of(pattern: str) -> Branch:
+            directory = pattern.rpartition("/")[0]
+            return next(branch for branch in self.branches if branch.has(directory))
+
+        for branch, group in itertools.groupby(patterns, branch_of):
+            yield branch, [branch.inner(pattern) for pattern in group]
+
+
+def _with_paths_of(branch: Branch, text: str) -> str:
+    """Return what a filesystem shows, with the paths of the system in its headings."""
+    if not branch.top and not branch.point:
+        return text
+    return re.sub(r"^==> /(.*) <==$", lambda match: f"==> /{branch.outer(match[1])} <==", text, flags=re.MULTILINE)
+
+
+def assemble(
+    filesystems: Sequence[Filesystem],
+    volumes: Sequence[Volume],
+    failures: Mapping[str, BuildError],
+    logical: LogicalVolumes | None = None,
+) -> Tree:
+    """Return the system on *filesystems*: the root is found by what is in it, the rest by its fstab.
+
+    *failures* are the reasons why filesystems are not mounted, by the names of their *volumes*: one of
+    them is raised if the system needs that filesystem.  NoSystemError if there is no root.
+    """
+    root = _find_root(filesystems)
+    if root is None:
+        candidates = [volume.name for volume in volumes if volume.filesystem in layout.ROOT_FILESYSTEMS]
+        raise next((failures[name] for name in candidates if name in failures), None) or layout.no_root(volumes)
+    branches = {"": root}
+    _say(root)
+    mounted = {filesystem.volume.name: filesystem for filesystem in filesystems}
+    for entry in fstab.parse(_text_of_fstab(root)):
+        # The root is the one that was found.
+        if not entry.point:
+            continue
+        volume = fstab.find(entry.spec, volumes)
+        if volume is None:
+            if entry.is_of_this_disk():
+                logger.warning("The disk has no %s, which its fstab names for %s.", *_quoted(entry.spec, entry.point))
+            continue
+        if volume.name not in mounted:
+            # No installer writes its logs to a filesystem that is not Linux's own.
+            if volume.name in failures and volume.filesystem in layout.ROOT_FILESYSTEMS:
+                raise failures[volume.name]
+            continue
+        top = _top_of(entry, mounted[volume.name])
+        if top is None:
+            logger.warning("The subvolume that fstab names for %s is not looked into.", *_quoted(entry.point))
+            continue
+        branches[entry.point] = Branch(mounted[volume.name], top, entry.point)
+        _say(branches[entry.point])
+    deepest_first = sorted(branches.values(), key=lambda branch: len(branch.point), reverse=True)
+    return Tree(tuple(deepest_first), tuple(filesystems), tuple(volumes), logical)
+
+
+def _find_root(filesystems: Iterable[Filesystem]) -> Branch | None:
+    """Return the largest filesystem that is a root, None if there is none."""
+    candidates = [found for found in filesystems if found.volume.filesystem in layout.ROOT_FILESYSTEMS]
+    for filesystem in sorted(candidates, key=lambda found: found.volume.size, reverse=True):
+        for top in filesystem.tops:
+            branch = Branch(filesystem, top, "")
+            if any(filesystem.has(branch.inner(mark)) for mark in layout.ROOT_MARKS):
+                return branch
+    return None
+
+
+def _text_of_fstab(root: Branch) -> str:
+    # Its first line is the heading.  The text is not the whole one of a fstab that is too long.
+    return root.filesystem.show([root.inner("etc/fstab")]).partition("\n")[2]
+
+
+def _top_of(entry: fstab.Entry, filesystem: Filesystem) -> str | None:
+    """Return the directory of *filesystem* that *entry* mounts, None if it can't be told."""
+    if filesystem.volume.filesystem != "btrfs":
+        return ""
+    subvolume, number = entry.option("subvol"), entry.option("subvolid")
+    if subvolume is None and number is None:
+        return filesystem.tops[0]
+    top = "" if subvolume is None else subvolume.strip("/")
+    # The number of the top itself.
+    return top if is_top(top) and (subvolume is not None or number in ("0", "5")) else None
+
+
+def _say(branch: Branch) -> None:
+    [point] = _quoted(branch.point)
+    volume = branch.filesystem.volume
+    subvolume = f", subvolume {branch.top}" if branch.top else ""
+    logger.info("/%s is on %s (%s%s).", point, volume.name, volume.filesystem, subvolume)
+
+
+def _quoted(*texts: str) -> list[str]:
+    return [text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..." for text in texts]

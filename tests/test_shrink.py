@@ -1,0 +1,71 @@
+"""Zeroing what has been swapped out, on disks that mkswap has made swap space on."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from image_factory import layout, shrink
+from image_factory.model import Build, Disk, Volume
+
+M = 1 << 20
+BUILD = cast(Build, None)
+
+
+def make_disk(tmp_path: Path, *options: str, size: int = 16) -> tuple[Disk, bytes]:
+    """Make a disk with swap space between two partitions of random data; return it with the swap space."""
+    path, part = tmp_path / "disk.raw", tmp_path / "swap"
+    part.write_bytes(os.urandom(size * M))
+    subprocess.run(["/usr/sbin/mkswap", "-q", "-L", "a label", *options, part], check=True, capture_output=True)
+    path.write_bytes(bytes(M) + os.urandom(M) + part.read_bytes() + os.urandom(2 * M))
+    table = f"label: dos\nstart=1MiB, size=1MiB\nstart=2MiB, size={size}MiB, type=S\nstart={2 + size}MiB\n"
+    argv = ["/usr/sbin/sfdisk", "--quiet", "--wipe=never", "--wipe-partitions=never", path]
+    subprocess.run(argv, input=table, text=True, check=True, capture_output=True)
+    return Disk(path), part.read_bytes()
+
+
+def swap_of(disk: Disk) -> Volume:
+    [found] = [volume for volume in layout.read_volumes(disk.path) if volume.filesystem == layout.SWAP]
+    return found
+
+
+@pytest.mark.parametrize("page", [4096, 65536])
+@pytest.mark.parametrize("holes", [True, False])
+def test_swap_is_zeroed_but_for_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: int, holes: bool
+) -> None:
+    """Also where the disk is on something that can't make holes; and of machines with larger pages."""
+    if not holes:
+        program = tmp_path / "fallocate"
+        program.write_text("#!/bin/sh\necho 'fallocate: fallocate failed: Operation not supported' >&2\nexit 1\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    disk, swap = make_disk(tmp_path, "-p", str(page))
+    before, data = swap_of(disk), disk.path.read_bytes()
+    shrink.zero_swap(BUILD, disk, layout.read_volumes(disk.path))
+    after = disk.path.read_bytes()
+    assert after == data[: 2 * M] + swap[:page] + bytes(16 * M - page) + data[18 * M :]
+    assert swap_of(disk) == before
+    assert (before.label, bool(before.uuid)) == ("a label", True)
+    if holes:
+        assert disk.path.stat().st_blocks * 512 < len(data) - 15 * M
+
+
+def test_no_swap(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    shrink.zero_swap(BUILD, Disk(tmp_path / "none"), [Volume("partition 1", M, "ext4"), Volume("/dev/a/b", M, "swap")])
+    assert caplog.messages == []
+
+
+def test_swap_of_another_kind_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    disk, _ = make_disk(tmp_path)
+    volumes = layout.read_volumes(disk.path)
+    with disk.path.open("r+b") as file:
+        file.seek(2 * M + 4086)
+        file.write(b"SWAP-SPACE")
+    data = disk.path.read_bytes()
+    shrink.zero_swap(BUILD, disk, volumes)
+    assert disk.path.read_bytes() == data
+    assert "The swap space on partition 2 is of an unknown kind, and stays as it is." in caplog.messages

@@ -209,7 +209,7 @@ def test_shell_on_error(failed: Build, way: str) -> None:
     assert status == 1
     assert "Stand-in installer 1" in shown
     if way == "loop":
-        assert re.search(r"^/tmp/image-factory\.\w+/tree\r$", shown, re.MULTILINE)
+        assert re.search(r"^/tmp/image-factory\.\w+/partition-1\r$", shown, re.MULTILINE)
     assert machine_state() == before
 
 

@@ -281,6 +281,7 @@ PACKAGES = {
     "cpio": "cpio",
     "rsync": "rsync",
     "xorriso": "xorriso",
+    "fallocate": "util-linux",
 }
 
 

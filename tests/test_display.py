@@ -573,7 +573,8 @@ def test_program_on_a_terminal(place: Path, size: tuple[int, int]) -> None:
     assert not LOG_LINE.search(terminal.seen)
     assert not terminal.screen.cursor.hidden
     assert re.fullmatch(r"✓ Installing +[3-9]\.[0-9] s", terminal.lines[3])
-    assert terminal.lines[4].startswith("image-factory: error: ")
+    assert re.fullmatch(r"✗ Reading the partition table +[0-9]\.[0-9] s", terminal.lines[4])
+    assert terminal.lines[5].startswith("image-factory: error: ")
     messages = (place / "x.log").read_text()
     assert all(LOG_LINE.fullmatch(line) for line in messages.splitlines())
     assert "INFO: virt-install: installing" in messages
@@ -646,7 +647,7 @@ def test_list_needs_no_rich(place: Path) -> None:
     (place / "without/rich/__init__.py").write_text("raise ImportError\n")
     argv, variables = program(place, "--list", PYTHONPATH=str(place / "without"))
     done = subprocess.run(argv, cwd=place, env=variables, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "x\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "x  -  -  x86_64  bios\n", "")
 
 
 def test_stream_that_is_closed() -> None:

@@ -39,6 +39,7 @@ PROGRAMS = {
     "create": ("Creating the disk", "qemu-img create*"),
     "cache": ("Caching the installer", "rsync*rsync://*"),
     "install": ("Installing", "virt-install *"),
+    "read": ("Reading the partition table", "blkid *"),
     "mount": ("Mounting the filesystems", "* mount-image *"),
     "remove": ("Removing installer logs", "* remove *"),
     "free": ("Freeing unused blocks", "* trim *"),
@@ -52,7 +53,7 @@ EVENTS = {
     "checksum": (f"Checksumming {IMAGE}", "open", "*.qcow2 r*"),
     "publish": ("Publishing", "os.rename", "*.qcow2 *.qcow2 *"),
 }
-ORDER = list(dict.fromkeys(["create", "cache", "cache-http", *list(PROGRAMS)[:9], "checksum", "publish", *PROGRAMS]))
+ORDER = list(dict.fromkeys(["create", "cache", "cache-http", *list(PROGRAMS)[:10], "checksum", "publish", *PROGRAMS]))
 
 SIGNALS = {"INT": 130, "TERM": 143, "HUP": 129, "KILL": -9}
 AT_PROGRAMS = [
@@ -190,7 +191,7 @@ class Place:
             shutil.chown(path, user.name)
         self.helper = faulty / "bin/image-factory-sudo-helper"
         self.program = faulty / "bin/image-factory" if user.is_root else user.program
-        for name in ("qemu-img", "rsync", "virt-install", "virsh", "zerofree", "notify", "sudo"):
+        for name in ("qemu-img", "rsync", "virt-install", "virsh", "zerofree", "blkid", "notify", "sudo"):
             (self.programs / name).symlink_to(FAULTS / "wrapper")
         self.environment = {
             "HOME": str(user.home),

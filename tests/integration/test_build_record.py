@@ -93,8 +93,8 @@ def test_real_build_that_installs_nothing(user_build: Build) -> None:
     found = checked_file(user_build.directory / "r.json")
     assert found["inputs"] == inputs_of(user_build)
     assert found["artifacts"] == []
-    # The partition table is read between two steps.
-    assert (found["failure"]["step"], found["steps"][-1]["name"]) == (None, "Installing")
+    reading = "Reading the partition table"
+    assert (found["failure"]["step"], found["steps"][-1]["name"]) == (reading, reading)
     assert found["failure"]["message"].startswith("The disk has no partition table")
     assert found["failure"]["command"] is None
 

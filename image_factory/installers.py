@@ -115,6 +115,11 @@ DEBIAN = Installer(
             "Debian's base system can't be installed.",
             "Most often a package could not be downloaded: see whether the mirror is complete, and try again.",
         ),
+        Failure(
+            "Failed to run preseeded command",
+            "A command of the answer file has failed.",
+            "See preseed/late_command and preseed/early_command there; the console log has the command.",
+        ),
         Failure("Installation step failed|installation step failed", "A step of the installer has failed.", _ANSWERS),
         Failure("!! ERROR: ", "The installer has stopped with an error.", _CONSOLE, titled=True),
         Failure(

@@ -151,6 +151,7 @@ FAILURES = [
     ("preseed", "[!!] Installation step failed", "A step of the installer has failed", "answer file"),
     ("preseed", "The installer failed to download a file from the mirror.", "download from the mirror", "mirror"),
     ("preseed", "No kernel modules were found. This probably is due to", "different versions", "linux and initrd"),
+    ("preseed", "!! ERROR: Failed to run preseeded command", "command of the answer file has failed", "late_command"),
     ("preseed", "!! ERROR: What no one has thought of", "has stopped with an error", "console log"),
     ("preseed", "Failed to partition the selected disk", "disk is too small", "image-size"),
     ("kickstart", "Pane is dead (status 1)", "Anaconda has died", "ram = 4G"),

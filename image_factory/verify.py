@@ -96,14 +96,13 @@ class Verifier:
 
         BuildError if it can't be had, or is not what it should be.
         """
-        pinned: str | None = getattr(self._settings, f"{key.replace('-', '_')}_sha256")
-        vouched = f"{key}-sha256" if pinned else None
+        pinned = self._pinned(key)
         if source.path is not None:
             if pinned:
                 _check_local(self._image, key, source.path, pinned)
-            return Fetched(source.path, source.uri, vouched)
+            return Fetched(source.path, source.uri, f"{key}-sha256" if pinned else None)
         if self._settings.offline:
-            return self._cached(source, pinned, vouched)
+            return self._cached(key, source)
         if pinned:
             expected = Expected(pinned, f"{key}-sha256 of [{self._image}]", f"{key}-sha256")
             return fetch.fetch_from_mirrors(source, self._directory, lambda uri: expected)
@@ -120,7 +119,7 @@ class Verifier:
         missing = [
             f"{key} ({source.uri})"
             for key, source in sources.items()
-            if source.path is None and self._usable(source, getattr(self._settings, f"{key}_sha256")) is None
+            if source.path is None and self._usable(key, source) is None
         ]
         if missing:
             raise ConfigurationError(
@@ -129,22 +128,28 @@ class Verifier:
                 + ("" if self._settings.verify == "none" else "; verify = none uses what is there as it is"),
             )
 
-    def _usable(self, source: Source, pinned: str | None) -> Path | None:
+    def _pinned(self, key: str) -> str | None:
+        pinned: str | None = getattr(self._settings, f"{key.replace('-', '_')}_sha256")
+        return pinned
+
+    def _usable(self, key: str, source: Source) -> Fetched | None:
+        """Return *source* as it is in the cache, None if a build without a network can't have that."""
         target = self._directory / source.name
         if not source.name or not target.is_file():
             return None
+        pinned = self._pinned(key)
         if pinned:
-            return target if Expected(pinned, "", "").is_that_of(target) else None
-        if self._settings.verify == "none" or fetch.known_verified(target, source.uris):
-            return target
-        return None
+            is_it = Expected(pinned, "", "").is_that_of(target)
+            return Fetched(target, source.uri, f"{key}-sha256") if is_it else None
+        verified_by = fetch.known_verified(target, source.uris)
+        return Fetched(target, source.uri, verified_by) if verified_by or self._settings.verify == "none" else None
 
-    def _cached(self, source: Source, pinned: str | None, vouched: str | None) -> Fetched:
-        path = self._usable(source, pinned)
-        if path is None:
+    def _cached(self, key: str, source: Source) -> Fetched:
+        found = self._usable(key, source)
+        if found is None:
             raise BuildError(f"--offline: {source.name} is not in {self._directory}, or was never verified.")
-        logger.info("%s is taken from the cache.", path.name)
-        return Fetched(path, source.uri, vouched or fetch.known_verified(path, source.uris))
+        logger.info("%s is taken from the cache.", found.path.name)
+        return found
 
     def _expect(self, uri: str) -> Expected | None:
         """Return what the file at *uri* must be, None if nobody can tell; BuildError if that is not accepted."""

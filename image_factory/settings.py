@@ -490,8 +490,13 @@ class Configuration:
             self.files = [path for path in candidates if os.path.lexists(path)]
             for path in self.files:
                 self._read(path)
+        # Of the other sections nothing is wrong: whoever asks for one of these is told.
+        self._broken: dict[str, ConfigurationError] = {}
         for section in self._parser.sections():
-            self._fill(section)
+            try:
+                self._fill(section)
+            except ConfigurationError as error:
+                self._broken[section] = error
 
     def _read(self, path: Path, named: str = "") -> None:
         where = f"{path}{named}"
@@ -532,7 +537,9 @@ class Configuration:
         seen = [section]
         while based_on := self._own_texts(seen[-1]).get("based-on", "").strip():
             if based_on not in self._parser.sections():
-                raise ConfigurationError(f"[{seen[-1]}] based-on: there is no section [{based_on}].")
+                raise ConfigurationError(
+                    f"[{seen[-1]}] based-on: there is no section [{based_on}].", hint=self._suggestion(based_on)
+                )
             if based_on in seen:
                 raise ConfigurationError(
                     f"[{section}] based-on: {' -> '.join([*seen, based_on])} goes round in a circle."
@@ -544,6 +551,7 @@ class Configuration:
 
     def _own_texts(self, section: str) -> dict[str, str]:
         """Return the keys of *section* as they are written, without those of DEFAULT."""
+        # configparser gives them out only together with those of DEFAULT.
         texts: dict[str, str] = self._parser._sections[section]  # type: ignore[attr-defined]
         return texts
 
@@ -554,7 +562,7 @@ class Configuration:
             for name, section in self._parser.items()
             if name != self._parser.default_section
             and "upload-type" not in section
-            and any(key in section for key in ("linux", "initrd", "installer-image"))
+            and (name in self._broken or any(key in section for key in ("linux", "initrd", "installer-image")))
         ]
 
     def summary(self, name: str) -> list[str]:
@@ -580,6 +588,8 @@ class Configuration:
                 f"No image {name!r} is configured in {', '.join(map(str, self.files)) or 'any file'}.",
                 hint=self._suggestion(name),
             )
+        if name in self._broken:
+            raise self._broken[name]
         self._warn_of_near_misses(name, ImageSettings)
         values = self._values(name, ImageSettings, flags)
         values["firmware"] = values["firmware"] or default_firmware(values["arch"])
@@ -605,6 +615,8 @@ class Configuration:
                 f"[{named_by}] upload-destinations: there is no section [{section}].",
                 hint=f"Add a section [{section}] with upload_type and upload_target.",
             )
+        if section in self._broken:
+            raise self._broken[section]
         for key, declaration in declarations(UploadSettings):
             if declaration.default_text() is None and key not in self._parser[section]:
                 raise ConfigurationError(

@@ -787,4 +787,16 @@ def test_section_that_is_based_on_another(read: Read) -> None:
     ],
 )
 def test_section_that_can_not_be_based_on_another(read: Read, text: str, message: str) -> None:
-    assert error_of(lambda: read(text)).message == message
+    """The others are there all the same."""
+    configuration = read(f"{text}[up]\nupload_type = rsync\nupload_target = /srv\n{MINIMAL.replace('[x]', '[good]')}")
+    assert "x" in configuration.images()
+    assert configuration.summary("x")[0] == ""
+    assert configuration.image("good", {}).linux
+    assert configuration.destination("up", "x.raw", named_by="good").target == "/srv"
+    assert error_of(lambda: configuration.image("x", {})).message == message
+    assert error_of(lambda: configuration.destination("x", "x.raw", named_by="good")).message == message
+
+
+def test_near_miss_of_the_section_that_one_is_based_on(read: Read) -> None:
+    configuration = read("[Debian]\nlinux = /l\ninitrd = /i\n[x]\nbased-on = Debain\n")
+    assert "Did you mean Debian?" in (error_of(lambda: configuration.image("x", {})).hint or "")

@@ -90,11 +90,16 @@ def configure(build: Build, name: str, extra: str = "") -> None:
     assert (build.directory / "answers.cfg").read_text() == ANSWERS
 
 
-def finish(build: Build, installed: Mapping[str, Path], name: str, extra: str = "") -> str:
-    """Finish a copy of the installed disk as the user of *build*; return the log."""
+def take(build: Build, installed: Mapping[str, Path], name: str, extra: str = "") -> None:
+    """Have *build* go on from a copy of what was installed."""
     configure(build, name, extra)
     run("cp", "--archive", "--sparse=always", installed[name], build.directory / WORK)
     run("chown", "--recursive", build.user.name, build.directory / WORK)
+
+
+def finish(build: Build, installed: Mapping[str, Path], name: str, extra: str = "") -> str:
+    """Finish a copy of the installed disk as the user of *build*; return the log."""
+    take(build, installed, name, extra)
     return build.run("--resume").stderr
 
 
@@ -199,9 +204,7 @@ def test_logical_volumes(user_build: Build, installed: Mapping[str, Path]) -> No
 
 def test_single_partition_is_required(user_build: Build, installed: Mapping[str, Path]) -> None:
     """The disk is kept: without the setting --resume goes on."""
-    configure(user_build, "mbr", "require-single-partition = yes")
-    run("cp", "--archive", "--sparse=always", installed["mbr"], user_build.directory / WORK)
-    run("chown", "--recursive", user_build.user.name, user_build.directory / WORK)
+    take(user_build, installed, "mbr", "require-single-partition = yes")
     done = user_build.run("--resume", check=False)
     assert done.returncode == 1
     assert user_build.errors(done)[0] == (
@@ -215,9 +218,7 @@ def test_single_partition_is_required(user_build: Build, installed: Mapping[str,
 
 
 def test_logical_volumes_with_loop_alone(user_build: Build, installed: Mapping[str, Path]) -> None:
-    configure(user_build, "lvm", "mount-via = loop")
-    run("cp", "--archive", "--sparse=always", installed["lvm"], user_build.directory / WORK)
-    run("chown", "--recursive", user_build.user.name, user_build.directory / WORK)
+    take(user_build, installed, "lvm", "mount-via = loop")
     done = user_build.run("--resume", check=False)
     assert done.returncode == 1
     error = "image-factory: error: The disk has LVM on partition 2, which mount-via = loop can't reach."

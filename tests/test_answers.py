@@ -183,7 +183,7 @@ def test_checkpoint_names_no_template_as_what_was_used(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, "{{ shared }}")
     used = [("preseed", str(plan.settings.answer_file), str(tmp_path / "copy"), [1, 2], None)]
     today = datetime.date(2026, 1, 2).isoformat()
-    found = checkpoint.Checkpoint(tmp_path, {}, {}, today, "TYPE", used, "boot")  # type: ignore[arg-type]
+    found = checkpoint.Checkpoint(tmp_path, {}, {}, today, "TYPE", used, "boot")
     assert [event.path for event in found.inputs_used(plan)] == [None]
 
 

@@ -267,7 +267,7 @@ def put(path: str, what: bytes | Callable[[Handler], None]) -> Break:
 
 def corrupted(path: str, at: int = 1800) -> Break:
     def apply(mirror: Mirror, archive: Archive) -> None:
-        data = bytearray(mirror.files[path])  # type: ignore[arg-type]
+        data = bytearray(mirror.files[path])
         data[min(at, len(data) - 2)] ^= 1
         mirror.files[path] = bytes(data)
 

@@ -417,7 +417,11 @@ def _download(uri: str, target: Path, check: _Check, *, afresh: bool, secure: bo
     if (response.status in (200, 206) and not content) or response.status == 416:
         raise BuildError(f"Can't fetch {uri}: the file there is empty.")
     if response.status not in (200, 206):
-        raise BuildError(f"Can't fetch {uri}: the server says {response.status} {response.reason}.")
+        gone = response.status in (404, 410)
+        raise BuildError(
+            f"Can't fetch {uri}: the server says {response.status} {response.reason}.",
+            hint="See what the server has there now; of a newer release it may have another name." if gone else None,
+        )
 
     def accept(path: Path) -> None:
         check(path)

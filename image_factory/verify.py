@@ -8,6 +8,7 @@ import binascii
 import configparser
 import contextlib
 import datetime
+import difflib
 import email.utils
 import gzip
 import hashlib
@@ -489,7 +490,11 @@ def _listed(text: bytes, path: str, where: str, by: str) -> Expected:
     checksums = _parse_checksums(text)
     if path not in checksums:
         # Not just unverified: a mirror could give the genuine list of something else to get there.
-        raise BuildError(f"{where} does not list {path}.", hint="Pin it with linux-sha256 and the like")
+        near = difflib.get_close_matches(path, checksums, n=1, cutoff=0.8)
+        raise BuildError(
+            f"{where} does not list {path}.",
+            hint=f"It lists {near[0]}: is that a newer release of it?" if near else "See what the mirror has now.",
+        )
     return Expected(checksums[path], where, by)
 
 

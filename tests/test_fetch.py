@@ -400,7 +400,9 @@ def test_redirection_to_nowhere(server: Server, cache: Cache) -> None:
 @pytest.mark.parametrize("number", [400, 401, 403, 404, 410])
 def test_refusal_is_not_tried_again(server: Server, cache: Cache, number: int) -> None:
     server.script = status(number)
-    assert f": the server says {number} " in cache.fails(server.uri()).message
+    error = cache.fails(server.uri())
+    assert f": the server says {number} " in error.message
+    assert bool(error.hint) is (number in (404, 410))
     assert len(server.requests) == 2  # once for each of the two states of the cache
 
 

@@ -800,6 +800,16 @@ def test_signed_list_without_the_file(mirrors: tuple[Mirror, Mirror], builder: B
     builder.fetch(uri)
 
 
+def test_release_that_has_been_replaced(mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys) -> None:
+    """The mirror has the last point release alone."""
+    mirror, _ = mirrors
+    text = f"{sha256(b'other')} *ubuntu-24.04.4-live-server-amd64.iso\n".encode()
+    mirror.files = {"24.04/SHA256SUMS": text, "24.04/SHA256SUMS.gpg": keys.sign(text, how="--detach-sign")}
+    error = builder.fails(mirror.debian("24.04/ubuntu-24.04.3-live-server-amd64.iso"))
+    assert error.message.endswith("/24.04/SHA256SUMS does not list ubuntu-24.04.3-live-server-amd64.iso.")
+    assert error.hint == "It lists ubuntu-24.04.4-live-server-amd64.iso: is that a newer release of it?"
+
+
 def test_keys_of_opensuse_are_not_known(mirrors: tuple[Mirror, Mirror], builder: Builder) -> None:
     mirror, _ = mirrors
     builder.keyring = None

@@ -155,10 +155,11 @@ def run(
     quiet: bool = False,
     watch: Callable[[], None] | None = None,
     progress: Callable[[str], float | None] | None = None,
+    stdin: bytes | None = None,
 ) -> str:
     """Run *argv*, log the command and what it prints, and return its stdout if *capture* is set.
 
-    The program gets stdin from /dev/null, LC_ALL=C.UTF-8, and no controlling terminal: nothing can
+    The program gets *stdin*, else /dev/null, LC_ALL=C.UTF-8, and no controlling terminal: nothing can
     wait for an answer, and Ctrl-C reaches only image-factory, which stops the program in good order:
     *stop_signal*, and after *stop_seconds* SIGKILL.  *env* replaces the environment.  With
     *new_session* false the program keeps the terminal's session, by which sudo remembers a password.
@@ -173,19 +174,20 @@ def run(
         logger.info("Running: %s", shlex.join(argv))
     environment = dict(os.environ if env is None else env) | {"LC_ALL": "C.UTF-8"}
     try:
-        process = subprocess.Popen(
-            [shutil.which(argv[0], path=search_path()) or argv[0], *argv[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if capture else subprocess.STDOUT,
-            cwd=cwd,
-            env=environment,
-            bufsize=0,
-            start_new_session=new_session,
-            process_group=None if new_session else 0,
-            umask=umask,
-            preexec_fn=partial(_end_with, os.getpid(), stop_signal),
-        )
+        with _input(stdin) as descriptor:
+            process = subprocess.Popen(
+                [shutil.which(argv[0], path=search_path()) or argv[0], *argv[1:]],
+                stdin=descriptor,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if capture else subprocess.STDOUT,
+                cwd=cwd,
+                env=environment,
+                bufsize=0,
+                start_new_session=new_session,
+                process_group=None if new_session else 0,
+                umask=umask,
+                preexec_fn=partial(_end_with, os.getpid(), stop_signal),
+            )
     except subprocess.SubprocessError as error:
         raise BuildError(f"Can't run {argv[0]}: {error}") from error
     except OSError as error:
@@ -210,6 +212,22 @@ def run(
     if process.returncode:
         raise CommandError(argv, process.returncode, last_lines)
     return captured.decode("utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def _input(data: bytes | None) -> Iterator[int]:
+    """Give a descriptor to read *data* from: a file, so that nobody has to write to a pipe meanwhile."""
+    if data is None:
+        yield subprocess.DEVNULL
+        return
+    descriptor = os.memfd_create("stdin")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def interact(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:

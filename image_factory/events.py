@@ -88,6 +88,16 @@ class VirtTypeChosen:
 
 
 @dataclass(frozen=True)
+class Sealed:
+    """Operation *name* of sealing has taken *files* files away, and *size* bytes; it has changed or made others."""
+
+    name: str
+    files: int
+    size: int
+    changed: int
+
+
+@dataclass(frozen=True)
 class Published:
     """An artifact has its final name; the fields are those of ``model.Artifact``."""
 
@@ -108,6 +118,7 @@ Event = (
     | TimePassed
     | InputUsed
     | VirtTypeChosen
+    | Sealed
     | Published
 )
 

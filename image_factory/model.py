@@ -146,11 +146,32 @@ class Volume:
     partition: Partition | None = None
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A name in a guest's filesystem; *kind* is ``file``, ``directory``, ``link`` or ``other``."""
+
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """What has gone from *path*: *files* files and directories, with *size* bytes in all.
+
+    The path has nothing that a terminal would obey.
+    """
+
+    path: str
+    files: int
+    size: int
+
+
 class Filesystem(Protocol):
     """A filesystem of a disk, mounted by one of the ways in ``mounts``.
 
-    Patterns are paths below its top; only the last part may have ``*``.  No operation follows a link:
-    what is behind one is not there.
+    Patterns are paths below its top; only the last part may have ``*``, which does not mean
+    lost+found.  No operation follows a link: what is behind one is not there.  That a file or a
+    directory is immutable or append-only stops none, and it is so no more when it was changed.
     """
 
     @property
@@ -167,8 +188,30 @@ class Filesystem(Protocol):
     def show(self, patterns: Sequence[str]) -> str:
         """Return the regular files that *patterns* match, and those below directories, with headings."""
 
-    def remove(self, patterns: Sequence[str]) -> list[str]:
-        """Remove what *patterns* match, a link itself; return the paths that are gone."""
+    def entries(self, patterns: Sequence[str]) -> list[Entry]:
+        """Return what *patterns* match."""
+
+    def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
+        """Return the regular files of at most 1 MiB that *patterns* match, by their paths."""
+
+    def write(self, path: str, data: bytes, mode: int) -> None:
+        """Have *data* in the regular file *path*, whose owner, mode and attributes stay.
+
+        One that is not there is made, with the directories on the way: root's, with *mode* and the
+        SELinux label of its directory.
+        """
+
+    def rename(self, path: str, name: str) -> None:
+        """Give *path* another *name* in its directory, which nothing there has."""
+
+    def remove(self, patterns: Sequence[str]) -> list[Change]:
+        """Remove what *patterns* match, a link itself; return what is gone."""
+
+    def truncate(self, patterns: Sequence[str]) -> list[Change]:
+        """Empty the regular files that *patterns* match, and those below directories; return what is gone.
+
+        Owner, mode and attributes stay.
+        """
 
     def trim(self) -> int | None:
         """Free the unused blocks; return their bytes, None where this is not possible."""

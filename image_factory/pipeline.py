@@ -19,6 +19,7 @@ from . import (
     mounts,
     publish,
     rsync,
+    seal,
     shrink,
     workspace,
 )
@@ -54,6 +55,7 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
         )
         for image_format in settings.format
     }
+    seal.check(plan)
     return dataclasses.replace(plan, destinations=destinations)
 
 
@@ -218,6 +220,7 @@ def clean_disk(build: Build, disk: Disk) -> None:
         with mounts.mounted(build, disk) as tree:
             clean.show_installer_logs(build, tree)
             clean.remove_installer_logs(build, tree)
+            seal.seal(build, tree)
             unfreed = shrink.trim_filesystems(build, disk, tree)
             shrink.zero_logical_volumes(build, tree, unfreed)
     except NoSystemError:
@@ -258,7 +261,7 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
     build = Build(plan, plan.work_path, f"image-factory-{plan.image}-XXXXXXXX")
     steps = SOURCES["installer"].describe(build)
     shown = clean.SHOWN_LOGS if plan.settings.installer_logs else ()
-    steps += mounts.describe(build, shown, clean.INSTALLER_LOGS)
+    steps += mounts.describe(build, shown, clean.INSTALLER_LOGS, seal.calls(plan.settings))
     # Only where they can't be freed, and where there is some.
     steps.append(("Zeroing unused blocks", [shrink.zerofree_argv(build.disk_path, "OFFSET")]))
     steps.append(("Zeroing swap space", [shrink.punch_argv(build.disk_path, "OFFSET", "SIZE")]))

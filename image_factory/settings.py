@@ -341,6 +341,9 @@ class ImageSettings:
     require_single_partition: bool = _setting(
         parse_boolean, "fail if the installer has made more than one partition", "no"
     )
+    seal: bool = _setting(parse_boolean, "take from the image what its clones must not have in common", "no")
+    seal_only: tuple[str, ...] = _setting(split_list, "the operations of sealing, with commas; empty means all", "")
+    seal_skip: tuple[str, ...] = _setting(split_list, "operations of sealing that are left out, with commas", "")
     keep_raw: bool = _setting(parse_boolean, "keep the raw image too", "no")
     compression: str = _setting(one_of("zstd", "zlib", "none"), "compression of qcow2", "zstd")
     vnc: tuple[str, int | None] | None = _setting(

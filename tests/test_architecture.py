@@ -18,7 +18,7 @@ LEVELS = [
     {"sources", "outputs"},
     {"sources.installer", "outputs.raw", "outputs.qcow2"},
     {"workspace", "verify"},
-    {"clean", "shrink", "checksum", "publish", "mounts"},
+    {"clean", "seal", "shrink", "checksum", "publish", "mounts"},
     {"loop", "appliance", "guest", "fetch", "rsync"},
     {"tree"},
     {"layout", "fstab", "privileged", "watch", "delivery"},

@@ -746,9 +746,10 @@ def _tell(name: str, actions: Actions, removed: Sequence[Change], emptied: Seque
     files = sum(change.files for change in (*removed, *emptied))
     size = sum(change.size for change in (*removed, *emptied)) + sum(less for less in shorter if less > 0)
     changed = len(actions.write) + len(actions.rename)
-    told = [f"{files} {'file' if files == 1 else 'files'}, {format_size(size)}"] if files or size else []
+    told = [f"{files} {'file' if files == 1 else 'files'}"] if files else []
+    told += [format_size(size)] if files or size else []
     told += [f"{changed} changed"] if changed else []
-    logger.info("%s: %s: %s", STEP, name, "; ".join(told) or "nothing")
+    logger.info("%s: %s: %s", STEP, name, ", ".join(told) or "nothing")
     events.tell(events.Sealed(name, files, size, changed))
 
 

@@ -80,7 +80,23 @@ def test_link_in_the_way_to_the_image(scene: Scene, image: Path, point: Path, fr
 
 
 @pytest.mark.parametrize("position", [2, 3, 4])
-@pytest.mark.parametrize("verb", ["mount", "mount-image", "umount", "show", "remove", "trim", "chmod"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "mount",
+        "mount-image",
+        "umount",
+        "show",
+        "list",
+        "read",
+        "remove",
+        "rename",
+        "truncate",
+        "write",
+        "trim",
+        "chmod",
+    ],
+)
 def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Path, verb: str, position: int) -> None:
     path = through_link(point, position)
     words = {
@@ -88,7 +104,12 @@ def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Pa
         "mount-image": scene.mount_words(image, path),
         "umount": ["umount", str(path)],
         "show": ["show", str(path), "root/install.log"],
+        "list": ["list", str(path), "root/install.log"],
+        "read": ["read", str(path), "root/install.log"],
         "remove": ["remove", str(path), "root/install.log"],
+        "rename": ["rename", str(path), "root/install.log", "x"],
+        "truncate": ["truncate", str(path), "root/install.log"],
+        "write": ["write", str(path), "0644", "root/install.log"],
         "trim": ["trim", str(path)],
         "chmod": ["chmod", "o+r", f"{path}/root/install.log"],
     }
@@ -106,15 +127,25 @@ def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Pa
 
 @pytest.mark.parametrize("position", [0, 1, 2, 3])
 def test_link_in_the_way_inside_the_mount(scene: Scene, position: int) -> None:
-    """chmod is refused, show shows nothing, and remove removes a link at the end alone."""
+    """What names one file is refused, show shows nothing, and remove removes a link at the end alone."""
     with own_mount(scene) as mounted:
         file = mounted / "var/log/installer/syslog"
         path = through_link(file, len(mounted.parts) + position).relative_to(mounted)
         for words in (("chmod", "o+r"), ("chmod", "-R", "o+r")):
             assert refused(scene.helper(*words, f"{mounted}/{path}"))
-        assert scene.helper("show", str(mounted), str(path)).stdout == ""
+        for verb in ("show", "read", "truncate"):
+            done = scene.helper(verb, str(mounted), str(path))
+            assert (done.returncode, done.stdout) == (0, "")
+        listed = scene.helper("list", str(mounted), str(path)).stdout
+        assert listed == (f'["{path}", "link"]\n' if position == 3 else "")
+        assert refused(scene.helper("write", str(mounted), "0644", str(path), stdin=b"new"))
+        assert refused(scene.helper("write", str(mounted), "0644", f"{path}/x/y", stdin=b"new"))
+        assert refused(scene.helper("rename", str(mounted), str(path), "x")) == (position != 3)
+        if position == 3:
+            # The link itself got another name.
+            scene.helper("rename", str(mounted), str(path.with_name("x")), path.name)
         removed = scene.helper("remove", str(mounted), str(path)).stdout
-        assert removed == (f"{path}\n" if position == 3 else "")
+        assert removed == (f"1 0 {path}\n" if position == 3 else "")
         assert file.read_text() == "line one\nline two"
 
 
@@ -153,10 +184,15 @@ def test_race(scene: Scene, image: Path, point: Path) -> None:
     )
     assert swapper.stdout is not None
     assert swapper.stdout.readline() == "swapping\n"
-    for _ in range(25):
+    for number in range(25):
         for words in (
             scene.mount_words(image, point),
             ["show", str(point), "root/install.log"],
+            ["read", str(point), "root/install.log"],
+            ["write", str(point), "0644", "etc/fstab"],
+            ["write", str(point), "0644", f"etc/new{number}/file"],
+            ["rename", str(point), f"etc/new{number}", f"x{number}"],
+            ["truncate", str(point), "root/install.log"],
             ["remove", str(point), "var/log/installer"],
             ["chmod", "-R", "o+rwx", f"{point}/root"],
             ["umount", str(point)],

@@ -90,7 +90,7 @@ def describe(
             if shown
             else []
         ),
-        ("Removing installer logs", _comments(*(f"-rm-rf {place}/{pattern}" for pattern in removed))),
+        ("Removing installer logs", _comments(*(f"rm-rf {place}/{pattern}" for pattern in removed))),
         *([("Sealing", _comments(*_sealing_lines(place, sealed)))] if sealed else []),
         ("Freeing unused blocks", [_punch_argv(build), *_comments("sync", f"-fstrim {place}")]),
         ("Unmounting", _comments("umount-all", "shutdown")),
@@ -98,7 +98,7 @@ def describe(
 
 
 def _sealing_lines(place: str, sealed: Mapping[str, Sequence[str]]) -> list[str]:
-    verbs = {"list": "ls0", "read": "download", "remove": "-rm-rf", "truncate": "truncate"}
+    verbs = {"list": "ls0", "read": "download", "remove": "rm-rf", "truncate": "truncate"}
     lines = [f"{verb} {place}/{pattern}" for name, verb in verbs.items() for pattern in sealed.get(name, ())]
     return [*lines, f"upload LOCAL {place}/FILE", f"rename {place}/FILE {place}/NAME"]
 

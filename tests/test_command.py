@@ -1,6 +1,7 @@
 """Programs are run with everything they print in the log, and are gone afterwards."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -158,6 +159,14 @@ def test_stdin_is_empty() -> None:
     """
     done = subprocess.run(python(program), input="typed\n", capture_output=True, text=True, check=True)
     assert done.stdout == "end\n\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"a\0b\xff\n", bytes(1 << 20)], ids=len)
+def test_stdin_is_given(data: bytes) -> None:
+    """Also where the program doesn't read it, or all of it."""
+    said = command.run(["sha256sum"], capture=True, stdin=data)
+    assert said.split()[0] == hashlib.sha256(data).hexdigest()
+    command.run(["true"], stdin=data)
 
 
 def test_locale_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:

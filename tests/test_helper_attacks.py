@@ -395,6 +395,12 @@ def test_image_changes_while_mounted(scene: Scene, image: Path, point: Path, nam
     Path("/proc/sys/vm/drop_caches").write_text("3")
     for call in (
         ("show", str(point), "var", "root", "etc"),
+        ("list", str(point), "*", "var/*", "root/*"),
+        ("read", str(point), "etc/*", "root/*"),
+        ("write", str(point), "0644", "etc/fstab"),
+        ("write", str(point), "0644", "etc/a/b/c"),
+        ("rename", str(point), "etc/fstab", "x"),
+        ("truncate", str(point), "var/log", "root"),
         ("remove", str(point), "var/log", "root"),
         ("chmod", "-R", "o+rwx", f"{point}/usr"),
         ("trim", str(point)),
@@ -416,13 +422,15 @@ def test_special_files(scene: Scene) -> None:
             "==> /var/log/zz-a <==\nkept\n==> /var/log/zz-i <==\nkept\n"
         )
         for option in ("i", "a"):
-            for words in (("remove", str(mounted), f"var/log/zz-{option}"), ("chmod", "o+w", f"{log}/zz-{option}")):
-                done = scene.helper(*words)
-                assert refused(done)
-                assert "Operation not permitted" in done.stderr
-            run("chattr", f"-{option}", log / f"zz-{option}")
+            done = scene.helper("chmod", "o+w", f"{log}/zz-{option}")
+            assert refused(done)
+            assert "Operation not permitted" in done.stderr
         assert refused(scene.helper("chmod", "o+w", f"{log}/zz-socket"))
-        assert scene.helper("remove", str(mounted), "var/log/zz*").stdout.count("\n") == 3
+        assert refused(scene.helper("write", str(mounted), "0644", "var/log/zz-socket"))
+        assert scene.helper("list", str(mounted), "var/log/zz-s*").stdout == '["var/log/zz-socket", "other"]\n'
+        assert scene.helper("remove", str(mounted), "var/log/zz*").stdout.splitlines() == [
+            "1 5 var/log/zz-a", "1 5 var/log/zz-i", "1 0 var/log/zz-socket"
+        ]  # fmt: skip
 
 
 def test_show_is_bounded(scene: Scene) -> None:
@@ -444,6 +452,43 @@ def test_show_is_bounded(scene: Scene) -> None:
         assert done.returncode == 0
         assert done.stdout.endswith("\0\n... The other files are not shown.\n")
         assert 15 * mib < len(done.stdout) < 16 * mib
+
+
+def test_read_is_bounded(scene: Scene) -> None:
+    with own_mount(scene) as mounted:
+        (mounted / "many").mkdir()
+        for number in range(20):
+            (mounted / f"many/{number:02}").touch()
+            os.truncate(mounted / f"many/{number:02}", 1 << 20)
+        assert refused(scene.helper("read", str(mounted), "many/*"))
+        done = scene.helper("read", str(mounted), "many/0*")
+        assert (done.returncode, done.stdout.count("\n")) == (0, 10)
+        os.truncate(mounted / "many/00", (1 << 20) + 1)
+        assert scene.helper("read", str(mounted), "many/00").stdout == ""
+        # What is a file full of holes says.
+        os.truncate(mounted / "many/01", 1 << 40)
+        assert scene.helper("truncate", str(mounted), "many/01").stdout == "1 4096 many/01\n"
+
+
+def test_write_with_a_limit_of_the_caller_s(scene: Scene) -> None:
+    """It would leave a part of a file."""
+    user = scene.users["a"]
+    with own_mount(scene) as mounted:
+        script = "ulimit -f 1; head -c 100000 /dev/zero | sudo -n $1 write $2 0644 etc/fstab"
+        user.run("sh", "-c", script, "sh", user.helper, mounted)
+        assert (mounted / "etc/fstab").stat().st_size == 100_000
+
+
+def test_write_to_a_full_disk(scene: Scene) -> None:
+    """A file is longer only when there is room."""
+    with own_mount(scene) as mounted:
+        (mounted / "etc/fstab").write_text("kept\n")
+        with pytest.raises(OSError, match="No space left"), (mounted / "full").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 20))
+        run("sh", "-c", f"dd if=/dev/zero of={mounted}/full2 bs=1k 2>/dev/null || true")
+        assert refused(scene.helper("write", str(mounted), "0644", "etc/fstab", stdin=bytes(1 << 20)))
+        assert refused(scene.helper("write", str(mounted), "0644", "etc/new", stdin=bytes(1 << 20)))
 
 
 @pytest.mark.parametrize(

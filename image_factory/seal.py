@@ -43,9 +43,11 @@ _GRUB_ENVIRONMENTS = (
 
 # Whatever makes SSH host keys when the system starts.
 _KEY_MAKERS = (
-    # Fedora, Enterprise Linux 8 and later; before; Arch
+    # Fedora, Enterprise Linux
     "usr/lib/systemd/system/sshd-keygen@.service",
+    # Debian since 13
     "usr/lib/systemd/system/sshd-keygen.service",
+    # Arch
     "usr/lib/systemd/system/sshdgenkeys.service",
     # openSUSE, where sshd.service runs it
     "usr/sbin/sshd-gen-keys-start",
@@ -256,12 +258,18 @@ def _unit(name: str, text: str) -> dict[str, bytes]:
 
 
 def _have_keys_made(system: System) -> Actions:
-    if "usr/sbin/sshd" not in system.kinds or any(path in system.kinds for path in _KEY_MAKERS):
+    if "usr/sbin/sshd" not in system.kinds or any(_makes_keys(system, path) for path in _KEY_MAKERS):
         return Actions()
     disabled = _CLOUD_INIT_DISABLED in system.kinds and "cloud-init-config" not in system.chosen
     if _CLOUD_INIT in system.kinds and not disabled:
         return Actions()
     return Actions(write=_unit(KEYS_UNIT, _KEYS_UNIT_TEXT))
+
+
+def _makes_keys(system: System, path: str) -> bool:
+    # Debian's does it at the first boot alone, which there is with a new machine ID.
+    only_once = b"ConditionFirstBoot=yes" in system.files.get(path, b"")
+    return path in system.kinds and ("machine-id" in system.chosen or not only_once)
 
 
 def _remove_netplan(system: System) -> Actions:
@@ -403,6 +411,7 @@ OPERATIONS = (
         "SSH host keys go, and where nothing in the image makes new ones (cloud-init, sshd-keygen) a unit is added "
         "that does it before sshd starts.",
         removed=("etc/ssh/ssh_host_*key*", "etc/dropbear/dropbear_*_host_key"),
+        read=_KEY_MAKERS,
         looked_at=("usr/sbin/sshd", *_KEY_MAKERS, _CLOUD_INIT, _CLOUD_INIT_DISABLED),
         plan=_have_keys_made,
     ),

@@ -387,6 +387,11 @@ def test_where_a_unit_is_needed() -> None:
     for maker in seal._KEY_MAKERS:
         assert not writes_unit("usr/sbin/sshd", maker)
     assert not writes_unit("usr/sbin/sshd", "usr/bin/cloud-init")
+    debian = "usr/lib/systemd/system/sshd-keygen.service"
+    files = {debian: b"[Unit]\nConditionFirstBoot=yes\n"}
+    for chosen in ((), ("machine-id",)):
+        found = System(files, {"usr/sbin/sshd": "file", debian: "file"}, (), chosen)
+        assert bool(seal._have_keys_made(found).write) == (not chosen)
     disabled = ("usr/sbin/sshd", "usr/bin/cloud-init", "etc/cloud/cloud-init.disabled")
     assert writes_unit(*disabled)
     assert not writes_unit(*disabled, chosen=("cloud-init-config",))

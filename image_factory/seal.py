@@ -185,6 +185,9 @@ def _rename_boot_entries(system: System) -> Actions:
             for name in system.below(directory):
                 if old in name:
                     actions.rename[f"{directory}/{name}"] = name.replace(old, ENTRY_TOKEN)
+    path = "etc/kernel/cmdline"
+    if old.encode() in system.files.get(path, b""):
+        actions.write[path] = _entry_without(old, system.files[path])
     for path in _GRUB_ENVIRONMENTS:
         data = system.files.get(path, b"")
         if old.encode() in data:
@@ -196,9 +199,9 @@ def _rename_boot_entries(system: System) -> Actions:
 
 
 def _entry_without(old: str, data: bytes) -> bytes:
-    """Return the boot-loader entry *data* without the machine ID *old*, which its kernel would obey."""
+    """Return *data*, an entry or arguments of the kernel, without the machine ID *old*, which systemd would obey."""
     lines = [line for line in data.split(b"\n") if line.split() != [b"machine-id", old.encode()]]
-    text = re.sub(rb"[ \t]+systemd\.machine_id=" + old.encode() + rb"(?=\s|$)", b"", b"\n".join(lines))
+    text = re.sub(rb"(?:^|[ \t]+)systemd\.machine_id=" + old.encode() + rb"(?=\s|$)", b"", b"\n".join(lines))
     return text.replace(old.encode(), ENTRY_TOKEN.encode())
 
 
@@ -208,7 +211,7 @@ def _name_new_entries(system: System, old: str, actions: Actions) -> None:
     named = any(f"{root}/loader/entries" == path.rpartition("/")[0] for path in actions.rename for root in _BOOT_ROOTS)
     own_directory = any(f"{root}/{old}" in actions.rename for root in _BOOT_ROOTS)
     if not own_directory and any(system.kinds.get(path) == "directory" for path in ("boot/grub", "boot/grub2")):
-        # Fedora's grub names entries by the machine ID whatever the token is, and grub2-mkconfig knows
+        # Fedora's 20-grub.install names entries by the machine ID whatever the token is, and grub2-mkconfig knows
         # no others, so the first boot gives these the new one.
         if token == old.encode():
             actions.remove.append("etc/kernel/entry-token")
@@ -393,12 +396,13 @@ OPERATIONS = (
     Operation(
         "boot-entries",
         "Boot-loader entries, kernels and directories that are named by the old machine ID get the name *Default* in "
-        "its place, and so do *grubenv*, *loader.conf* and */etc/kernel/entry-token*; where grub keeps the entries, a "
+        "its place, also in *grubenv*, *loader.conf* and */etc/kernel*; where grub keeps the entries, a "
         "unit names them by the new ID at the first boot.",
         read=(
             *(f"{root}/loader/entries/*.conf" for root in _BOOT_ROOTS),
             *(f"{root}/loader/loader.conf" for root in _BOOT_ROOTS),
             *_GRUB_ENVIRONMENTS,
+            "etc/kernel/cmdline",
             "etc/kernel/entry-token",
             "etc/machine-id",
             "var/lib/dbus/machine-id",

@@ -70,6 +70,12 @@ LEFTOVERS = (
         b"timeout 1\ndefault " + MACHINE_ID + b"-*\n",
         after=b"timeout 1\ndefault Default-*\n",
     ),
+    Leftover(
+        "etc/kernel/cmdline",
+        "boot-entries",
+        b"root=x systemd.machine_id=" + MACHINE_ID + b" quiet\n",
+        after=b"root=x quiet\n",
+    ),
     Leftover("etc/kernel/entry-token", "boot-entries", MACHINE_ID + b"\n", after=b"Default\n"),
     Leftover("boot/grub2/grubenv", "boot-entries",
         (b"# GRUB Environment Block\nsaved_entry=" + MACHINE_ID + b"-6.12\nboot_success=1\n").ljust(1024, b"#"),

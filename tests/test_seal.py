@@ -235,7 +235,7 @@ def test_unknown_operation_is_refused_with_the_list(tmp_path: Path, key: str) ->
 
 def test_only_what_is_chosen_goes(tmp_path: Path) -> None:
     build = make_build(tmp_path, "seal = yes\nseal-skip = machine-id, login-records, journal, cloud-init")
-    disk = make_disk(build, LEFTOVERS)
+    disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))
     sealed(build, disk)
     with looked_into(disk) as root:
         for leftover in LEFTOVERS:
@@ -247,7 +247,7 @@ def test_only_what_is_chosen_goes(tmp_path: Path) -> None:
 
 def test_sealing_twice_changes_nothing(tmp_path: Path) -> None:
     build, told = make_build(tmp_path), Told()
-    disk = make_disk(build, LEFTOVERS)
+    disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))
     sealed(build, disk)
     with events.observed(told):
         sealed(build, disk)
@@ -297,7 +297,7 @@ def test_links_lead_nowhere(tmp_path: Path) -> None:
 
 def test_directories_that_nothing_can_be_changed_in(tmp_path: Path) -> None:
     build = make_build(tmp_path)
-    disk = make_disk(build, LEFTOVERS)
+    disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))
     for path in ("etc", "etc/ssh", "tmp", "var/tmp", "var/log", "root"):
         debugfs(disk, f"sif /{path} flags {'0x80010' if path != 'tmp' else '0x80020'}")
     sealed(build, disk)
@@ -341,9 +341,9 @@ def test_a_unit_that_can_not_be_written_is_an_error(tmp_path: Path) -> None:
 
 
 def make_sshd(tree: Path) -> None:
-    (tree / "usr/sbin").mkdir(parents=True)
+    for name in ("usr/sbin", "etc/systemd/system"):
+        (tree / name).mkdir(parents=True, exist_ok=True)
     (tree / "usr/sbin/sshd").touch()
-    (tree / "etc/systemd/system").mkdir(parents=True)
     os.setxattr(tree / "etc/systemd/system", LABEL, b"system_u:object_r:systemd_unit_file_t:s0\0")
 
 

@@ -311,12 +311,13 @@ def _empty_logs(system: System) -> Actions:
     directories = [name for name in names if system.kinds.get(f"var/log/{name}") == "directory"]
     rotated = [name for name in names if name not in directories and _is_of(name, _ROTATED)]
     below = [f"{name}/{old}" for name in directories if _DIRECTORY.fullmatch(name) for old in _ROTATED]
-    # The logs of an operation that is not chosen stay.
-    all_chosen = {"cloud-init", "journal", "login-records"} <= set(system.chosen)
-    return Actions(
-        remove=[f"var/log/{name}" for name in (*rotated, *below)],
-        empty=["var/log/*"] if all_chosen else [f"var/log/{name}" for name in names],
-    )
+    empty = ["var/log/*"]
+    if not {"cloud-init", "journal", "login-records"} <= set(system.chosen):
+        # The logs of an operation that is not chosen stay, so the others are named, odd ones by a pattern.
+        every = [path for path in system.kinds if path.startswith("var/log/") and path.count("/") == 2]
+        others = [path for path in every if not _is_of(path.rpartition("/")[2], _LOGS_OF_OTHERS)]
+        empty = [re.sub(r"[^A-Za-z0-9._@+~/-]|(?<=log/)[.+~-]", "*", path) for path in others]
+    return Actions(remove=[f"var/log/{name}" for name in (*rotated, *below)], empty=empty)
 
 
 _DURING_INSTALLATION = re.compile(rb"#.* was on /dev/\S+ during (?:curtin )?installation\s*")

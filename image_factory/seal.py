@@ -60,6 +60,9 @@ _KEY_MAKERS = (
 _CLOUD_INIT = "usr/bin/cloud-init"
 _CLOUD_INIT_DISABLED = "etc/cloud/cloud-init.disabled"
 
+# So many patterns are given to the helper at once: the arguments of a program have a limit.
+_AT_ONCE = 2000
+
 # Directories that people's homes are not in, though /etc/passwd says so of system users.
 _NO_HOMES = ("", "bin", "dev", "nonexistent", "proc", "run", "sbin", "sys", "usr")
 
@@ -303,7 +306,10 @@ def _reset_iscsi_name(system: System) -> Actions:
 
 
 def _remove_histories(system: System) -> Actions:
-    return Actions(remove=[f"{home}/{name}" for home in system.homes for name in _HISTORIES])
+    for home in system.homes:
+        if not _is_path(home):
+            logger.warning("The histories in /%s stay: its name is an odd one.", home)
+    return Actions(remove=[f"{home}/{name}" for home in filter(_is_path, system.homes) for name in _HISTORIES])
 
 
 def _empty_logs(system: System) -> Actions:
@@ -711,11 +717,7 @@ def _homes(passwd: bytes, kinds: Mapping[str, str]) -> tuple[str, ...]:
         *named,
         *(path for path, kind in kinds.items() if path.startswith("home/") and kind == "directory"),
     ]
-    homes = dict.fromkeys(home for home in found if home.partition("/")[0] not in _NO_HOMES)
-    for home in homes:
-        if not _is_path(home):
-            logger.warning("The histories in /%s stay: its name is an odd one.", home)
-    return tuple(filter(_is_path, homes))
+    return tuple(dict.fromkeys(home for home in found if home.partition("/")[0] not in _NO_HOMES))
 
 
 def _is_path(path: str) -> bool:
@@ -725,10 +727,10 @@ def _is_path(path: str) -> bool:
 
 def _carry_out(tree: Tree, planned: Sequence[Actions]) -> tuple[list[Change], list[Change]]:
     """Carry out all of *planned*; return what was removed and what was emptied."""
-    remove = dict.fromkeys(pattern for actions in planned for pattern in actions.remove)
-    empty = dict.fromkeys(pattern for actions in planned for pattern in actions.empty)
-    removed = tree.remove(list(remove)) if remove else []
-    emptied = tree.truncate(list(empty)) if empty else []
+    remove = list(dict.fromkeys(pattern for actions in planned for pattern in actions.remove))
+    empty = list(dict.fromkeys(pattern for actions in planned for pattern in actions.empty))
+    removed = [gone for start in range(0, len(remove), _AT_ONCE) for gone in tree.remove(remove[start:][:_AT_ONCE])]
+    emptied = [gone for start in range(0, len(empty), _AT_ONCE) for gone in tree.truncate(empty[start:][:_AT_ONCE])]
     # The machine ID last: a build that fails here and is resumed needs it again.
     for actions in reversed(planned):
         for path, data in actions.write.items():

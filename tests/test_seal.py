@@ -337,6 +337,24 @@ def test_a_unit_that_can_not_be_written_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / seal.KEYS_UNIT).exists()
 
 
+def test_many_users(tmp_path: Path) -> None:
+    """Their histories are more than one call of the helper could take."""
+    count = 5_000
+    lines = "".join(f"u{number}:x:{number}:1::/srv/u{number}:/bin/sh\n" for number in range(count))
+
+    def make(tree: Path) -> None:
+        (tree / "etc/passwd").write_text(lines)
+        for number in (0, count - 1):
+            (tree / f"srv/u{number}").mkdir(parents=True)
+            (tree / f"srv/u{number}/.bash_history").write_text("ls\n")
+
+    build, told = make_build(tmp_path, "seal = yes\nseal-only = histories"), Told()
+    disk = make_disk(build, (), make)
+    with events.observed(told):
+        sealed(build, disk)
+    assert told.sealed == [events.Sealed("histories", 2, 6, 0)]
+
+
 # What makes new host keys
 
 

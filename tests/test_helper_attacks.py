@@ -471,12 +471,17 @@ def test_read_is_bounded(scene: Scene) -> None:
 
 
 def test_write_with_a_limit_of_the_caller_s(scene: Scene) -> None:
-    """It would leave a part of a file."""
+    """A file is never written in part: all of it is, or, where root may not lift the limit, nothing."""
     user = scene.users["a"]
     with own_mount(scene) as mounted:
-        script = "ulimit -f 1; head -c 100000 /dev/zero | sudo -n $1 write $2 0644 etc/fstab"
-        user.run("sh", "-c", script, "sh", user.helper, mounted)
-        assert (mounted / "etc/fstab").stat().st_size == 100_000
+        (mounted / "etc/fstab").write_text("before")
+        for option, may_be_refused in (("-S", False), ("-H", True)):
+            script = f"ulimit {option} -f 1; head -c 100000 /dev/zero | sudo -n $1 write $2 0644 $3"
+            for name in ("etc/fstab", f"etc/new{option}"):
+                done = user.run("sh", "-c", script, "sh", user.helper, mounted, name, check=False)
+                size = (mounted / name).stat().st_size if (mounted / name).exists() else 0
+                assert size == 100_000 or (refused(done) and may_be_refused and size in (0, 6))
+            (mounted / "etc/fstab").write_text("before")
 
 
 def test_write_to_a_full_disk(scene: Scene) -> None:

@@ -232,10 +232,12 @@ class ApplianceFilesystem:
 
     def _copy_label(self, directory: str, new: str) -> None:
         """Give what is *new* in *directory* the label that SELinux, where it is on, would give it."""
-        [label] = self.guestfish.ask(f"-lgetxattr {self._word(directory)} {_LABEL}")[-1:] or [""]
-        label = label.rstrip("\0")
-        if label and "error:" not in label:
-            self.guestfish.do(f"lsetxattr {_LABEL} {quoted(label)} {len(label.encode())} {self._word(new)}")
+        # lgetxattr prints a value without the end of a line, so the answer would have none.
+        text = "\n".join(self.guestfish.ask(f"-lgetxattrs {self._word(directory)}"))
+        found = re.search(rf"attrname: {re.escape(_LABEL)}\n *attrval: ([!-~]+)", text)
+        label = found[1].removesuffix("\\x00") if found else ""
+        if label:
+            self.guestfish.do(f"lsetxattr {_LABEL} {quoted(label)} {len(label)} {self._word(new)}")
 
     def rename(self, path: str, name: str) -> None:
         """Give *path* another *name*."""

@@ -87,7 +87,7 @@ _HISTORIES = (
 )
 
 _ROTATED = ("*.gz", "*.xz", "*.bz2", "*.zst", "*.old", "*.0", "*.1", "*.2", "*.3", "*.4", "*-20*")
-_LOGIN_RECORDS = ("btmp", "faillog", "lastlog", "tallylog", "wtmp")
+_LOGIN_RECORDS = ("btmp", "faillog", "lastlog", "tallylog", "wtmp", "wtmp.db")
 _LOGS_OF_OTHERS = ("cloud-init*", "journal", "btmp?*", "wtmp?*", *_LOGIN_RECORDS)
 
 
@@ -597,8 +597,9 @@ OPERATIONS = (
     Operation(
         "login-records",
         "The records of logins are emptied.",
-        removed=("var/log/wtmp.*", "var/log/wtmp-*", "var/log/btmp.*", "var/log/btmp-*", "var/lib/wtmpdb/wtmp.db"),
-        emptied=tuple(f"var/log/{name}" for name in _LOGIN_RECORDS),
+        removed=tuple(f"var/log/{name}{old}" for name in ("btmp", "wtmp") for old in (".1", ".*.gz", "-*")),
+        # Debian has a link to wtmp.db in /var/log there, which stays.
+        emptied=(*(f"var/log/{name}" for name in _LOGIN_RECORDS), "var/lib/wtmpdb/wtmp.db", "var/lib/lastlog/*"),
     ),
     Operation(
         "journal",

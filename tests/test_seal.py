@@ -267,6 +267,23 @@ def test_a_dry_run_shows_the_calls(tmp_path: Path) -> None:
     assert verbs == ["list", "read", "remove", "truncate", "write", "rename"]
 
 
+def test_nothing_is_left_in_the_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The disk is sealed before its unused blocks are freed, and no byte of what was in the files is on it."""
+    caplog.set_level(logging.INFO, logger=seal.logger.name)
+    build = make_build(tmp_path, "seal = yes\nmount-via = loop")
+    disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))
+    secrets = (b"a secret of the build machine", b"hunter2", b"$6$salt", b"-----BEGIN OPENSSH", b"LPKSHHRH")
+    before = disk.path.read_bytes()
+    assert all(secret in before for secret in secrets)
+    pipeline.clean_disk(build, disk)
+    after = disk.path.read_bytes()
+    assert [secret for secret in secrets if secret in after] == []
+    assert b"ssh-ed25519 AAAA somebody" in after
+    steps = [line.removesuffix(" ...") for line in caplog.messages if line.endswith(" ...")]
+    place = steps.index("Sealing")
+    assert steps[place - 1 : place + 2] == ["Removing installer logs", "Sealing", "Freeing unused blocks"]
+
+
 # Guests that are hostile, or odd
 
 

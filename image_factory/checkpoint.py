@@ -26,6 +26,9 @@ STAGES = ("installed", "cleaned", "converted", "published")
 # random(4): another one each time the machine starts.
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
+# The settings of sealing.
+_SEALING = ("seal", "seal_only", "seal_skip")
+
 
 @dataclass
 class Checkpoint:
@@ -208,6 +211,13 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
             f"[{plan.image}] {' and '.join(changed)} changed since the disk was installed.",
             hint="Build it without --resume, or take the change back.",
         )
+    sealing = [key.replace("_", "-") for key in _changed(found.outputs, outputs_of(plan)) if key in _SEALING]
+    if sealing and found.is_at("cleaned"):
+        # What was taken from the disk is gone.
+        raise ConfigurationError(
+            f"[{plan.image}] {' and '.join(sealing)} changed since the disk was sealed.",
+            hint="Build it without --resume, or take the change back.",
+        )
     reason = None
     if found.is_at("converted"):
         reason = _why_others(found, plan)
@@ -284,7 +294,8 @@ def inputs_of(plan: Plan, answer_file: Path | None = None) -> dict[str, str]:
 def outputs_of(plan: Plan) -> dict[str, str]:
     """Return a digest of each setting that makes the artifacts other ones."""
     settings = plan.settings
-    return {key: _digest(repr(getattr(settings, key)).encode()) for key in ("format", "keep_raw", "compression")}
+    keys = ("format", "keep_raw", "compression", *_SEALING)
+    return {key: _digest(repr(getattr(settings, key)).encode()) for key in keys}
 
 
 def _state_of(path: Path | None) -> list[int]:

@@ -156,6 +156,21 @@ def test_other_artifacts_are_asked_for(tmp_path: Path, change: str) -> None:
         checkpoint.resumed(make_plan(tmp_path, change), build.directory)
 
 
+@pytest.mark.parametrize("change", ["seal = yes", "seal-only = logs", "seal-skip = logs, mail"])
+def test_sealing_has_changed(tmp_path: Path, change: str) -> None:
+    """Before the disk was sealed that is no matter, and after that it can't be undone."""
+    build = build_in(tmp_path)
+    done = begin(build)
+    changed = make_plan(tmp_path, change)
+    assert checkpoint.resumed(changed, build.directory).stage == "installed"
+    for stage in ("cleaned", "converted", "published"):
+        done.reach(stage)
+        with pytest.raises(ConfigurationError) as caught:
+            checkpoint.resumed(changed, build.directory)
+        key = change.partition(" ")[0]
+        assert caught.value.message == f"[x] {key} changed since the disk was sealed."
+
+
 @pytest.mark.parametrize("damage", ["image", "checksum", "no image", "no checksum"])
 def test_artifact_that_is_not_as_it_was(tmp_path: Path, damage: str) -> None:
     build = build_in(tmp_path)

@@ -20,7 +20,7 @@ LEVELS = [
     {"workspace", "verify"},
     {"clean", "shrink", "checksum", "publish", "mounts"},
     {"loop", "appliance", "guest", "fetch", "rsync"},
-    {"tree"},
+    {"tree", "search"},
     {"layout", "fstab", "privileged", "watch", "delivery"},
     {"command"},
     {"release", "locks", "estimates", "checkpoint"},

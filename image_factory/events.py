@@ -88,6 +88,15 @@ class VirtTypeChosen:
 
 
 @dataclass(frozen=True)
+class Audited:
+    """The audit has made *checks* of *artifact*; *findings* are names of checks with what they found."""
+
+    artifact: str
+    checks: tuple[str, ...]
+    findings: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Published:
     """An artifact has its final name; the fields are those of ``model.Artifact``."""
 
@@ -108,6 +117,7 @@ Event = (
     | TimePassed
     | InputUsed
     | VirtTypeChosen
+    | Audited
     | Published
 )
 

@@ -341,6 +341,8 @@ class ImageSettings:
     require_single_partition: bool = _setting(
         parse_boolean, "fail if the installer has made more than one partition", "no"
     )
+    audit: bool = _setting(parse_boolean, "fail if an image has what must not be cloned", "no")
+    audit_skip: tuple[str, ...] = _setting(split_list, "checks that the audit leaves out, with commas", "")
     keep_raw: bool = _setting(parse_boolean, "keep the raw image too", "no")
     compression: str = _setting(one_of("zstd", "zlib", "none"), "compression of qcow2", "zstd")
     vnc: tuple[str, int | None] | None = _setting(

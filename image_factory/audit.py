@@ -23,7 +23,7 @@ from .units import format_size
 # So many findings are in the error; the log has all.
 _TOLD = 3
 
-# Parts of the answer file are searched for: of so many bytes, one in so many, and so many at most.
+# Parts of the answer file are searched for: of so many bytes, one in so many, and about so many at most.
 _PART = 128
 _PART_EVERY = 512
 _PARTS = 64
@@ -95,8 +95,13 @@ _SCRIPTS = {
     "yast": re.compile(rb"<!\[CDATA\[.*?\]\]>|<file_contents>.*?</file_contents>", re.S),
 }
 
-_SHADOW_BEFORE = re.compile(rb"(?:^|\n)[a-z_][a-z0-9_.-]{0,31}\$?:!{0,2}\Z", re.IGNORECASE)
-_SHADOW_AFTER = re.compile(rb":[0-9]*:[0-9]*:[0-9]*:")
+# Passwords and keys that are asked for.
+_WANTED_TEXT = re.compile(rb"AAAA[0-9A-Za-z+/]{16,}={0,3}|" + _HASH.pattern)
+
+# The line before and after the password, or what is in this block of it.  Of a file that btrfs has in its
+# metadata, the byte before is zero.
+_SHADOW_BEFORE = re.compile(rb"(?:^|[\n\0])[a-z0-9_.-]{0,32}\$?:!{0,2}\Z|^\Z", re.IGNORECASE)
+_SHADOW_AFTER = re.compile(rb"(?::[0-9]*){0,3}\Z|:[0-9]*:[0-9]*:[0-9]*:")
 
 # ssh-keygen(1) writes "openssh-key-v1\0" in base64 after it.
 _PRIVATE_KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEA"
@@ -104,19 +109,20 @@ _SECTOR = 512
 
 
 def _parts_of_answers(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
+    """Give parts of the answer file that are nowhere else, as no installer writes them to the system as they are."""
     script = _SCRIPTS.get(secrets.answers_key or "")
     pieces = script.split(secrets.answers) if script else [secrets.answers]
     every = max(_PART_EVERY, len(secrets.answers) // _PARTS)
-    for piece in pieces:
-        for start in range(0, len(piece), every):
-            # From the beginning of a line, if one is near.
-            line = piece.find(b"\n", max(0, start - 1), start + _PART) + 1
-            part = piece[line if start else 0 :][:_PART].strip()
+    for piece in itertools.chain.from_iterable(map(_WANTED_TEXT.split, pieces)):
+        start = 0
+        while start < len(piece):
+            part = piece[start : start + _PART].strip(b"\n").rstrip()
             # Others' files have the same comments.
-            if len(part) >= _SHORTEST_PART and not all(
-                line.lstrip().startswith((b"#", b"//")) or not line.strip() for line in part.splitlines()
-            ):
+            lines = [line.strip() for line in part.split(b"\n")]
+            if len(part) >= _SHORTEST_PART and not all(line[:1] == b"#" or not line for line in lines):
                 yield "a part of the answer file", part
+            # From the beginning of a line: later in a long one it may be what the system has in a file.
+            start = piece.find(b"\n", start + every - 1) + 1 or len(piece)
 
 
 def _hashes(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
@@ -176,7 +182,7 @@ CHECKS = (
     ),
     Check(
         "answer-file",
-        "An answer file where installers leave it, or 1 KiB of this build's anywhere on the disk.",
+        "An answer file where installers leave it, or a larger part of this build's anywhere on the disk.",
         leftovers.answer_files,
         _parts_of_answers,
     ),
@@ -300,8 +306,11 @@ def needles(checks: Iterable[Check], secrets: Secrets) -> list[Needle]:
     return found
 
 
-def _is_in_shadow(before: bytes, after: bytes) -> bool:
+def _is_in_shadow(offset: int, before: bytes, data: bytes, after: bytes) -> bool:
     """Return whether a hash is where shadow(5) has it: that it is there was asked for."""
+    start, end = offset % _SECTOR, (offset + len(data)) % _SECTOR
+    # The block before may be of another file.
+    before, after = before[max(0, len(before) - start) :], after[: (_SECTOR - end) % _SECTOR]
     return bool(_SHADOW_BEFORE.search(before) and _SHADOW_AFTER.match(after))
 
 

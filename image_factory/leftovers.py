@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-# Of a directory, and of the users and their homes.
+# Of a directory, of the users and their homes, and of the logs, which are read one by one.
 _NAMES = 4096
 _HOMES = 256
+_LOGS = 256
 
 # Of what a check has found, and of a guest's name in a message.
 MOST = 100
@@ -133,12 +134,12 @@ class Look:
             return bool(self.names(path))
         return self.is_too_long(path) or bool((self.read(path) or b"").strip(b"\0"))
 
-    def files_below(self, path: str, depth: int = 4) -> Iterator[str]:
-        """Give the regular files with more than zeros at and below *path*."""
+    def files_at(self, path: str, depth: int = 4) -> Iterator[str]:
+        """Give the regular files at and below *path*."""
         if self.kind(path) == "directory":
             for name in self.names(path) if depth else []:
-                yield from self.files_below(joined(path, name), depth - 1)
-        elif self.has_content(path):
+                yield from self.files_at(joined(path, name), depth - 1)
+        elif self.kind(path) == "file":
             yield path
 
 
@@ -407,10 +408,13 @@ _LOG_PLACES = (
 
 def logs(look: Look, asked: Asked) -> Found:
     """Find what the installer and the installed system have logged while the image was built."""
-    for pattern in ("var/log", *_LOG_PLACES):
-        for path in look.matching(pattern):
-            for file in look.files_below(path):
-                yield f"/{quoted(file)} is a log of the build"
+    paths = [path for pattern in ("var/log", *_LOG_PLACES) for path in look.matching(pattern)]
+    files = list(dict.fromkeys(file for path in paths for file in look.files_at(path)))
+    for file in files[:_LOGS]:
+        if look.has_content(file):
+            yield f"/{quoted(file)} is a log of the build"
+    if len(files) > _LOGS:
+        yield f"/var/log has more than {_LOGS} files"
 
 
 # What else tells machines apart, or has to be a secret of each one.

@@ -27,15 +27,15 @@ MOST = 100
 class Needle:
     """*data* that is not to be on a disk, found by the audit's *check*; *what* are words for it.
 
-    It counts only at a multiple of *alignment*, and not where *is_wanted* returns true for the bytes
-    before and after it.  No message has the data itself.
+    It counts only at a multiple of *alignment*, and not where *is_wanted* returns true for its offset, the
+    CONTEXT before it, itself and the CONTEXT after it.  No message has the data itself.
     """
 
     check: str
     what: str
     data: bytes = field(repr=False)
     alignment: int = 1
-    is_wanted: Callable[[bytes, bytes], bool] | None = field(default=None, repr=False)
+    is_wanted: Callable[[int, bytes, bytes, bytes], bool] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,18 @@ def _hits_in(data: bytes, needle: Needle, position: int, start: int, until: int,
     last = until - position + len(needle.data) - 1
     at = data.find(needle.data, start - position, last)
     while at >= 0 and len(found) < most:
-        if (position + at) % needle.alignment == 0 and not _is_wanted(needle, data, at):
-            found.append(Hit(needle, position + at))
+        offset = position + at
+        if offset % needle.alignment == 0 and not _is_wanted(needle, offset, data, at):
+            found.append(Hit(needle, offset))
         at = data.find(needle.data, at + 1, last)
     return found
 
 
-def _is_wanted(needle: Needle, data: bytes, at: int) -> bool:
+def _is_wanted(needle: Needle, offset: int, data: bytes, at: int) -> bool:
+    if needle.is_wanted is None:
+        return False
     end = at + len(needle.data)
-    return needle.is_wanted is not None and needle.is_wanted(
-        data[max(0, at - CONTEXT) : at], data[end : end + CONTEXT]
-    )  # fmt: skip
+    return needle.is_wanted(offset, data[max(0, at - CONTEXT) : at], needle.data, data[end : end + CONTEXT])
 
 
 def _extents(file: io.FileIO, size: int) -> Iterator[tuple[int, int]]:

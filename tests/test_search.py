@@ -102,16 +102,17 @@ def test_a_place_that_is_wanted(tmp_path: Path) -> None:
     """What is around it is known also where it's in another chunk."""
     asked: list[tuple[bytes, bytes]] = []
 
-    def is_wanted(before: bytes, after: bytes) -> bool:
+    def is_wanted(offset: int, before: bytes, found: bytes, after: bytes) -> bool:
+        assert found == path.read_bytes()[offset : offset + len(SECRET)] == SECRET
         asked.append((before, after))
         return before.endswith(b"root:") and after.startswith(b":19000:")
 
+    path = tmp_path / "disk"
     needle = Needle("passwords", "", SECRET, is_wanted=is_wanted)
     line = b"root:" + SECRET + b":19000:" + b"y" * CONTEXT
-    for offset in range(CHUNK - len(line) - 2, CHUNK + 3):
+    for offset in range(CHUNK - len(line) - 2, CHUNK + 3, 5):
         data = bytearray(b"x" * (2 * CHUNK))
         data[offset : offset + len(line)] = line
-        path = tmp_path / "disk"
         path.write_bytes(data)
         assert offsets(path, needle) == []
         before, after = asked.pop()

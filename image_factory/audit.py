@@ -364,6 +364,23 @@ def compare_argv(artifact: Artifact, other: Artifact) -> list[str]:
     return ["qemu-img", "compare", "-f", artifact.format, "-F", other.format, str(artifact.path), str(other.path)]
 
 
+def describe(build: Build, formats: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps of the audit of the artifacts in *formats*, with their commands; none if it isn't wanted."""
+    if not build.plan.settings.audit:
+        return []
+    names = [build.plan.file_name(name) for name in formats]
+    artifact, *others = (
+        Artifact(build.directory / name, image_format, 0) for name, image_format in zip(names, formats, strict=True)
+    )
+    return [
+        *((f"Comparing {other.path.name}", [compare_argv(artifact, other)]) for other in others),
+        (f"Reopening {artifact.path.name}", [reopen_argv(artifact, copy_path(build))]),
+        (f"Searching {artifact.path.name}", []),
+        # It is mounted and unmounted like the disk before.
+        (f"Auditing {artifact.path.name}", []),
+    ]
+
+
 def copy_path(build: Build) -> Path:
     """Return where the copy is that is looked into."""
     return build.directory / "audit.raw"

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from . import (
+    audit,
     checkpoint,
     checksum,
     clean,
@@ -54,6 +55,7 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
         )
         for image_format in settings.format
     }
+    audit.check(plan)
     return dataclasses.replace(plan, destinations=destinations)
 
 
@@ -79,7 +81,13 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that *plan* needs, the user's own commands among them."""
-    names = [*SOURCES["installer"].programs(plan), *mounts.programs(plan), "fallocate", "zerofree"]
+    names = [
+        *SOURCES["installer"].programs(plan),
+        *mounts.programs(plan),
+        *audit.programs(plan),
+        "fallocate",
+        "zerofree",
+    ]
     if plan.settings.post_build_command:
         names.append(plan.settings.post_build_command[0])
     for destinations in plan.destinations.values():
@@ -198,6 +206,8 @@ def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> lis
     if until == "convert":
         return done.artifacts
     if not done.is_at("published"):
+        # Also after --resume, whatever was found before: it is what is published.
+        audit.audit_artifacts(build, disk, done.artifacts)
         # No signal disturbs the publishing itself; one that came before or meanwhile is not lost.
         interrupts.check()
         done.reach("published", publish.move_into_place(build, done.artifacts))
@@ -269,6 +279,7 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
         for name in formats
     ]
     steps += [(f"Checksumming {artifact.path.name}", []) for artifact in artifacts]
+    steps += audit.describe(build, formats)
     steps.append(("Publishing", []))
     for artifact, destination, commands in publish.upload_commands(plan, artifacts):
         steps.append((f"Uploading {artifact.path.name} to {destination.section}", commands))

@@ -32,7 +32,15 @@ SCHEMA_VERSION = 1
 _ANSWER_SECONDS = 2.0
 
 # What they accept holds no secret.  Other texts may, so of those only a digest is told.
-_SETTINGS_WITHOUT_SECRETS = ("format", "mount-via", "compression", "virt-type", "install-timeout", "stall-timeout")
+_SETTINGS_WITHOUT_SECRETS = (
+    "format",
+    "mount-via",
+    "compression",
+    "virt-type",
+    "install-timeout",
+    "stall-timeout",
+    "audit-skip",
+)
 
 _VERSION = re.compile(r"[0-9]+(?:\.[0-9]+)+[-+~.\w]*")
 
@@ -90,6 +98,7 @@ class Record:
         self._programs: dict[str, command.Query | None] = {}
         self._with_helper = False
         self._steps: list[_Span] = []
+        self._audit: dict[str, Any] | None = None
         self._artifacts: list[dict[str, Any]] = []
         self._warnings = _Warnings()
         self._failure: dict[str, Any] | None = None
@@ -134,6 +143,12 @@ class Record:
                 self._inputs.append((event, None if event.path is None else _digest_of(event.path)))
             case events.VirtTypeChosen():
                 self._virt_type = event.name
+            case events.Audited():
+                self._audit = {
+                    "artifact": event.artifact,
+                    "checks": list(event.checks),
+                    "findings": [{"check": check, "message": message} for check, message in event.findings],
+                }
             case events.Published():
                 self._artifacts.append(_artifact(event, self._plan))
 
@@ -190,6 +205,7 @@ class Record:
             "steps": [
                 step.document() | {"phases": [phase.document() for phase in step.phases]} for step in self._steps
             ],
+            "audit": self._audit,
             "artifacts": self._artifacts,
             "warnings": self._warnings.texts,
             "failure": self._failure,

@@ -190,7 +190,7 @@ def test_what_scripts_write_is_no_part(tmp_path: Path) -> None:
     motd = "".join(f"Line {number} of what everybody who logs in is told\n" for number in range(40))
     texts = {
         "kickstart": f"lang en_US\nkeyboard us, and so on\n%post\ncat >/etc/motd <<END\n{motd}END\n%end\npoweroff\n",
-        "yast": f"<profile><!-- it is ours --></general>\n<source><![CDATA[cat >/etc/motd <<END\n{motd}END\n]]></source></profile>\n",
+        "yast": f"<profile><!-- it is ours --></general>\n<source><![CDATA[cat >/m <<END\n{motd}END\n]]></source>\n",
         "autoinstall": "autoinstall:\n  late-commands:\n    - |\n" + re.sub("^", "      ", motd, flags=re.MULTILINE),
         "agama": json.dumps({"scripts": {"post": [{"content": motd}]}}, indent=1),
         "preseed": "d-i preseed/late_command string \\\n"

@@ -117,6 +117,7 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
             time.sleep(0.02)
             events.tell(events.PhaseStarted("packages"))
             raise CommandError(["false", "\x1b"], -9, ["last"])
+        events.tell(events.Audited("x.qcow2", ("logs",), (("logs", "/var/log/x is a log of the build"),)))
         events.tell(events.Published(image, "qcow2", 1 << 30, True, "0" * 64))
     events.tell(events.StepStarted("too late"))
     log.logger.warning("too late")
@@ -138,6 +139,8 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
     assert 0.02 <= partition["seconds"] <= step["seconds"]
     assert partition["started"] < packages["started"]
     assert found["artifacts"][0]["size"] == 5
+    findings = [{"check": "logs", "message": "/var/log/x is a log of the build"}]
+    assert found["audit"] == {"artifact": "x.qcow2", "checks": ["logs"], "findings": findings}
     assert found["artifacts"][0]["upload"] is True
     assert found["settings"]["cores"] == 3
     assert found["settings"]["format"] == ["raw"]

@@ -261,7 +261,7 @@ _LONG = "too long to be read"
 
 # Files with passwords, copies of them that tools leave, and which of their fields has it.
 _PASSWORD_FILE = re.compile(r"(g?shadow|passwd|group)(?:[-.+~_].*)?")
-_PASSWORD_PLACES = ("etc", "usr/etc", "var/backups", "var/lib/extrausers", "lib", "usr/lib")
+_PASSWORD_PLACES = ("etc", "usr/etc", "var/backups", "var/lib/extrausers")
 
 
 def passwords(look: Look, asked: Asked) -> Found:
@@ -467,7 +467,6 @@ _OWN_DIRECTORIES = (
     "etc/cron.d",
     "etc/sudoers.d",
     "etc/systemd/system",
-    "usr/lib/systemd/system",
     "usr/local/bin",
     "usr/local/sbin",
     "usr/local/lib",

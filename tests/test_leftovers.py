@@ -215,7 +215,7 @@ PLANTED: list[tuple[str, str, str | bytes]] = [
     ("passwords", "etc/passwd", passwd(f"!{HASH}")),
     ("passwords", "etc/passwd-", passwd(OTHER_HASH)),
     ("passwords", "var/backups/passwd.bak", passwd(OTHER_HASH)),
-    ("passwords", "usr/lib/passwd", passwd(OTHER_HASH)),
+    ("passwords", "usr/etc/passwd", passwd(OTHER_HASH)),
     ("passwords", "etc/security/opasswd", f"me:1000:1:{OTHER_HASH}\n"),
     ("authorized-keys", "root/.ssh/authorized_keys", f"ssh-rsa {OTHER_KEY}\n"),
     ("authorized-keys", "root/.ssh/authorized_keys", f"ssh-rsa {KEY}\nssh-rsa {OTHER_KEY} x"),

@@ -1,0 +1,137 @@
+"""The audit of images that are really opened, and mounted in each way."""
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from image_factory import audit, events
+from image_factory.errors import BuildError, NoSystemError
+from image_factory.model import Artifact, Build, Disk
+
+from .conftest import REPOSITORY, machine_state
+from .test_audit import PROXY, M, Told, build_of
+from .test_leftovers import CLEAN, HASH, KEY, PLANTED, Contents, fill
+
+ASKED_FOR = f"root_password_hash = {HASH.replace('$', '$$')}\nauthorized_keys = ssh-ed25519 {KEY} me\nproxy = {PROXY}\n"
+WAYS = ("loop", "guestfs")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("sys.argv", [str(REPOSITORY / "image-factory")])
+    before = machine_state()
+    yield
+    assert machine_state() == before
+
+
+def make_build(directory: Path, way: str, extra: str = "") -> Build:
+    directory.mkdir()
+    (directory / "own.cfg").write_text(f"d-i passwd/root-password-crypted password {HASH}\n# The key: {KEY}\n" * 3)
+    return build_of(directory, f"{ASKED_FOR}audit = yes\nmount-via = {way}\npreseed = {directory}/own.cfg\n{extra}")
+
+
+def make_artifacts(build: Build, top: Path, *formats: str) -> list[Artifact]:
+    """Return artifacts of a disk with an ext4 filesystem that has what is below *top*."""
+    (top / "etc").mkdir(exist_ok=True, parents=True)
+    (top / "etc/fstab").write_text("/dev/vda1 / ext4 defaults 0 1\n")
+    size = 80
+    with build.disk_path.open("wb") as file:
+        file.truncate((size + 2) * M)
+    table = f"label: gpt\nstart=1MiB, size={size}MiB\n"
+    subprocess.run(["/usr/sbin/sfdisk", "--quiet", build.disk_path], input=table, text=True, check=True)
+    argv = ["mke2fs", "-q", "-t", "ext4", "-d", top, "-E", f"offset={M}", build.disk_path, f"{size}M"]
+    subprocess.run(list(map(str, argv)), check=True)
+    artifacts = []
+    for name in formats:
+        path = build.directory / f"x.{name}"
+        options = ["-c"] if name == "qcow2" else []
+        argv = ["qemu-img", "convert", "-f", "raw", "-O", name, *options, build.disk_path, path]
+        subprocess.run(list(map(str, argv)), check=True)
+        artifacts.append(Artifact(path, name, (size + 2) * M))
+    return artifacts
+
+
+def audited(build: Build, artifacts: list[Artifact]) -> events.Audited:
+    """Audit *artifacts*, which stay as they are; return what is told of it."""
+
+    def state() -> dict[str, str]:
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in build.directory.iterdir()}
+
+    before, observer = state(), Told()
+    with events.observed(observer):
+        try:
+            audit.audit_artifacts(build, Disk(build.disk_path), artifacts)
+        except BuildError:
+            assert observer.events
+            assert observer.events[0].findings
+        else:
+            assert not observer.events[0].findings
+    # libguestfs' file to talk by is the build's own.
+    assert {name: digest for name, digest in state().items() if name != "appliance-file"} == before
+    [event] = observer.events
+    return event
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_clean_image_of_two_formats(tmp_path: Path, way: str) -> None:
+    build = make_build(tmp_path / "build", way)
+    fill(tmp_path / "top", CLEAN)
+    event = audited(build, make_artifacts(build, tmp_path / "top", "qcow2", "raw"))
+    assert event == events.Audited("x.qcow2", audit.NAMES, ())
+
+
+def compatible() -> Contents:
+    """Return as many of the planted leftovers as one system can have."""
+    contents = dict(CLEAN)
+    for _, name, data in PLANTED:
+        parents = {str(parent) for parent in Path(name).parents}
+        if not parents & contents.keys() and not any(other.startswith(f"{name}/") for other in contents):
+            contents[name] = data
+    return contents
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_is_found_as_in_a_directory(tmp_path: Path, way: str) -> None:
+    """All leftovers of the table at once; that each is found is in test_leftovers."""
+    contents = compatible()
+    assert len(contents) - len(CLEAN) > 90
+    files = fill(tmp_path / "top", contents)
+    (tmp_path / "top/var/lib/dbus/link").symlink_to("/etc/machine-id")
+    (tmp_path / "top/home/linked").symlink_to("/root")
+    os.mkfifo(tmp_path / "top/etc/ssh/pipe")
+    build = make_build(tmp_path / "build", way)
+    event = audited(build, make_artifacts(build, tmp_path / "top", "qcow2"))
+    asked, _ = audit.secrets_of(build)
+    expected = [(found.check, found.what) for found in audit.audit_files(files, asked)]
+    assert len(expected) > 90
+    found = [finding for finding in event.findings if " of the disk " not in finding[1]]
+    assert sorted(found) == sorted(expected)
+
+
+def test_deleted_and_published(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What was removed from the files is found in their blocks, and no message has it."""
+    build = make_build(tmp_path / "build", "loop", "audit-skip = identity")
+    fill(tmp_path / "top", CLEAN | {"gone": build.plan.settings.answer_file.read_bytes() + b"build:s;cret-pw@"})  # type: ignore[union-attr]
+    artifacts = make_artifacts(build, tmp_path / "top", "raw")
+    argv = ["debugfs", "-w", "-R", "rm gone", f"{artifacts[0].path}?offset={M}"]
+    subprocess.run(argv, check=True, capture_output=True)
+    with pytest.raises(BuildError) as caught:
+        audit.audit_artifacts(build, Disk(build.disk_path), artifacts)
+    assert caught.value.message.startswith("x.raw has what must not be cloned: the hash of a password, elsewhere than")
+    assert (caught.value.hint or "").endswith("audit-skip = passwords, answer-file, proxy-password")
+    for text in (caplog.text, str(caught.value), caught.value.hint or ""):
+        assert HASH not in text
+        assert "s;cret" not in text
+
+
+def test_image_without_a_system(tmp_path: Path) -> None:
+    build = make_build(tmp_path / "build", "loop")
+    artifacts = make_artifacts(build, tmp_path / "top", "raw")
+    subprocess.run(["mke2fs", "-q", "-F", "-E", f"offset={M}", artifacts[0].path, "80M"], check=True)
+    with pytest.raises(NoSystemError):
+        audit.audit_artifacts(build, Disk(build.disk_path), artifacts)
+    assert not audit.copy_path(build).exists()

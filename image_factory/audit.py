@@ -415,7 +415,7 @@ def audit_artifacts(build: Build, disk: Disk, artifacts: Sequence[Artifact]) -> 
             logger.info("Searched %s of data.", format_size(size))
         with mounts.mounted(build, Disk(copy, disk.virt_type)) as tree, step(f"Auditing {artifact.path.name}"):
             findings += audit_files(tree, asked, checks)
-    _tell(plan, artifact, checks, findings)
+    _tell(plan, artifact, checks, sorted(findings, key=lambda found: NAMES.index(found.check)))
 
 
 def _compare(artifact: Artifact, other: Artifact) -> None:

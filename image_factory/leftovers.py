@@ -5,6 +5,7 @@ be read where a secret belongs counts as one.
 """
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from typing import Protocol
 _NAMES = 4096
 _HOMES = 256
 _LOGS = 256
+
+# So many files of at most 1 MiB image-factory-sudo-helper reads at once, however large they are.
+_AT_ONCE = 15
 
 # Of what a check has found, and of a guest's name in a message.
 MOST = 100
@@ -66,7 +70,8 @@ class Look:
     def __init__(self, files: Files, known: Iterable[str] = ()) -> None:
         self._files = files
         self._kinds: dict[str, dict[str, str]] = {}
-        self._data: tuple[str, bytes | None] = "", None
+        # Of the last files that were read.
+        self._data: dict[str, bytes | None] = {}
         self._ask([directory for directory in dict.fromkeys(known) if is_askable(directory)])
 
     def _ask(self, directories: list[str]) -> None:
@@ -102,13 +107,26 @@ class Look:
 
     def read(self, path: str) -> bytes | None:
         """Return the contents of the regular file *path*, None if there is none or it is too long."""
-        if self._data[0] != path:
-            # What is in a name and can't be told is left open.
+        if path not in self._data:
+            self._fetch([path])
+        return self._data[path]
+
+    def together(self, paths: Iterable[str]) -> Iterator[str]:
+        """Give *paths*, several of which are read at once."""
+        left = iter(paths)
+        while group := list(itertools.islice(left, _AT_ONCE)):
+            self._fetch(group)
+            yield from group
+
+    def _fetch(self, paths: Sequence[str]) -> None:
+        patterns = {}
+        for path in paths:
             directory, _, name = path.rpartition("/")
-            pattern = joined(directory, re.sub(r"^-|[^A-Za-z0-9._@-]", "*", name))
-            there = self.kind(path) == "file" and is_askable(directory)
-            self._data = path, self._files.read([pattern]).get(path) if there else None
-        return self._data[1]
+            if self.kind(path) == "file" and is_askable(directory):
+                # What is in a name and can't be told is left open.
+                patterns[path] = joined(directory, re.sub(r"^-|[^A-Za-z0-9._@-]", "*", name))
+        found = self._files.read(list(dict.fromkeys(patterns.values()))) if patterns else {}
+        self._data = {path: found.get(path) for path in paths}
 
     def lines(self, path: str) -> list[bytes]:
         """Return the lines of *path* that are no comments, none if it is no regular file."""
@@ -266,12 +284,10 @@ _PASSWORD_PLACES = ("etc", "usr/etc", "var/backups", "var/lib/extrausers")
 
 def passwords(look: Look, asked: Asked) -> Found:
     """Find passwords that nobody asked for, accounts that need none, and hashes that everybody can read."""
-    for directory in _PASSWORD_PLACES:
-        for name in look.names(directory):
-            match = _PASSWORD_FILE.fullmatch(name)
-            path = joined(directory, name)
-            if match and look.kind(path) != "directory":
-                yield from _passwords_in(look, path, match[1], asked)
+    paths = [joined(directory, name) for directory in _PASSWORD_PLACES for name in look.names(directory)]
+    kinds = {path: match[1] for path in paths if (match := _PASSWORD_FILE.fullmatch(path.rpartition("/")[2]))}
+    for path in look.together(path for path in kinds if look.kind(path) != "directory"):
+        yield from _passwords_in(look, path, kinds[path], asked)
     if look.lines("etc/security/opasswd"):
         yield "/etc/security/opasswd has old passwords"
 
@@ -410,7 +426,7 @@ def logs(look: Look, asked: Asked) -> Found:
     """Find what the installer and the installed system have logged while the image was built."""
     paths = [path for pattern in ("var/log", *_LOG_PLACES) for path in look.matching(pattern)]
     files = list(dict.fromkeys(file for path in paths for file in look.files_at(path)))
-    for file in files[:_LOGS]:
+    for file in look.together(files[:_LOGS]):
         if look.has_content(file):
             yield f"/{quoted(file)} is a log of the build"
     if len(files) > _LOGS:

@@ -37,7 +37,8 @@ def build_of(directory: Path, text: str, *, name: str = "x", shipped: bool = Fal
     configuration.write_text(f"{base}{own}{text}\n")
     read = Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)})
     settings, variables = read.image(name, {}), read.variables(name, {})
-    plan = Plan(name, settings, datetime.date(2026, 1, 31), directory, {}, variables)
+    nowhere = dict.fromkeys(settings.format, ())
+    plan = Plan(name, settings, datetime.date(2026, 1, 31), directory, nowhere, variables)
     plan.work_path.mkdir(exist_ok=True)
     return Build(plan, plan.work_path, "vm")
 

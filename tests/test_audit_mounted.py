@@ -1,5 +1,6 @@
 """The audit of images that are really opened, and mounted in each way."""
 
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import audit, events
+from image_factory import audit, checkpoint, events, pipeline
 from image_factory.errors import BuildError, NoSystemError
-from image_factory.model import Artifact, Build, Disk
+from image_factory.model import Artifact, Build, Disk, Plan
 
 from .conftest import REPOSITORY, machine_state
 from .test_audit import PROXY, M, Told, build_of
@@ -135,3 +136,64 @@ def test_image_without_a_system(tmp_path: Path) -> None:
     with pytest.raises(NoSystemError):
         audit.audit_artifacts(build, Disk(build.disk_path), artifacts)
     assert not audit.copy_path(build).exists()
+
+
+def installed(directory: Path, contents: Contents) -> Build:
+    """Return a build whose disk is installed and cleaned, as --resume finds it."""
+    build = make_build(directory, "loop", "format = qcow2, raw\n")
+    fill(directory / "top", contents)
+    make_artifacts(build, directory / "top")
+    done = checkpoint.begin(build, Disk(build.disk_path), checkpoint.InputsUsed())
+    done.reach("cleaned")
+    return build
+
+
+def published(plan: Plan) -> list[str]:
+    return sorted(path.name for path in plan.output_dir.glob(f"{plan.base_name}*"))
+
+
+def test_build_publishes_what_passes(tmp_path: Path) -> None:
+    plan = installed(tmp_path / "build", CLEAN).plan
+    artifacts = pipeline.build_image(plan, resume=True)
+    assert len(artifacts) == 2
+    assert len(published(plan)) == 4
+    assert not plan.work_path.exists()
+
+
+def test_build_publishes_nothing_else(tmp_path: Path) -> None:
+    """However often it is resumed, until the user wants it."""
+    plan = installed(tmp_path / "build", CLEAN | {"etc/machine-id": "0" * 32}).plan
+    for _ in range(3):
+        with pytest.raises(BuildError, match=r"/etc/machine-id has a machine-id\.$") as caught:
+            pipeline.build_image(plan, resume=True)
+        assert "--resume x" in (caught.value.hint or "")
+        assert published(plan) == []
+        assert sorted(path.name for path in plan.work_path.iterdir()) == [
+            "checkpoint.json",
+            "disk.raw",
+            *(f"{plan.base_name}.{name}{more}" for name in ("qcow2", "raw") for more in ("", ".sha256sum")),
+        ]
+    stage = checkpoint.read(plan.work_path)
+    assert stage is not None
+    assert stage.stage == "converted"
+    pipeline.build_image(plan, resume=True, until="convert")
+    settings = dataclasses.replace(plan.settings, audit_skip=("machine-id",))
+    pipeline.build_image(dataclasses.replace(plan, settings=settings), resume=True)
+    assert len(published(plan)) == 4
+
+
+def test_dry_run_has_its_commands(tmp_path: Path) -> None:
+    plan = make_build(tmp_path / "build", "loop", "format = qcow2, raw\n").plan
+    steps = dict(pipeline.describe_build(plan))
+    names = list(steps)
+    raw, qcow2 = (plan.file_name(name) for name in ("raw", "qcow2"))
+    first = names.index(f"Comparing {raw}")
+    assert names[first:-1] == [
+        f"Comparing {raw}",
+        *(f"{verb} {qcow2}" for verb in ("Reopening", "Searching", "Auditing")),
+    ]
+    assert names[-1] == "Publishing"
+    [[program, verb, *_, target]] = steps[f"Reopening {qcow2}"]
+    assert (program, verb, target) == ("qemu-img", "convert", str(plan.work_path / "audit.raw"))
+    off = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, audit=False))
+    assert not {name.split()[0] for name, _ in pipeline.describe_build(off)} & {"Comparing", "Reopening", "Auditing"}

@@ -164,7 +164,8 @@ CHECKS = (
     ),
     Check(
         "machine-id",
-        "A machine-id other than *uninitialized*, for systemd or D-Bus, and what is named by one.",
+        "A machine-id other than *uninitialized*, for systemd or D-Bus, and kernels, boot-loader entries and journals "
+        "that are named by one.",
         leftovers.machine_ids,
     ),
     Check(
@@ -201,7 +202,7 @@ CHECKS = (
     Check(
         "identity",
         "What else must be different on each machine: random seed, secrets of systemd and NetworkManager, leases, "
-        "cloud-init's instances, names for iSCSI and network cards.",
+        "cloud-init's instances, names for iSCSI and NVMe, the disks and network cards of the build machine.",
         leftovers.identities,
     ),
     Check(

@@ -245,17 +245,25 @@ def host_keys(look: Look, asked: Asked) -> Found:
             yield f"/{quoted(path)} is an ssh host key"
 
 
-_ID = re.compile(r"[0-9a-f]{32}")
+_ID = re.compile(r"(?<![0-9A-Za-z])[0-9a-f]{32}(?![0-9A-Za-z])")
 
-# Directories where names begin with the machine-id: boot-loader entries and kernels, the journal.
+# Directories where names have the machine-id: boot-loader entries, kernels, the journal.
 _NAMED_BY_ID = (
     "boot",
     "boot/efi",
     "efi",
-    "boot/loader/entries",
-    "boot/efi/loader/entries",
-    "efi/loader/entries",
+    *(f"{root}/{name}" for root in ("boot", "boot/efi", "efi") for name in ("loader/entries", "EFI/Linux")),
     "var/log/journal",
+)
+
+# Files that tell boot loaders and kernels of it.
+_WITH_ID = (
+    "etc/kernel/entry-token",
+    "etc/kernel/cmdline",
+    "etc/machine-info",
+    "boot/grub/grubenv",
+    "boot/grub2/grubenv",
+    *(f"{root}/loader/loader.conf" for root in ("boot", "boot/efi", "efi")),
 )
 
 
@@ -264,13 +272,12 @@ def machine_ids(look: Look, asked: Asked) -> Found:
     for path in ("etc/machine-id", "var/lib/dbus/machine-id"):
         if look.is_too_long(path) or (look.read(path) or b"").strip() not in (b"", b"uninitialized"):
             yield f"/{path} has a machine-id"
-    if _ID.search((look.read("etc/kernel/entry-token") or b"").decode("ascii", "replace")):
-        yield "/etc/kernel/entry-token has a machine-id"
-    if any(line.startswith(b"KERNEL_INSTALL_MACHINE_ID=") for line in look.lines("etc/machine-info")):
-        yield "/etc/machine-info has a machine-id"
+    for path in look.together(path for path in _WITH_ID if look.kind(path) == "file"):
+        if _ID.search((look.read(path) or b"").decode("ascii", "replace")):
+            yield f"/{path} has a machine-id"
     for directory in _NAMED_BY_ID:
         for name in look.names(directory):
-            if re.match(r"[0-9a-f]{32}(?![0-9A-Za-z])", name):
+            if _ID.search(name):
                 yield f"/{quoted(joined(directory, name))} is named by a machine-id"
 
 
@@ -377,6 +384,8 @@ _ANSWER_PLACES = (
     "root/original-ks.cfg",
     "root/initial-setup-ks.cfg",
     "root/autoinst.*",
+    "etc/install.inf",
+    "var/lib/autoinstall",
     "root/preseed*.cfg",
     "root/autoinstall.*",
     "preseed*.cfg",
@@ -436,17 +445,26 @@ def logs(look: Look, asked: Asked) -> Found:
 # What else tells machines apart, or has to be a secret of each one.
 _IDENTITIES = (
     "var/lib/systemd/random-seed",
-    "var/lib/urandom/random-seed",
     "var/lib/systemd/credential.secret",
+    "var/lib/urandom/random-seed",
+    "boot/loader/random-seed",
+    "boot/efi/loader/random-seed",
+    "efi/loader/random-seed",
     "var/lib/NetworkManager/secret_key",
+    "var/lib/NetworkManager/seen-bssids",
     "var/lib/NetworkManager/*.lease",
     "var/lib/dhcp/*.lease*",
     "var/lib/dhclient/*.lease*",
     "var/lib/dhcpcd/*.lease*",
+    "var/lib/dhcpcd/duid",
+    "etc/dhcpcd.duid",
     "var/lib/wicked/lease-*",
     "var/lib/cloud/instances",
     "var/lib/cloud/data",
     "var/lib/zypp/AnonymousUniqueId",
+    "etc/nvme/hostid",
+    "etc/nvme/hostnqn",
+    "etc/lvm/devices/system.devices",
     "etc/udev/rules.d/70-persistent-*",
 )
 
@@ -516,9 +534,9 @@ DIRECTORIES = tuple(
                 *(f"{place}/x" for place in (*_HOST_KEY_PLACES, *_NAMED_BY_ID, *_PASSWORD_PLACES, "home", "var/home")),
                 *(f"{place}/x" for place in (*_OWN_DIRECTORIES, *_ANSWER_DIRECTORIES) if place),
                 *(f"{place}/sshd_config.d/x" for place in _SSHD),
-                *(*_KEY_PLACES, *_ANSWER_PLACES, *_LOG_PLACES, *_IDENTITIES),
+                *(*_KEY_PLACES, *_ANSWER_PLACES, *_LOG_PLACES, *_IDENTITIES, *_WITH_ID),
                 *(f"{home}/.ssh/x" for home in ("root", "etc/skel", "var/roothome")),
-                *("etc/kernel/x", "etc/iscsi/x", "etc/security/x", "var/lib/dbus/x", "var/log/x"),
+                *("etc/iscsi/x", "etc/security/x", "var/lib/dbus/x", "var/log/x"),
             ]
         )
     )

@@ -39,6 +39,7 @@ PACKAGES = {
     "rsync": "rsync",
     "sfdisk": "fdisk",
     "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
     "sudo": "sudo",
     "virsh": "libvirt-clients",
     "virt-install": "virtinst",
@@ -145,6 +146,7 @@ def run(
     argv: Sequence[str],
     *,
     capture: bool = False,
+    stdin: Path = Path(os.devnull),
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float | None = None,
@@ -158,7 +160,7 @@ def run(
 ) -> str:
     """Run *argv*, log the command and what it prints, and return its stdout if *capture* is set.
 
-    The program gets stdin from /dev/null, LC_ALL=C.UTF-8, and no controlling terminal: nothing can
+    The program gets stdin from the file *stdin*, LC_ALL=C.UTF-8, and no controlling terminal: nothing can
     wait for an answer, and Ctrl-C reaches only image-factory, which stops the program in good order:
     *stop_signal*, and after *stop_seconds* SIGKILL.  *env* replaces the environment.  With
     *new_session* false the program keeps the terminal's session, by which sudo remembers a password.
@@ -173,19 +175,20 @@ def run(
         logger.info("Running: %s", shlex.join(argv))
     environment = dict(os.environ if env is None else env) | {"LC_ALL": "C.UTF-8"}
     try:
-        process = subprocess.Popen(
-            [shutil.which(argv[0], path=search_path()) or argv[0], *argv[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if capture else subprocess.STDOUT,
-            cwd=cwd,
-            env=environment,
-            bufsize=0,
-            start_new_session=new_session,
-            process_group=None if new_session else 0,
-            umask=umask,
-            preexec_fn=partial(_end_with, os.getpid(), stop_signal),
-        )
+        with stdin.open("rb") as source:
+            process = subprocess.Popen(
+                [shutil.which(argv[0], path=search_path()) or argv[0], *argv[1:]],
+                stdin=source,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if capture else subprocess.STDOUT,
+                cwd=cwd,
+                env=environment,
+                bufsize=0,
+                start_new_session=new_session,
+                process_group=None if new_session else 0,
+                umask=umask,
+                preexec_fn=partial(_end_with, os.getpid(), stop_signal),
+            )
     except subprocess.SubprocessError as error:
         raise BuildError(f"Can't run {argv[0]}: {error}") from error
     except OSError as error:
@@ -489,6 +492,33 @@ def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
         finally:
             _stop(process, signal.SIGKILL, 5.0)
     return bytes(output)
+
+
+@contextmanager
+def background(argv: Sequence[str], output: Path) -> Iterator[Callable[[], int | None]]:
+    """Have *argv* run inside, and kill it on the way out; give what returns its status, None while it runs.
+
+    What it prints goes to the file *output*.  It is killed with image-factory, too.
+    """
+    logger.info("Running: %s", shlex.join(argv))
+    try:
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"LC_ALL": "C.UTF-8"},
+                start_new_session=True,
+                preexec_fn=partial(_end_with, os.getpid(), signal.SIGKILL),
+            )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"Can't run {argv[0]}: {error}") from error
+    with _closed(process):
+        try:
+            yield process.poll
+        finally:
+            _stop(process, signal.SIGKILL, _KILL_SECONDS)
 
 
 class Query:

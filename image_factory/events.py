@@ -98,6 +98,25 @@ class Published:
     sha256: str | None
 
 
+@dataclass(frozen=True)
+class BootCheck:
+    """A check of the test boot.  *outcome* is ``passed``, ``failed`` or ``skipped``, and *message* says why."""
+
+    name: str
+    outcome: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class BootTested:
+    """The artifact named *artifact* was booted with *firmware*, which took *seconds*."""
+
+    artifact: str
+    firmware: str
+    seconds: float
+    checks: tuple[BootCheck, ...]
+
+
 Event = (
     StepStarted
     | StepEnded
@@ -109,6 +128,7 @@ Event = (
     | InputUsed
     | VirtTypeChosen
     | Published
+    | BootTested
 )
 
 

@@ -62,6 +62,11 @@ class Plan:
         return self.output_dir / f"{self.base_name}.console.log"
 
     @property
+    def junit_path(self) -> Path:
+        """Where the results of the test boot are to be."""
+        return self.output_dir / f"{self.base_name}.junit.xml"
+
+    @property
     def screenshot_path(self) -> Path:
         """Where a picture of the guest's screen is to be when its installation has failed."""
         return self.output_dir / f"{self.base_name}.png"

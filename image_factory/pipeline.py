@@ -20,6 +20,7 @@ from . import (
     publish,
     rsync,
     shrink,
+    testboot,
     workspace,
 )
 from .checkpoint import Checkpoint
@@ -63,6 +64,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     Returns the plan with what is chosen on this machine.
     """
     guest.check_machine(plan)
+    testboot.check(plan)
     if resume and not checkpoint.read(plan.work_path):
         # Before the working directory is opened, so that what is there stays.
         raise checkpoint.nothing_to_resume(plan)
@@ -79,7 +81,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that *plan* needs, the user's own commands among them."""
-    names = [*SOURCES["installer"].programs(plan), *mounts.programs(plan), "fallocate", "zerofree"]
+    names = [*SOURCES["installer"].programs(plan), *mounts.programs(plan), "fallocate", "zerofree", *testboot.programs(plan)]
     if plan.settings.post_build_command:
         names.append(plan.settings.post_build_command[0])
     for destinations in plan.destinations.values():
@@ -198,6 +200,7 @@ def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> lis
     if until == "convert":
         return done.artifacts
     if not done.is_at("published"):
+        testboot.test_boot(build, disk, done.artifacts)
         # No signal disturbs the publishing itself; one that came before or meanwhile is not lost.
         interrupts.check()
         done.reach("published", publish.move_into_place(build, done.artifacts))
@@ -269,6 +272,7 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
         for name in formats
     ]
     steps += [(f"Checksumming {artifact.path.name}", []) for artifact in artifacts]
+    steps += testboot.describe(build, artifacts)
     steps.append(("Publishing", []))
     for artifact, destination, commands in publish.upload_commands(plan, artifacts):
         steps.append((f"Uploading {artifact.path.name} to {destination.section}", commands))

@@ -32,7 +32,7 @@ SCHEMA_VERSION = 1
 _ANSWER_SECONDS = 2.0
 
 # What they accept holds no secret.  Other texts may, so of those only a digest is told.
-_SETTINGS_WITHOUT_SECRETS = ("format", "mount-via", "compression", "virt-type", "install-timeout", "stall-timeout")
+_SETTINGS_WITHOUT_SECRETS = ("format", "mount-via", "compression", "virt-type", "install-timeout", "stall-timeout", "test-boot-timeout")
 
 _VERSION = re.compile(r"[0-9]+(?:\.[0-9]+)+[-+~.\w]*")
 
@@ -91,6 +91,7 @@ class Record:
         self._with_helper = False
         self._steps: list[_Span] = []
         self._artifacts: list[dict[str, Any]] = []
+        self._test_boots: list[events.BootTested] = []
         self._warnings = _Warnings()
         self._failure: dict[str, Any] | None = None
 
@@ -136,6 +137,8 @@ class Record:
                 self._virt_type = event.name
             case events.Published():
                 self._artifacts.append(_artifact(event, self._plan))
+            case events.BootTested():
+                self._test_boots.append(event)
 
     def fail(self, error: BaseException, message: str, hint: str | None, exit_status: int) -> None:
         """Note that the build ends with *error*, and what the user is told of it."""
@@ -190,6 +193,7 @@ class Record:
             "steps": [
                 step.document() | {"phases": [phase.document() for phase in step.phases]} for step in self._steps
             ],
+            "test_boots": [dataclasses.asdict(boot) | {"seconds": _rounded(boot.seconds)} for boot in self._test_boots],
             "artifacts": self._artifacts,
             "warnings": self._warnings.texts,
             "failure": self._failure,
@@ -222,7 +226,8 @@ def _version_argv(program: str) -> list[str] | None:
     if program == "zerofree":
         # It has no option for that.
         return ["dpkg-query", "--show", "--showformat", "${Version}", program]
-    if program == "ssh":
+    if program in ("ssh", "ssh-keygen"):
+        # The latter has no option for that, and is of the same package.
         return ["ssh", "-V"]
     return [program, "--version"] if program in command.PACKAGES else None
 

@@ -164,6 +164,17 @@ def parse_file_name(text: str) -> Path:
     return path
 
 
+def parse_patterns(text: str) -> tuple[str, ...]:
+    """Regular expressions, one a line."""
+    patterns = tuple(line.strip() for line in text.splitlines() if line.strip())
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"regular expressions, one a line ({error})") from None
+    return patterns
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a file comes from: a local *path*, or a *uri* to fetch, from one of *mirrors* if it isn't there."""
@@ -363,6 +374,14 @@ class ImageSettings:
     install_timeout: float = _setting(parse_duration, "how long the installation may take, or none", "2h")
     stall_timeout: float | None = _setting(
         parse_duration, "how long it may show no sign of life, or none (default: 10m with KVM, else 30m)"
+    )
+    test_boot: bool = _setting(parse_boolean, "boot the finished image, and fail if it doesn't come up well", "no")
+    test_script: Path | None = _setting(parse_file_name, "script to run in the booted image")
+    test_boot_timeout: float | None = _setting(
+        parse_duration, "how long each test boot may take, or none (default: 10m with KVM, else 30m)"
+    )
+    kernel_errors_allowed: tuple[str, ...] = _setting(
+        parse_patterns, "regular expressions, one a line, of errors in the kernel's log that the test boot accepts", ""
     )
     upload_destinations: tuple[str, ...] = _setting(
         split_list, "sections of upload destinations, with commas; empty means none", ""

@@ -147,7 +147,7 @@ def test_no_uefi_for_hybrid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_kvm_of_another_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guest, "_has_uefi", lambda architecture: True)
+    monkeypatch.setattr(guest, "uefi_firmware", lambda architecture: [architecture])
     with pytest.raises(ConfigurationError, match=r"^\[image\] virt-type: KVM runs no aarch64 on x86_64\.$"):
         guest.check_machine(plan(tmp_path, "arch = aarch64\nvirt-type = kvm"))
     assert guest.choose_virt_type(plan(tmp_path, "arch = aarch64"), Path("/netboot/linux")) == "qemu"

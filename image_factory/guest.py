@@ -264,9 +264,9 @@ def uefi_firmware(architecture: str) -> list[Firmware]:
             if "uefi" in told["interface-types"] and any(
                 target["architecture"] == architecture for target in told["targets"]
             ):
-                code, memory = (told["mapping"].get(key, {}) for key in ("executable", "nvram-template"))
+                code, memory = (told.get("mapping", {}).get(key, {}) for key in ("executable", "nvram-template"))
                 parts = (code.get("filename"), memory.get("filename"), code.get("format", "raw"))
-                found.append(Firmware(*parts, "secure-boot" in told["features"]))
+                found.append(Firmware(*parts, "secure-boot" in told.get("features", [])))
     return found
 
 

@@ -81,7 +81,13 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that *plan* needs, the user's own commands among them."""
-    names = [*SOURCES["installer"].programs(plan), *mounts.programs(plan), "fallocate", "zerofree", *testboot.programs(plan)]
+    names = [
+        *SOURCES["installer"].programs(plan),
+        *mounts.programs(plan),
+        "fallocate",
+        "zerofree",
+        *testboot.programs(plan),
+    ]
     if plan.settings.post_build_command:
         names.append(plan.settings.post_build_command[0])
     for destinations in plan.destinations.values():

@@ -32,7 +32,15 @@ SCHEMA_VERSION = 1
 _ANSWER_SECONDS = 2.0
 
 # What they accept holds no secret.  Other texts may, so of those only a digest is told.
-_SETTINGS_WITHOUT_SECRETS = ("format", "mount-via", "compression", "virt-type", "install-timeout", "stall-timeout", "test-boot-timeout")
+_SETTINGS_WITHOUT_SECRETS = (
+    "format",
+    "mount-via",
+    "compression",
+    "virt-type",
+    "install-timeout",
+    "stall-timeout",
+    "test-boot-timeout",
+)
 
 _VERSION = re.compile(r"[0-9]+(?:\.[0-9]+)+[-+~.\w]*")
 

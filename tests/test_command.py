@@ -1,6 +1,7 @@
 """Programs are run with everything they print in the log, and are gone afterwards."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -489,3 +491,48 @@ def test_conversation_with_a_program_that_is_missing() -> None:
     missing = command.conversation(["no-such-program"], env={}, timeout=1, stop_seconds=1)
     with pytest.raises(BuildError, match="Can't run no-such-program: No such file"), missing:
         pytest.fail("it was started")
+
+
+class TestBackground:
+    """command.background kills what it has started on every way out."""
+
+    def test_the_body_raises(self, tmp_path: Path) -> None:
+        found: list[Any] = []
+        with pytest.raises(OSError, match="x"), command.background(["sleep", "4711"], tmp_path / "log") as ended:
+            found.append(ended)
+            assert ended() is None
+            raise OSError(errno.EIO, "x")
+        assert found[0]() == -9
+
+    def test_what_it_prints_is_kept(self, tmp_path: Path) -> None:
+        with command.background(["sh", "-c", "echo out; echo err >&2; exit 3"], tmp_path / "log") as ended:
+            while ended() is None:
+                pass
+            assert ended() == 3
+        assert (tmp_path / "log").read_text() == "out\nerr\n"
+
+    def test_a_program_that_is_not_there(self, tmp_path: Path) -> None:
+        with (
+            pytest.raises(BuildError, match="Can't run not-there"),
+            command.background(["not-there"], tmp_path / "log"),
+        ):
+            pass
+
+    def test_it_ends_with_us(self, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        script = (
+            "import os, signal, pathlib\nfrom image_factory import command\n"
+            f"log = pathlib.Path({str(log)!r})\n"
+            "with command.background(['sh', '-c', 'echo $$; exec sleep 4712'], log):\n"
+            "    while not log.read_text().endswith('\\n'): pass\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        subprocess.run(["/usr/bin/python3", "-c", script], cwd=REPOSITORY, check=False)
+        pid = int(log.read_text())
+        stat = Path(f"/proc/{pid}/stat")
+        assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_a_program_may_read_a_file(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("text")
+    assert command.run(["cat"], stdin=tmp_path / "in", capture=True) == "text"

@@ -117,6 +117,8 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
             time.sleep(0.02)
             events.tell(events.PhaseStarted("packages"))
             raise CommandError(["false", "\x1b"], -9, ["last"])
+        check = events.BootCheck("units", "failed", "a.service failed")
+        events.tell(events.BootTested("x.qcow2", "bios", 61.0004, (check,)))
         events.tell(events.Published(image, "qcow2", 1 << 30, True, "0" * 64))
     events.tell(events.StepStarted("too late"))
     log.logger.warning("too late")
@@ -130,6 +132,8 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
     assert found["warnings"] == ["red tape"]
     origin = "https://example.com:8443/linux"
     assert found["inputs"][-1] == {"key": "linux", "origin": origin, "sha256": None, "verified_by": "linux-sha256"}
+    (boot,) = found["test_boots"]
+    assert (boot["seconds"], boot["checks"][0]["message"]) == (61.0, "a.service failed")
     (step,) = found["steps"]
     assert (step["name"], step["outcome"]) == ("Installing", "failed")
     partition, packages = step["phases"]

@@ -28,6 +28,7 @@ _LONGEST_SHOWN = 200
 
 # Each fact comes in base64, as no shell can write JSON's strings.  systemd starts it as a unit of the
 # kind ``simple``, whose own job is done at once: else the system would be "starting" as long as it waits.
+# What systemd writes to the kernel's log has another facility than 0.
 # A guest without cloud-init, which has no user from the seed, gets one here.
 _SCRIPT = """\
 export LC_ALL=C
@@ -73,7 +74,7 @@ fact growpart command -v growpart
 fact has-cloud-init command -v cloud-init
 fact cloud-init cat /run/cloud-init/result.json
 fact sshd sh -c 'command -v sshd || ls /usr/sbin/sshd'
-fact kernel journalctl -k -b -p err -o cat --no-pager
+fact kernel journalctl -b -p err -o cat --no-pager _TRANSPORT=kernel SYSLOG_FACILITY=0
 fact journal journalctl -b -p warning -n 60 -o short-monotonic --no-pager
 echo '}'
 """

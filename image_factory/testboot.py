@@ -598,8 +598,11 @@ def _log(checks: Sequence[BootCheck]) -> None:
 
 
 def _explain(report: Message | None, lines: Sequence[str]) -> None:
-    for line in report.lines("journal")[-_SHOWN_LINES:] if report else []:
-        logger.error("guest's journal: %s", line)
+    if report:
+        for line in report.lines("kernel")[:_SHOWN_LINES]:
+            logger.error("error of the guest's kernel: %s", line)
+        for line in report.lines("journal")[-_SHOWN_LINES:]:
+            logger.error("guest's journal: %s", line)
     for line in list(lines)[-_SHOWN_LINES:]:
         logger.error("console: %s", line)
 

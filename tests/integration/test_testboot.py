@@ -98,9 +98,13 @@ class Scene:
             with copy.open("r+b") as file:
                 file.write(bytes(440))
             return
+        root = f"{copy}?offset={golden.ROOT_OFFSET}"
+        free = re.search(r"^Free blocks: +([0-9]+)$", run("debugfs", "-R", "stats -h", root).stdout, re.MULTILINE)
+        assert free is not None
         commands = self.directory / "commands"
-        commands.write_text(change)
-        run("debugfs", "-w", "-f", commands, f"{copy}?offset={golden.ROOT_OFFSET}")
+        # But for what the list of the file's own blocks takes.
+        commands.write_text(change.replace("FREE", str(int(free[1]) - 200)))
+        run("debugfs", "-w", "-f", commands, root)
 
     def argv(self, *flags: str) -> list[str]:
         configuration = str(self.directory / "image-factory.conf")
@@ -198,9 +202,9 @@ BROKEN = {
         "boot", "its kernel panicked: Attempted to kill init!", 110,
     ),
     "root full": Broken(
-        "write /dev/null /fill\nfallocate /fill 0 1000000\n", "root-space", "its root filesystem is full"
+        "write /dev/null /fill\nfallocate /fill 0 FREE\n", "root-space", "its root filesystem is full"
     ),
-    "no network": Broken("rm /sbin/dhclient\n", "network", "it has no network: no card has an IPv4 address"),
+    "no network": Broken("rm /usr/sbin/dhclient\n", "network", "it has no network: no card has an IPv4 address"),
     "a failing unit, a failing script": Broken(
         "cd /etc/systemd/system/multi-user.target.wants\nwrite UNIT broken.service\n",
         "units", r"broken\.service failed; script failed with status 3: script on \S+ as image-factory",

@@ -70,7 +70,7 @@ _SIGNS = (
     _Sign(r"No bootable device|No bootable option|>>Start (?:PXE|HTTP) over|UEFI Interactive Shell",
           "the firmware found no boot loader on its disk"),
     _Sign(r"grub rescue>", "its boot loader did not find its files"),
-    _Sign(r"[Nn]o space left on device", "its root filesystem is full", 90.0),
+    _Sign(r"[Nn]o space left on device", "its root filesystem is full", 60.0),
 )  # fmt: skip
 
 

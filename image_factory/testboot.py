@@ -63,7 +63,7 @@ class _Sign:
 
 # Where several are seen, the first of them here counts.
 _SIGNS = (
-    _Sign(r"Kernel panic - not syncing: (.{1,160})", r"its kernel panicked: \1"),
+    _Sign(r"(?<!end )Kernel panic - not syncing: (.{1,160})", r"its kernel panicked: \1"),
     _Sign(r"ALERT! +(\S{1,100}) does not exist", r"its initramfs did not find the root filesystem \1"),
     _Sign(r"dracut-initqueue.*timeout", "its initramfs did not find the root filesystem", 60.0),
     _Sign(r"[Ee]ntering emergency mode|You are in emergency mode", "it came up in emergency mode"),
@@ -228,7 +228,7 @@ def qemu_argv(machine: _Machine, mac: str, port: int | str) -> list[str]:
         facts.qemu,
         "-name", machine.build.vm_name,
         "-machine", ",".join(options),
-        "-cpu", facts.test_cpu if emulated else "host",
+        "-cpu", _emulated_cpu(settings) if emulated else "host",
         # With two, emulation now and then mixes up old and new code of a kernel that patches itself.
         "-smp", "1" if emulated else str(settings.cores),
         "-m", str(settings.ram >> 20),
@@ -254,6 +254,13 @@ def qemu_argv(machine: _Machine, mac: str, port: int | str) -> list[str]:
         "-device", f"virtserialport,chardev=report,name={bootreport.PORT}",
         *(word for path in machine.credentials for word in ("-smbios", f"type=11,path={_escaped(path)}")),
     ]  # fmt: skip
+
+
+def _emulated_cpu(settings: ImageSettings) -> str:
+    facts = arch.ARCHITECTURES[settings.arch]
+    if settings.kickstart or not facts.flawed_feature:
+        return facts.test_cpu
+    return f"{facts.test_cpu},-{facts.flawed_feature}"
 
 
 def _blockdev(name: str, image_format: str, path: str, *, read_only: bool = False) -> list[str]:
@@ -352,8 +359,12 @@ class _Guest:
         for line in [*lines, self._console.line]:
             for order, sign in enumerate(_SIGNS):
                 match = re.search(sign.pattern, line)
-                if match and (self._sign is None or order < self._sign[0]):
-                    self._sign = order, match.expand(sign.problem), time.monotonic() + sign.seconds
+                problem = match and match.expand(sign.problem)
+                if problem and (self._sign is None or order < self._sign[0]):
+                    self._sign = order, problem, time.monotonic() + sign.seconds
+                elif problem and self._sign and problem.startswith(self._sign[1]):
+                    # The line was not whole.
+                    self._sign = order, problem, self._sign[2]
 
     def wait_for_report(self, seconds: float) -> str:
         """Wait until the system is up and has reported; return why it has not, empty if it has."""

@@ -51,7 +51,7 @@ def test_boots(tmp_path: Path, text: str, formats: list[str], expected: list[str
 def test_the_machine_is_another_one_than_that_of_the_installation(tmp_path: Path) -> None:
     argv = testboot.qemu_argv(machine(tmp_path, text="mac = 52:54:00:12:34:56"), "02:00:00:00:00:01", 4242)
     assert values(argv, "-machine") == ["q35,graphics=off,accel=tcg"]
-    assert (values(argv, "-cpu"), values(argv, "-smp")) == (["max"], ["1"])
+    assert (values(argv, "-cpu"), values(argv, "-smp")) == (["max,-cx16"], ["1"])
     devices = values(argv, "-device")
     assert "scsi-hd,drive=disk,bootindex=1" in devices
     assert not [device for device in devices if device.startswith("virtio-blk")]
@@ -63,6 +63,12 @@ def test_the_machine_is_another_one_than_that_of_the_installation(tmp_path: Path
 def test_kvm_has_all_processors(tmp_path: Path) -> None:
     argv = testboot.qemu_argv(machine(tmp_path, text="cores = 3\nram = 2G", virt_type="kvm"), "02:00:00:00:00:01", 1)
     assert (values(argv, "-cpu"), values(argv, "-smp"), values(argv, "-m")) == (["host"], ["3"], ["2048"])
+
+
+@pytest.mark.parametrize(("text", "cpu"), [("kickstart = /k.ks", "max"), ("arch = aarch64", "max,pauth-impdef=on")])
+def test_processor_of_other_systems(tmp_path: Path, text: str, cpu: str) -> None:
+    argv = testboot.qemu_argv(machine(tmp_path, "uefi", text), "02:00:00:00:00:01", 1)
+    assert values(argv, "-cpu") == [cpu]
 
 
 @pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
@@ -177,6 +183,13 @@ def test_console_tells_why(scene: Scene, line: str, problem: str) -> None:
 def test_the_gravest_sign_counts(scene: Scene) -> None:
     scene.prints("No space left on device\r\nKernel panic - not syncing: x\r\n")
     assert scene.answer() == "its kernel panicked: x"
+
+
+def test_the_line_is_not_whole_at_first(scene: Scene) -> None:
+    scene.prints("Kernel panic - not syncing: Fata")
+    scene.guest.look()
+    scene.prints("l exception\r\n---[ end Kernel panic - not syncing: Fatal exception ]---\r\n")
+    assert scene.answer() == "its kernel panicked: Fatal exception"
 
 
 def test_a_guest_that_comes_up(scene: Scene) -> None:

@@ -195,7 +195,7 @@ class Broken:
 
 BROKEN = {
     "no boot loader": Broken(
-        "no boot loader", "boot", "it did not start: within 1 min .*Booting from Hard Disk", 110, timeout=60
+        "no boot loader", "boot", "it did not start: within 60 s .*Booting from Hard Disk", 110, timeout=60
     ),
     "kernel panic": Broken(
         "rm /lib/systemd/systemd\nwrite /bin/false /lib/systemd/systemd\nsif /lib/systemd/systemd mode 0100755\n",
@@ -204,7 +204,8 @@ BROKEN = {
     # There is no report: cloud-init has no room for it.
     "root full": Broken("write /dev/null /fill\nfallocate /fill 0 FREE\n", "boot", "its root filesystem is full"),
     "a failing unit, a failing script": Broken(
-        "cd /etc/systemd/system/multi-user.target.wants\nwrite UNIT broken.service\n",
+        "cd /etc/systemd/system\nwrite UNIT broken.service\n"
+        "cd multi-user.target.wants\nsymlink broken.service /etc/systemd/system/broken.service\n",
         "units", r"broken\.service failed; script failed with status 3: script on \S+ as image-factory",
         script_status=3,
     ),

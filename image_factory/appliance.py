@@ -16,7 +16,7 @@ from . import command, layout, tree
 from .command import Conversation
 from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, step
-from .model import Build, Disk, Plan, Volume
+from .model import LARGEST_LOAD, Build, Disk, Plan, Volume
 from .tree import Branch, Tree
 
 STEP = "Mounting the filesystems"
@@ -38,6 +38,9 @@ _DEEPEST = 8
 _SHOWN_OF_FILE = 1 << 20
 _SHOWN = 16 << 20
 _HEADING = 1 << 10
+
+# So many entries of a top directory are measured.
+_USAGES = 256
 
 # So many subvolumes of btrfs are looked into.
 _TOPS = 64
@@ -186,6 +189,28 @@ class ApplianceFilesystem:
                 self.guestfish.do(f"rm-rf {self._word(path)}")
                 removed.append(_shown_name(path))
         return removed
+
+    def load(self, path: str) -> bytes | None:
+        """Return the file *path*."""
+        # One question for all links on the way, where _matching has one for each directory.
+        if self.guestfish.ask(f"-realpath {self._word(path)}")[-1:] != [f"{self.place}/{path}"]:
+            return None
+        if not self._is("file", path):
+            return None
+        size = int(self.guestfish.ask(f"filesize {self._word(path)}")[-1])
+        return self._into_file("download-offset", path, "0", str(size)) if size <= LARGEST_LOAD else None
+
+    def usage(self, top: str) -> dict[str, int]:
+        """Return what the entries of the directory *top* take."""
+        found = {".": 0}
+        for name in self._names(top)[:_USAGES]:
+            path = os.path.join(top, name)
+            size = int(self.guestfish.ask(f"du {self._word(path)}")[-1]) * 1024
+            if self._is("dir", path):
+                found[_shown_name(name)] = size
+            else:
+                found["."] += size
+        return found
 
     def trim(self) -> int | None:
         """Free the unused blocks."""

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 from . import command, layout, locks, privileged, tree
 from .errors import BuildError, CommandError
 from .log import logger, step
-from .model import Build, Disk, Plan, Volume
+from .model import LARGEST_LOAD, Build, Disk, Plan, Volume
 from .release import released
 from .tree import Tree
 
@@ -51,6 +52,21 @@ class LoopFilesystem:
     def remove(self, patterns: Sequence[str]) -> list[str]:
         """Remove what *patterns* match."""
         return privileged.remove(self.path, patterns)
+
+    def load(self, path: str) -> bytes | None:
+        """Return the file *path*."""
+        # What is missing, a link, or for root only.  No link on the way is followed: the helper mounts so.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.path / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+            with open(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_LOAD:
+                    return file.read(LARGEST_LOAD)
+        return None
+
+    def usage(self, top: str) -> dict[str, int]:
+        """Return what the entries of the directory *top* take."""
+        return privileged.usage(self.path, top)
 
     def trim(self) -> int | None:
         """Free the unused blocks."""

@@ -98,6 +98,15 @@ def remove(directory: Path, patterns: Sequence[str]) -> list[str]:
     return _run("remove", str(directory), *patterns).splitlines()
 
 
+def usage(directory: Path, top: str) -> dict[str, int]:
+    """Return the bytes that each directory in *top*, below the tree at *directory*, takes; ``.`` has the other entries.
+
+    What is mounted elsewhere, a subvolume for example, is not in it.
+    """
+    lines = (line.split(" ", 1) for line in _run("usage", str(directory), *([top] if top else [])).splitlines())
+    return {name: int(size) for size, name in lines}
+
+
 def trim(directory: Path) -> int | None:
     """Free the unused blocks of the filesystem at *directory*.
 

@@ -81,6 +81,20 @@ class Tree:
             for path in branch.filesystem.remove(inner)
         ]  # fmt: skip
 
+    def load(self, path: str) -> bytes | None:
+        """Return the regular file *path*, which all users of the guest may read; None if there is none that can be."""
+        [(branch, [inner])] = self._routed([path])
+        return branch.filesystem.load(inner)
+
+    def usage(self) -> dict[str, int]:
+        """Return the bytes that each directory at the top of the system takes; ``.`` is what lies there itself."""
+        found: dict[str, int] = {}
+        for branch in self.branches:
+            for name, size in branch.filesystem.usage(branch.top).items():
+                name = branch.point.split("/")[0] or name
+                found[name] = found.get(name, 0) + size
+        return dict(sorted(found.items()))
+
     def _routed(self, patterns: Sequence[str]) -> Iterator[tuple[Branch, list[str]]]:
         """Give the branches that *patterns* are on, with those for their filesystems."""
 

@@ -116,6 +116,18 @@ REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("show: outside of a mount", ["show", "<OWN>", "file"]),
     ("show: in another user's mount", ["show", "<THEIRS>", "root/install.log"]),
     ("show: through a link", ["show", "<OWN>/link", "shadow"]),
+    ("usage: outside of a mount", ["usage", "<OWN>"]),
+    ("usage: another user's mount", ["usage", "<THEIRS>"]),
+    ("usage: the machine's root", ["usage", "/"]),
+    ("usage: through a link", ["usage", "<MOUNTED>", "var/lib"]),
+    ("usage: a file", ["usage", "<MOUNTED>", "root/install.log"]),
+    ("usage: what isn't there", ["usage", "<MOUNTED>", "none"]),
+    ("usage: absolute", ["usage", "<MOUNTED>", "/etc"]),
+    ("usage: with ..", ["usage", "<MOUNTED>", "../etc"]),
+    ("usage: with .. at the end", ["usage", "<MOUNTED>", "var/.."]),
+    ("usage: a pattern", ["usage", "<MOUNTED>", "va*"]),
+    ("usage: nothing", ["usage", "<MOUNTED>", ""]),
+    ("usage: two directories", ["usage", "<MOUNTED>", "var", "etc"]),
     ("trim: outside of a mount", ["trim", "<OWN>"]),
     ("trim: another user's mount", ["trim", "<THEIRS>"]),
     ("trim: the machine's root", ["trim", "/"]),
@@ -186,6 +198,29 @@ def test_trim_frees_blocks(scene: Scene) -> None:
         done = scene.helper("trim", str(point))
         assert done.returncode == 0
         assert 1 << 20 < int(done.stdout) < IMAGE_SIZE
+
+
+def test_usage_counts_what_is_inside(scene: Scene) -> None:
+    with own_mount(scene) as point:
+        data, odd = point / "usr/data", point / "usr" / "a\x1b[31m\nb c"
+        data.write_bytes(bytes(range(256)) * 4096)
+        os.link(data, point / "var/again")
+        (point / "top").write_bytes(b"x" * 8192)
+        odd.mkdir()
+        (odd / "file").write_bytes(b"x" * 4096)
+        os.sync()
+        done = scene.helper("usage", str(point))
+        assert (done.returncode, done.stderr) == (0, "")
+        found = {name: int(size) for size, name in (line.split(" ", 1) for line in done.stdout.splitlines())}
+        assert list(found) == ["etc", "lost+found", "root", "usr", "var", "."]
+        assert found["."] == 8192
+        # As du counts it: what is behind the links is not in it, and a file with two names is once.
+        shown = run("du", "--block-size=1", "--max-depth=1", point / "usr", point / "var").stdout
+        assert f"{found['usr']}\t{point}/usr\n" in shown
+        assert f"{found['var']}\t{point}/var\n" in shown
+        done = scene.helper("usage", str(point), "usr")
+        assert done.stdout.splitlines()[0] == "8192 a?[31m?b c"
+        assert [line.split(" ", 1)[1] for line in done.stdout.splitlines()[1:]] == ["bin", "."]
 
 
 def test_released_forms(scene: Scene) -> None:

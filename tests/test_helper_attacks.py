@@ -80,7 +80,7 @@ def test_link_in_the_way_to_the_image(scene: Scene, image: Path, point: Path, fr
 
 
 @pytest.mark.parametrize("position", [2, 3, 4])
-@pytest.mark.parametrize("verb", ["mount", "mount-image", "umount", "show", "remove", "trim", "chmod"])
+@pytest.mark.parametrize("verb", ["mount", "mount-image", "umount", "show", "remove", "trim", "usage", "chmod"])
 def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Path, verb: str, position: int) -> None:
     path = through_link(point, position)
     words = {
@@ -90,6 +90,7 @@ def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Pa
         "show": ["show", str(path), "root/install.log"],
         "remove": ["remove", str(path), "root/install.log"],
         "trim": ["trim", str(path)],
+        "usage": ["usage", str(path)],
         "chmod": ["chmod", "o+r", f"{path}/root/install.log"],
     }
     if not verb.startswith("mount"):
@@ -361,6 +362,7 @@ def test_image_changes_while_mounted(scene: Scene, image: Path, point: Path, nam
         ("show", str(point), "var", "root", "etc"),
         ("remove", str(point), "var/log", "root"),
         ("chmod", "-R", "o+rwx", f"{point}/usr"),
+        ("usage", str(point)),
         ("trim", str(point)),
     ):
         refused(scene.helper(*call))

@@ -31,6 +31,12 @@ class Filesystem:
         self.removed += patterns
         return [path for path in patterns if path in self.files]
 
+    def load(self, path: str) -> bytes | None:
+        return self.files[path].encode() if path in self.files else None
+
+    def usage(self, top: str) -> dict[str, int]:
+        return {".": 1, **{path.split("/")[0]: len(text) for path, text in self.files.items()}}
+
     def trim(self) -> int | None:
         return None
 
@@ -72,6 +78,18 @@ def test_paths_go_to_the_deepest_mount_point() -> None:
     assert var.removed == ["lib/YaST2", "adm/autoinstall"]
     assert found.show(["var/log/installer/syslog"]) == "==> /var/log/installer/syslog <==\nx\n"
     assert found.filesystems == (top, var, log, roots)
+
+
+def test_files_and_sizes_of_the_system() -> None:
+    files = {"var/log/a": "12", "log/a": "another", "usr/b": "123"}
+    whole = root("UUID=u1 / ext4\nUUID=u2 /var/log ext4\nUUID=u3 /boot ext4\n", **files)
+    log, boot = Filesystem(volume(2), {"a": "1234567"}), Filesystem(volume(3), {"efi": "1"})
+    found = assembled(whole, log, boot)
+    assert found.load("usr/b") == b"123"
+    assert found.load("var/log/a") == b"1234567"
+    assert found.load("none") is None
+    etc = len(whole.files["etc/fstab"])
+    assert found.usage() == {".": 1, "boot": 2, "etc": etc, "log": 7, "usr": 3, "var": 2 + 1 + 7}
 
 
 def test_names_that_begin_alike() -> None:

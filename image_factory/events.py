@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,14 @@ class Published:
     virtual_size: int
     upload: bool
     sha256: str | None
+    companions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What has changed since the build before, as the manifest of the published image has it."""
+
+    difference: dict[str, Any]
 
 
 Event = (
@@ -109,6 +117,7 @@ Event = (
     | InputUsed
     | VirtTypeChosen
     | Published
+    | Compared
 )
 
 
@@ -129,6 +138,18 @@ class StepTimes:
         """Keep *event* if it is one."""
         if isinstance(event, StepEnded) and not event.failed:
             self.ended.append(event)
+
+
+class Differences:
+    """An observer that keeps what has changed since the build before, None if that is not known."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] | None = None
+
+    def notice(self, event: Event) -> None:
+        """Keep *event* if it is one."""
+        if isinstance(event, Compared):
+            self.found = event.difference
 
 
 _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("observers", default=())

@@ -16,8 +16,17 @@ LARGEST_LOAD = 512 << 20
 WORK_PREFIX = ".image-factory-"
 VM_PREFIX = "image-factory-"
 
+# What the names of the files that belong to an artifact end with, after its own name: an SBOM of CycloneDX
+# is known by that name to other programs.
+MANIFEST_SUFFIX = ".manifest.json"
+SBOM_SUFFIX = ".cdx.json"
+# And of those that belong to a build, after IMAGE-DATE.
+SUMS_SUFFIX = ".SHA256SUMS"
+SIGNATURE_SUFFIX = ".asc"
+
 # In the working directory.
 DISK_NAME = "disk.raw"
+INVENTORY_NAME = "inventory.json"
 
 
 def libvirt_uri() -> str:
@@ -204,7 +213,8 @@ class Artifact:
     """A finished file of a disk of *virtual_size* bytes.
 
     *upload* is false for one that is only kept, as ``keep-raw`` asks.  *sha256* is None until it is
-    known.
+    known.  *companions* are the files beside it that belong to it, beside its checksum: their names, each
+    with its SHA-256.
     """
 
     path: Path
@@ -212,8 +222,14 @@ class Artifact:
     virtual_size: int
     upload: bool = True
     sha256: str | None = None
+    companions: tuple[tuple[str, str], ...] = ()
 
     @property
     def checksum_path(self) -> Path:
         """The file beside it that sha256sum reads."""
         return self.path.with_name(f"{self.path.name}.sha256sum")
+
+    @property
+    def others(self) -> tuple[Path, ...]:
+        """All files beside it that belong to it: its checksum, then its companions."""
+        return self.checksum_path, *(self.path.with_name(name) for name, _ in self.companions)

@@ -91,6 +91,7 @@ class Record:
         self._with_helper = False
         self._steps: list[_Span] = []
         self._artifacts: list[dict[str, Any]] = []
+        self._difference: dict[str, Any] | None = None
         self._warnings = _Warnings()
         self._failure: dict[str, Any] | None = None
 
@@ -136,6 +137,8 @@ class Record:
                 self._virt_type = event.name
             case events.Published():
                 self._artifacts.append(_artifact(event, self._plan))
+            case events.Compared():
+                self._difference = event.difference
 
     def fail(self, error: BaseException, message: str, hint: str | None, exit_status: int) -> None:
         """Note that the build ends with *error*, and what the user is told of it."""
@@ -191,6 +194,7 @@ class Record:
                 step.document() | {"phases": [phase.document() for phase in step.phases]} for step in self._steps
             ],
             "artifacts": self._artifacts,
+            "difference": self._difference,
             "warnings": self._warnings.texts,
             "failure": self._failure,
         }
@@ -257,6 +261,7 @@ def _artifact(event: events.Published, plan: Plan | None) -> dict[str, Any]:
         "size": status and status.st_size,
         "size_on_disk": status and status.st_blocks * 512,
         "sha256": event.sha256,
+        "companions": [{"name": name, "sha256": digest} for name, digest in event.companions],
         "upload": event.upload and plan is not None and bool(plan.settings.upload_destinations),
     }
 

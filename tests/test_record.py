@@ -117,7 +117,21 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
             time.sleep(0.02)
             events.tell(events.PhaseStarted("packages"))
             raise CommandError(["false", "\x1b"], -9, ["last"])
-        events.tell(events.Published(image, "qcow2", 1 << 30, True, "0" * 64))
+        companions = (("x.qcow2.manifest.json", "1" * 64),)
+        events.tell(events.Published(image, "qcow2", 1 << 30, True, "0" * 64, companions))
+        package = {"name": "bash", "architecture": "amd64"}
+        sizes = {"before": 1, "after": 2}
+        changes = {"added": [{**package, "version": "1"}], "removed": [{**package, "version": "0"}]}
+        events.tell(
+            events.Compared(
+                {
+                    "previous": "x-2024-02-28",
+                    "packages": {**changes, "changed": [{**package, "before": "1", "after": "2"}]},
+                    "directories": sizes,
+                    "artifacts": [{"format": "qcow2", **sizes}],
+                }
+            )
+        )
     events.tell(events.StepStarted("too late"))
     log.logger.warning("too late")
     kept.fail(caught.value, caught.value.message, caught.value.hint, 1)

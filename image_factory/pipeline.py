@@ -16,6 +16,8 @@ from . import (
     events,
     guest,
     interrupts,
+    inventory,
+    manifest,
     mounts,
     publish,
     rsync,
@@ -193,6 +195,7 @@ def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> lis
         return []
     if done.is_at("published"):
         publish.tell(done.artifacts)
+        manifest.tell_difference(done.artifacts)
     elif not done.is_at("converted"):
         done.reach("converted", write_artifacts(build, disk))
     if until == "convert":
@@ -201,6 +204,7 @@ def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> lis
         # No signal disturbs the publishing itself; one that came before or meanwhile is not lost.
         interrupts.check()
         done.reach("published", publish.move_into_place(build, done.artifacts))
+        manifest.tell_difference(done.artifacts)
         interrupts.check()
     if until == "publish":
         return done.artifacts
@@ -218,6 +222,7 @@ def clean_disk(build: Build, disk: Disk) -> None:
         with mounts.mounted(build, disk) as tree:
             clean.show_installer_logs(build, tree)
             clean.remove_installer_logs(build, tree)
+            inventory.take_inventory(build, tree)
             unfreed = shrink.trim_filesystems(build, disk, tree)
             shrink.zero_logical_volumes(build, tree, unfreed)
     except NoSystemError:
@@ -228,8 +233,13 @@ def clean_disk(build: Build, disk: Disk) -> None:
 
 
 def write_artifacts(build: Build, disk: Disk) -> list[Artifact]:
-    """Write what is to be published, with checksums, in the working directory."""
-    return [checksum.add_sha256(build, artifact) for artifact in write_outputs(build, disk)]
+    """Write what is to be published, with checksums, manifests and signature, in the working directory."""
+    if build.plan.settings.manifest and not inventory.taken(build):
+        # The build is resumed, and the disk was cleaned when no manifest was wanted.
+        with mounts.mounted(build, disk) as tree:
+            inventory.take_inventory(build, tree)
+    artifacts = [checksum.add_sha256(build, artifact) for artifact in write_outputs(build, disk)]
+    return manifest.add_manifests(build, artifacts)
 
 
 def write_outputs(build: Build, disk: Disk) -> list[Artifact]:
@@ -259,6 +269,10 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
     steps = SOURCES["installer"].describe(build)
     shown = clean.SHOWN_LOGS if plan.settings.installer_logs else ()
     steps += mounts.describe(build, shown, clean.INSTALLER_LOGS)
+    if plan.settings.manifest:
+        # While the filesystems are mounted.
+        names = [name for name, _ in steps]
+        steps.insert(names.index("Freeing unused blocks"), (inventory.STEP, []))
     # Only where they can't be freed, and where there is some.
     steps.append(("Zeroing unused blocks", [shrink.zerofree_argv(build.disk_path, "OFFSET")]))
     steps.append(("Zeroing swap space", [shrink.punch_argv(build.disk_path, "OFFSET", "SIZE")]))
@@ -268,7 +282,10 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
         Artifact(plan.output_dir / plan.file_name(name), name, plan.settings.image_size, name in plan.settings.format)
         for name in formats
     ]
+    artifacts = manifest.named(plan, artifacts)
     steps += [(f"Checksumming {artifact.path.name}", []) for artifact in artifacts]
+    if plan.settings.manifest:
+        steps.append((manifest.STEP, []))
     steps.append(("Publishing", []))
     for artifact, destination, commands in publish.upload_commands(plan, artifacts):
         steps.append((f"Uploading {artifact.path.name} to {destination.section}", commands))

@@ -364,6 +364,9 @@ class ImageSettings:
     stall_timeout: float | None = _setting(
         parse_duration, "how long it may show no sign of life, or none (default: 10m with KVM, else 30m)"
     )
+    manifest: bool = _setting(
+        parse_boolean, "write what is in the image beside it: packages, licenses, sizes; and an SBOM", "no"
+    )
     upload_destinations: tuple[str, ...] = _setting(
         split_list, "sections of upload destinations, with commas; empty means none", ""
     )

@@ -110,6 +110,7 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "network": ("bridge=br0", "bridge=br0"),
     "install_timeout": ("1h 30m", 5400.0),
     "stall_timeout": ("90s", 90.0),
+    "manifest": ("yes", True),
     "upload_destinations": ("mirror-a, mirror-b", ("mirror-a", "mirror-b")),
     "post_build_command": ("/usr/bin/notify --title 'It is there'", ("/usr/bin/notify", "--title", "It is there")),
 }
@@ -185,6 +186,7 @@ def test_defaults(read: Read) -> None:
         network="user,model=virtio",
         install_timeout=7200.0,
         stall_timeout=None,
+        manifest=False,
         upload_destinations=(),
         post_build_command=(),
         installer_image=None,

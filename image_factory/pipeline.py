@@ -22,6 +22,7 @@ from . import (
     publish,
     rsync,
     shrink,
+    sign,
     workspace,
 )
 from .checkpoint import Checkpoint
@@ -75,6 +76,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
         _check_space(plan)
     guest.check_output_dir(plan)
     mounts.check(plan)
+    sign.check(plan)
     guest.check_libvirt(plan)
     return plan
 
@@ -82,6 +84,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
 def programs(plan: Plan) -> list[str]:
     """Return the programs that *plan* needs, the user's own commands among them."""
     names = [*SOURCES["installer"].programs(plan), *mounts.programs(plan), "fallocate", "zerofree"]
+    names += sign.programs(plan)
     if plan.settings.post_build_command:
         names.append(plan.settings.post_build_command[0])
     for destinations in plan.destinations.values():
@@ -239,7 +242,7 @@ def write_artifacts(build: Build, disk: Disk) -> list[Artifact]:
         with mounts.mounted(build, disk) as tree:
             inventory.take_inventory(build, tree)
     artifacts = [checksum.add_sha256(build, artifact) for artifact in write_outputs(build, disk)]
-    return manifest.add_manifests(build, artifacts)
+    return sign.sign_all(build, manifest.add_manifests(build, artifacts))
 
 
 def write_outputs(build: Build, disk: Disk) -> list[Artifact]:
@@ -282,10 +285,11 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
         Artifact(plan.output_dir / plan.file_name(name), name, plan.settings.image_size, name in plan.settings.format)
         for name in formats
     ]
-    artifacts = manifest.named(plan, artifacts)
+    artifacts = sign.named(plan, manifest.named(plan, artifacts))
     steps += [(f"Checksumming {artifact.path.name}", []) for artifact in artifacts]
     if plan.settings.manifest:
         steps.append((manifest.STEP, []))
+    steps += sign.describe(build)
     steps.append(("Publishing", []))
     for artifact, destination, commands in publish.upload_commands(plan, artifacts):
         steps.append((f"Uploading {artifact.path.name} to {destination.section}", commands))

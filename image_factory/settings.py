@@ -164,6 +164,13 @@ def parse_file_name(text: str) -> Path:
     return path
 
 
+def parse_key(text: str) -> str:
+    """A key by its fingerprint or user ID, or the path of its file, which has a slash; ``~`` is the home directory."""
+    if not text.strip() or not text.isprintable():
+        raise ValueError("a fingerprint, a user ID, or the path of a key file, which has a slash")
+    return os.path.expanduser(text.strip())
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a file comes from: a local *path*, or a *uri* to fetch, from one of *mirrors* if it isn't there."""
@@ -366,6 +373,9 @@ class ImageSettings:
     )
     manifest: bool = _setting(
         parse_boolean, "write what is in the image beside it: packages, licenses, sizes; and an SBOM", "no"
+    )
+    sign_key: str | None = _setting(
+        parse_key, "OpenPGP key that signs what is published: a fingerprint, a user ID or the path of a key file"
     )
     upload_destinations: tuple[str, ...] = _setting(
         split_list, "sections of upload destinations, with commas; empty means none", ""

@@ -111,6 +111,7 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "install_timeout": ("1h 30m", 5400.0),
     "stall_timeout": ("90s", 90.0),
     "manifest": ("yes", True),
+    "sign_key": (" Images <images@example.com> ", "Images <images@example.com>"),
     "upload_destinations": ("mirror-a, mirror-b", ("mirror-a", "mirror-b")),
     "post_build_command": ("/usr/bin/notify --title 'It is there'", ("/usr/bin/notify", "--title", "It is there")),
 }
@@ -187,6 +188,7 @@ def test_defaults(read: Read) -> None:
         install_timeout=7200.0,
         stall_timeout=None,
         manifest=False,
+        sign_key=None,
         upload_destinations=(),
         post_build_command=(),
         installer_image=None,

@@ -42,6 +42,7 @@ _KERNEL = re.compile(
     r"linux-image-(?:unsigned-)?[0-9].*(?<!-dbg)(?<!-dbgsym)|kernel-(?:core|default|default-base|rt-core)"
 )
 
+_LONGEST_STATUS = 64 << 20
 _LONGEST_TEXT = 200
 _MOST_PACKAGES = 100_000
 _MOST_LICENSES = 100
@@ -123,16 +124,16 @@ def read_packages(read: Read, directory: Path) -> tuple[Package, ...]:
 
     BuildError if rpm's database is damaged.
     """
-    packages = {*_dpkg_packages(read), *_rpm_packages(read, directory)}
+    packages = [*_dpkg_packages(read), *_rpm_packages(read, directory)]
     if not packages:
         logger.warning("No packages are listed: the system has neither dpkg's database nor rpm's.")
-    whole = {package for package in packages if _is_sound(package)}
-    if len(whole) < len(packages):
-        logger.warning("%d entries of the package database are no packages.", len(packages) - len(whole))
-    by_name = sorted(whole, key=lambda found: (found.name, found.architecture, found.version, found.kind))
-    if len(by_name) > _MOST_PACKAGES:
-        raise BuildError(f"The package database has {len(by_name)} entries, which no system has.")
-    return tuple(by_name)
+    sound = [package for package in packages if _is_sound(package)]
+    if len(sound) < len(packages):
+        logger.warning("%d entries of the package database are no packages.", len(packages) - len(sound))
+    if len(sound) > _MOST_PACKAGES:
+        raise BuildError(f"The package database has {len(sound)} entries, which no system has.")
+    by_key = {(package.name, package.architecture, package.version, package.kind): package for package in sound}
+    return tuple(by_key[key] for key in sorted(by_key))
 
 
 def _is_sound(package: Package) -> bool:
@@ -171,8 +172,8 @@ def _dpkg_packages(read: Read) -> list[Package]:
 
 def _stanzas(data: bytes) -> Iterator[dict[str, str]]:
     """Give the fields of each paragraph, of those with several lines the first."""
-    for paragraph in data.decode("utf-8", errors="replace").split("\n\n"):
-        yield dict(re.findall(r"^([A-Za-z-]+): *(.*?) *$", paragraph, re.MULTILINE))
+    for paragraph in data[:_LONGEST_STATUS].decode("utf-8", errors="replace").split("\n\n"):
+        yield {key: value.strip() for key, value in re.findall(r"^([A-Za-z-]+):(.*)$", paragraph, re.MULTILINE)}
 
 
 def read_licenses(copyright_file: bytes) -> tuple[str, ...] | None:

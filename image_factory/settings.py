@@ -38,7 +38,7 @@ ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast", "autoinstall", "agama")
 # What --list shows of an image beside its name.
 LISTED_KEYS = ("distribution", "release", "arch", "firmware")
 
-# The file names of an image have its name, date, format and ".sha256sum": together at most 255 bytes.
+# The file names of an image have its name, date, format and ".manifest.json": together at most 255 bytes.
 _LONGEST_NAME = 200
 _COMMAND_KEY = re.compile(r"post-upload-command[0-9]{0,9}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+~@-]*")

@@ -157,7 +157,11 @@ def _sign(key: _Key, sums: Path, *, quiet: bool = False) -> Path:
     export = [*_GPG, *key.options, "--armor", "--export", key.fingerprint]
     try:
         public.write_text(command.run(export, capture=True, quiet=quiet, timeout=_SECONDS), encoding="ascii")
-        verify.check_signature(public, sums.read_bytes(), signature.read_bytes(), sums.name)
+        try:
+            verify.check_signature(public, sums.read_bytes(), signature.read_bytes(), sums.name)
+        except BuildError as error:
+            # Its hint is about mirrors.
+            raise BuildError(error.message, hint=_LOOK) from error
     finally:
         public.unlink(missing_ok=True)
     return signature
@@ -265,8 +269,8 @@ def _locked_home() -> tuple[Path, int]:
 
 def _remove_home(home: Path) -> None:
     for words in (["--kill", "all"], ["--remove-socketdir"]):
-        # There may be nothing of the kind.
-        with contextlib.suppress(CommandError):
+        # There may be nothing of the kind, no gpgconf either when a build left it that is long gone.
+        with contextlib.suppress(BuildError):
             command.run(["gpgconf", "--homedir", str(home), *words], quiet=True, timeout=_SECONDS)
     for _ in range(_REMOVAL_TRIES):
         # The agent removes its sockets at the same time.

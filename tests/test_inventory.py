@@ -120,6 +120,17 @@ def test_hostile_entries_are_left_out(tmp_path: Path, bad: str, caplog: pytest.L
     assert caplog.messages == ["1 entries of the package database are no packages."]
 
 
+def test_package_that_is_there_twice_is_listed_once(tmp_path: Path) -> None:
+    found = inventory.read_packages(status(stanza(), stanza(more="\nSource: b"), stanza(version="2")), tmp_path)
+    assert [(package.name, package.version) for package in found] == [("a", "1"), ("a", "2")]
+
+
+def test_long_lines_take_no_time(tmp_path: Path) -> None:
+    text = stanza(more="\nX: " + " " * 5_000_000 + "x\n") + " " * 5_000_000
+    assert len(inventory.read_packages(status(text), tmp_path)) == 1
+    assert inventory.read_licenses(b"Format: x\nLicense:" + b" \t" * 400_000 + b"\nLicense: MIT\n") == ("MIT",)
+
+
 def test_system_without_packages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert inventory.read_packages(files(), tmp_path) == ()
     assert caplog.messages == ["No packages are listed: the system has neither dpkg's database nor rpm's."]

@@ -90,7 +90,11 @@ def sums(artifact: Artifact) -> bytes:
 
 def document(artifact: Artifact) -> dict[str, Any]:
     """Return the manifest of *artifact*, which keeps to the schema."""
-    text = artifact.path.with_name(f"{artifact.path.name}.manifest.json").read_text()
+    return document_in(artifact.path.with_name(f"{artifact.path.name}.manifest.json"))
+
+
+def document_in(path: Path) -> dict[str, Any]:
+    text = path.read_text()
     found: dict[str, Any] = json.loads(text)
     jsonschema.Draft202012Validator(SCHEMA).validate(found)
     assert text.isascii()

@@ -131,10 +131,13 @@ def place(tmp_path: Path) -> Place:
 
 def verify(directory: Path, keys: Keys) -> str:
     """Return whose signature it is, as the user's gpg says, of checksums that are right."""
-    sums = directory / "x-2024-02-29.SHA256SUMS"
+    return sums_signed_by(directory / "x-2024-02-29.SHA256SUMS", keys)
+
+
+def sums_signed_by(sums: Path, keys: Keys) -> str:
     argv = ["gpg", "--homedir", keys.home, "--status-fd", "1", "--verify", f"{sums}.asc", sums]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", sums.name], cwd=directory, check=True)
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", sums.name], cwd=sums.parent, check=True)
     return next(line.split()[2] for line in done.stdout.splitlines() if line.startswith("[GNUPG:] VALIDSIG"))
 
 

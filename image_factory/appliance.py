@@ -7,6 +7,7 @@ kernel of this machine.
 import fnmatch
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -195,10 +196,11 @@ class ApplianceFilesystem:
         # One question for all links on the way, where _matching has one for each directory.
         if self.guestfish.ask(f"-realpath {self._word(path)}")[-1:] != [f"{self.place}/{path}"]:
             return None
-        if not self._is("file", path):
+        status = self._fields(f"lstatns {self._word(path)}")
+        size = status["st_size"]
+        if not stat.S_ISREG(status["st_mode"]) or size > LARGEST_LOAD:
             return None
-        size = int(self.guestfish.ask(f"filesize {self._word(path)}")[-1])
-        return self._into_file("download-offset", path, "0", str(size)) if size <= LARGEST_LOAD else None
+        return self._into_file("download-offset", path, "0", str(size)) if size else b""
 
     def usage(self, top: str) -> dict[str, int]:
         """Return what the entries of the directory *top* take."""
@@ -234,9 +236,11 @@ class ApplianceFilesystem:
         return self._statvfs("bsize")
 
     def _statvfs(self, field: str) -> int:
-        lines = self.guestfish.ask(f"statvfs {self.place}")
-        values = dict(line.split(": ", 1) for line in lines if ": " in line)
-        return int(values[field])
+        return self._fields(f"statvfs {self.place}")[field]
+
+    def _fields(self, question: str) -> dict[str, int]:
+        lines = [line.split(": ", 1) for line in self.guestfish.ask(question)]
+        return {words[0]: int(words[1]) for words in lines if len(words) == 2}
 
     def _word(self, path: str) -> str:
         return quoted(f"{self.place}/{path}")

@@ -42,14 +42,15 @@ def plant(build: Build, **versions: str) -> None:
 
 
 @pytest.fixture
-def destination(build: Build) -> Iterator[Path]:
-    path = build.user.directory(f"upload-{build.directory.name}")
+def destination(user_build: Build) -> Iterator[Path]:
+    path = user_build.user.directory(f"upload-{user_build.directory.name}")
     yield path
     run("rm", "-r", path)
 
 
-def test_real_build(build: Build, destination: Path, keys: Keys) -> None:
+def test_real_build(user_build: Build, destination: Path, keys: Keys) -> None:
     """It is built twice on one day: the second differs from the first, which it replaces."""
+    build = user_build
     key = keys.export(build.directory / "signing.key", ALICE)
     run("chown", build.user.name, key)
     build.configure(

@@ -7,7 +7,8 @@ kernel of this machine.
 import fnmatch
 import os
 import re
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from . import command, layout, tree
 from .command import Conversation
 from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, step
-from .model import Build, Disk, Plan, Volume
+from .model import LARGEST_LOAD, Build, Change, Disk, Entry, Plan, Volume
 from .tree import Branch, Tree
 
 STEP = "Mounting the filesystems"
@@ -38,6 +39,13 @@ _DEEPEST = 8
 _SHOWN_OF_FILE = 1 << 20
 _SHOWN = 16 << 20
 _HEADING = 1 << 10
+# A file that is read as a whole has at most so many bytes.
+_WHOLE = 1 << 20
+_LOST_AND_FOUND = "lost+found"
+_LABEL = "security.selinux"
+
+# So many entries of a top directory are measured.
+_USAGES = 256
 
 # So many subvolumes of btrfs are looked into.
 _TOPS = 64
@@ -72,8 +80,10 @@ def _sort_key(kernel: Path) -> list[tuple[int, str]]:
     return [(int(digits or 0), other) for digits, other in re.findall(r"([0-9]+)|([^0-9]+)", _version(kernel))]
 
 
-def describe(build: Build, shown: Sequence[str], removed: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
-    """Return the steps on the tree with their commands; nothing is *shown* if that is empty."""
+def describe(
+    build: Build, shown: Sequence[str], removed: Sequence[str], sealed: Mapping[str, Sequence[str]]
+) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps on the tree with their commands; nothing is *shown* or *sealed* if that is empty."""
     # The commands for guestfish itself are no commands for a shell.
     place = "/partition-N"
     mounting = (f"mkmountpoint {place}", _mount_line("DEVICE", place))
@@ -85,9 +95,16 @@ def describe(build: Build, shown: Sequence[str], removed: Sequence[str]) -> list
             else []
         ),
         ("Removing installer logs", _comments(*(f"rm-rf {place}/{pattern}" for pattern in removed))),
+        *([("Sealing", _comments(*_sealing_lines(place, sealed)))] if sealed else []),
         ("Freeing unused blocks", [_punch_argv(build), *_comments("sync", f"-fstrim {place}")]),
         ("Unmounting", _comments("umount-all", "shutdown")),
     ]
+
+
+def _sealing_lines(place: str, sealed: Mapping[str, Sequence[str]]) -> list[str]:
+    verbs = {"list": "ls0", "read": "download", "remove": "rm-rf", "truncate": "truncate"}
+    lines = [f"{verb} {place}/{pattern}" for name, verb in verbs.items() for pattern in sealed.get(name, ())]
+    return [*lines, f"upload LOCAL {place}/FILE", f"rename {place}/FILE {place}/NAME"]
 
 
 def _comments(*lines: str) -> list[list[str]]:
@@ -171,21 +188,132 @@ class ApplianceFilesystem:
 
     def _shown(self, path: str, limit: int) -> tuple[str, int]:
         """Return what shows the last *limit* bytes of the file *path*, and how many they are."""
-        size = int(self.guestfish.ask(f"filesize {self._word(path)}")[-1])
+        size = self._size(path)
         hidden = max(0, size - limit)
         data = self._into_file("download-offset", path, str(hidden), str(size - hidden))
         text = data.decode("utf-8", errors="replace")
         heading = f"==> /{_shown_name(path)} <==\n" + (f"... {hidden} bytes are not shown.\n" if hidden else "")
         return heading + text + ("" if text.endswith("\n") or not text else "\n"), len(data)
 
-    def remove(self, patterns: Sequence[str]) -> list[str]:
-        """Remove what *patterns* match."""
+    def entries(self, patterns: Sequence[str]) -> list[Entry]:
+        """Return what *patterns* match."""
+        return [Entry(path, self._kind(path)) for path in self._matching_any(patterns)]
+
+    def _kind(self, path: str) -> str:
+        kinds = {"file": "file", "dir": "directory", "symlink": "link"}
+        return next((kind for verb, kind in kinds.items() if self._is(verb, path)), "other")
+
+    def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
+        """Return the files that *patterns* match."""
+        files = [path for path in self._matching_any(patterns) if self._is("file", path)]
+        return {path: self._into_file("download", path) for path in files if self._size(path) <= _WHOLE}
+
+    def write(self, path: str, data: bytes, mode: int) -> None:
+        """Have *data* in the file *path*."""
+        directory = self._made(path.rpartition("/")[0])
+        is_new = not self.has(path)
+        if not is_new and not self._is("file", path):
+            raise BuildError(f"/{_shown_name(path)} of the guest is no regular file.")
+        self._make_changeable(directory, *([] if is_new else [path]))
+        file = _scratch(self.build)
+        file.write_bytes(data)
+        # It keeps the file that is there.
+        self.guestfish.do(f"upload {quoted(str(file))} {self._word(path)}")
+        if is_new:
+            self.guestfish.do(f"chmod {mode:04o} {self._word(path)}")
+            self._copy_label(directory, path)
+
+    def _made(self, path: str) -> str:
+        """Return *path*, a directory, whose missing parts are made."""
+        parent, _, name = path.rpartition("/")
+        if path and name not in self._names(self._made(parent)):
+            self._make_changeable(parent)
+            self.guestfish.do(f"mkdir-mode {self._word(path)} 0755")
+            self._copy_label(parent, path)
+        elif path and not self._is("dir", path):
+            raise BuildError(f"/{_shown_name(path)} of the guest is no directory.")
+        return path
+
+    def _copy_label(self, directory: str, new: str) -> None:
+        """Give what is *new* in *directory* the label that SELinux, where it is on, would give it."""
+        # lgetxattr prints a value without the end of a line, so the answer would have none.
+        text = "\n".join(self.guestfish.ask(f"-lgetxattrs {self._word(directory)}"))
+        found = re.search(rf"attrname: {re.escape(_LABEL)}\n *attrval: ([!-~]+)", text)
+        label = found[1].removesuffix("\\x00") if found else ""
+        if label:
+            self.guestfish.do(f"lsetxattr {_LABEL} {quoted(label)} {len(label)} {self._word(new)}")
+
+    def rename(self, path: str, name: str) -> None:
+        """Give *path* another *name*."""
+        directory = path.rpartition("/")[0]
+        new = os.path.join(directory, name)
+        if not self.has(path) or self.has(new):
+            raise BuildError(f"/{_shown_name(path)} of the guest can't be named {name}.")
+        self._make_changeable(directory, path)
+        self.guestfish.do(f"rename {self._word(path)} {self._word(new)}")
+
+    def remove(self, patterns: Sequence[str]) -> list[Change]:
+        """Remove what *patterns* match; the size of a directory is what it takes on the disk."""
         removed = []
-        for pattern in patterns:
-            for path in self._matching(pattern):
+        for path in self._matching_any(patterns):
+            gone = self._measured(path)
+            if self.guestfish.do(f"-rm-rf {self._word(path)}"):
+                below = [f"{path}/{name}" for name in self._below(path)] if self._is("dir", path) else []
+                self._make_changeable(path.rpartition("/")[0], path, *below)
                 self.guestfish.do(f"rm-rf {self._word(path)}")
-                removed.append(_shown_name(path))
+            removed.append(gone)
         return removed
+
+    def _measured(self, path: str) -> Change:
+        if self._is("dir", path):
+            kibibytes = int(self.guestfish.ask(f"du {self._word(path)}")[-1])
+            return Change(_shown_name(path), 1 + len(self._below(path)), kibibytes << 10)
+        return Change(_shown_name(path), 1, self._size(path) if self._is("file", path) else 0)
+
+    def truncate(self, patterns: Sequence[str]) -> list[Change]:
+        """Empty the files that *patterns* match."""
+        emptied = []
+        for top in self._matching_any(patterns):
+            sizes = {path: self._size(path) for path in self._files(top)}
+            files = [path for path, size in sizes.items() if size]
+            self._make_changeable(*files)
+            for path in files:
+                self.guestfish.do(f"truncate {self._word(path)}")
+            if files:
+                emptied.append(Change(_shown_name(top), len(files), sum(sizes.values())))
+        return emptied
+
+    def _make_changeable(self, *paths: str) -> None:
+        """Take the attributes from *paths* that keep root from changing them, where there are some."""
+        for path in paths:
+            # Neither a link nor FAT has any, and it says so.
+            self.guestfish.ask(f"-set-e2attrs {self._word(path)} ia clear:true")
+
+    def _size(self, path: str) -> int:
+        return int(self.guestfish.ask(f"filesize {self._word(path)}")[-1])
+
+    def load(self, path: str) -> bytes | None:
+        """Return the file *path*."""
+        # One question for all links on the way, where _matching has one for each directory.
+        if self.guestfish.ask(f"-realpath {self._word(path)}")[-1:] != [f"{self.place}/{path}"]:
+            return None
+        status = self._fields(f"lstatns {self._word(path)}")
+        size = status["st_size"]
+        if not stat.S_ISREG(status["st_mode"]) or size > LARGEST_LOAD:
+            return None
+        return self._into_file("download-offset", path, "0", str(size)) if size else b""
+
+    def usage(self, top: str) -> dict[str, int]:
+        """Return what the entries of the directory *top* take."""
+        found = {".": 0}
+        for name in self._names(top)[:_USAGES]:
+            path = os.path.join(top, name)
+            size = int(self.guestfish.ask(f"du {self._word(path)}")[-1]) * 1024
+            if self._is("dir", path):
+                found[_shown_name(name)] = size
+            else:
+                found["."] += size
+        return found
 
     def trim(self) -> int | None:
         """Free the unused blocks."""
@@ -209,29 +337,47 @@ class ApplianceFilesystem:
         return self._statvfs("bsize")
 
     def _statvfs(self, field: str) -> int:
-        lines = self.guestfish.ask(f"statvfs {self.place}")
-        values = dict(line.split(": ", 1) for line in lines if ": " in line)
-        return int(values[field])
+        return self._fields(f"statvfs {self.place}")[field]
+
+    def _fields(self, question: str) -> dict[str, int]:
+        lines = [line.split(": ", 1) for line in self.guestfish.ask(question)]
+        return {words[0]: int(words[1]) for words in lines if len(words) == 2}
 
     def _word(self, path: str) -> str:
         return quoted(f"{self.place}/{path}")
 
     def _matching(self, pattern: str) -> list[str]:
         """Return the paths that *pattern* matches; none where the way there leads through a link."""
-        *parents, name_pattern = pattern.split("/")
-        for length in range(1, len(parents) + 1):
-            if not self._is("dir", "/".join(parents[:length])):
-                return []
-        parent = "/".join(parents)
-        return [
-            os.path.join(parent, name) for name in self._names(parent) if fnmatch.fnmatchcase(name, name_pattern)
-        ]  # fmt: skip
+        return self._matching_any([pattern])
+
+    def _matching_any(self, patterns: Sequence[str]) -> list[str]:
+        """Return the paths that *patterns* match, each once; a directory is read once for all."""
+        known: dict[str, list[str]] = {}
+
+        def names(directory: str) -> list[str]:
+            if directory not in known:
+                parent, _, name = directory.rpartition("/")
+                there = not directory or (name in names(parent) and self._is("dir", directory))
+                known[directory] = self._names(directory) if there else []
+            return known[directory]
+
+        found = []
+        for pattern in patterns:
+            parent, _, name_pattern = pattern.rpartition("/")
+            for name in names(parent):
+                if fnmatch.fnmatchcase(name, name_pattern) and name != _LOST_AND_FOUND:
+                    found.append(os.path.join(parent, name))
+        return list(dict.fromkeys(found))
 
     def _is(self, kind: str, path: str) -> bool:
         return self.guestfish.ask(f"is-{kind} {self._word(path)}")[-1:] == ["true"]
 
     def _names(self, directory: str) -> list[str]:
         return sorted(os.fsdecode(name) for name in self._into_file("ls0", directory).split(b"\0") if name)
+
+    def _below(self, directory: str) -> list[str]:
+        """Return all paths below *directory*."""
+        return [os.fsdecode(name) for name in self._into_file("find0", directory).split(b"\0") if name]
 
     def _into_file(self, verb: str, path: str, *more: str) -> bytes:
         file = _scratch(self.build)

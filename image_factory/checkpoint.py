@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import errno
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -16,7 +17,7 @@ from . import answers, interrupts
 from .errors import ConfigurationError, reason_of
 from .events import Event, InputUsed
 from .log import logger, step
-from .model import DISK_NAME, Artifact, Build, Disk, Plan
+from .model import DISK_NAME, INVENTORY_NAME, Artifact, Build, Disk, Plan
 
 FILE_NAME = "checkpoint.json"
 
@@ -25,6 +26,9 @@ STAGES = ("installed", "cleaned", "converted", "published")
 
 # random(4): another one each time the machine starts.
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+# The settings of sealing.
+_SEALING = ("seal", "seal_only", "seal_skip")
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Checkpoint:
     stage: str = "installed"
     artifacts: list[Artifact] = field(default_factory=list)
     uploaded: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=lambda: [FILE_NAME, DISK_NAME])
+    kept: list[str] = field(default_factory=lambda: [FILE_NAME, DISK_NAME, INVENTORY_NAME])
 
     def is_at(self, stage: str) -> bool:
         """Return whether *stage* is done."""
@@ -58,9 +62,9 @@ class Checkpoint:
         """Write down that *stage* is done, and what there is now."""
         self.stage = stage
         self.artifacts = artifacts or []
-        self.kept = [FILE_NAME, DISK_NAME]
+        self.kept = [FILE_NAME, DISK_NAME, INVENTORY_NAME]
         if stage == "converted":
-            self.kept += [path.name for artifact in self.artifacts for path in (artifact.path, artifact.checksum_path)]
+            self.kept += [path.name for artifact in self.artifacts for path in (artifact.path, *artifact.others)]
         written = self.try_to_write()
         if stage == "published" and any(artifact.format == "raw" for artifact in self.artifacts):
             # It is the published file now, which others may change.
@@ -154,7 +158,7 @@ def read(directory: Path) -> Checkpoint | None:
     """Return the checkpoint in the working *directory*, None if there is none that can be used."""
     try:
         texts: dict[str, Any] = json.loads(_read_own(directory / FILE_NAME))
-        artifacts = [Artifact(**entry | {"path": Path(entry["path"])}) for entry in texts.pop("artifacts")]
+        artifacts = [_artifact(entry) for entry in texts.pop("artifacts")]
         found = Checkpoint(directory, artifacts=artifacts, **texts)
         datetime.date.fromisoformat(found.date)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -162,6 +166,11 @@ def read(directory: Path) -> Checkpoint | None:
     if not _is_sound(found):
         return None
     return found if (directory / DISK_NAME).is_file() or found.is_at("converted") else None
+
+
+def _artifact(entry: dict[str, Any]) -> Artifact:
+    companions = tuple((name, digest) for name, digest in entry.get("companions", ()))
+    return Artifact(**entry | {"path": Path(entry["path"]), "companions": companions})
 
 
 def _read_own(path: Path) -> str:
@@ -191,7 +200,9 @@ def _is_sound(found: Checkpoint) -> bool:
             for entry in found.used
         )
         and all(
-            are_texts(artifact.format, artifact.sha256) and isinstance(artifact.virtual_size, int)
+            are_texts(artifact.format, artifact.sha256, *itertools.chain(*artifact.companions))
+            and isinstance(artifact.virtual_size, int)
+            and not any("/" in name for name, _ in artifact.companions)
             for artifact in found.artifacts
         )
     )
@@ -206,6 +217,13 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
     if changed:
         raise ConfigurationError(
             f"[{plan.image}] {' and '.join(changed)} changed since the disk was installed.",
+            hint="Build it without --resume, or take the change back.",
+        )
+    sealing = [key.replace("_", "-") for key in _changed(found.outputs, outputs_of(plan)) if key in _SEALING]
+    if sealing and found.is_at("cleaned"):
+        # What was taken from the disk is gone.
+        raise ConfigurationError(
+            f"[{plan.image}] {' and '.join(sealing)} changed since the disk was sealed.",
             hint="Build it without --resume, or take the change back.",
         )
     reason = None
@@ -249,7 +267,10 @@ def _why_others(found: Checkpoint, plan: Plan) -> str | None:
 def _is_whole(artifact: Artifact) -> bool:
     try:
         text = artifact.checksum_path.read_text(encoding="utf-8")
-        return text.split()[:1] == [artifact.sha256] and digest_of(artifact.path) == artifact.sha256
+        companions = [(artifact.path.with_name(name), digest) for name, digest in artifact.companions]
+        return text.split()[:1] == [artifact.sha256] and all(
+            digest_of(path) == digest for path, digest in [*companions, (artifact.path, artifact.sha256)]
+        )
     except (OSError, ValueError):
         return False
 
@@ -284,7 +305,8 @@ def inputs_of(plan: Plan, answer_file: Path | None = None) -> dict[str, str]:
 def outputs_of(plan: Plan) -> dict[str, str]:
     """Return a digest of each setting that makes the artifacts other ones."""
     settings = plan.settings
-    return {key: _digest(repr(getattr(settings, key)).encode()) for key in ("format", "keep_raw", "compression")}
+    keys = ("format", "keep_raw", "compression", "manifest", "sign_key", *_SEALING)
+    return {key: _digest(repr(getattr(settings, key)).encode()) for key in keys}
 
 
 def _state_of(path: Path | None) -> list[int]:

@@ -45,5 +45,5 @@ def show_installer_logs(build: Build, tree: Tree) -> None:
 def remove_installer_logs(build: Build, tree: Tree) -> None:
     """Remove the installer's logs."""
     with step("Removing installer logs"):
-        for path in tree.remove(INSTALLER_LOGS):
-            logger.info("Removed /%s", path)
+        for gone in tree.remove(INSTALLER_LOGS):
+            logger.info("Removed /%s", gone.path)

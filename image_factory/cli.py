@@ -7,12 +7,12 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
-from . import __version__, answers, estimates, events, interrupts, log, pipeline, record, workspace
+from . import __version__, answers, estimates, events, interrupts, log, manifest, pipeline, record, workspace
 from .errors import ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
 from .release import released
@@ -136,8 +136,13 @@ def listing(configuration: Configuration) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def summary(artifacts: Sequence[Artifact], times: Sequence[events.StepEnded], seconds: float) -> str:
-    """Return what was built and how long it took, for people."""
+def summary(
+    artifacts: Sequence[Artifact],
+    times: Sequence[events.StepEnded],
+    seconds: float,
+    difference: Mapping[str, Any] | None = None,
+) -> str:
+    """Return what was built, what has changed since the build before and how long it took, for people."""
     lines = []
     for artifact in artifacts:
         lines += [
@@ -146,6 +151,7 @@ def summary(artifacts: Sequence[Artifact], times: Sequence[events.StepEnded], se
             f"  size on disk  {_size_on_disk(artifact)}",
             f"  SHA-256       {artifact.sha256}",
         ]
+    lines += map(_one_line, manifest.difference_lines(difference))
     lines.append("Seconds per step:")
     lines += [f"{step.seconds:8.1f}  {step.name}" for step in times]
     lines.append(f"{seconds:8.1f}  in all")
@@ -190,9 +196,11 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
     from . import display
 
     with ExitStack() as stack:
-        times = events.StepTimes()
+        times, differences = events.StepTimes(), events.Differences()
         timeline = estimates.Timeline(plan)
-        stack.enter_context(events.observed(times, timeline, display.LogLines(timeline, console=arguments.verbose)))
+        stack.enter_context(
+            events.observed(times, differences, timeline, display.LogLines(timeline, console=arguments.verbose))
+        )
         if plan.log_path is not None:
             try:
                 plan.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +220,7 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
             raise
         if not arguments.until and not arguments.resume:
             timeline.keep()
-        text = summary(artifacts, times.ended, timeline.seconds)
+        text = summary(artifacts, times.ended, timeline.seconds, differences.found)
         if arguments.until:
             text += f"\nStopped after {arguments.until}. 'image-factory --resume {plan.image}' goes on."
         log.to_files(logging.INFO, text)

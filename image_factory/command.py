@@ -31,6 +31,9 @@ PACKAGES = {
     "blkid": "util-linux",
     "cpio": "cpio",
     "fallocate": "util-linux",
+    "gpg": "gpg",
+    "gpg-agent": "gpg-agent",
+    "gpgconf": "gpgconf",
     "gpgv": "gpgv",
     "guestfish": "guestfish",
     "qemu-img": "qemu-utils",
@@ -39,6 +42,7 @@ PACKAGES = {
     "rsync": "rsync",
     "sfdisk": "fdisk",
     "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
     "sudo": "sudo",
     "virsh": "libvirt-clients",
     "virt-install": "virtinst",
@@ -155,12 +159,13 @@ def run(
     quiet: bool = False,
     watch: Callable[[], None] | None = None,
     progress: Callable[[str], float | None] | None = None,
+    stdin: bytes | Path | None = None,
 ) -> str:
     """Run *argv*, log the command and what it prints, and return its stdout if *capture* is set.
 
-    The program gets stdin from /dev/null, LC_ALL=C.UTF-8, and no controlling terminal: nothing can
-    wait for an answer, and Ctrl-C reaches only image-factory, which stops the program in good order:
-    *stop_signal*, and after *stop_seconds* SIGKILL.  *env* replaces the environment.  With
+    The program gets *stdin* (bytes, or those of a file), else /dev/null, LC_ALL=C.UTF-8, and no controlling
+    terminal: nothing can wait for an answer, and Ctrl-C reaches only image-factory, which stops the program
+    in good order: *stop_signal*, and after *stop_seconds* SIGKILL.  *env* replaces the environment.  With
     *new_session* false the program keeps the terminal's session, by which sudo remembers a password.
     *umask* is the program's, if it is not negative.  With *quiet* the log has nothing of a command that
     succeeds.  *watch* is called every second; what it raises stops the program.  *progress* is given
@@ -173,19 +178,20 @@ def run(
         logger.info("Running: %s", shlex.join(argv))
     environment = dict(os.environ if env is None else env) | {"LC_ALL": "C.UTF-8"}
     try:
-        process = subprocess.Popen(
-            [shutil.which(argv[0], path=search_path()) or argv[0], *argv[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if capture else subprocess.STDOUT,
-            cwd=cwd,
-            env=environment,
-            bufsize=0,
-            start_new_session=new_session,
-            process_group=None if new_session else 0,
-            umask=umask,
-            preexec_fn=partial(_end_with, os.getpid(), stop_signal),
-        )
+        with _input(stdin) as descriptor:
+            process = subprocess.Popen(
+                [shutil.which(argv[0], path=search_path()) or argv[0], *argv[1:]],
+                stdin=descriptor,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if capture else subprocess.STDOUT,
+                cwd=cwd,
+                env=environment,
+                bufsize=0,
+                start_new_session=new_session,
+                process_group=None if new_session else 0,
+                umask=umask,
+                preexec_fn=partial(_end_with, os.getpid(), stop_signal),
+            )
     except subprocess.SubprocessError as error:
         raise BuildError(f"Can't run {argv[0]}: {error}") from error
     except OSError as error:
@@ -210,6 +216,26 @@ def run(
     if process.returncode:
         raise CommandError(argv, process.returncode, last_lines)
     return captured.decode("utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def _input(data: bytes | Path | None) -> Iterator[int]:
+    """Give a descriptor to read *data* from: a file, so that nobody has to write to a pipe meanwhile."""
+    if data is None:
+        yield subprocess.DEVNULL
+        return
+    if isinstance(data, Path):
+        with data.open("rb") as file:
+            yield file.fileno()
+        return
+    descriptor = os.memfd_create("stdin")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def interact(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
@@ -489,6 +515,33 @@ def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
         finally:
             _stop(process, signal.SIGKILL, 5.0)
     return bytes(output)
+
+
+@contextmanager
+def background(argv: Sequence[str], output: Path) -> Iterator[Callable[[], int | None]]:
+    """Have *argv* run inside, and kill it on the way out; give what returns its status, None while it runs.
+
+    What it prints goes to the file *output*.  It is killed with image-factory, too.
+    """
+    logger.info("Running: %s", shlex.join(argv))
+    try:
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"LC_ALL": "C.UTF-8"},
+                start_new_session=True,
+                preexec_fn=partial(_end_with, os.getpid(), signal.SIGKILL),
+            )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"Can't run {argv[0]}: {error}") from error
+    with _closed(process):
+        try:
+            yield process.poll
+        finally:
+            _stop(process, signal.SIGKILL, _KILL_SECONDS)
 
 
 class Query:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,25 @@ class VirtTypeChosen:
 
 
 @dataclass(frozen=True)
+class Audited:
+    """The audit has made *checks* of *artifact*; *findings* are names of checks with what they found."""
+
+    artifact: str
+    checks: tuple[str, ...]
+    findings: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """Operation *name* of sealing has taken *files* files away, and *size* bytes; it has changed or made others."""
+
+    name: str
+    files: int
+    size: int
+    changed: int
+
+
+@dataclass(frozen=True)
 class Published:
     """An artifact has its final name; the fields are those of ``model.Artifact``."""
 
@@ -96,6 +115,33 @@ class Published:
     virtual_size: int
     upload: bool
     sha256: str | None
+    companions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What has changed since the build before, as the manifest of the published image has it."""
+
+    difference: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BootCheck:
+    """A check of the test boot.  *outcome* is ``passed``, ``failed`` or ``skipped``, and *message* says why."""
+
+    name: str
+    outcome: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class BootTested:
+    """The artifact named *artifact* was booted with *firmware*, which took *seconds*."""
+
+    artifact: str
+    firmware: str
+    seconds: float
+    checks: tuple[BootCheck, ...]
 
 
 Event = (
@@ -108,7 +154,11 @@ Event = (
     | TimePassed
     | InputUsed
     | VirtTypeChosen
+    | Audited
+    | Sealed
     | Published
+    | BootTested
+    | Compared
 )
 
 
@@ -129,6 +179,18 @@ class StepTimes:
         """Keep *event* if it is one."""
         if isinstance(event, StepEnded) and not event.failed:
             self.ended.append(event)
+
+
+class Differences:
+    """An observer that keeps what has changed since the build before, None if that is not known."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] | None = None
+
+    def notice(self, event: Event) -> None:
+        """Keep *event* if it is one."""
+        if isinstance(event, Compared):
+            self.found = event.difference
 
 
 _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("observers", default=())

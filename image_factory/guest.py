@@ -96,6 +96,16 @@ class Media:
     kept: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Firmware:
+    """UEFI for QEMU: its *code*, an empty *memory* to copy, and their *format*; None where it is not in flash."""
+
+    code: str | None
+    memory: str | None
+    format: str
+    secure_boot: bool
+
+
 def virt_install_argv(build: Build, media: Sequence[str], virt_type: str, *, by_hand: bool = False) -> list[str]:
     """Return the command of the installation.
 
@@ -232,7 +242,7 @@ def check_machine(plan: Plan) -> None:
             f"[{plan.image}] firmware: {settings.arch} has no {settings.firmware}.",
             hint=f"Use {' or '.join(facts.machines)}.",
         )
-    if settings.firmware != "bios" and not _has_uefi(settings.arch):
+    if settings.firmware != "bios" and not uefi_firmware(settings.arch):
         raise ConfigurationError(
             f"[{plan.image}] firmware = {settings.firmware}: this machine has no UEFI for {settings.arch}.",
             hint=f"Install it: apt-get install {facts.uefi_package}",
@@ -243,17 +253,21 @@ def check_machine(plan: Plan) -> None:
         )
 
 
-def _has_uefi(architecture: str) -> bool:
-    """Return whether libvirt will find UEFI for *architecture*."""
-    for path in (path for directory in _FIRMWARE_DIRECTORIES for path in directory.glob("*.json")):
+def uefi_firmware(architecture: str) -> list[Firmware]:
+    """Return what UEFI there is for *architecture*, in the order in which libvirt takes it."""
+    found = []
+    paths = {path.name: path for directory in reversed(_FIRMWARE_DIRECTORIES) for path in directory.glob("*.json")}
+    for _, path in sorted(paths.items()):
         # What is no such description, libvirt can't use either.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             told = json.loads(path.read_bytes())
             if "uefi" in told["interface-types"] and any(
                 target["architecture"] == architecture for target in told["targets"]
             ):
-                return True
-    return False
+                code, memory = (told.get("mapping", {}).get(key, {}) for key in ("executable", "nvram-template"))
+                parts = (code.get("filename"), memory.get("filename"), code.get("format", "raw"))
+                found.append(Firmware(*parts, "secure-boot" in told.get("features", [])))
+    return found
 
 
 def _text_of(path: Path) -> str:

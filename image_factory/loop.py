@@ -4,8 +4,9 @@ import contextlib
 import os
 import re
 import secrets
+import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 from . import command, layout, locks, privileged, tree
 from .errors import BuildError, CommandError
 from .log import logger, step
-from .model import Build, Disk, Plan, Volume
+from .model import LARGEST_LOAD, Build, Change, Disk, Entry, Plan, Volume
 from .release import released
 from .tree import Tree
 
@@ -48,9 +49,44 @@ class LoopFilesystem:
         """Return the files that *patterns* match."""
         return privileged.show(self.path, patterns)
 
-    def remove(self, patterns: Sequence[str]) -> list[str]:
+    def entries(self, patterns: Sequence[str]) -> list[Entry]:
+        """Return what *patterns* match."""
+        return privileged.entries(self.path, patterns)
+
+    def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
+        """Return the files that *patterns* match."""
+        return privileged.read(self.path, patterns)
+
+    def write(self, path: str, data: bytes, mode: int) -> None:
+        """Have *data* in the file *path*."""
+        privileged.write(self.path, path, data, mode)
+
+    def rename(self, path: str, name: str) -> None:
+        """Give *path* another *name*."""
+        privileged.rename(self.path, path, name)
+
+    def remove(self, patterns: Sequence[str]) -> list[Change]:
         """Remove what *patterns* match."""
         return privileged.remove(self.path, patterns)
+
+    def truncate(self, patterns: Sequence[str]) -> list[Change]:
+        """Empty the files that *patterns* match."""
+        return privileged.truncate(self.path, patterns)
+
+    def load(self, path: str) -> bytes | None:
+        """Return the file *path*."""
+        # What is missing, a link, or for root only.  No link on the way is followed: the helper mounts so.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.path / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+            with open(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_LOAD:
+                    return file.read(LARGEST_LOAD)
+        return None
+
+    def usage(self, top: str) -> dict[str, int]:
+        """Return what the entries of the directory *top* take."""
+        return privileged.usage(self.path, top)
 
     def trim(self) -> int | None:
         """Free the unused blocks."""
@@ -76,8 +112,10 @@ def check(plan: Plan) -> None:
     privileged.check()
 
 
-def describe(build: Build, shown: Sequence[str], removed: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
-    """Return the steps on the tree with their commands; nothing is *shown* if that is empty."""
+def describe(
+    build: Build, shown: Sequence[str], removed: Sequence[str], sealed: Mapping[str, Sequence[str]]
+) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps on the tree with their commands; nothing is *shown* or *sealed* if that is empty."""
     place = f"{MOUNT_DIRECTORY}/{MOUNT_PREFIX}XXXXXXXX/partition-N"
     helper = privileged.helper_argv
     mount = helper("mount-image", str(build.disk_path), "OFFSET", "SIZE", place)
@@ -85,6 +123,7 @@ def describe(build: Build, shown: Sequence[str], removed: Sequence[str]) -> list
         (STEP, [mount, helper("show", place, "etc/fstab")]),
         *([("Showing installer logs", [helper("show", place, *shown)])] if shown else []),
         ("Removing installer logs", [helper("remove", place, *removed)]),
+        *([("Sealing", [helper(verb, place, *words) for verb, words in sealed.items()])] if sealed else []),
         ("Freeing unused blocks", [helper("trim", place)]),
         ("Unmounting", [helper("umount", place)]),
     ]

@@ -9,12 +9,24 @@ from typing import Protocol
 
 from .settings import Destination, ImageSettings
 
+# A file that is loaded from a guest is at most so long: rpm's database of a large system has 200 MiB.
+LARGEST_LOAD = 512 << 20
+
 # What the names of working directories and virtual machines begin with; an image's name follows.
 WORK_PREFIX = ".image-factory-"
 VM_PREFIX = "image-factory-"
 
+# What the names of the files that belong to an artifact end with, after its own name: an SBOM of CycloneDX
+# is known by that name to other programs.
+MANIFEST_SUFFIX = ".manifest.json"
+SBOM_SUFFIX = ".cdx.json"
+# And of those that belong to a build, after IMAGE-DATE.
+SUMS_SUFFIX = ".SHA256SUMS"
+SIGNATURE_SUFFIX = ".asc"
+
 # In the working directory.
 DISK_NAME = "disk.raw"
+INVENTORY_NAME = "inventory.json"
 
 
 def libvirt_uri() -> str:
@@ -60,6 +72,11 @@ class Plan:
     def console_path(self) -> Path:
         """Where the log of the guest's serial console is to be."""
         return self.output_dir / f"{self.base_name}.console.log"
+
+    @property
+    def junit_path(self) -> Path:
+        """Where the results of the test boot are to be."""
+        return self.output_dir / f"{self.base_name}.junit.xml"
 
     @property
     def screenshot_path(self) -> Path:
@@ -146,11 +163,32 @@ class Volume:
     partition: Partition | None = None
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A name in a guest's filesystem; *kind* is ``file``, ``directory``, ``link`` or ``other``."""
+
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """What has gone from *path*: *files* files and directories, with *size* bytes in all.
+
+    The path has nothing that a terminal would obey.
+    """
+
+    path: str
+    files: int
+    size: int
+
+
 class Filesystem(Protocol):
     """A filesystem of a disk, mounted by one of the ways in ``mounts``.
 
-    Patterns are paths below its top; only the last part may have ``*``.  No operation follows a link:
-    what is behind one is not there.
+    Patterns are paths below its top; only the last part may have ``*``, which does not mean
+    lost+found.  No operation follows a link: what is behind one is not there.  That a file or a
+    directory is immutable or append-only stops none, and it is so no more when it was changed.
     """
 
     @property
@@ -167,8 +205,39 @@ class Filesystem(Protocol):
     def show(self, patterns: Sequence[str]) -> str:
         """Return the regular files that *patterns* match, and those below directories, with headings."""
 
-    def remove(self, patterns: Sequence[str]) -> list[str]:
-        """Remove what *patterns* match, a link itself; return the paths that are gone."""
+    def entries(self, patterns: Sequence[str]) -> list[Entry]:
+        """Return what *patterns* match."""
+
+    def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
+        """Return the regular files of at most 1 MiB that *patterns* match, by their paths."""
+
+    def write(self, path: str, data: bytes, mode: int) -> None:
+        """Have *data* in the regular file *path*, whose owner, mode and attributes stay.
+
+        One that is not there is made, with the directories on the way: root's, with *mode* and the
+        SELinux label of its directory.
+        """
+
+    def rename(self, path: str, name: str) -> None:
+        """Give *path* another *name* in its directory, which nothing there has."""
+
+    def remove(self, patterns: Sequence[str]) -> list[Change]:
+        """Remove what *patterns* match, a link itself; return what is gone."""
+
+    def truncate(self, patterns: Sequence[str]) -> list[Change]:
+        """Empty the regular files that *patterns* match, and those below directories; return what is gone.
+
+        Owner, mode and attributes stay.
+        """
+
+    def load(self, path: str) -> bytes | None:
+        """Return the regular file *path*, which all users of the guest may read; None if there is none, or a huge one.
+
+        It is much faster than ``show``: it takes no root.
+        """
+
+    def usage(self, top: str) -> dict[str, int]:
+        """Return the bytes that each entry of the directory *top*, with all below it, takes on the disk."""
 
     def trim(self) -> int | None:
         """Free the unused blocks; return their bytes, None where this is not possible."""
@@ -192,7 +261,8 @@ class Artifact:
     """A finished file of a disk of *virtual_size* bytes.
 
     *upload* is false for one that is only kept, as ``keep-raw`` asks.  *sha256* is None until it is
-    known.
+    known.  *companions* are the files beside it that belong to it, beside its checksum: their names, each
+    with its SHA-256.
     """
 
     path: Path
@@ -200,8 +270,14 @@ class Artifact:
     virtual_size: int
     upload: bool = True
     sha256: str | None = None
+    companions: tuple[tuple[str, str], ...] = ()
 
     @property
     def checksum_path(self) -> Path:
         """The file beside it that sha256sum reads."""
         return self.path.with_name(f"{self.path.name}.sha256sum")
+
+    @property
+    def others(self) -> tuple[Path, ...]:
+        """All files beside it that belong to it: its checksum, then its companions."""
+        return self.checksum_path, *(self.path.with_name(name) for name, _ in self.companions)

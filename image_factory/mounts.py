@@ -1,7 +1,7 @@
 """How the filesystems of a disk are reached: each way is a module with the functions of ``Way``."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -23,8 +23,10 @@ class Way(Protocol):
     def check(self, plan: Plan) -> None:
         """Raise ConfigurationError if it is known already that it can't be gone here."""
 
-    def describe(self, build: Build, shown: Sequence[str], removed: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
-        """Return the steps on the tree, each with its commands; nothing is *shown* if that is empty."""
+    def describe(
+        self, build: Build, shown: Sequence[str], removed: Sequence[str], sealed: Mapping[str, Sequence[str]]
+    ) -> list[tuple[str, list[list[str]]]]:
+        """Return the steps on the tree, each with its commands; nothing is *shown* or *sealed* if that is empty."""
 
     def mounted(self, build: Build, disk: Disk, volumes: Sequence[Volume]) -> AbstractContextManager[Tree]:
         """Give the system on *volumes*, the partitions of *disk*, mounted; NoSystemError if there is none."""
@@ -46,11 +48,13 @@ def check(plan: Plan) -> None:
     _way(plan).check(plan)
 
 
-def describe(build: Build, shown: Sequence[str], removed: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
-    """Return the steps on the tree, each with its commands; nothing is *shown* if that is empty."""
+def describe(
+    build: Build, shown: Sequence[str], removed: Sequence[str], sealed: Mapping[str, Sequence[str]]
+) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps on the tree, each with its commands; nothing is *shown* or *sealed* if that is empty."""
     image = build.disk_path
     reading = [layout.table_argv(image), layout.probe_argv(image, "OFFSET", "SIZE")]
-    return [(STEP, reading), *_way(build.plan).describe(build, shown, removed)]
+    return [(STEP, reading), *_way(build.plan).describe(build, shown, removed, sealed)]
 
 
 @contextmanager

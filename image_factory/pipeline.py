@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from . import (
+    audit,
     checkpoint,
     checksum,
     clean,
@@ -16,10 +17,15 @@ from . import (
     events,
     guest,
     interrupts,
+    inventory,
+    manifest,
     mounts,
     publish,
     rsync,
+    seal,
     shrink,
+    sign,
+    testboot,
     workspace,
 )
 from .checkpoint import Checkpoint
@@ -54,6 +60,8 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
         )
         for image_format in settings.format
     }
+    audit.check(plan)
+    seal.check(plan)
     return dataclasses.replace(plan, destinations=destinations)
 
 
@@ -63,6 +71,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     Returns the plan with what is chosen on this machine.
     """
     guest.check_machine(plan)
+    testboot.check(plan)
     if resume and not checkpoint.read(plan.work_path):
         # Before the working directory is opened, so that what is there stays.
         raise checkpoint.nothing_to_resume(plan)
@@ -73,13 +82,22 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
         _check_space(plan)
     guest.check_output_dir(plan)
     mounts.check(plan)
+    sign.check(plan)
     guest.check_libvirt(plan)
     return plan
 
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that *plan* needs, the user's own commands among them."""
-    names = [*SOURCES["installer"].programs(plan), *mounts.programs(plan), "fallocate", "zerofree"]
+    names = [
+        *SOURCES["installer"].programs(plan),
+        *mounts.programs(plan),
+        *audit.programs(plan),
+        *testboot.programs(plan),
+        *sign.programs(plan),
+        "fallocate",
+        "zerofree",
+    ]
     if plan.settings.post_build_command:
         names.append(plan.settings.post_build_command[0])
     for destinations in plan.destinations.values():
@@ -193,14 +211,19 @@ def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> lis
         return []
     if done.is_at("published"):
         publish.tell(done.artifacts)
+        manifest.tell_difference(done.artifacts)
     elif not done.is_at("converted"):
         done.reach("converted", write_artifacts(build, disk))
     if until == "convert":
         return done.artifacts
     if not done.is_at("published"):
+        # Also after --resume, whatever was found before: it is what is published.
+        audit.audit_artifacts(build, disk, done.artifacts)
+        testboot.test_boot(build, disk, done.artifacts)
         # No signal disturbs the publishing itself; one that came before or meanwhile is not lost.
         interrupts.check()
         done.reach("published", publish.move_into_place(build, done.artifacts))
+        manifest.tell_difference(done.artifacts)
         interrupts.check()
     if until == "publish":
         return done.artifacts
@@ -218,6 +241,8 @@ def clean_disk(build: Build, disk: Disk) -> None:
         with mounts.mounted(build, disk) as tree:
             clean.show_installer_logs(build, tree)
             clean.remove_installer_logs(build, tree)
+            seal.seal(build, tree)
+            inventory.take_inventory(build, tree)
             unfreed = shrink.trim_filesystems(build, disk, tree)
             shrink.zero_logical_volumes(build, tree, unfreed)
     except NoSystemError:
@@ -228,8 +253,13 @@ def clean_disk(build: Build, disk: Disk) -> None:
 
 
 def write_artifacts(build: Build, disk: Disk) -> list[Artifact]:
-    """Write what is to be published, with checksums, in the working directory."""
-    return [checksum.add_sha256(build, artifact) for artifact in write_outputs(build, disk)]
+    """Write what is to be published, with checksums, manifests and signature, in the working directory."""
+    if build.plan.settings.manifest and not inventory.taken(build):
+        # The build is resumed, and the disk was cleaned when no manifest was wanted.
+        with mounts.mounted(build, disk) as tree:
+            inventory.take_inventory(build, tree)
+    artifacts = [checksum.add_sha256(build, artifact) for artifact in write_outputs(build, disk)]
+    return sign.sign_all(build, manifest.add_manifests(build, artifacts))
 
 
 def write_outputs(build: Build, disk: Disk) -> list[Artifact]:
@@ -258,7 +288,11 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
     build = Build(plan, plan.work_path, f"image-factory-{plan.image}-XXXXXXXX")
     steps = SOURCES["installer"].describe(build)
     shown = clean.SHOWN_LOGS if plan.settings.installer_logs else ()
-    steps += mounts.describe(build, shown, clean.INSTALLER_LOGS)
+    steps += mounts.describe(build, shown, clean.INSTALLER_LOGS, seal.calls(plan.settings))
+    if plan.settings.manifest:
+        # While the filesystems are mounted.
+        names = [name for name, _ in steps]
+        steps.insert(names.index("Freeing unused blocks"), (inventory.STEP, []))
     # Only where they can't be freed, and where there is some.
     steps.append(("Zeroing unused blocks", [shrink.zerofree_argv(build.disk_path, "OFFSET")]))
     steps.append(("Zeroing swap space", [shrink.punch_argv(build.disk_path, "OFFSET", "SIZE")]))
@@ -268,7 +302,13 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
         Artifact(plan.output_dir / plan.file_name(name), name, plan.settings.image_size, name in plan.settings.format)
         for name in formats
     ]
+    artifacts = sign.named(plan, manifest.named(plan, artifacts))
     steps += [(f"Checksumming {artifact.path.name}", []) for artifact in artifacts]
+    if plan.settings.manifest:
+        steps.append((manifest.STEP, []))
+    steps += sign.describe(build)
+    steps += audit.describe(build, formats)
+    steps += testboot.describe(build, artifacts)
     steps.append(("Publishing", []))
     for artifact, destination, commands in publish.upload_commands(plan, artifacts):
         steps.append((f"Uploading {artifact.path.name} to {destination.section}", commands))

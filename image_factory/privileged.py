@@ -4,6 +4,8 @@ Root runs the helper as it is, so that there is one implementation of what touch
 filesystem; an ordinary user runs it through sudo, which never asks for a password.
 """
 
+import base64
+import json
 import os
 import shutil
 import stat
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from . import __version__, command
 from .errors import BuildError, CommandError, ConfigurationError
+from .model import Change, Entry
 
 HELPER = "image-factory-sudo-helper"
 
@@ -44,11 +47,14 @@ def helper_argv(*arguments: str) -> list[str]:
     return [*sudo, helper_path(), *arguments]
 
 
-def _run(*arguments: str) -> str:
+def _run(*arguments: str, stdin: bytes | None = None) -> str:
     # A root shell that was started with sudo still has the SUDO_ variables of its user, whom the
     # helper would take for its caller.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
-    return command.run(helper_argv(*arguments), capture=True, env=environment, timeout=_SECONDS, new_session=False)
+    argv = helper_argv(*arguments)
+    return command.run(
+        argv, capture=True, env=environment, timeout=_SECONDS, new_session=False, stdin=stdin
+    )  # fmt: skip
 
 
 def check() -> None:
@@ -93,9 +99,49 @@ def show(directory: Path, patterns: Sequence[str]) -> str:
     return _run("show", str(directory), *patterns)
 
 
-def remove(directory: Path, patterns: Sequence[str]) -> list[str]:
-    """Remove what *patterns* match below the tree at *directory*; return the paths that are gone."""
-    return _run("remove", str(directory), *patterns).splitlines()
+def entries(directory: Path, patterns: Sequence[str]) -> list[Entry]:
+    """Return what *patterns* match below the tree at *directory*."""
+    return [Entry(*json.loads(line)) for line in _run("list", str(directory), *patterns).splitlines()]
+
+
+def read(directory: Path, patterns: Sequence[str]) -> dict[str, bytes]:
+    """Return the regular files below the tree at *directory* that *patterns* match, by their paths."""
+    lines = map(json.loads, _run("read", str(directory), *patterns).splitlines())
+    return {path: base64.b64decode(data) for path, data in lines}
+
+
+def write(directory: Path, path: str, data: bytes, mode: int) -> None:
+    """Write *data* to the file *path* below the tree at *directory*; a new one has *mode*."""
+    _run("write", str(directory), f"{mode:04o}", path, stdin=data)
+
+
+def rename(directory: Path, path: str, name: str) -> None:
+    """Name what is *path* below the tree at *directory* *name*, in the same directory."""
+    _run("rename", str(directory), path, name)
+
+
+def remove(directory: Path, patterns: Sequence[str]) -> list[Change]:
+    """Remove what *patterns* match below the tree at *directory*; return what is gone."""
+    return _changes(_run("remove", str(directory), *patterns))
+
+
+def truncate(directory: Path, patterns: Sequence[str]) -> list[Change]:
+    """Empty the files that *patterns* match below the tree at *directory*, and those below directories."""
+    return _changes(_run("truncate", str(directory), *patterns))
+
+
+def _changes(answer: str) -> list[Change]:
+    found = (line.split(" ", 2) for line in answer.splitlines())
+    return [Change(path, int(count), int(size)) for count, size, path in found]
+
+
+def usage(directory: Path, top: str) -> dict[str, int]:
+    """Return the bytes that each directory in *top*, below the tree at *directory*, takes; ``.`` has the other entries.
+
+    What is mounted elsewhere, a subvolume for example, is not in it.
+    """
+    lines = (line.split(" ", 1) for line in _run("usage", str(directory), *([top] if top else [])).splitlines())
+    return {name: int(size) for size, name in lines}
 
 
 def trim(directory: Path) -> int | None:

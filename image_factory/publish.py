@@ -9,9 +9,9 @@ from pathlib import Path
 
 from . import command, events, rsync
 from .checkpoint import Checkpoint
-from .errors import BuildError
+from .errors import BuildError, reason_of
 from .log import logger, step
-from .model import Artifact, Build, Plan
+from .model import MANIFEST_SUFFIX, SBOM_SUFFIX, SIGNATURE_SUFFIX, SUMS_SUFFIX, Artifact, Build, Plan
 from .settings import Destination
 
 # In the working directory while artifacts are published: their names.
@@ -19,18 +19,16 @@ _RECORD = "publishing"
 
 
 def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """Give *artifacts* and their checksums their final names: all, or none and BuildError.
+    """Give *artifacts* and what belongs to them their final names: all, or none and BuildError.
 
     Older files of these names are replaced; they come back if one can't be.
     """
     target = build.plan.output_dir
     with step("Publishing"), _recorded(build, artifacts), contextlib.ExitStack() as undo:
-        for artifact in artifacts:
-            # The checksum goes first: at no time is there an artifact with an older one's checksum
-            # but for the moment between the two.
-            for path in (artifact.checksum_path, artifact.path):
-                undo.callback(_replace(path, target / path.name, build.directory))
+        for path in _files(artifacts):
+            undo.callback(_replace(path, target / path.name, build.directory))
         undo.pop_all()
+    _remove_stale(build.plan, artifacts)
     published = [dataclasses.replace(artifact, path=target / artifact.path.name) for artifact in artifacts]
     tell(published)
     return published
@@ -39,14 +37,40 @@ def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifac
 def tell(artifacts: Sequence[Artifact]) -> None:
     """Tell observers of *artifacts* that have their final names."""
     for item in artifacts:
-        events.tell(events.Published(item.path, item.format, item.virtual_size, item.upload, item.sha256))
+        events.tell(
+            events.Published(item.path, item.format, item.virtual_size, item.upload, item.sha256, item.companions)
+        )
+
+
+def _files(artifacts: Sequence[Artifact]) -> list[Path]:
+    """Return all files of *artifacts*, once each, in the order in which they are published.
+
+    An artifact comes after what belongs to it: at no time is there one with an older one's checksum
+    but for the moment between the two.
+    """
+    return list(dict.fromkeys(path for artifact in artifacts for path in (*artifact.others, artifact.path)))
+
+
+def _remove_stale(plan: Plan, artifacts: Sequence[Artifact]) -> None:
+    """Remove what belonged to artifacts that were replaced, and is not made any more."""
+    sums = f"{plan.base_name}{SUMS_SUFFIX}"
+    possible = [
+        *(f"{artifact.path.name}{suffix}" for artifact in artifacts for suffix in (MANIFEST_SUFFIX, SBOM_SUFFIX)),
+        sums,
+        f"{sums}{SIGNATURE_SUFFIX}",
+    ]
+    for name in {*possible} - {path.name for path in _files(artifacts)}:
+        try:
+            (plan.output_dir / name).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s is of an older build, and can't be removed: %s.", name, reason_of(error))
 
 
 @contextlib.contextmanager
 def _recorded(build: Build, artifacts: Sequence[Artifact]) -> Iterator[None]:
     """Have a record of what is published inside, so that of a build that is killed nothing is."""
     record = build.directory / _RECORD
-    names = [path.name for artifact in artifacts for path in (artifact.checksum_path, artifact.path)]
+    names = [path.name for path in _files(artifacts)]
     # Half a record would be worse than none.
     unfinished = record.with_name(f"{_RECORD}-unfinished")
     unfinished.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")

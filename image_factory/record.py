@@ -32,7 +32,10 @@ SCHEMA_VERSION = 1
 _ANSWER_SECONDS = 2.0
 
 # What they accept holds no secret.  Other texts may, so of those only a digest is told.
-_SETTINGS_WITHOUT_SECRETS = ("format", "mount-via", "compression", "virt-type", "install-timeout", "stall-timeout")
+_SETTINGS_WITHOUT_SECRETS = (
+    "format", "mount-via", "compression", "virt-type", "install-timeout", "stall-timeout", "seal-only", "seal-skip",
+    "audit-skip", "test-boot-timeout",
+)  # fmt: skip
 
 _VERSION = re.compile(r"[0-9]+(?:\.[0-9]+)+[-+~.\w]*")
 
@@ -90,7 +93,11 @@ class Record:
         self._programs: dict[str, command.Query | None] = {}
         self._with_helper = False
         self._steps: list[_Span] = []
+        self._audit: dict[str, Any] | None = None
+        self._sealed: list[dict[str, Any]] = []
         self._artifacts: list[dict[str, Any]] = []
+        self._test_boots: list[events.BootTested] = []
+        self._difference: dict[str, Any] | None = None
         self._warnings = _Warnings()
         self._failure: dict[str, Any] | None = None
 
@@ -134,8 +141,20 @@ class Record:
                 self._inputs.append((event, None if event.path is None else _digest_of(event.path)))
             case events.VirtTypeChosen():
                 self._virt_type = event.name
+            case events.Audited():
+                self._audit = {
+                    "artifact": event.artifact,
+                    "checks": list(event.checks),
+                    "findings": [{"check": check, "message": message} for check, message in event.findings],
+                }
+            case events.Sealed():
+                self._sealed.append(dataclasses.asdict(event))
             case events.Published():
                 self._artifacts.append(_artifact(event, self._plan))
+            case events.BootTested():
+                self._test_boots.append(event)
+            case events.Compared():
+                self._difference = event.difference
 
     def fail(self, error: BaseException, message: str, hint: str | None, exit_status: int) -> None:
         """Note that the build ends with *error*, and what the user is told of it."""
@@ -190,7 +209,11 @@ class Record:
             "steps": [
                 step.document() | {"phases": [phase.document() for phase in step.phases]} for step in self._steps
             ],
+            "audit": self._audit,
+            "sealed": self._sealed,
+            "test_boots": [dataclasses.asdict(boot) | {"seconds": _rounded(boot.seconds)} for boot in self._test_boots],
             "artifacts": self._artifacts,
+            "difference": self._difference,
             "warnings": self._warnings.texts,
             "failure": self._failure,
         }
@@ -222,7 +245,8 @@ def _version_argv(program: str) -> list[str] | None:
     if program == "zerofree":
         # It has no option for that.
         return ["dpkg-query", "--show", "--showformat", "${Version}", program]
-    if program == "ssh":
+    if program in ("ssh", "ssh-keygen"):
+        # The latter has no option for that, and is of the same package.
         return ["ssh", "-V"]
     return [program, "--version"] if program in command.PACKAGES else None
 
@@ -257,6 +281,7 @@ def _artifact(event: events.Published, plan: Plan | None) -> dict[str, Any]:
         "size": status and status.st_size,
         "size_on_disk": status and status.st_blocks * 512,
         "sha256": event.sha256,
+        "companions": [{"name": name, "sha256": digest} for name, digest in event.companions],
         "upload": event.upload and plan is not None and bool(plan.settings.upload_destinations),
     }
 

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import command, interrupts
 from .errors import BuildError, CommandError
@@ -160,8 +161,12 @@ def _own_options(destination: Destination) -> list[str]:
     return options
 
 
+def _files(artifact: Artifact) -> tuple[Path, ...]:
+    return artifact.path, *artifact.others
+
+
 def _upload_argv(destination: Destination, artifact: Artifact, options: Sequence[str]) -> list[str]:
-    files = [artifact.path.name, artifact.checksum_path.name]
+    files = [path.name for path in _files(artifact)]
     return ["rsync", *options, *destination.arguments, *files, destination.target]
 
 
@@ -169,19 +174,19 @@ def _verify_argv(destination: Destination, artifact: Artifact) -> list[str] | No
     shell = _shell(destination)
     if shell is None:
         return None
-    files = f"{artifact.path.name} {artifact.checksum_path.name}"
+    files = " ".join(path.name for path in _files(artifact))
     # BSD and macOS have the second.
     return [*shell, _in_target(destination, f"sha256sum {files} || shasum -a 256 {files}")]
 
 
 def commands(destination: Destination, artifact: Artifact) -> list[list[str]]:
-    """Return the commands that upload *artifact* and its checksum and verify them; they run beside the files."""
+    """Return the commands that upload *artifact* and what belongs to it and verify them; they run beside the files."""
     verify = _verify_argv(destination, artifact)
     return [_upload_argv(destination, artifact, _own_options(destination)), *([verify] if verify else [])]
 
 
 def upload(destination: Destination, artifact: Artifact) -> None:
-    """Upload *artifact* and its checksum, and verify them there; BuildError has the reason and the next move.
+    """Upload *artifact* and what belongs to it, and verify them there; BuildError has the reason and the next move.
 
     A failure that may pass is tried again.
     """
@@ -294,14 +299,15 @@ def _verify(destination: Destination, artifact: Artifact) -> None:
             artifact.path.name, destination.section, reason,
         )  # fmt: skip
         return
-    for path, wanted in (
-        (artifact.path, artifact.sha256),
-        (artifact.checksum_path, hashlib.sha256(artifact.checksum_path.read_bytes()).hexdigest()),
+    for name, wanted in (
+        (artifact.path.name, artifact.sha256),
+        (artifact.checksum_path.name, hashlib.sha256(artifact.checksum_path.read_bytes()).hexdigest()),
+        *artifact.companions,
     ):
-        # The user's arguments may leave the checksum file out.
-        if found.get(path.name, wanted) != wanted:
+        # The user's arguments may leave the others out.
+        if found.get(name, wanted) != wanted:
             raise _FailedTry(
-                f"{path.name} has another SHA-256 there, {found[path.name]}",
+                f"{name} has another SHA-256 there, {found[name]}",
                 again=True,
                 damaged=True,
                 hint="It is damaged, or upload_args keep it from being replaced: look at that machine's disk.",
@@ -316,7 +322,7 @@ def _checksums(text: str) -> list[tuple[str, str]]:
 def _remove_partial(destination: Destination, artifact: Artifact) -> None:
     """Remove what the tries have left there, where that is possible."""
     shell = _shell(destination)
-    files = " ".join(f"{_PARTIAL_DIR}/{path.name}" for path in (artifact.path, artifact.checksum_path))
+    files = " ".join(f"{_PARTIAL_DIR}/{path.name}" for path in _files(artifact))
     try:
         if shell is None:
             raise BuildError("a daemon has no shell")

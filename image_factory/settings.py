@@ -38,7 +38,7 @@ ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast", "autoinstall", "agama")
 # What --list shows of an image beside its name.
 LISTED_KEYS = ("distribution", "release", "arch", "firmware")
 
-# The file names of an image have its name, date, format and ".sha256sum": together at most 255 bytes.
+# The file names of an image have its name, date, format and ".manifest.json": together at most 255 bytes.
 _LONGEST_NAME = 200
 _COMMAND_KEY = re.compile(r"post-upload-command[0-9]{0,9}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+~@-]*")
@@ -162,6 +162,24 @@ def parse_file_name(text: str) -> Path:
     if text.strip().endswith("/") or path.name in ("", ".", ".."):
         raise ValueError("the name of a file")
     return path
+
+
+def parse_patterns(text: str) -> tuple[str, ...]:
+    """Regular expressions, one a line."""
+    patterns = tuple(line.strip() for line in text.splitlines() if line.strip())
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"regular expressions, one a line ({error})") from None
+    return patterns
+
+
+def parse_key(text: str) -> str:
+    """A key by its fingerprint or user ID, or the path of its file, which has a slash; ``~`` is the home directory."""
+    if not text.strip() or not text.isprintable():
+        raise ValueError("a fingerprint, a user ID, or the path of a key file, which has a slash")
+    return os.path.expanduser(text.strip())
 
 
 @dataclass(frozen=True)
@@ -341,6 +359,11 @@ class ImageSettings:
     require_single_partition: bool = _setting(
         parse_boolean, "fail if the installer has made more than one partition", "no"
     )
+    audit: bool = _setting(parse_boolean, "fail if an image has what must not be cloned", "no")
+    audit_skip: tuple[str, ...] = _setting(split_list, "checks that the audit leaves out, with commas", "")
+    seal: bool = _setting(parse_boolean, "take from the image what its clones must not have in common", "no")
+    seal_only: tuple[str, ...] = _setting(split_list, "the operations of sealing, with commas; empty means all", "")
+    seal_skip: tuple[str, ...] = _setting(split_list, "operations of sealing that are left out, with commas", "")
     keep_raw: bool = _setting(parse_boolean, "keep the raw image too", "no")
     compression: str = _setting(one_of("zstd", "zlib", "none"), "compression of qcow2", "zstd")
     vnc: tuple[str, int | None] | None = _setting(
@@ -363,6 +386,20 @@ class ImageSettings:
     install_timeout: float = _setting(parse_duration, "how long the installation may take, or none", "2h")
     stall_timeout: float | None = _setting(
         parse_duration, "how long it may show no sign of life, or none (default: 10m with KVM, else 30m)"
+    )
+    test_boot: bool = _setting(parse_boolean, "boot the finished image, and fail if it doesn't come up well", "no")
+    test_script: Path | None = _setting(parse_file_name, "script to run in the booted image")
+    test_boot_timeout: float | None = _setting(
+        parse_duration, "how long each test boot may take, or none (default: 10m with KVM, else 30m)"
+    )
+    kernel_errors_allowed: tuple[str, ...] = _setting(
+        parse_patterns, "regular expressions, one a line, of errors in the kernel's log that the test boot accepts", ""
+    )
+    manifest: bool = _setting(
+        parse_boolean, "write what is in the image beside it: packages, licenses, sizes; and an SBOM", "no"
+    )
+    sign_key: str | None = _setting(
+        parse_key, "OpenPGP key that signs what is published: a fingerprint, a user ID or the path of a key file"
     )
     upload_destinations: tuple[str, ...] = _setting(
         split_list, "sections of upload destinations, with commas; empty means none", ""

@@ -4,7 +4,7 @@ They are not mounted below each other: a link where a mount point belongs leads 
 places for mounts stay the ones that image-factory-sudo-helper allows.
 """
 
-import itertools
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from . import fstab, layout
 from .errors import BuildError
 from .log import logger
-from .model import Filesystem, LogicalVolumes, Volume
+from .model import Change, Entry, Filesystem, LogicalVolumes, Volume
 
 # The directory of a btrfs subvolume, as patterns may begin with it: no part of it is ``.`` or ``..``.
 _PART = r"\.?[A-Za-z0-9_@][A-Za-z0-9._@-]{0,254}"
@@ -53,8 +53,8 @@ class Tree:
     """An installed system: *branches* has the root last, and what is mounted deeper before.
 
     *filesystems* are all that are mounted, those that the system's fstab doesn't name among them.
-    Patterns are paths below the root; only the last part may have ``*``.  No operation follows a link:
-    what is behind one is not there.  *logical* is there where the disk has logical volumes.
+    Patterns are paths below the root, and the operations those of ``Filesystem``.  *logical* is there
+    where the disk has logical volumes.
     """
 
     branches: tuple[Branch, ...]
@@ -73,23 +73,78 @@ class Tree:
             _with_paths_of(branch, branch.filesystem.show(inner)) for branch, inner in self._routed(patterns)
         )
 
-    def remove(self, patterns: Sequence[str]) -> list[str]:
-        """Remove what *patterns* match, a link itself; return the paths that are gone."""
+    def entries(self, patterns: Sequence[str]) -> list[Entry]:
+        """Return what *patterns* match."""
         return [
-            branch.outer(path)
+            dataclasses.replace(found, path=branch.outer(found.path))
             for branch, inner in self._routed(patterns)
-            for path in branch.filesystem.remove(inner)
-        ]  # fmt: skip
+            for found in branch.filesystem.entries(inner)
+        ]
+
+    def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
+        """Return the regular files of at most 1 MiB that *patterns* match, by their paths."""
+        return {
+            branch.outer(path): data
+            for branch, inner in self._routed(patterns)
+            for path, data in branch.filesystem.read(inner).items()
+        }
+
+    def write(self, path: str, data: bytes, mode: int) -> None:
+        """Have *data* in the regular file *path*; a new one is root's, with *mode*."""
+        branch = self._branch_of(path)
+        branch.filesystem.write(branch.inner(path), data, mode)
+
+    def rename(self, path: str, name: str) -> None:
+        """Give *path* another *name* in its directory, which nothing there has."""
+        branch = self._branch_of(path)
+        branch.filesystem.rename(branch.inner(path), name)
+
+    def remove(self, patterns: Sequence[str]) -> list[Change]:
+        """Remove what *patterns* match, a link itself; return what is gone."""
+        return [
+            dataclasses.replace(gone, path=branch.outer(gone.path))
+            for branch, inner in self._routed(patterns)
+            for gone in branch.filesystem.remove(inner)
+        ]
+
+    def truncate(self, patterns: Sequence[str]) -> list[Change]:
+        """Empty the regular files that *patterns* match, and those below directories; return what is gone."""
+        return [
+            dataclasses.replace(gone, path=branch.outer(gone.path))
+            for branch, inner in self._routed(patterns)
+            for gone in branch.filesystem.truncate(inner)
+        ]
+
+    def load(self, path: str) -> bytes | None:
+        """Return the regular file *path*, which all users of the guest may read; None if there is none that can be."""
+        [(branch, [inner])] = self._routed([path])
+        return branch.filesystem.load(inner)
+
+    def usage(self) -> dict[str, int]:
+        """Return the bytes that each directory at the top of the system takes; ``.`` is what lies there itself."""
+        found: dict[str, int] = {}
+        for branch in self.branches:
+            for name, size in branch.filesystem.usage(branch.top).items():
+                name = branch.point.split("/")[0] or name
+                found[name] = found.get(name, 0) + size
+        return dict(sorted(found.items()))
 
     def _routed(self, patterns: Sequence[str]) -> Iterator[tuple[Branch, list[str]]]:
-        """Give the branches that *patterns* are on, with those for their filesystems."""
+        """Give the branches that *patterns* are on, each with those for its filesystem.
 
-        def branch_of(pattern: str) -> Branch:
-            directory = pattern.rpartition("/")[0]
-            return next(branch for branch in self.branches if branch.has(directory))
+        In the order of the first pattern for each: one call for a branch, whatever their order is.
+        """
+        branches = [self._branch_of(pattern) for pattern in patterns]
+        for point in dict.fromkeys(branch.point for branch in branches):
+            [branch] = [branch for branch in self.branches if branch.point == point]
+            yield (
+                branch,
+                [branch.inner(pattern) for pattern, own in zip(patterns, branches, strict=True) if own is branch],
+            )
 
-        for branch, group in itertools.groupby(patterns, branch_of):
-            yield branch, [branch.inner(pattern) for pattern in group]
+    def _branch_of(self, pattern: str) -> Branch:
+        directory = pattern.rpartition("/")[0]
+        return next(branch for branch in self.branches if branch.has(directory))
 
 
 def _with_paths_of(branch: Branch, text: str) -> str:

@@ -26,13 +26,15 @@ class Scene:
     mounts: dict[str, Path]
     victim: Path
 
-    def helper(self, *words: str | bytes, user: str = "a", **environment: str) -> subprocess.CompletedProcess[str]:
+    def helper(
+        self, *words: str | bytes, user: str = "a", stdin: bytes = b"", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run the helper through sudo as *user*."""
         own = self.users[user]
         argv: list[str | bytes] = [*own.argv("sudo", "-n", own.helper, **environment), *words]
-        return subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", cwd=own.home, timeout=60
-        )
+        done = subprocess.run(argv, input=stdin, capture_output=True, cwd=own.home, timeout=60)
+        texts = (output.decode(errors="replace") for output in (done.stdout, done.stderr))
+        return subprocess.CompletedProcess(done.args, done.returncode, *texts)
 
     def mount_words(self, image: Path, point: Path) -> list[str]:
         return ["mount-image", str(image), "0", str(IMAGE_SIZE), str(point)]

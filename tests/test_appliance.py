@@ -15,10 +15,10 @@ from typing import cast
 
 import pytest
 
-from image_factory import appliance, interrupts, mounts, pipeline
+from image_factory import appliance, interrupts, inventory, mounts, pipeline
 from image_factory.command import Conversation
 from image_factory.errors import BuildError, CommandError, ConfigurationError, Interrupted, NoSystemError
-from image_factory.model import Build, Disk, Partition, Plan, Volume
+from image_factory.model import LARGEST_LOAD, Build, Disk, Partition, Plan, Volume
 from image_factory.settings import Configuration
 from image_factory.tree import Branch
 
@@ -214,6 +214,52 @@ def test_hostile_links(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     assert said["loop"] == said["guestfs"] == ["Removed /var/lib/YaST2", "Removed /var/adm/autoinstall"]
     left = listing(image(builds["guestfs"])).keys()
     assert {*kept, "root", "var/log", "home"} <= left
+
+
+PACKAGES = 40
+
+
+def make_dpkg_tree(directory: Path) -> Path:
+    """Make a tree with the first packages of this machine, and with what is not to be loaded."""
+    paragraphs = Path("/var/lib/dpkg/status").read_text().split("\n\n")[:PACKAGES]
+    for name in ("etc", "usr/lib", "usr/share/doc", "var/lib/dpkg", "root", "odd name"):
+        (directory / name).mkdir(parents=True)
+    (directory / "var/lib/dpkg/status").write_text("\n\n".join(paragraphs))
+    for name in re.findall("^Package: (.*)$", "\n".join(paragraphs), re.MULTILINE):
+        run("cp", "--archive", f"/usr/share/doc/{name}", directory / "usr/share/doc", check=False)
+    (directory / "usr/lib/os-release").write_text("ID=debian\nVERSION_ID=12\n")
+    (directory / "etc/os-release").symlink_to("../usr/lib/os-release")
+    (directory / "etc/fstab").touch()
+    (directory / "etc/empty").touch()
+    (directory / "etc/binary").write_bytes(bytes(range(256)) * 9000)
+    (directory / "host").symlink_to("/etc")
+    os.mkfifo(directory / "etc/fifo")
+    with (directory / "etc/huge").open("w") as file:
+        file.truncate(LARGEST_LOAD + 1)
+    return directory
+
+
+def test_both_ways_load_the_same(tmp_path: Path) -> None:
+    tree_directory = make_dpkg_tree(tmp_path / "tree")
+    found, seconds = {}, {}
+    for way in ("loop", "guestfs"):
+        build = make_build(tmp_path / way, way)
+        with mounts.mounted(build, make_disk(build, tree_directory)) as tree:
+            start = time.monotonic()
+            packages = inventory.read_packages(tree.load, build.directory / "rpm")
+            seconds[way] = time.monotonic() - start
+            assert tree.load("etc/binary") == (tree_directory / "etc/binary").read_bytes()
+            assert tree.load("etc/empty") == b""
+            for path in ("etc/os-release", "etc/fifo", "etc/huge", "etc", "host/passwd", "none", "none/none"):
+                assert tree.load(path) is None, path
+            found[way] = packages, inventory.read_os(tree.load), tree.usage()
+    assert found["loop"] == found["guestfs"]
+    packages, system, usage = found["loop"]
+    assert len(packages) > PACKAGES / 2 < sum(package.licenses is not None for package in packages) * 2
+    assert system == {"id": "debian", "version_id": "12"}
+    assert list(usage) == [".", "etc", "lost+found", "odd name", "root", "usr", "var"]
+    assert usage["usr"] > 1 << 20
+    print(f"Seconds for {len(packages)} packages: {seconds}")
 
 
 def test_logical_volume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -120,7 +120,10 @@ def publish(build: Build, path: Path) -> None:
     path.write_text("x")
     digest = checkpoint.digest_of(path)
     path.with_name(f"{path.name}.sha256sum").write_text(f"{digest}  {path.name}\n")
-    begin(build).reach("published", [Artifact(path, "qcow2", 1, True, digest)])
+    companion = path.with_name("x.qcow2.manifest.json")
+    companion.write_text("{}")
+    companions = ((companion.name, checkpoint.digest_of(companion)),)
+    begin(build).reach("published", [Artifact(path, "qcow2", 1, True, digest, companions)])
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -143,7 +146,9 @@ def test_raw_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool)
     assert checkpoint.read(build.directory) is not None
 
 
-@pytest.mark.parametrize("change", ["format = qcow2", "compression = none", "keep-raw = yes"])
+@pytest.mark.parametrize(
+    "change", ["format = qcow2", "compression = none", "keep-raw = yes", "manifest = yes", "sign-key = a"]
+)
 def test_other_artifacts_are_asked_for(tmp_path: Path, change: str) -> None:
     build = build_in(tmp_path)
     path = tmp_path / "x.qcow2"
@@ -156,14 +161,66 @@ def test_other_artifacts_are_asked_for(tmp_path: Path, change: str) -> None:
         checkpoint.resumed(make_plan(tmp_path, change), build.directory)
 
 
-@pytest.mark.parametrize("damage", ["image", "checksum", "no image", "no checksum"])
+@pytest.mark.parametrize("change", ["seal = yes", "seal-only = logs", "seal-skip = logs, mail"])
+def test_sealing_has_changed(tmp_path: Path, change: str) -> None:
+    """Before the disk was sealed that is no matter, and after that it can't be undone."""
+    build = build_in(tmp_path)
+    done = begin(build)
+    changed = make_plan(tmp_path, change)
+    assert checkpoint.resumed(changed, build.directory).stage == "installed"
+    for stage in ("cleaned", "converted", "published"):
+        done.reach(stage)
+        with pytest.raises(ConfigurationError) as caught:
+            checkpoint.resumed(changed, build.directory)
+        key = change.partition(" ")[0]
+        assert caught.value.message == f"[x] {key} changed since the disk was sealed."
+
+
+@pytest.mark.parametrize("damage", ["image", "checksum", "manifest", "no image", "no checksum", "no manifest"])
 def test_artifact_that_is_not_as_it_was(tmp_path: Path, damage: str) -> None:
     build = build_in(tmp_path)
     path = tmp_path / "x.qcow2"
     publish(build, path)
-    changed = path if damage.endswith("image") else path.with_name("x.qcow2.sha256sum")
+    suffix = {"image": "", "checksum": ".sha256sum", "manifest": ".manifest.json"}[damage.split()[-1]]
+    changed = path.with_name(f"x.qcow2{suffix}")
     changed.unlink() if damage.startswith("no ") else changed.write_text("damaged")
     assert checkpoint.resumed(build.plan, build.directory).stage == "cleaned"
+
+
+def test_what_is_kept_for_a_manifest(tmp_path: Path) -> None:
+    build = build_in(tmp_path, "manifest = yes")
+    done = begin(build)
+    assert "inventory.json" in done.kept
+    artifact = Artifact(build.directory / "x.raw", "raw", 1, True, "0" * 64, (("x.raw.cdx.json", "1" * 64),))
+    done.reach("converted", [artifact])
+    assert done.kept[2:] == ["inventory.json", "x.raw", "x.raw.sha256sum", "x.raw.cdx.json"]
+    found = checkpoint.read(build.directory)
+    assert found is not None
+    assert found.artifacts == [artifact]
+
+
+def test_checkpoint_of_a_version_that_knew_no_companions(tmp_path: Path) -> None:
+    build = build_in(tmp_path)
+    publish(build, tmp_path / "x.qcow2")
+    file = build.directory / checkpoint.FILE_NAME
+    texts = json.loads(file.read_text())
+    del texts["artifacts"][0]["companions"]
+    file.write_text(json.dumps(texts))
+    assert checkpoint.resumed(build.plan, build.directory).stage == "published"
+
+
+@pytest.mark.parametrize(
+    "companions", [1, [1], ["ab"], [["a"]], [["a", 1]], [["../a", "b"]], [["a", "b", "c"]], {"a": 1}]
+)
+def test_companions_that_were_edited(tmp_path: Path, companions: object) -> None:
+    build = build_in(tmp_path)
+    publish(build, tmp_path / "x.qcow2")
+    file = build.directory / checkpoint.FILE_NAME
+    texts = json.loads(file.read_text())
+    texts["artifacts"][0]["companions"] = companions
+    file.write_text(json.dumps(texts))
+    found = checkpoint.read(build.directory)
+    assert found is None or checkpoint.resumed(build.plan, build.directory).stage == "cleaned"
 
 
 def test_answer_file_that_is_left_out(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Programs are run with everything they print in the log, and are gone afterwards."""
 
 import contextlib
+import errno
+import hashlib
 import logging
 import os
 import re
@@ -12,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,6 +161,14 @@ def test_stdin_is_empty() -> None:
     """
     done = subprocess.run(python(program), input="typed\n", capture_output=True, text=True, check=True)
     assert done.stdout == "end\n\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"a\0b\xff\n", bytes(1 << 20)], ids=len)
+def test_stdin_is_given(data: bytes) -> None:
+    """Also where the program doesn't read it, or all of it."""
+    said = command.run(["sha256sum"], capture=True, stdin=data)
+    assert said.split()[0] == hashlib.sha256(data).hexdigest()
+    command.run(["true"], stdin=data)
 
 
 def test_locale_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,3 +500,59 @@ def test_conversation_with_a_program_that_is_missing() -> None:
     missing = command.conversation(["no-such-program"], env={}, timeout=1, stop_seconds=1)
     with pytest.raises(BuildError, match="Can't run no-such-program: No such file"), missing:
         pytest.fail("it was started")
+
+
+def is_there(stat: Path) -> bool:
+    """Return whether the process of /proc/PID/*stat* runs; what nobody has waited for does not."""
+    try:
+        return stat.read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class TestBackground:
+    """command.background kills what it has started on every way out."""
+
+    def test_the_body_raises(self, tmp_path: Path) -> None:
+        found: list[Any] = []
+        with pytest.raises(OSError, match="x"), command.background(["sleep", "4711"], tmp_path / "log") as ended:
+            found.append(ended)
+            assert ended() is None
+            raise OSError(errno.EIO, "x")
+        assert found[0]() == -9
+
+    def test_what_it_prints_is_kept(self, tmp_path: Path) -> None:
+        with command.background(["sh", "-c", "echo out; echo err >&2; exit 3"], tmp_path / "log") as ended:
+            while ended() is None:
+                pass
+            assert ended() == 3
+        assert (tmp_path / "log").read_text() == "out\nerr\n"
+
+    def test_a_program_that_is_not_there(self, tmp_path: Path) -> None:
+        with (
+            pytest.raises(BuildError, match="Can't run not-there"),
+            command.background(["not-there"], tmp_path / "log"),
+        ):
+            pass
+
+    def test_it_ends_with_us(self, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        script = (
+            "import os, signal, pathlib\nfrom image_factory import command\n"
+            f"log = pathlib.Path({str(log)!r})\n"
+            "with command.background(['sh', '-c', 'echo $$; exec sleep 4712'], log):\n"
+            "    while not log.read_text().endswith('\\n'): pass\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        subprocess.run(["/usr/bin/python3", "-c", script], cwd=REPOSITORY, check=False)
+        pid = int(log.read_text())
+        stat = Path(f"/proc/{pid}/stat")
+        deadline = time.monotonic() + 10
+        while is_there(stat) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_there(stat)
+
+
+def test_a_program_may_read_a_file(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("text")
+    assert command.run(["cat"], stdin=tmp_path / "in", capture=True) == "text"

@@ -666,9 +666,15 @@ def mount_and_release(image: Path) -> int:
         if done.returncode == 0:
             assert done.stderr == ""
             # What the build does in it has to end too.
-            looked = helper("remove", tree, "var/log/installer")
-            assert looked.returncode in (0, 1)
-            assert len(looked.stderr.splitlines()) == looked.returncode
+            for words in (
+                ["list", tree, "*"],
+                ["truncate", tree, "*"],
+                ["write", tree, "0644", "a/b"],
+                ["remove", tree, "*"],
+            ):
+                looked = helper(*words)
+                assert looked.returncode in (0, 1)
+                assert len(looked.stderr.splitlines()) == looked.returncode
             unmounted = helper("umount", tree)
             assert (unmounted.returncode, unmounted.stdout, unmounted.stderr) == (0, "", "")
         else:

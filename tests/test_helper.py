@@ -4,6 +4,8 @@ What each refused call must not do is checked on the outside: victims of root's 
 user's stay as they were.
 """
 
+import base64
+import json
 import os
 import subprocess
 import time
@@ -103,7 +105,8 @@ REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("remove: a part with .. and more", ["remove", "<MOUNTED>", "..a/etc"]),
     ("remove: . in the middle", ["remove", "<MOUNTED>", "var/./log"]),
     ("remove: a dot at the end", ["remove", "<MOUNTED>", "@/."]),
-    ("remove: a hidden name at the end", ["remove", "<MOUNTED>", "@/.*"]),
+    ("remove: dots at the end", ["remove", "<MOUNTED>", "etc/..."]),
+    ("remove: dots and a star at the end", ["remove", "<MOUNTED>", "etc/..*"]),
     ("remove: nothing between slashes", ["remove", "<MOUNTED>", "@//etc"]),
     ("remove: too deep", ["remove", "<MOUNTED>", "@/" * 26 + "x"]),
     ("show: with .. below a subvolume", ["show", "<MOUNTED>", "@/.snapshots/../../etc"]),
@@ -113,9 +116,74 @@ REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("remove: outside of a mount", ["remove", "<OWN>", "file"]),
     ("remove: in another user's mount", ["remove", "<THEIRS>", "root/install.log"]),
     ("remove: below the mount's root", ["remove", "<MOUNTED>/etc", "fstab"]),
+    ("list: nothing named", ["list", "<MOUNTED>"]),
+    ("list: with ..", ["list", "<MOUNTED>", "../*"]),
+    ("list: outside of a mount", ["list", "<OWN>", "*"]),
+    ("list: in another user's mount", ["list", "<THEIRS>", "*"]),
+    ("list: through a link", ["list", "<OWN>/link", "*"]),
+    ("list: a pattern in the middle", ["list", "<MOUNTED>", "*/x"]),
+    ("read: nothing named", ["read", "<MOUNTED>"]),
+    ("read: with ..", ["read", "<MOUNTED>", "etc/../../shadow"]),
+    ("read: absolute", ["read", "<MOUNTED>", "/etc/shadow"]),
+    ("read: outside of a mount", ["read", "<OWN>", "file"]),
+    ("read: in another user's mount", ["read", "<THEIRS>", "root/install.log"]),
+    ("read: through a link", ["read", "<OWN>/link", "shadow"]),
+    ("truncate: nothing named", ["truncate", "<MOUNTED>"]),
+    ("truncate: with ..", ["truncate", "<MOUNTED>", "../file"]),
+    ("truncate: outside of a mount", ["truncate", "<OWN>", "file"]),
+    ("truncate: in another user's mount", ["truncate", "<THEIRS>", "root/install.log"]),
+    ("truncate: through a link", ["truncate", "<OWN>/link", "shadow"]),
+    ("truncate: one bad among good", ["truncate", "<MOUNTED>", "var/log/none", "/etc/shadow"]),
+    ("rename: without a name", ["rename", "<MOUNTED>", "etc/fstab"]),
+    ("rename: two files", ["rename", "<MOUNTED>", "etc/fstab", "etc/fstab", "x"]),
+    ("rename: into another directory", ["rename", "<MOUNTED>", "etc/fstab", "x/fstab"]),
+    ("rename: out of it", ["rename", "<MOUNTED>", "etc/fstab", "../fstab"]),
+    ("rename: to nothing", ["rename", "<MOUNTED>", "etc/fstab", ""]),
+    ("rename: to ..", ["rename", "<MOUNTED>", "etc/fstab", ".."]),
+    ("rename: to a pattern", ["rename", "<MOUNTED>", "etc/fstab", "*"]),
+    ("rename: a pattern", ["rename", "<MOUNTED>", "etc/*", "x"]),
+    ("rename: with ..", ["rename", "<MOUNTED>", "etc/../../x", "y"]),
+    ("rename: what isn't there", ["rename", "<MOUNTED>", "etc/none", "x"]),
+    ("rename: to what is there", ["rename", "<MOUNTED>", "var/log", "adm"]),
+    ("rename: through a link", ["rename", "<MOUNTED>", "var/lib/secret", "x"]),
+    ("rename: outside of a mount", ["rename", "<OWN>", "file", "x"]),
+    ("rename: in another user's mount", ["rename", "<THEIRS>", "etc/fstab", "x"]),
+    ("write: without a file", ["write", "<MOUNTED>", "0644"]),
+    ("write: without a mode", ["write", "<MOUNTED>", "etc/fstab"]),
+    ("write: two files", ["write", "<MOUNTED>", "0644", "etc/fstab", "etc/x"]),
+    ("write: setuid", ["write", "<MOUNTED>", "4755", "etc/x"]),
+    ("write: a mode of letters", ["write", "<MOUNTED>", "u+s", "etc/x"]),
+    ("write: a mode that is no octal number", ["write", "<MOUNTED>", "0888", "etc/x"]),
+    ("write: a long mode", ["write", "<MOUNTED>", "06755", "etc/x"]),
+    ("write: a pattern", ["write", "<MOUNTED>", "0644", "etc/*"]),
+    ("write: with ..", ["write", "<MOUNTED>", "0644", "../x"]),
+    ("write: absolute", ["write", "<MOUNTED>", "0644", "/etc/x"]),
+    ("write: a newline", ["write", "<MOUNTED>", "0644", "etc/x\n"]),
+    ("write: a directory", ["write", "<MOUNTED>", "0644", "etc"]),
+    ("write: a device", ["write", "<MOUNTED>", "0644", "var/log/YaST2/y2log"]),
+    ("write: a pipe", ["write", "<MOUNTED>", "0644", "var/log/YaST2/fifo"]),
+    ("write: a link", ["write", "<MOUNTED>", "0644", "var/log/installer/status"]),
+    ("write: below a link", ["write", "<MOUNTED>", "0644", "var/lib/secret"]),
+    ("write: a new file below a link", ["write", "<MOUNTED>", "0644", "var/adm/autoinstall/x/y"]),
+    ("write: below a file", ["write", "<MOUNTED>", "0644", "etc/fstab/x"]),
+    ("write: outside of a mount", ["write", "<OWN>", "0644", "file"]),
+    ("write: in another user's mount", ["write", "<THEIRS>", "0644", "etc/fstab"]),
+    ("write: through a link", ["write", "<OWN>/link", "0644", "shadow"]),
     ("show: outside of a mount", ["show", "<OWN>", "file"]),
     ("show: in another user's mount", ["show", "<THEIRS>", "root/install.log"]),
     ("show: through a link", ["show", "<OWN>/link", "shadow"]),
+    ("usage: outside of a mount", ["usage", "<OWN>"]),
+    ("usage: another user's mount", ["usage", "<THEIRS>"]),
+    ("usage: the machine's root", ["usage", "/"]),
+    ("usage: through a link", ["usage", "<MOUNTED>", "var/lib"]),
+    ("usage: a file", ["usage", "<MOUNTED>", "root/install.log"]),
+    ("usage: what isn't there", ["usage", "<MOUNTED>", "none"]),
+    ("usage: absolute", ["usage", "<MOUNTED>", "/etc"]),
+    ("usage: with ..", ["usage", "<MOUNTED>", "../etc"]),
+    ("usage: with .. at the end", ["usage", "<MOUNTED>", "var/.."]),
+    ("usage: a pattern", ["usage", "<MOUNTED>", "va*"]),
+    ("usage: nothing", ["usage", "<MOUNTED>", ""]),
+    ("usage: two directories", ["usage", "<MOUNTED>", "var", "etc"]),
     ("trim: outside of a mount", ["trim", "<OWN>"]),
     ("trim: another user's mount", ["trim", "<THEIRS>"]),
     ("trim: the machine's root", ["trim", "/"]),
@@ -172,8 +240,9 @@ def test_show_and_remove_stay_inside(scene: Scene) -> None:
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
         done = scene.helper("remove", str(point), *patterns, "var/adm/autoinstall")
-        assert done.stdout.split() == [
-            "root/install.log", "var/log/installer", "var/log/anaconda", "var/log/YaST2", "var/adm/autoinstall",
+        assert done.stdout.splitlines() == [
+            "1 19 root/install.log", "3 17 var/log/installer", "1 0 var/log/anaconda", "3 0 var/log/YaST2",
+            "1 0 var/adm/autoinstall",
         ]  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
         assert sorted(path.name for path in (point / "var").iterdir()) == ["adm", "lib", "log"]
@@ -181,11 +250,122 @@ def test_show_and_remove_stay_inside(scene: Scene) -> None:
     assert scene.outside() == outside
 
 
+def test_the_other_operations_stay_inside(scene: Scene) -> None:
+    outside = scene.outside()
+    with own_mount(scene) as point:
+        patterns = ("root/*", "var/*", "var/log/*", "var/lib/secret", "var/log/YaST2/*", "none/at/all")
+        done = scene.helper("list", str(point), *patterns)
+        assert list(map(json.loads, done.stdout.splitlines())) == [
+            ["root/install.log", "file"],
+            ["var/adm", "directory"], ["var/lib", "link"], ["var/log", "directory"],
+            ["var/log/YaST2", "directory"], ["var/log/anaconda", "link"], ["var/log/installer", "directory"],
+            ["var/log/YaST2/fifo", "other"], ["var/log/YaST2/y2log", "other"],
+        ]  # fmt: skip
+        done = scene.helper("read", str(point), *patterns, "var/log/installer/*")
+        assert [json.loads(line)[0] for line in done.stdout.splitlines()] == [
+            "root/install.log", "var/log/installer/syslog"
+        ]  # fmt: skip
+        assert base64.b64decode(json.loads(done.stdout.splitlines()[1])[1]) == b"line one\nline two"
+        done = scene.helper("truncate", str(point), *patterns)
+        assert done.stdout.splitlines() == ["1 19 root/install.log", "1 17 var/log"]
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (point / "var/log/installer/syslog").read_bytes() == b""
+        assert scene.helper("rename", str(point), "var/log/installer", "x+y~").returncode == 0
+        assert scene.helper("rename", str(point), "var/lib", ".lib").returncode == 0
+        assert (point / "var/log/x+y~/syslog").exists()
+        assert os.readlink(point / "var/.lib") == str(scene.victim.parent)
+    assert scene.outside() == outside
+
+
+def test_write_keeps_what_a_file_is(scene: Scene) -> None:
+    with own_mount(scene) as point:
+        path = point / "root/install.log"
+        os.chown(path, 1234, 4321)
+        path.chmod(0o4750)
+        for name, value in (("security.selinux", b"system_u:object_r:x_t:s0\0"), ("user.comment", b"text")):
+            os.setxattr(path, name, value)
+        before = path.stat()
+        for data in (b"longer than it was before, by far\n", b"", b"\xff\0\n" * 1000, bytes(1 << 20)):
+            assert scene.helper("write", str(point), "0600", "root/install.log", stdin=data).returncode == 0
+            assert path.read_bytes() == data
+        after = path.stat()
+        for key in ("st_ino", "st_mode", "st_uid", "st_gid"):
+            assert getattr(before, key) == getattr(after, key)
+        assert os.getxattr(path, "security.selinux") == b"system_u:object_r:x_t:s0\0"
+        assert os.getxattr(path, "user.comment") == b"text"
+        assert scene.helper("write", str(point), "0600", "root/install.log", stdin=bytes((1 << 20) + 1)).returncode == 1
+        assert path.read_bytes() == bytes(1 << 20)
+
+
+def test_write_makes_what_is_not_there(scene: Scene) -> None:
+    with own_mount(scene) as point:
+        os.setxattr(point / "etc", "security.selinux", b"system_u:object_r:etc_t:s0\0")
+        assert scene.helper("write", str(point), "0640", "etc/.a/b.d/c+d", stdin=b"text").returncode == 0
+        assert (point / "etc/.a/b.d/c+d").read_bytes() == b"text"
+        for name, mode in (("", 0o755), ("b.d", 0o755), ("b.d/c+d", 0o640)):
+            status = (point / "etc/.a" / name).stat()
+            assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, 0, mode)
+            assert os.getxattr(point / "etc/.a" / name, "security.selinux") == b"system_u:object_r:etc_t:s0\0"
+        assert scene.helper("write", str(point), "0444", "plain", stdin=b"").returncode == 0
+        assert os.listxattr(point / "plain") == []
+
+
+@pytest.mark.parametrize("flag", ["i", "a"])
+def test_attributes_do_not_stop_it(scene: Scene, flag: str) -> None:
+    with own_mount(scene) as point:
+        run("mkdir", "-p", point / "d/e/f")
+        for name in ("d/e/f/g", "d/h", "etc/x", "etc/y"):
+            (point / name).write_text("text")
+        run("chattr", "-R", f"+{flag}", point / "d", point / "etc")
+        assert scene.helper("truncate", str(point), "etc/x").stdout == "1 4 etc/x\n"
+        assert scene.helper("rename", str(point), "etc/x", "z").returncode == 0
+        assert scene.helper("write", str(point), "0644", "etc/y", stdin=b"new").returncode == 0
+        run("chattr", f"+{flag}", point / "etc")
+        assert scene.helper("write", str(point), "0644", "etc/new/file", stdin=b"new").returncode == 0
+        assert scene.helper("remove", str(point), "d/*").stdout == "3 4 d/e\n1 4 d/h\n"
+        assert [path.name for path in (point / "d").iterdir()] == []
+        assert ((point / "etc/y").read_text(), (point / "etc/z").read_text()) == ("new", "")
+        # What was not changed is what it was.
+        assert flag in run("lsattr", "-d", point / "etc/fstab").stdout.split()[0]
+        run("chattr", "-R", f"-{flag}", point / "etc")
+
+
+def test_lost_and_found_is_no_one_s(scene: Scene) -> None:
+    with own_mount(scene) as point:
+        assert "lost+found" not in scene.helper("list", str(point), "*").stdout
+        assert scene.helper("remove", str(point), "*").returncode == 0
+        assert [path.name for path in point.iterdir()] == ["lost+found"]
+
+
 def test_trim_frees_blocks(scene: Scene) -> None:
     with own_mount(scene) as point:
         done = scene.helper("trim", str(point))
         assert done.returncode == 0
         assert 1 << 20 < int(done.stdout) < IMAGE_SIZE
+
+
+def test_usage_counts_what_is_inside(scene: Scene) -> None:
+    with own_mount(scene) as point:
+        data, odd = point / "usr/data", point / "usr" / "a\x1b[31m\nb c"
+        data.write_bytes(bytes(range(256)) * 4096)
+        os.link(data, point / "var/again")
+        (point / "top").write_bytes(b"x" * 8192)
+        odd.mkdir()
+        (odd / "file").write_bytes(b"x" * 4096)
+        os.sync()
+        done = scene.helper("usage", str(point))
+        assert (done.returncode, done.stderr) == (0, "")
+        found = {name: int(size) for size, name in (line.split(" ", 1) for line in done.stdout.splitlines())}
+        assert list(found) == ["etc", "lost+found", "root", "usr", "var", "."]
+        assert found["."] == 8192
+        # As du counts it: what is behind the links is not in it, and a file with two names is once.
+        shown = run("du", "--block-size=1", "--max-depth=1", point / "usr", point / "var").stdout
+        assert f"{found['usr']}\t{point}/usr\n" in shown
+        assert f"{found['var']}\t{point}/var\n" in shown
+        done = scene.helper("usage", str(point), "usr")
+        size = run("du", "--block-size=1", "--summarize", odd).stdout.split()[0]
+        assert done.stdout.splitlines()[0] == f"{size} a?[31m?b c"
+        assert [line.split(" ", 1)[1] for line in done.stdout.splitlines()[1:]] == ["bin", "."]
 
 
 def test_released_forms(scene: Scene) -> None:
@@ -290,6 +470,14 @@ def test_what_is_mounted_in_the_tree_is_spared(scene: Scene) -> None:
         try:
             for words in (
                 ("show", str(point), "var"),
+                ("list", str(point), "var/log/*"),
+                ("read", str(point), "var/log/installer/file"),
+                ("rename", str(point), "var/log/installer", "x"),
+                ("rename", str(point), "var/log/installer/file", "x"),
+                ("truncate", str(point), "var/log/installer/file"),
+                ("truncate", str(point), "var/log"),
+                ("write", str(point), "0644", "var/log/installer/file"),
+                ("write", str(point), "0644", "var/log/installer/new"),
                 ("remove", str(point), "var/log"),
                 ("chmod", "-R", "o+rwx", f"{point}/var"),
             ):
@@ -306,9 +494,21 @@ def test_hostile_names_and_depth(scene: Scene) -> None:
     with own_mount(scene) as point:
         (point / "var/log/zz\n\x1b[2Jb").write_text("text\n")
         assert scene.helper("show", str(point), "var/log/zz*").stdout == "==> /var/log/zz??[2Jb <==\ntext\n"
-        assert scene.helper("remove", str(point), "var/log/zz*").stdout == "var/log/zz??[2Jb\n"
+        path = "var/log/zz\n\x1b[2Jb"
+        line = scene.helper("read", str(point), "var/log/zz*").stdout
+        assert line.count("\n") == 1
+        assert line.strip().isprintable()
+        assert json.loads(line) == [path, base64.b64encode(b"text\n").decode()]
+        assert json.loads(scene.helper("list", str(point), "var/log/zz*").stdout) == [path, "file"]
+        assert scene.helper("truncate", str(point), "var/log/zz*").stdout == "1 5 var/log/zz??[2Jb\n"
+        assert scene.helper("truncate", str(point), "var/log/zz*").stdout == ""
+        assert scene.helper("remove", str(point), "var/log/zz*").stdout == "1 0 var/log/zz??[2Jb\n"
         run("sh", "-c", f"cd {point}/var/log && for n in $(seq 400); do mkdir d && cd d; done")
-        for words in (("remove", str(point), "var/log/d"), ("chmod", "-R", "o+rwx", f"{point}/var/log/d")):
+        for words in (
+            ("remove", str(point), "var/log/d"),
+            ("truncate", str(point), "var/log/d"),
+            ("chmod", "-R", "o+rwx", f"{point}/var/log/d"),
+        ):
             done = scene.helper(*words)
             assert done.returncode == 1
             assert "too many levels" in done.stderr

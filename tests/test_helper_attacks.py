@@ -80,7 +80,24 @@ def test_link_in_the_way_to_the_image(scene: Scene, image: Path, point: Path, fr
 
 
 @pytest.mark.parametrize("position", [2, 3, 4])
-@pytest.mark.parametrize("verb", ["mount", "mount-image", "umount", "show", "remove", "trim", "chmod"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "mount",
+        "mount-image",
+        "umount",
+        "show",
+        "list",
+        "read",
+        "remove",
+        "rename",
+        "truncate",
+        "write",
+        "trim",
+        "usage",
+        "chmod",
+    ],
+)
 def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Path, verb: str, position: int) -> None:
     path = through_link(point, position)
     words = {
@@ -88,8 +105,14 @@ def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Pa
         "mount-image": scene.mount_words(image, path),
         "umount": ["umount", str(path)],
         "show": ["show", str(path), "root/install.log"],
+        "list": ["list", str(path), "root/install.log"],
+        "read": ["read", str(path), "root/install.log"],
         "remove": ["remove", str(path), "root/install.log"],
+        "rename": ["rename", str(path), "root/install.log", "x"],
+        "truncate": ["truncate", str(path), "root/install.log"],
+        "write": ["write", str(path), "0644", "root/install.log"],
         "trim": ["trim", str(path)],
+        "usage": ["usage", str(path)],
         "chmod": ["chmod", "o+r", f"{path}/root/install.log"],
     }
     if not verb.startswith("mount"):
@@ -106,15 +129,25 @@ def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Pa
 
 @pytest.mark.parametrize("position", [0, 1, 2, 3])
 def test_link_in_the_way_inside_the_mount(scene: Scene, position: int) -> None:
-    """chmod is refused, show shows nothing, and remove removes a link at the end alone."""
+    """What names one file is refused, show shows nothing, and remove removes a link at the end alone."""
     with own_mount(scene) as mounted:
         file = mounted / "var/log/installer/syslog"
         path = through_link(file, len(mounted.parts) + position).relative_to(mounted)
         for words in (("chmod", "o+r"), ("chmod", "-R", "o+r")):
             assert refused(scene.helper(*words, f"{mounted}/{path}"))
-        assert scene.helper("show", str(mounted), str(path)).stdout == ""
+        for verb in ("show", "read", "truncate"):
+            done = scene.helper(verb, str(mounted), str(path))
+            assert (done.returncode, done.stdout) == (0, "")
+        listed = scene.helper("list", str(mounted), str(path)).stdout
+        assert listed == (f'["{path}", "link"]\n' if position == 3 else "")
+        assert refused(scene.helper("write", str(mounted), "0644", str(path), stdin=b"new"))
+        assert refused(scene.helper("write", str(mounted), "0644", f"{path}/x/y", stdin=b"new"))
+        assert refused(scene.helper("rename", str(mounted), str(path), "x")) == (position != 3)
+        if position == 3:
+            # The link itself got another name.
+            scene.helper("rename", str(mounted), str(path.with_name("x")), path.name)
         removed = scene.helper("remove", str(mounted), str(path)).stdout
-        assert removed == (f"{path}\n" if position == 3 else "")
+        assert removed == (f"1 0 {path}\n" if position == 3 else "")
         assert file.read_text() == "line one\nline two"
 
 
@@ -153,10 +186,15 @@ def test_race(scene: Scene, image: Path, point: Path) -> None:
     )
     assert swapper.stdout is not None
     assert swapper.stdout.readline() == "swapping\n"
-    for _ in range(25):
+    for number in range(25):
         for words in (
             scene.mount_words(image, point),
             ["show", str(point), "root/install.log"],
+            ["read", str(point), "root/install.log"],
+            ["write", str(point), "0644", "etc/fstab"],
+            ["write", str(point), "0644", f"etc/new{number}/file"],
+            ["rename", str(point), f"etc/new{number}", f"x{number}"],
+            ["truncate", str(point), "root/install.log"],
             ["remove", str(point), "var/log/installer"],
             ["chmod", "-R", "o+rwx", f"{point}/root"],
             ["umount", str(point)],
@@ -359,8 +397,15 @@ def test_image_changes_while_mounted(scene: Scene, image: Path, point: Path, nam
     Path("/proc/sys/vm/drop_caches").write_text("3")
     for call in (
         ("show", str(point), "var", "root", "etc"),
+        ("list", str(point), "*", "var/*", "root/*"),
+        ("read", str(point), "etc/*", "root/*"),
+        ("write", str(point), "0644", "etc/fstab"),
+        ("write", str(point), "0644", "etc/a/b/c"),
+        ("rename", str(point), "etc/fstab", "x"),
+        ("truncate", str(point), "var/log", "root"),
         ("remove", str(point), "var/log", "root"),
         ("chmod", "-R", "o+rwx", f"{point}/usr"),
+        ("usage", str(point)),
         ("trim", str(point)),
     ):
         refused(scene.helper(*call))
@@ -380,13 +425,15 @@ def test_special_files(scene: Scene) -> None:
             "==> /var/log/zz-a <==\nkept\n==> /var/log/zz-i <==\nkept\n"
         )
         for option in ("i", "a"):
-            for words in (("remove", str(mounted), f"var/log/zz-{option}"), ("chmod", "o+w", f"{log}/zz-{option}")):
-                done = scene.helper(*words)
-                assert refused(done)
-                assert "Operation not permitted" in done.stderr
-            run("chattr", f"-{option}", log / f"zz-{option}")
+            done = scene.helper("chmod", "o+w", f"{log}/zz-{option}")
+            assert refused(done)
+            assert "Operation not permitted" in done.stderr
         assert refused(scene.helper("chmod", "o+w", f"{log}/zz-socket"))
-        assert scene.helper("remove", str(mounted), "var/log/zz*").stdout.count("\n") == 3
+        assert refused(scene.helper("write", str(mounted), "0644", "var/log/zz-socket"))
+        assert scene.helper("list", str(mounted), "var/log/zz-s*").stdout == '["var/log/zz-socket", "other"]\n'
+        assert scene.helper("remove", str(mounted), "var/log/zz*").stdout.splitlines() == [
+            "1 5 var/log/zz-a", "1 5 var/log/zz-i", "1 0 var/log/zz-socket"
+        ]  # fmt: skip
 
 
 def test_show_is_bounded(scene: Scene) -> None:
@@ -408,6 +455,48 @@ def test_show_is_bounded(scene: Scene) -> None:
         assert done.returncode == 0
         assert done.stdout.endswith("\0\n... The other files are not shown.\n")
         assert 15 * mib < len(done.stdout) < 16 * mib
+
+
+def test_read_is_bounded(scene: Scene) -> None:
+    with own_mount(scene) as mounted:
+        (mounted / "many").mkdir()
+        for number in range(20):
+            (mounted / f"many/{number:02}").touch()
+            os.truncate(mounted / f"many/{number:02}", 1 << 20)
+        assert refused(scene.helper("read", str(mounted), "many/*"))
+        done = scene.helper("read", str(mounted), "many/0*")
+        assert (done.returncode, done.stdout.count("\n")) == (0, 10)
+        os.truncate(mounted / "many/00", (1 << 20) + 1)
+        assert scene.helper("read", str(mounted), "many/00").stdout == ""
+        # What is a file full of holes says.
+        os.truncate(mounted / "many/01", 1 << 40)
+        assert scene.helper("truncate", str(mounted), "many/01").stdout == "1 4096 many/01\n"
+
+
+def test_write_with_a_limit_of_the_caller_s(scene: Scene) -> None:
+    """A file is never written in part: all of it is, or, where root may not lift the limit, nothing."""
+    user = scene.users["a"]
+    with own_mount(scene) as mounted:
+        (mounted / "etc/fstab").write_text("before")
+        for option, may_be_refused in (("-S", False), ("-H", True)):
+            script = f"ulimit {option} -f 1; head -c 100000 /dev/zero | sudo -n $1 write $2 0644 $3"
+            for name in ("etc/fstab", f"etc/new{option}"):
+                done = user.run("sh", "-c", script, "sh", user.helper, mounted, name, check=False)
+                size = (mounted / name).stat().st_size if (mounted / name).exists() else 0
+                assert size == 100_000 or (refused(done) and may_be_refused and size in (0, 6))
+            (mounted / "etc/fstab").write_text("before")
+
+
+def test_write_to_a_full_disk(scene: Scene) -> None:
+    """A file is longer only when there is room."""
+    with own_mount(scene) as mounted:
+        (mounted / "etc/fstab").write_text("kept\n")
+        with pytest.raises(OSError, match="No space left"), (mounted / "full").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 20))
+        run("sh", "-c", f"dd if=/dev/zero of={mounted}/full2 bs=1k 2>/dev/null || true")
+        assert refused(scene.helper("write", str(mounted), "0644", "etc/fstab", stdin=bytes(1 << 20)))
+        assert refused(scene.helper("write", str(mounted), "0644", "etc/new", stdin=bytes(1 << 20)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from image_factory import layout, loop
 from image_factory.errors import BuildError, NoSystemError
-from image_factory.model import Build, Disk
+from image_factory.model import Build, Change, Disk
 from image_factory.tree import Tree
 
 from .conftest import REPOSITORY, machine_state, run, wait_for
@@ -82,7 +82,7 @@ def test_root_is_found_among_others(tmp_path: Path) -> None:
 def test_var_is_another_filesystem(tmp_path: Path) -> None:
     with mounted(make_disk(tmp_path, "ext4", "ext2", fstab="/dev/vda2 /var ext2 defaults 0 2\n")) as tree:
         assert tree.show(["var/log/installer"]) == "==> /var/log/installer/syslog <==\nlog of partition 2\n"
-        assert tree.remove(["root/none", "var/log/installer"]) == ["var/log/installer"]
+        assert tree.remove(["root/none", "var/log/installer"]) == [Change("var/log/installer", 2, 19)]
         # What the mount hides stays.
         assert (path_of(tree) / "var/log/installer/syslog").exists()
         assert all(found.trim() for found in tree.filesystems)
@@ -94,7 +94,7 @@ def test_mount_point_is_a_link_of_the_guest_s(tmp_path: Path) -> None:
     run("debugfs", "-w", "-R", "rm /etc/os-release", f"{disk.path}?offset={1 << 20}")
     run("debugfs", "-w", "-R", "symlink /srv /etc", f"{disk.path}?offset={1 << 20}")
     with mounted(disk) as tree:
-        assert tree.remove(["var/log/installer", "srv/fstab"]) == ["var/log/installer"]
+        assert tree.remove(["var/log/installer", "srv/fstab"]) == [Change("var/log/installer", 2, 19)]
 
 
 @pytest.mark.parametrize("mode", ["0", "0600", "fifo", "directory", "link", "long", "binary"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import image_factory
-from image_factory import cli, pipeline, settings
+from image_factory import audit, cli, pipeline, seal, settings
 from image_factory.settings import Configuration, ImageSettings, UploadSettings, declarations
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -86,6 +86,21 @@ def test_the_manual_has_each_step_that_is_logged() -> None:
     for path in (REPOSITORY / "image_factory").rglob("*.py"):
         for name in re.findall(r'\b(?:step\(|STEP = )f?"([^"{]+)', path.read_text(encoding="utf-8")):
             assert any(term.startswith(name) for term in terms), f"{path.name} logs the step {name!r}"
+
+
+def test_the_manual_has_each_check_of_the_audit_with_its_sentence() -> None:
+    found = entries(MANUAL, "AUDIT")
+    assert {name: " ".join(text.split()) for name, text in found.items()} == {
+        check.name: check.sentence for check in audit.CHECKS
+    }
+
+
+def test_the_manual_has_each_operation_of_sealing_with_its_sentence() -> None:
+    found = entries(MANUAL, "SEALING")
+    assert {name: " ".join(text.split()) for name, text in found.items()} == {
+        operation.name: operation.help for operation in seal.OPERATIONS
+    }
+    assert all(operation.help.endswith(".") for operation in seal.OPERATIONS)
 
 
 def test_the_manual_has_the_exit_statuses() -> None:

@@ -1,5 +1,6 @@
 """Artifacts get their checksums and names, all or none, and are uploaded."""
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -19,6 +20,8 @@ from image_factory.settings import Configuration, Destination, ImageSettings
 DATE = datetime.date(2024, 2, 29)
 RAW, QCOW2 = "x-2024-02-29.raw", "x-2024-02-29.qcow2"
 SUM = ".sha256sum"
+SUMS = "x-2024-02-29.SHA256SUMS"
+COMPANIONS = {f"{RAW}.manifest.json", f"{QCOW2}.manifest.json", SUMS}
 
 
 class Place:
@@ -43,6 +46,15 @@ class Place:
 
     def build(self) -> Build:
         return Build(self.plan(), self.work, "image-factory-x-00000000")
+
+    def give_companions(self) -> None:
+        """Give each artifact a file of its own, and both one of the build."""
+        for number, artifact in enumerate(self.artifacts):
+            names = (f"{artifact.path.name}.manifest.json", SUMS)
+            for name in names:
+                (self.work / name).write_text(f"new {name}\n")
+            companions = tuple((name, hashlib.sha256((self.work / name).read_bytes()).hexdigest()) for name in names)
+            self.artifacts[number] = dataclasses.replace(artifact, companions=companions)
 
     def published(self) -> dict[str, str]:
         return {path.name: path.read_text() for path in self.output.iterdir() if path.is_file()}
@@ -152,6 +164,68 @@ def test_artifact_that_has_gone(place: Place) -> None:
     with pytest.raises(BuildError, match=f"Can't publish .*/{QCOW2}: No such file or directory"):
         publish.move_into_place(place.build(), place.artifacts)
     assert place.published() == before
+
+
+# What belongs to an artifact.
+
+
+def test_companions_are_published_with_the_artifacts(place: Place) -> None:
+    place.give_companions()
+    older = place.older()
+    (place.output / SUMS).write_text("older\n")
+    published = publish.move_into_place(place.build(), place.artifacts)
+    assert set(place.published()) == {*older, *COMPANIONS}
+    assert place.published()[SUMS] == f"new {SUMS}\n"
+    assert published[0].others == tuple(place.output / name for name in (RAW + SUM, f"{RAW}.manifest.json", SUMS))
+    assert not [name for name in os.listdir(place.work) if not name.startswith("older-")]
+
+
+@pytest.mark.parametrize("name", sorted(COMPANIONS))
+def test_none_is_published_when_a_companion_can_not_be(place: Place, name: str) -> None:
+    place.give_companions()
+    before = place.older()
+    (place.output / name).mkdir()
+    with pytest.raises(BuildError, match=f"Can't publish .*{name}: Is a directory"):
+        publish.move_into_place(place.build(), place.artifacts)
+    assert place.published() == before
+
+
+def test_companions_of_a_replaced_artifact_go_with_it(place: Place) -> None:
+    """They would say of the new one what is not true."""
+    stale = {f"{RAW}.manifest.json", f"{QCOW2}.cdx.json", SUMS, f"{SUMS}.asc"}
+    others = {"x-2024-02-28.raw.manifest.json", "y.SHA256SUMS", f"{RAW}.other"}
+    for name in stale | others:
+        (place.output / name).write_text("older\n")
+    publish.move_into_place(place.build(), place.artifacts)
+    assert set(place.published()) == {RAW, RAW + SUM, QCOW2, QCOW2 + SUM, *others}
+
+
+def test_companion_that_can_not_be_removed_is_told(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    (place.output / SUMS).mkdir()
+    publish.move_into_place(place.build(), place.artifacts)
+    assert caplog.messages[-1].startswith(f"{SUMS} is of an older build, and can't be removed: Is a directory")
+
+
+def test_companions_are_uploaded_and_verified_after_the_checksum(
+    place: Place, tmp_path: Path, recorded: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    place.give_companions()
+    destination = Destination("up", "rsync", f"{there}/", (), ())
+    artifacts = publish.move_into_place(place.build(), place.artifacts)
+    publish.upload(place.plan(destination), artifacts)
+    assert calls(recorded, place.output) == [
+        ["rsync", *OPTIONS, name, name + SUM, f"{name}.manifest.json", SUMS, f"{there}/"] for name in (RAW, QCOW2)
+    ]
+    assert {path.name for path in there.iterdir()} == {RAW, RAW + SUM, QCOW2, QCOW2 + SUM, *COMPANIONS}
+    # One that another is in the place of there is sent again, and refused in the end.
+    frozen = Destination("up", "rsync", f"{there}/", ("--ignore-existing",), ())
+    (there / SUMS).write_text("another\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rsync, "PAUSE_SECONDS", ())
+        with pytest.raises(BuildError, match=f"{SUMS} has another SHA-256 there"):
+            publish.upload(place.plan(frozen), artifacts)
 
 
 # Uploads; test_rsync.py has those that fail.

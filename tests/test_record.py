@@ -109,6 +109,7 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
         kept.plan_made(plan)
         log.logger.warning("\x1b[31mred\x1b[0m %s", "tape")
         log.logger.error("no warning")
+        events.tell(events.Sealed("logs", 3, 4096, 0))
         with pytest.raises(CommandError) as caught, log.step("Installing"):
             origin = "https://me:s3cret@example.com:8443/linux?token=s3cret"
             events.tell(events.InputUsed("linux", origin, tmp_path, "linux-sha256"))
@@ -117,7 +118,25 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
             time.sleep(0.02)
             events.tell(events.PhaseStarted("packages"))
             raise CommandError(["false", "\x1b"], -9, ["last"])
+        events.tell(events.Audited("x.qcow2", ("logs",), (("logs", "/var/log/x is a log of the build"),)))
+        check = events.BootCheck("units", "failed", "a.service failed")
+        events.tell(events.BootTested("x.qcow2", "bios", 61.0004, (check,)))
         events.tell(events.Published(image, "qcow2", 1 << 30, True, "0" * 64))
+        companions = (("x.qcow2.manifest.json", "1" * 64),)
+        events.tell(events.Published(image, "qcow2", 1 << 30, True, "0" * 64, companions))
+        package = {"name": "bash", "architecture": "amd64"}
+        sizes = {"before": 1, "after": 2}
+        changes = {"added": [{**package, "version": "1"}], "removed": [{**package, "version": "0"}]}
+        events.tell(
+            events.Compared(
+                {
+                    "previous": "x-2024-02-28",
+                    "packages": {**changes, "changed": [{**package, "before": "1", "after": "2"}]},
+                    "directories": sizes,
+                    "artifacts": [{"format": "qcow2", **sizes}],
+                }
+            )
+        )
     events.tell(events.StepStarted("too late"))
     log.logger.warning("too late")
     kept.fail(caught.value, caught.value.message, caught.value.hint, 1)
@@ -130,6 +149,8 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
     assert found["warnings"] == ["red tape"]
     origin = "https://example.com:8443/linux"
     assert found["inputs"][-1] == {"key": "linux", "origin": origin, "sha256": None, "verified_by": "linux-sha256"}
+    (boot,) = found["test_boots"]
+    assert (boot["seconds"], boot["checks"][0]["message"]) == (61.0, "a.service failed")
     (step,) = found["steps"]
     assert (step["name"], step["outcome"]) == ("Installing", "failed")
     partition, packages = step["phases"]
@@ -138,6 +159,8 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
     assert 0.02 <= partition["seconds"] <= step["seconds"]
     assert partition["started"] < packages["started"]
     assert found["artifacts"][0]["size"] == 5
+    findings = [{"check": "logs", "message": "/var/log/x is a log of the build"}]
+    assert found["audit"] == {"artifact": "x.qcow2", "checks": ["logs"], "findings": findings}
     assert found["artifacts"][0]["upload"] is True
     assert found["settings"]["cores"] == 3
     assert found["settings"]["format"] == ["raw"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from image_factory import clean, tree
+from image_factory import clean, seal, tree
 from image_factory.errors import BuildError, NoSystemError
-from image_factory.model import Partition, Volume
+from image_factory.model import Change, Entry, Partition, Volume
 
 
 @dataclass
@@ -27,9 +27,32 @@ class Filesystem:
     def show(self, patterns: Sequence[str]) -> str:
         return "".join(f"==> /{path} <==\n{self.files[path]}\n" for path in patterns if path in self.files)
 
-    def remove(self, patterns: Sequence[str]) -> list[str]:
+    def entries(self, patterns: Sequence[str]) -> list[Entry]:
+        return [Entry(path, "file") for path in patterns if path in self.files]
+
+    def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
+        return {path: self.files[path].encode() for path in patterns if path in self.files}
+
+    def write(self, path: str, data: bytes, mode: int) -> None:
+        self.files[path] = data.decode()
+
+    def rename(self, path: str, name: str) -> None:
+        self.files["/".join([*path.split("/")[:-1], name])] = self.files.pop(path)
+
+    def remove(self, patterns: Sequence[str]) -> list[Change]:
         self.removed += patterns
-        return [path for path in patterns if path in self.files]
+        return [Change(path, 1, len(self.files[path])) for path in patterns if path in self.files]
+
+    def truncate(self, patterns: Sequence[str]) -> list[Change]:
+        changes = [Change(path, 1, len(self.files[path])) for path in patterns if self.files.get(path)]
+        self.files |= dict.fromkeys((change.path for change in changes), "")
+        return changes
+
+    def load(self, path: str) -> bytes | None:
+        return self.files[path].encode() if path in self.files else None
+
+    def usage(self, top: str) -> dict[str, int]:
+        return {".": 1, **{path.split("/")[0]: len(text) for path, text in self.files.items()}}
 
     def trim(self) -> int | None:
         return None
@@ -51,10 +74,14 @@ def assembled(*filesystems: Filesystem) -> tree.Tree:
     return tree.assemble(filesystems, [found.volume for found in filesystems], {})
 
 
+def paths(changes: Sequence[Change]) -> list[str]:
+    return [change.path for change in changes]
+
+
 def test_one_filesystem() -> None:
     only = root("UUID=u1 / ext4\n", **{"var/log/installer": "text"})
     found = assembled(only)
-    assert found.remove(clean.INSTALLER_LOGS) == ["var/log/installer"]
+    assert found.remove(clean.INSTALLER_LOGS) == [Change("var/log/installer", 1, 4)]
     assert only.removed == list(clean.INSTALLER_LOGS)
     assert found.show(["var/log/installer"]) == "==> /var/log/installer <==\ntext\n"
 
@@ -65,13 +92,59 @@ def test_paths_go_to_the_deepest_mount_point() -> None:
     log.files = {"installer/syslog": "x", "anaconda*": ""}
     roots.files = {"install.log*": ""}
     found = assembled(top, var, log, roots)
-    assert found.remove(clean.INSTALLER_LOGS) == ["root/install.log*", "var/log/anaconda*"]
+    assert paths(found.remove(clean.INSTALLER_LOGS)) == ["root/install.log*", "var/log/anaconda*"]
     assert top.removed == []
     assert roots.removed == ["anaconda-ks.cfg", "original-ks.cfg", "install.log*"]
     assert log.removed == ["anaconda*", "installer", "YaST2", "agama-installation"]
     assert var.removed == ["lib/YaST2", "adm/autoinstall"]
     assert found.show(["var/log/installer/syslog"]) == "==> /var/log/installer/syslog <==\nx\n"
     assert found.filesystems == (top, var, log, roots)
+
+
+def test_other_operations_go_to_the_filesystem_of_the_path() -> None:
+    text = "UUID=u1 / btrfs subvol=@\nUUID=u2 /var ext4\n"
+    top, var = root(text, "btrfs", "@"), Filesystem(volume(2), {"log/x": "text", "lib/y": "1"})
+    found = assembled(top, var)
+    assert found.entries(["etc/fstab", "var/log/x"]) == [Entry("etc/fstab", "file"), Entry("var/log/x", "file")]
+    assert found.read(["var/lib/y", "etc/none", "etc/fstab"]) == {"var/lib/y": b"1", "etc/fstab": text.encode()}
+    found.write("var/lib/new", b"new", 0o644)
+    found.write("etc/new", b"new", 0o644)
+    found.rename("var/log/x", "z")
+    assert found.truncate(["var/log/z", "etc/new", "etc/none"]) == [Change("var/log/z", 1, 4), Change("etc/new", 1, 3)]
+    assert var.files == {"log/z": "", "lib/y": "1", "lib/new": "new"}
+    assert top.files["@/etc/new"] == ""
+
+
+def test_a_filesystem_is_asked_once() -> None:
+    """However the patterns alternate."""
+    calls: list[Sequence[str]] = []
+    top, var = root("UUID=u2 /var ext4\n"), Filesystem(volume(2), {})
+    for found in (top, var):
+        found.removed = Noted(calls)
+    assembled(top, var).remove(["etc/a", "var/b", "root/c", "var/d"])
+    assert calls == [["etc/a", "root/c"], ["b", "d"]]
+
+
+class Noted(list[str]):
+    def __init__(self, calls: list[Sequence[str]]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __iadd__(self, patterns: Sequence[str]) -> "Noted":  # type: ignore[override,misc]
+        self.calls.append(patterns)
+        return self
+
+
+def test_files_and_sizes_of_the_system() -> None:
+    files = {"var/log/a": "12", "log/a": "another", "usr/b": "123"}
+    whole = root("UUID=u1 / ext4\nUUID=u2 /var/log ext4\nUUID=u3 /boot ext4\n", **files)
+    log, boot = Filesystem(volume(2), {"a": "1234567"}), Filesystem(volume(3), {"efi": "1"})
+    found = assembled(whole, log, boot)
+    assert found.load("usr/b") == b"123"
+    assert found.load("var/log/a") == b"1234567"
+    assert found.load("none") is None
+    etc = len(whole.files["etc/fstab"])
+    assert found.usage() == {".": 1, "boot": 2, "etc": etc, "log": 7, "usr": 3, "var": 2 + 1 + 7}
 
 
 def test_names_that_begin_alike() -> None:
@@ -84,7 +157,7 @@ def test_subvolumes() -> None:
     text = "UUID=u1 / btrfs subvol=@rootfs\nUUID=u1 /var/log btrfs noatime,subvol=/@var-log\n"
     found = root(text, "btrfs", "@rootfs", **{"@var-log/installer": "text"})
     system = assembled(found)
-    assert system.remove(["root/install.log*", "var/log/installer"]) == ["var/log/installer"]
+    assert paths(system.remove(["root/install.log*", "var/log/installer"])) == ["var/log/installer"]
     assert found.removed == ["@rootfs/root/install.log*", "@var-log/installer"]
     assert system.show(["var/log/installer"]) == "==> /var/log/installer <==\ntext\n"
 
@@ -195,6 +268,13 @@ def test_helper_takes_all_directories_of_subvolumes() -> None:
         [pattern] = re.findall(r'^PATTERN = r"(.*)"$', helper.read(), re.MULTILINE)
     longest = "/".join([".@" + "x" * 200] * 8)
     assert tree.is_top(longest)
-    for logs in (*clean.INSTALLER_LOGS, *clean.SHOWN_LOGS, "etc/fstab"):
+    everything = seal.System({}, {}, ("root", "home/a"), tuple(operation.name for operation in seal.OPERATIONS))
+    sealed = [
+        pattern
+        for operation in seal.OPERATIONS
+        for patterns in (operation.read, operation.looked_at, *vars(operation.actions(everything)).values())
+        for pattern in patterns
+    ]
+    for logs in (*clean.INSTALLER_LOGS, *clean.SHOWN_LOGS, "etc/fstab", *sealed):
         assert re.fullmatch(pattern, f"{longest}/{logs}")
         assert not re.fullmatch(pattern, f"{longest}/../{logs}")

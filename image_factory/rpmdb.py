@@ -1,0 +1,126 @@
+"""Read a database of rpm that is not to be trusted, without rpm.
+
+Debian 12's rpm has no reader for openSUSE's form, takes such a database for an empty one, and is C
+that was not made for other people's data.
+"""
+
+import contextlib
+import shutil
+import sqlite3
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import command
+from .errors import BuildError, CrashError
+
+# rpm's lib/backend: SQLite has one file, and beside it one with what is not in it yet.
+SQLITE = "rpmdb.sqlite"
+SQLITE_WAL = "rpmdb.sqlite-wal"
+NDB = "Packages.db"
+
+_SECONDS = 300.0
+_MOST_HEADERS = 100_000
+_LARGEST_HEADER = 64 << 20
+
+# include/rpm/rpmtag.h
+_TAGS = {1000: "name", 1001: "version", 1002: "release", 1003: "epoch", 1014: "license", 1022: "arch", 1044: "source"}
+_INT32, _STRING, _I18N_STRING = 4, 6, 9
+_LONGEST_STRING = 1024
+
+# lib/backend/ndb/rpmpkg.c
+_NDB_PAGE = 4096
+_NDB_BLOCK = 16
+_NDB_SLOT = struct.Struct("<4sIII")
+_NDB_FIRST_SLOT = 32
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a header says of a package: *version* with epoch and release, *source* the file name of its source."""
+
+    name: str
+    version: str
+    architecture: str
+    source: str
+    license: str
+
+
+def read(files: Mapping[str, bytes], directory: Path) -> list[Header]:
+    """Return the headers of the packages in the database *files*, by their names; BuildError if it is damaged.
+
+    *directory*, which is not there yet, is for copies.
+    """
+    try:
+        if SQLITE not in files:
+            return command.call_apart(_read_ndb, files[NDB], _SECONDS)
+        directory.mkdir(mode=0o700)
+        try:
+            for name, data in files.items():
+                (directory / name).write_bytes(data)
+            return command.call_apart(_read_sqlite, directory / SQLITE, _SECONDS)
+        finally:
+            shutil.rmtree(directory)
+    except CrashError as error:
+        raise BuildError(f"Reading the image's rpm database {error.message}.") from error
+    except (ValueError, struct.error, sqlite3.Error) as error:
+        raise BuildError(f"The image's rpm database is damaged: {error}.") from error
+
+
+def _read_sqlite(path: Path) -> list[Header]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        query = "SELECT blob FROM Packages WHERE length(blob) <= ? LIMIT ?"
+        rows = connection.execute(query, (_LARGEST_HEADER, _MOST_HEADERS))
+        return _parsed(data for (data,) in rows if isinstance(data, bytes))
+
+
+def _read_ndb(data: bytes) -> list[Header]:
+    return _parsed(_ndb_blobs(data))
+
+
+def _ndb_blobs(data: bytes) -> Iterator[bytes]:
+    magic, version, _, pages = struct.unpack_from("<4sIII", data)
+    if magic != b"RpmP" or version != 0:
+        raise ValueError("it has not the form that its name says")
+    for offset in range(_NDB_FIRST_SLOT, min(pages * _NDB_PAGE, len(data)), _NDB_SLOT.size)[: _MOST_HEADERS * 2]:
+        magic, number, block, count = _NDB_SLOT.unpack_from(data, offset)
+        # Free slots have no package, and no blocks.
+        if magic != b"Slot" or not number or not count:
+            continue
+        start = block * _NDB_BLOCK
+        magic, again, _, length = struct.unpack_from("<4sIII", data, start)
+        if magic != b"BlbS" or again != number or length > min(count * _NDB_BLOCK, _LARGEST_HEADER):
+            raise ValueError("an entry is not where it should be")
+        yield data[start + 16 : start + 16 + length]
+
+
+def _parsed(blobs: Iterable[bytes]) -> list[Header]:
+    return [_header(_values(blob)) for blob in blobs]
+
+
+def _header(values: Mapping[str, str]) -> Header:
+    epoch = f"{values['epoch']}:" if "epoch" in values else ""
+    version = f"{epoch}{values.get('version', '')}-{values.get('release', '')}"
+    name, architecture, source, text = (values.get(key, "") for key in ("name", "arch", "source", "license"))
+    return Header(name, version, architecture, source, text)
+
+
+def _values(blob: bytes) -> dict[str, str]:
+    """Return the texts of _TAGS in a header: entries of 16 bytes, and after them what they point to."""
+    entries, size = struct.unpack_from(">II", blob)
+    start = 8 + 16 * entries
+    if start + size > len(blob):
+        raise ValueError("a header is cut off")
+    store = blob[start : start + size]
+    found = {}
+    for tag, kind, offset, count in struct.iter_unpack(">IIII", blob[8:start]):
+        key = _TAGS.get(tag)
+        if key is None or not count:
+            continue
+        if kind == _INT32:
+            found[key] = str(struct.unpack_from(">I", store, offset)[0])
+        elif kind in (_STRING, _I18N_STRING):
+            text = store[offset : offset + _LONGEST_STRING].partition(b"\0")[0]
+            found[key] = text.decode("utf-8", errors="replace")
+    return found

@@ -1,0 +1,292 @@
+"""Test boots of a real system, good and broken in several ways, on real virtual machines, as an ordinary user."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from image_factory import checkpoint, pipeline
+from image_factory.model import Artifact
+from image_factory.settings import Configuration
+
+from .. import golden
+from ..conftest import User, run, wait_for
+
+TODAY = date.today().isoformat()
+WORK = ".image-factory-golden"
+# So long may a boot take, on a busy machine.
+SECONDS = 420
+SCRIPT = """\
+#!/bin/bash
+# The kernel's own file, and the rights that the user of the seed has.
+[[ $(sudo id -u) = 0 ]] && echo "script on $(hostname) as $(id -un)" && exit {status}
+"""
+
+
+@pytest.fixture(scope="module")
+def golden_disk(base: Path) -> Path:
+    """The disk where the user can read it."""
+    path = base / "golden.raw"
+    run("cp", "--sparse=always", golden.disk(), path)
+    return path
+
+
+@dataclass
+class Scene:
+    """An image of the golden disk, converted, and a build that is to be resumed there."""
+
+    user: User
+    directory: Path
+    disk: Path
+
+    @property
+    def work(self) -> Path:
+        return self.directory / WORK
+
+    @property
+    def results(self) -> Path:
+        return self.directory / f"golden-{TODAY}.junit.xml"
+
+    def prepare(self, change: str = "", extra: str = "", timeout: int = SECONDS) -> None:
+        """Make the image of a copy of the disk in which debugfs has made *change*."""
+        (self.directory / "linux").write_bytes(b"")
+        (self.directory / "image-factory.conf").write_text(
+            f"[golden]\nlinux = {self.directory}/linux\ninitrd = {self.directory}/linux\n"
+            f"format = qcow2\nvirt-type = qemu\nram = 512M\nmount-via = guestfs\ntest-boot = yes\n"
+            f"test-boot-timeout = {timeout}s\n{extra}\n"
+        )
+        self.work.mkdir()
+        artifact = self.work / f"golden-{TODAY}.qcow2"
+        copy = self.disk
+        if change:
+            copy = self.directory / "changed.raw"
+            run("cp", "--sparse=always", self.disk, copy)
+            self._change(copy, change)
+        # What is as on the disk stays there: nobody has to read and hash it again and again.
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", copy]
+        run(*create, artifact)
+        if change:
+            run("qemu-img", "rebase", "-F", "raw", "-b", self.disk, artifact)
+            copy.unlink()
+        digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
+        (self.work / f"{artifact.name}.sha256sum").write_text(f"{digest}  {artifact.name}\n")
+        configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(self.directory / "image-factory.conf")})
+        plan = pipeline.make_plan(configuration, "golden", {"output-dir": str(self.directory)})
+        found = checkpoint.Checkpoint(
+            self.work, checkpoint.inputs_of(plan), checkpoint.outputs_of(plan), TODAY, "qemu", [],
+            Path("/proc/sys/kernel/random/boot_id").read_text(),
+        )  # fmt: skip
+        found.reach("converted", [Artifact(artifact, "qcow2", golden.DISK_SIZE, sha256=digest)])
+        for path in (self.work, *self.work.iterdir()):
+            shutil.chown(path, self.user.name)
+
+    def _change(self, copy: Path, change: str) -> None:
+        if change == "no boot loader":
+            with copy.open("r+b") as file:
+                file.write(bytes(440))
+            return
+        root = f"{copy}?offset={golden.ROOT_OFFSET}"
+        free = re.search(r"^Free blocks: +([0-9]+)$", run("debugfs", "-R", "stats -h", root).stdout, re.MULTILINE)
+        assert free is not None
+        commands = self.directory / "commands"
+        # But for what the list of the file's own blocks takes.
+        commands.write_text(change.replace("FREE", str(int(free[1]) - 200)))
+        run("debugfs", "-w", "-f", commands, root)
+
+    def argv(self, *flags: str) -> list[str]:
+        configuration = str(self.directory / "image-factory.conf")
+        return self.user.argv(self.user.program, *flags, "--resume", "golden", IMAGE_FACTORY_CONFIG=configuration)
+
+    def run(self, *flags: str) -> subprocess.CompletedProcess[str]:
+        return run(*self.argv(*flags), check=False, cwd=self.directory)
+
+    @contextmanager
+    def started(self) -> Iterator["subprocess.Popen[bytes]"]:
+        with (self.directory / "stderr").open("wb") as stderr:
+            process = subprocess.Popen(
+                self.argv(), cwd=self.directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr
+            )
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def qemu(self) -> list[int]:
+        """Return the processes of the test boot's QEMU."""
+        found = run("pgrep", "-u", self.user.name, "-f", f"qemu-system.*{self.directory}", check=False).stdout
+        return [int(word) for word in found.split()]
+
+    def checks(self) -> dict[str, str]:
+        """Return how the checks ended in JUnit's file: nothing, ``failure`` or ``skipped`` with the message."""
+        cases = ElementTree.parse(self.results).iter("testcase")
+        return {
+            f"{str(case.get('classname')).rpartition('.')[2]} {case.get('name')}": "".join(
+                f"{element.tag}: {element.get('message')}" for element in case
+            )
+            for case in cases
+        }
+
+
+@pytest.fixture
+def scene(request: pytest.FixtureRequest, users: dict[str, User], golden_disk: Path) -> Iterator[Scene]:
+    # Without a sudo rule.
+    user = users["c"]
+    directory = user.directory(re.sub(r"\W", "-", request.node.name)[:40])
+    found = Scene(user, directory, golden_disk)
+    yield found
+    assert found.qemu() == []
+    shutil.rmtree(directory)
+
+
+def test_a_good_image_passes_with_both_firmwares(scene: Scene) -> None:
+    (scene.directory / "script").write_text(SCRIPT.format(status=0))
+    scene.prepare(extra=f"firmware = hybrid\ntest-script = {scene.directory}/script")
+    before = (scene.work / f"golden-{TODAY}.qcow2").read_bytes()
+    done = scene.run("--json", "record.json")
+    assert done.returncode == 0, done.stderr
+    found = scene.checks()
+    assert set(found.values()) == {""}, found
+    assert {name.split()[0] for name in found} == {"1-bios", "2-uefi"}
+    assert {"2-uefi machine-id-new", "2-uefi host-keys-new", "1-bios login", "1-bios root-size"} <= set(found)
+    assert "as image-factory" in done.stderr
+    record = json.loads((scene.directory / "record.json").read_text())
+    assert [boot["firmware"] for boot in record["test_boots"]] == ["bios", "uefi"]
+    published = scene.directory / f"golden-{TODAY}.qcow2"
+    assert published.read_bytes() == before
+    assert not scene.work.exists()
+    for boot in record["test_boots"]:
+        print(f"{boot['firmware']}: {boot['seconds']:.0f} s")
+
+
+FAILING_UNIT = """\
+[Unit]
+Description=Fails
+[Service]
+Type=oneshot
+ExecStart=/bin/false
+"""
+
+
+@dataclass
+class Broken:
+    """What debugfs does to the disk, which check fails, what is said, and after how many seconds at most."""
+
+    change: str
+    check: str
+    reason: str
+    seconds: int = 300
+    timeout: int = SECONDS
+    script_status: int = 0
+
+
+BROKEN = {
+    "no boot loader": Broken(
+        "no boot loader", "boot", "it did not start: within 60 s .*Booting from Hard Disk", 110, timeout=60
+    ),
+    "kernel panic": Broken(
+        "rm /lib/systemd/systemd\nwrite /bin/false /lib/systemd/systemd\nsif /lib/systemd/systemd mode 0100755\n",
+        "boot", "its kernel panicked: Attempted to kill init!", 110,
+    ),
+    # There is no report: cloud-init has no room for it.
+    "root full": Broken("write /dev/null /fill\nfallocate /fill 0 FREE\n", "boot", "its root filesystem is full"),
+    "a failing unit, a failing script": Broken(
+        "cd /etc/systemd/system\nwrite UNIT broken.service\n"
+        "cd multi-user.target.wants\nsymlink broken.service /etc/systemd/system/broken.service\n",
+        "units", r"broken\.service failed; script failed with status 3: script on \S+ as image-factory",
+        script_status=3,
+    ),
+    "no sshd, no network": Broken(
+        "rm /usr/sbin/sshd\nrm /lib/systemd/system/ssh.service\nrm /etc/systemd/system/sshd.service\n"
+        "rm /etc/systemd/system/multi-user.target.wants/ssh.service\nrm /usr/sbin/dhclient\n",
+        "network", "sshd is not installed; it has no network: no card has an IPv4 address; networking.service failed",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broken(users: dict[str, User], golden_disk: Path) -> Iterator[dict[str, tuple[Scene, str, float]]]:
+    """The scene of each, with what was printed and the seconds; some are booted at once."""
+    scenes = {}
+    for name, what in BROKEN.items():
+        scenes[name] = found = Scene(users["c"], users["c"].directory(re.sub(r"\W", "-", name)), golden_disk)
+        (found.directory / "unit").write_text(FAILING_UNIT)
+        (found.directory / "script").write_text(SCRIPT.format(status=what.script_status))
+        extra = f"test-script = {found.directory}/script"
+        found.prepare(what.change.replace("UNIT", f"{found.directory}/unit"), extra, timeout=what.timeout)
+
+    def build(found: Scene) -> tuple[Scene, str, float]:
+        start = time.monotonic()
+        done = found.run()
+        assert done.returncode == 1, done.stderr
+        return found, done.stderr, time.monotonic() - start
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield dict(zip(scenes, pool.map(build, scenes.values()), strict=True))
+    for found in scenes.values():
+        shutil.rmtree(found.directory)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_image_fails_for_its_reason(broken: dict[str, tuple[Scene, str, float]], name: str) -> None:
+    expected = BROKEN[name]
+    found, printed, seconds = broken[name]
+    print(printed[-6000:])
+    error = next(line for line in printed.splitlines() if line.startswith("image-factory: error: "))
+    assert re.search(f"golden-{TODAY}.qcow2 failed its test boot with bios: .*{expected.reason}", error)
+    assert found.checks()[f"1-bios {expected.check}"].startswith("failure: ")
+    assert found.checks()["1-bios unchanged"] == ""
+    assert seconds < expected.seconds
+    assert not (found.directory / f"golden-{TODAY}.qcow2").exists()
+    # What can be resumed, and nothing of the boot.
+    assert {path.suffix for path in found.work.iterdir()} == {".json", ".qcow2", ".sha256sum"}
+
+
+def stopped(scene: Scene, stop: Callable[["subprocess.Popen[bytes]", int], None]) -> tuple[int, str]:
+    """Start a build, have *stop* called when QEMU runs; return the status and what was printed."""
+    scene.prepare()
+    with scene.started() as process:
+        wait_for(lambda: scene.qemu() or process.poll() is not None, 90, "QEMU")
+        stop(process, scene.qemu()[0])
+        process.wait(60)
+    wait_for(lambda: not scene.qemu(), 10, "QEMU to end")
+    return process.returncode, (scene.directory / "stderr").read_text()
+
+
+def program(scene: Scene) -> int:
+    """Return the process of image-factory itself, below runuser."""
+    pattern = f"^/usr/bin/python3 {scene.user.program}"
+    return int(run("pgrep", "-u", scene.user.name, "-f", pattern).stdout)
+
+
+def test_sigterm(scene: Scene) -> None:
+    status, printed = stopped(scene, lambda _process, _qemu: os.kill(program(scene), signal.SIGTERM))
+    assert (status, "Stopped by SIGTERM" in printed) == (143, True)
+    assert {path.suffix for path in scene.work.iterdir()} == {".json", ".qcow2", ".sha256sum"}
+
+
+def test_qemu_is_killed(scene: Scene) -> None:
+    status, printed = stopped(scene, lambda _process, qemu: os.kill(qemu, signal.SIGKILL))
+    assert (status, "QEMU ended with status -9" in printed) == (1, True)
+    assert {path.suffix for path in scene.work.iterdir()} == {".json", ".qcow2", ".sha256sum"}
+
+
+def test_the_program_is_killed(scene: Scene) -> None:
+    """QEMU ends too; what is left of the boot is removed by the next build, or like here."""
+    stopped(scene, lambda _process, _qemu: os.kill(program(scene), signal.SIGKILL))
+    assert (scene.work / "boot-1").is_dir()
+    scene.user.run(scene.user.program, "--cleanup", "-o", scene.directory)
+    assert not scene.work.exists()

@@ -1,0 +1,539 @@
+"""Sealing: what the build leaves is planted in an image and found gone, on this machine and in the appliance."""
+
+import dataclasses
+import logging
+import os
+import re
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from image_factory import events, layout, loop, mounts, pipeline, seal
+from image_factory.errors import BuildError, ConfigurationError
+from image_factory.model import Build, Disk
+from image_factory.seal import System
+from image_factory.settings import Configuration
+from image_factory.tree import Tree
+
+from .conftest import REPOSITORY, machine_state, run
+from .leftovers import LEFTOVERS, MACHINE_ID, PROXY, SURVIVORS, Leftover
+
+OFFSET = 1 << 20
+MEBIBYTES = 64
+ID = MACHINE_ID.decode()
+LABEL = "security.selinux"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left() -> Iterator[None]:
+    """The helper is the one of the checkout; at the end all is as before."""
+    before = machine_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [str(REPOSITORY / "image-factory")])
+        yield
+    assert machine_state() == before
+
+
+def make_build(directory: Path, text: str = "seal = yes") -> Build:
+    directory.mkdir(exist_ok=True)
+    (directory / "own.conf").write_text(f"[x]\nlinux = /l\ninitrd = /i\noutput-dir = {directory}\n{text}\n")
+    plan = pipeline.make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(directory / "own.conf")}), "x", {})
+    return Build(plan, directory, "none")
+
+
+def plant(tree: Path, leftover: Leftover) -> None:
+    path = tree / leftover.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if leftover.kind == "link":
+        path.symlink_to(os.fsdecode(leftover.content))
+    elif leftover.kind == "fifo":
+        os.mkfifo(path, leftover.mode)
+    else:
+        path.write_bytes(leftover.content)
+        path.chmod(leftover.mode)
+        os.chown(path, 1234, 4321)
+        os.setxattr(path, LABEL, b"system_u:object_r:" + leftover.operation.encode() + b"_t:s0\0")
+
+
+def make_disk(build: Build, leftovers: tuple[Leftover, ...], *more: Callable[[Path], None]) -> Disk:
+    """Make the disk of *build* with one filesystem, which has *leftovers* and what *more* make in its tree."""
+    tree = build.directory / "tree"
+    (tree / "etc").mkdir(parents=True)
+    (tree / "etc/os-release").touch()
+    for leftover in leftovers:
+        plant(tree, leftover)
+    for make in more:
+        make(tree)
+    disk = Disk(build.disk_path)
+    run("truncate", "-s", f"{MEBIBYTES + 2}M", disk.path)
+    subprocess.run(
+        ["sfdisk", "--quiet", disk.path], input="label: gpt\nstart=1MiB, size=64MiB\n", text=True, check=True
+    )
+    run("mke2fs", "-q", "-t", "ext4", "-d", tree, "-E", f"offset={OFFSET}", disk.path, f"{MEBIBYTES}M")
+    # EXT4_EXTENTS_FL, and the flag itself.
+    flags = {"i": "0x80010", "a": "0x80020"}
+    for leftover in leftovers:
+        if leftover.attributes:
+            debugfs(disk, f'sif "/{leftover.path}" flags {flags[leftover.attributes]}')
+    return disk
+
+
+def debugfs(disk: Disk, command: str) -> None:
+    run("debugfs", "-w", "-R", command, f"{disk.path}?offset={OFFSET}")
+
+
+def sealed(build: Build, disk: Disk, way: mounts.Way = loop) -> None:
+    with way.mounted(build, disk, layout.read_volumes(disk.path)) as tree:
+        seal.seal(build, tree)
+
+
+@contextmanager
+def looked_into(disk: Disk) -> Iterator[Path]:
+    point = disk.path.parent / "point"
+    point.mkdir()
+    run("mount", "-o", f"ro,noload,loop,offset={OFFSET}", disk.path, point)
+    try:
+        yield point
+    finally:
+        run("umount", point)
+        point.rmdir()
+
+
+class Told:
+    def __init__(self) -> None:
+        self.sealed: list[events.Sealed] = []
+
+    def notice(self, event: events.Event) -> None:
+        if isinstance(event, events.Sealed):
+            self.sealed.append(event)
+
+
+# A disk with all leftovers, sealed by each way
+
+
+@dataclasses.dataclass
+class Done:
+    root: Path
+    log: str
+    told: list[events.Sealed]
+
+
+@pytest.fixture(scope="module", params=["loop", "guestfs"])
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    """The files of the sealed disk, and what was said."""
+    directory = tmp_path_factory.mktemp("sealed")
+    build, told = make_build(directory), Told()
+    disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(seal.logger.name)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with events.observed(told):
+            sealed(build, disk, mounts.WAYS[request.param])
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    run("e2fsck", "-fn", f"{disk.path}?offset={OFFSET}")
+    with looked_into(disk) as root:
+        yield Done(root, "\n".join(lines), told.sealed)
+
+
+@pytest.mark.parametrize("leftover", LEFTOVERS, ids=lambda leftover: leftover.path)
+def test_leftover_goes(done: Done, leftover: Leftover) -> None:
+    path = done.root / (leftover.renamed or leftover.path)
+    if leftover.after is None:
+        assert not os.path.lexists(path)
+        return
+    assert leftover.renamed is None or not os.path.lexists(done.root / leftover.path)
+    assert path.read_bytes() == leftover.after
+    status = path.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (leftover.mode, 1234, 4321)
+    assert os.getxattr(path, LABEL) == b"system_u:object_r:" + leftover.operation.encode() + b"_t:s0\0"
+
+
+@pytest.mark.parametrize("survivor", SURVIVORS, ids=lambda survivor: survivor.path)
+def test_survivor_stays(done: Done, survivor: Leftover) -> None:
+    path = done.root / survivor.path
+    if survivor.kind == "link":
+        assert os.fsencode(os.readlink(path)) == survivor.content
+    else:
+        assert path.read_bytes() == survivor.content
+        assert stat.S_IMODE(path.stat().st_mode) == survivor.mode
+
+
+def test_directories_stay(done: Done) -> None:
+    for path in ("tmp", "var/tmp", "var/log/journal", "var/log/apt", "var/lib/cloud", "var/cache/apt/archives/partial"):
+        assert (done.root / path).is_dir() or path.endswith("partial")
+
+
+def test_each_operation_says_what_it_has_removed(done: Done) -> None:
+    assert [told.name for told in done.told] == [operation.name for operation in seal.OPERATIONS]
+    for told in done.told:
+        planted = [leftover for leftover in LEFTOVERS if leftover.operation == told.name]
+        assert f"Sealing: {told.name}: " in done.log
+        assert told.files + told.changed >= len([left for left in planted if left.renamed is None]), told
+        assert f"Sealing: {told.name}: nothing" not in done.log
+    [keys] = [told for told in done.told if told.name == "ssh-host-keys"]
+    size = sum(len(left.content) for left in LEFTOVERS if left.operation == "ssh-host-keys")
+    assert keys == events.Sealed("ssh-host-keys", 5, size, 0)
+    assert f"Sealing: ssh-host-keys: 5 files, {size} B" in done.log.splitlines()
+    assert "Removed /etc/ssh/ssh_host_rsa_key" in done.log.splitlines()
+    assert "Emptied /var/log/syslog" in done.log.splitlines()
+
+
+def test_no_secret_is_in_the_log(done: Done) -> None:
+    for secret in (PROXY.decode(), "hunter2", "-----BEGIN", "a secret of the build machine"):
+        assert secret not in done.log
+
+
+def test_leftovers_are_of_all_operations() -> None:
+    assert {leftover.operation for leftover in LEFTOVERS} == {operation.name for operation in seal.OPERATIONS}
+    assert len(LEFTOVERS) >= 40
+    paths = [leftover.path for leftover in (*LEFTOVERS, *SURVIVORS)]
+    assert len(paths) == len(set(paths))
+
+
+# What is chosen
+
+
+def test_nothing_is_done_unless_it_is_asked_for(tmp_path: Path) -> None:
+    build = make_build(tmp_path, "")
+    # It would not even be looked at.
+    seal.seal(build, Tree((), (), ()))
+    assert seal.calls(build.plan.settings) == {}
+
+
+def test_operations_are_chosen(tmp_path: Path) -> None:
+    names = [operation.name for operation in seal.OPERATIONS]
+    assert len(set(names)) == len(names)
+    for text, chosen in (
+        ("seal = yes", names),
+        ("seal = no\nseal-only = logs", []),
+        ("seal = yes\nseal-only = logs, machine-id", ["machine-id", "logs"]),
+        ("seal = yes\nseal-skip = logs,proxy", [name for name in names if name not in ("logs", "proxy")]),
+        ("seal = yes\nseal-only = logs, mail\nseal-skip = logs", ["mail"]),
+    ):
+        settings = make_build(tmp_path, text).plan.settings
+        assert [operation.name for operation in seal.operations(settings)] == chosen
+
+
+@pytest.mark.parametrize("key", ["seal-only", "seal-skip"])
+def test_unknown_operation_is_refused_with_the_list(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        make_build(tmp_path, f"seal = yes\n{key} = logs, machineid")
+    assert caught.value.message == f"[x] {key}: 'machineid' is not accepted, only operations of sealing."
+    assert caught.value.hint == f"They are {', '.join(operation.name for operation in seal.OPERATIONS)}."
+
+
+def test_only_what_is_chosen_goes(tmp_path: Path) -> None:
+    build = make_build(tmp_path, "seal = yes\nseal-skip = machine-id, login-records, journal, cloud-init")
+    disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))
+    sealed(build, disk)
+    with looked_into(disk) as root:
+        for leftover in LEFTOVERS:
+            stays = leftover.operation in ("machine-id", "login-records", "journal", "cloud-init")
+            path = root / leftover.path
+            unchanged = os.path.lexists(path) and (leftover.kind != "file" or path.read_bytes() == leftover.content)
+            assert unchanged == stays, leftover.path
+
+
+def test_sealing_twice_changes_nothing(tmp_path: Path) -> None:
+    build, told = make_build(tmp_path), Told()
+    disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))
+    sealed(build, disk)
+    with events.observed(told):
+        sealed(build, disk)
+    assert {(found.files, found.size, found.changed) for found in told.sealed} == {(0, 0, 0)}
+
+
+def test_a_dry_run_shows_the_calls(tmp_path: Path) -> None:
+    build = make_build(tmp_path)
+    for way in mounts.WAYS.values():
+        steps = dict(way.describe(build, (), ("x",), seal.calls(build.plan.settings)))
+        words = " ".join(word for command in steps["Sealing"] for word in command)
+        assert "etc/ssh/ssh_host_*key*" in words
+        assert "etc/machine-id" in words
+        assert "Sealing" not in dict(way.describe(build, (), ("x",), {}))
+    commands = dict(loop.describe(build, (), ("x",), seal.calls(build.plan.settings)))["Sealing"]
+    verbs = [next(word for word in command if word.islower() and word.isalpha()) for command in commands]
+    assert verbs == ["list", "read", "remove", "truncate", "write", "rename"]
+
+
+def test_nothing_is_left_in_the_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The disk is sealed before its unused blocks are freed, and no byte of what was in the files is on it."""
+    caplog.set_level(logging.INFO, logger=seal.logger.name)
+    build = make_build(tmp_path, "seal = yes\nmount-via = loop")
+    disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))
+    secrets = (b"a secret of the build machine", b"hunter2", b"$6$salt", b"-----BEGIN OPENSSH", b"LPKSHHRH")
+    before = disk.path.read_bytes()
+    assert all(secret in before for secret in secrets)
+    pipeline.clean_disk(build, disk)
+    after = disk.path.read_bytes()
+    assert [secret for secret in secrets if secret in after] == []
+    assert b"ssh-ed25519 AAAA somebody" in after
+    steps = [line.removesuffix(" ...") for line in caplog.messages if line.endswith(" ...")]
+    place = steps.index("Sealing")
+    assert steps[place - 1 : place + 2] == ["Removing installer logs", "Sealing", "Freeing unused blocks"]
+
+
+# Guests that are hostile, or odd
+
+
+def test_links_lead_nowhere(tmp_path: Path) -> None:
+    """Each directory of the table is a link out of the tree, to victims of the same names."""
+    victims = tmp_path / "victims"
+    for leftover in LEFTOVERS:
+        plant(victims, leftover)
+    before = run("find", victims, "-printf", "%p %m %U %s %T@ %C@ %l\n").stdout
+
+    def link(tree: Path) -> None:
+        for name in ("var", "tmp", "boot", "root", "home"):
+            (tree / name).symlink_to(victims / name)
+        (tree / "etc/ssh").symlink_to(victims / "etc/ssh")
+        (tree / "etc/cloud").symlink_to(victims / "etc/cloud")
+        for name in ("machine-id", "fstab", "environment", "resolv.conf", "passwd-"):
+            (tree / "etc" / name).symlink_to(victims / "etc" / name)
+
+    build = make_build(tmp_path / "build")
+    disk = make_disk(build, (), link)
+    sealed(build, disk)
+    assert run("find", victims, "-printf", "%p %m %U %s %T@ %C@ %l\n").stdout == before
+    with looked_into(disk) as root:
+        assert (root / "etc/machine-id").read_bytes() == b"uninitialized\n"
+        assert (root / "etc/resolv.conf").is_symlink()
+        assert not (root / "etc/passwd-").is_symlink()
+
+
+def test_directories_that_nothing_can_be_changed_in(tmp_path: Path) -> None:
+    build = make_build(tmp_path)
+    disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))
+    for path in ("etc", "etc/ssh", "tmp", "var/tmp", "var/log", "root"):
+        debugfs(disk, f"sif /{path} flags {'0x80010' if path != 'tmp' else '0x80020'}")
+    sealed(build, disk)
+    with looked_into(disk) as root:
+        for leftover in LEFTOVERS:
+            assert (leftover.after is not None) == os.path.lexists(root / (leftover.renamed or leftover.path))
+
+
+def test_what_is_no_file_where_one_belongs(tmp_path: Path) -> None:
+    def make(tree: Path) -> None:
+        for name in ("machine-id", "fstab", "environment"):
+            (tree / "etc" / name).mkdir()
+        os.mkfifo(tree / "etc/resolv.conf")
+        (tree / "etc/passwd").write_bytes(b"\xff::::::\n" + b"x" * (2 << 20))
+        (tree / "home/..x").mkdir(parents=True)
+        (tree / "home/a\nb").mkdir()
+        os.mknod(tree / "etc/apt.conf", 0o666 | stat.S_IFCHR, os.makedev(1, 5))
+
+    build = make_build(tmp_path)
+    disk = make_disk(build, (), make)
+    sealed(build, disk)
+    with looked_into(disk) as root:
+        assert (root / "etc/machine-id").is_dir()
+
+
+def test_a_unit_that_can_not_be_written_is_an_error(tmp_path: Path) -> None:
+    def make(tree: Path) -> None:
+        (tree / "usr/sbin").mkdir(parents=True)
+        (tree / "usr/sbin/sshd").touch()
+        (tree / "etc/systemd").mkdir()
+        (tree / "etc/systemd/system").symlink_to(tmp_path)
+
+    build = make_build(tmp_path / "build")
+    disk = make_disk(build, (), make)
+    with pytest.raises(BuildError, match="image-factory-sudo-helper"):
+        sealed(build, disk)
+    assert not (tmp_path / seal.KEYS_UNIT).exists()
+
+
+def test_many_users(tmp_path: Path) -> None:
+    """Their histories are more than one call of the helper could take."""
+    count = 5_000
+    lines = "".join(f"u{number}:x:{number}:1::/srv/u{number}:/bin/sh\n" for number in range(count))
+
+    def make(tree: Path) -> None:
+        (tree / "etc/passwd").write_text(lines)
+        for number in (0, count - 1):
+            (tree / f"srv/u{number}").mkdir(parents=True)
+            (tree / f"srv/u{number}/.bash_history").write_text("ls\n")
+
+    build, told = make_build(tmp_path, "seal = yes\nseal-only = histories"), Told()
+    disk = make_disk(build, (), make)
+    with events.observed(told):
+        sealed(build, disk)
+    assert told.sealed == [events.Sealed("histories", 2, 6, 0)]
+
+
+# What makes new host keys
+
+
+def make_sshd(tree: Path) -> None:
+    for name in ("usr/sbin", "etc/systemd/system"):
+        (tree / name).mkdir(parents=True, exist_ok=True)
+    (tree / "usr/sbin/sshd").touch()
+    os.setxattr(tree / "etc/systemd/system", LABEL, b"system_u:object_r:systemd_unit_file_t:s0\0")
+
+
+@pytest.mark.parametrize("name", ["loop", "guestfs"])
+def test_a_unit_is_added_with_the_label_of_its_directory(tmp_path: Path, name: str) -> None:
+    build = make_build(tmp_path, "seal = yes\nseal-only = ssh-host-keys")
+    disk = make_disk(build, LEFTOVERS, make_sshd)
+    sealed(build, disk, mounts.WAYS[name])
+    with looked_into(disk) as root:
+        units = root / "etc/systemd/system"
+        made = [units / seal.KEYS_UNIT, units / "multi-user.target.d/image-factory-ssh-host-keys.conf"]
+        for path in (*made, made[1].parent):
+            status = path.stat()
+            mode = 0o755 if path.is_dir() else 0o644
+            assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (0, 0, mode)
+            assert os.getxattr(path, LABEL).rstrip(b"\0") == b"system_u:object_r:systemd_unit_file_t:s0"
+        assert made[1].read_text().endswith(f"[Unit]\nWants={seal.KEYS_UNIT}\n")
+
+
+@pytest.mark.parametrize("text", [seal._KEYS_UNIT_TEXT, seal._ENTRIES_UNIT_TEXT])
+def test_units_are_such(tmp_path: Path, text: str) -> None:
+    unit = tmp_path / "image-factory-unit.service"
+    unit.write_text(text)
+    said = run("systemd-analyze", "verify", "--man=no", unit, check=False)
+    # What it says of other units of this machine is not ours.
+    assert unit.name not in said.stderr, said.stderr
+
+
+def system(*chosen: str, files: dict[str, bytes] | None = None, **kinds: str) -> System:
+    return System(files or {}, {path.replace("__", "/"): kind for path, kind in kinds.items()}, (), chosen)
+
+
+def writes_unit(*paths: str, chosen: tuple[str, ...] = ()) -> bool:
+    found = System({}, dict.fromkeys(paths, "file"), (), chosen)
+    return f"etc/systemd/system/{seal.KEYS_UNIT}" in seal._have_keys_made(found).write
+
+
+def test_where_a_unit_is_needed() -> None:
+    assert not writes_unit()
+    assert writes_unit("usr/sbin/sshd")
+    for maker in seal._KEY_MAKERS:
+        assert not writes_unit("usr/sbin/sshd", maker)
+    assert not writes_unit("usr/sbin/sshd", "usr/bin/cloud-init")
+    debian = "usr/lib/systemd/system/sshd-keygen.service"
+    files = {debian: b"[Unit]\nConditionFirstBoot=yes\n"}
+    for chosen in ((), ("machine-id",)):
+        found = System(files, {"usr/sbin/sshd": "file", debian: "file"}, (), chosen)
+        assert bool(seal._have_keys_made(found).write) == (not chosen)
+    disabled = ("usr/sbin/sshd", "usr/bin/cloud-init", "etc/cloud/cloud-init.disabled")
+    assert writes_unit(*disabled)
+    assert not writes_unit(*disabled, chosen=("cloud-init-config",))
+
+
+# Boot-loader entries
+
+
+ENTRY = f"boot/loader/entries/{ID}-5.14.0-611.el9.x86_64.conf"
+RESCUE = f"boot/loader/entries/{ID}-0-rescue.conf"
+
+
+def grub_system() -> System:
+    """As Enterprise Linux 9 is installed."""
+    files = {
+        "etc/machine-id": MACHINE_ID + b"\n",
+        ENTRY: b"title x\nlinux /boot/vmlinuz-5.14.0-611.el9.x86_64\nid rocky-5.14\n",
+        RESCUE: b"linux /boot/vmlinuz-0-rescue-" + MACHINE_ID + b"\n",
+        "boot/grub2/grubenv": (b"# GRUB Environment Block\nsaved_entry=" + MACHINE_ID + b"-5\n").ljust(1024, b"#"),
+    }
+    return System(files, {"boot/grub2": "directory", f"boot/vmlinuz-0-rescue-{ID}": "file", ENTRY: "file"}, (), ())
+
+
+def test_boot_entries_of_grub() -> None:
+    actions = seal._rename_boot_entries(grub_system())
+    assert actions.rename == {
+        ENTRY: "Default-5.14.0-611.el9.x86_64.conf",
+        RESCUE: "Default-0-rescue.conf",
+        f"boot/vmlinuz-0-rescue-{ID}": "vmlinuz-0-rescue-Default",
+    }
+    assert actions.write[RESCUE] == b"linux /boot/vmlinuz-0-rescue-Default\n"
+    assert ENTRY not in actions.write
+    assert len(actions.write["boot/grub2/grubenv"]) == 1024
+    assert actions.write["boot/grub2/grubenv"].startswith(b"# GRUB Environment Block\nsaved_entry=Default-5\n#")
+    assert "etc/kernel/entry-token" not in actions.write
+    assert f"etc/systemd/system/{seal.ENTRIES_UNIT}" in actions.write
+
+
+def test_the_first_boot_names_entries_of_grub(tmp_path: Path) -> None:
+    """The commands of the unit, as systemd unquotes them, in a directory instead of /."""
+    commands = re.findall(r"^ExecStart=(/bin/sh -ec '.*?')$", seal._ENTRIES_UNIT_TEXT, re.MULTILINE | re.DOTALL)
+    assert len(commands) == 2
+    entries = tmp_path / "boot/loader/entries"
+    entries.mkdir(parents=True)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/machine-id").write_text("f" * 32 + "\n")
+    for name in ("Default-5.14.conf", "Default-0-rescue.conf", "own.conf"):
+        (entries / name).touch()
+    editor = tmp_path / "bin/grub2-editenv"
+    editor.parent.mkdir()
+    editor.write_text(f'#!/bin/sh\n[ "$2" = list ] && echo saved_entry=Default-5.14 || echo "$@" >{tmp_path}/set\n')
+    editor.chmod(0o755)
+    for command in commands:
+        shell = command.replace("\\\n", "").replace("$$", "$")
+        shell = shell.replace("/etc/", f"{tmp_path}/etc/").replace("/boot/", f"{tmp_path}/boot/")
+        run("sh", "-c", shell, env={"PATH": f"{editor.parent}:/usr/bin:/bin"})
+    assert sorted(path.name for path in entries.iterdir()) == [
+        f"{'f' * 32}-0-rescue.conf", f"{'f' * 32}-5.14.conf", "own.conf"
+    ]  # fmt: skip
+    assert (tmp_path / "set").read_text() == f"- set saved_entry={'f' * 32}-5.14\n"
+
+
+def test_boot_entries_of_others() -> None:
+    """Nothing is named by the machine ID on Debian, and there may be none."""
+    for files in ({}, {"etc/machine-id": b"uninitialized\n"}, {"etc/machine-id": MACHINE_ID + b"\n"}):
+        found = System(files, {"boot/grub": "directory", "boot/vmlinuz-6.12.43+deb13-amd64": "file"}, (), ())
+        assert seal._rename_boot_entries(found) == seal.Actions()
+
+
+def test_entries_with_a_name_of_the_distribution() -> None:
+    """As openSUSE's sdbootutil makes them: the ID is in the arguments of the kernel."""
+    path = "boot/efi/loader/entries/opensuse-tumbleweed-6.17-1.conf"
+    text = b"options root=x systemd.machine_id=" + MACHINE_ID + b" quiet\n"
+    actions = seal._rename_boot_entries(System({"etc/machine-id": MACHINE_ID, path: text}, {}, (), ()))
+    assert actions == seal.Actions(write={path: b"options root=x quiet\n"})
+
+
+# Others that look before they act
+
+
+def test_netplan_stays_without_cloud_init() -> None:
+    assert seal._remove_netplan(system()).remove == []
+    assert "etc/netplan/50-cloud-init.yaml" in seal._remove_netplan(system(**{"usr/bin/cloud-init": "file"})).remove
+
+
+def test_iscsi_name_of_debian() -> None:
+    """Its iscsid does not start without the file."""
+    path, script = "etc/iscsi/initiatorname.iscsi", {"usr/lib/open-iscsi/startup-checks.sh": "file"}
+    files = {path: b"InitiatorName=iqn.x\n"}
+    assert seal._reset_iscsi_name(system(files=files, **script)).write == {path: b"GenerateName=yes\n"}
+    assert seal._reset_iscsi_name(system(**script)) == seal.Actions()
+    assert seal._reset_iscsi_name(system(files=files)).remove == [path]
+
+
+def test_a_file_that_one_operation_removes_is_not_written_by_another() -> None:
+    path = "etc/zypp/repos.d/medium.repo"
+    found = System({path: b"[x]\nbaseurl=cd:/\nproxy=http://x\n"}, {}, (), ())
+    assert seal._forget_media(found).remove == [path]
+    assert path in seal._forget_proxy(found).write
+    written: list[str] = []
+
+    class Recorded:
+        def remove(self, patterns: list[str]) -> list[object]:
+            return []
+
+        def write(self, path: str, data: bytes, mode: int) -> None:
+            written.append(path)
+
+    seal._carry_out(Recorded(), [seal._forget_proxy(found), seal._forget_media(found)])  # type: ignore[arg-type]
+    assert written == []

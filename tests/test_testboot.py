@@ -1,0 +1,254 @@
+"""The machine of the test boot: which boots there are, its commands, and what its console tells."""
+
+import itertools
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from image_factory import guest, pipeline, testboot
+from image_factory.errors import BuildError, ConfigurationError
+from image_factory.model import Artifact, Build, Plan
+from image_factory.settings import Configuration
+
+GIB = 1 << 30
+
+
+def plan_of(directory: Path, text: str = "", *, wanted: str = "yes") -> Plan:
+    text = f"[x]\nlinux = /l\ninitrd = /i\nvirt-type = qemu\nmount-via = loop\ntest-boot = {wanted}\n{text}\n"
+    (directory / "x.conf").write_text(text)
+    configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(directory / "x.conf")})
+    return pipeline.make_plan(configuration, "x", {"output-dir": str(directory)})
+
+
+def machine(directory: Path, firmware: str = "bios", text: str = "", virt_type: str = "qemu") -> testboot._Machine:
+    plan = plan_of(directory, text)
+    artifact = Artifact(directory / "x,y.qcow2", "qcow2", 2 * GIB)
+    return testboot._Machine(Build(plan, plan.work_path, "vm"), artifact, firmware, virt_type, 1)
+
+
+def values(argv: list[str], option: str) -> list[str]:
+    return [value for name, value in itertools.pairwise(argv) if name == option]
+
+
+@pytest.mark.parametrize(
+    ("text", "formats", "expected"),
+    [
+        ("", ["raw"], ["raw bios", "raw bios"]),
+        ("firmware = hybrid", ["qcow2"], ["qcow2 bios", "qcow2 uefi"]),
+        ("firmware = hybrid", ["qcow2", "raw"], ["qcow2 bios", "raw uefi"]),
+        ("firmware = uefi", ["qcow2", "raw", "qcow2"], ["qcow2 uefi", "raw uefi", "qcow2 uefi"]),
+        ("arch = aarch64", ["raw"], ["raw uefi", "raw uefi"]),
+    ],
+)
+def test_boots(tmp_path: Path, text: str, formats: list[str], expected: list[str]) -> None:
+    artifacts = [Artifact(tmp_path / "x", name, GIB) for name in formats]
+    found = testboot.boots(plan_of(tmp_path, text).settings, artifacts)
+    assert [f"{artifact.format} {firmware}" for artifact, firmware in found] == expected
+
+
+def test_the_machine_is_another_one_than_that_of_the_installation(tmp_path: Path) -> None:
+    argv = testboot.qemu_argv(machine(tmp_path, text="mac = 52:54:00:12:34:56"), "02:00:00:00:00:01", 4242)
+    assert values(argv, "-machine") == ["q35,graphics=off,accel=tcg"]
+    assert (values(argv, "-cpu"), values(argv, "-smp")) == (["max,-cx16"], ["1"])
+    devices = values(argv, "-device")
+    assert "scsi-hd,drive=disk,bootindex=1" in devices
+    assert not [device for device in devices if device.startswith("virtio-blk")]
+    assert values(argv, "-netdev") == ["user,id=network,hostfwd=tcp:127.0.0.1:4242-:22"]
+    assert "52:54:00" not in " ".join(argv)
+    assert testboot._other_mac(plan_of(tmp_path).settings).startswith("02:")
+
+
+def test_kvm_has_all_processors(tmp_path: Path) -> None:
+    argv = testboot.qemu_argv(machine(tmp_path, text="cores = 3\nram = 2G", virt_type="kvm"), "02:00:00:00:00:01", 1)
+    assert (values(argv, "-cpu"), values(argv, "-smp"), values(argv, "-m")) == (["host"], ["3"], ["2048"])
+
+
+@pytest.mark.parametrize(("text", "cpu"), [("kickstart = /k.ks", "max"), ("arch = aarch64", "max,pauth-impdef=on")])
+def test_processor_of_other_systems(tmp_path: Path, text: str, cpu: str) -> None:
+    argv = testboot.qemu_argv(machine(tmp_path, "uefi", text), "02:00:00:00:00:01", 1)
+    assert values(argv, "-cpu") == [cpu]
+
+
+@pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
+def test_uefi_has_an_empty_memory_and_no_secure_boot(tmp_path: Path, arch: str) -> None:
+    argv = testboot.qemu_argv(machine(tmp_path, "uefi", f"arch = {arch}"), "02:00:00:00:00:01", 4242)
+    assert "pflash0=code,pflash1=memory" in values(argv, "-machine")[0]
+    code, memory, *_ = values(argv, "-blockdev")
+    assert ".ms." not in code and ".secboot." not in code
+    assert '"read-only": true' in code
+    assert f'"{tmp_path}/.image-factory-x/boot-1/nvram.fd"' in memory
+
+
+def test_qemu_takes_the_command(tmp_path: Path) -> None:
+    """A comma in a path ends no option; a machine of each firmware comes up with all of its devices."""
+    directory = tmp_path / "a,b c"
+    directory.mkdir()
+    for firmware, arch in (("bios", "x86_64"), ("uefi", "x86_64"), ("uefi", "aarch64")):
+        made = machine(directory, firmware, f"arch = {arch}\nram = 128M")
+        made.build.directory.mkdir(exist_ok=True)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", made.artifact.path, "2G"], check=True)
+        with testboot._prepared(made), testboot._pipes(made):
+            argv = [*testboot.qemu_argv(made, "02:00:00:00:00:01", testboot._free_port()), "-S", "-monitor", "stdio"]
+            done = subprocess.run(argv, input="info status\nquit\n", capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), firmware
+        assert not made.directory.exists()
+
+
+def test_no_uefi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "_FIRMWARE_DIRECTORIES", (tmp_path,))
+    with pytest.raises(ConfigurationError) as caught:
+        testboot.check(plan_of(tmp_path, "firmware = hybrid"))
+    assert caught.value.hint == "Install it: apt-get install ovmf"
+    testboot.check(plan_of(tmp_path, "firmware = hybrid", wanted="no"))
+
+
+def test_a_script_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"test-script: .*none\.sh is not a file that can be read"):
+        testboot.check(plan_of(tmp_path, f"test-script = {tmp_path}/none.sh"))
+
+
+def test_programs(tmp_path: Path) -> None:
+    assert {"qemu-system-x86_64", "ssh", "ssh-keygen", "xorriso"} <= set(testboot.programs(plan_of(tmp_path)))
+    assert "ssh-keygen" not in pipeline.programs(plan_of(tmp_path, wanted="no"))
+
+
+def test_described(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "firmware = hybrid\ntest-script = /srv/it's.sh")
+    steps = dict(pipeline.describe_build(plan))
+    assert {f"Booting {plan.file_name('raw')} with {firmware}" for firmware in ("bios", "uefi")} < set(steps)
+    last = steps[f"Booting {plan.file_name('raw')} with uefi"][-1]
+    assert last[-2:] == ["<", "/srv/it's.sh"]
+
+
+def test_time_limits(tmp_path: Path) -> None:
+    settings = plan_of(tmp_path).settings
+    assert (testboot.time_limit(settings, "qemu"), testboot.time_limit(settings, "kvm")) == (1800.0, 600.0)
+    assert testboot.time_limit(plan_of(tmp_path, "test-boot-timeout = 90s").settings, "qemu") == 90.0
+
+
+class Scene:
+    """A guest whose console and report are written by the test."""
+
+    def __init__(self, directory: Path, timeout: float = 0.5) -> None:
+        made = machine(directory)
+        made.directory.mkdir(parents=True)
+        made.overlay.write_bytes(b"x")
+        self.timeout = timeout
+        self.status: int | None = None
+        self.console = self._pipe()
+        self.report = self._pipe()
+        self.guest = testboot._Guest(made, lambda: self.status, self.console[0], self.report[0])
+        self.machine = made
+
+    def _pipe(self) -> tuple[int, int]:
+        return os.pipe2(os.O_NONBLOCK)
+
+    def prints(self, text: str) -> None:
+        os.write(self.console[1], text.encode())
+
+    def reports(self, text: str) -> None:
+        os.write(self.report[1], text.encode())
+
+    def answer(self) -> str:
+        return self.guest.wait_for_report(self.timeout)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("[    1.2] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100",
+         "its kernel panicked: Attempted to kill init! exitcode=0x00000100"),
+        ("ALERT!  UUID=abc does not exist.  Dropping to a shell!",
+         "its initramfs did not find the root filesystem UUID=abc"),
+        ("You are in emergency mode. After logging in, type", "it came up in emergency mode"),
+        ("No bootable device.", "the firmware found no boot loader on its disk"),
+        ("BdsDxe: No bootable option or device was found.", "the firmware found no boot loader on its disk"),
+        (">>Start PXE over IPv4.", "the firmware found no boot loader on its disk"),
+        ("grub rescue> ", "its boot loader did not find its files"),
+        ("cp: write error: No space left on device", "its root filesystem is full"),
+    ],
+)  # fmt: skip
+def test_console_tells_why(scene: Scene, line: str, problem: str) -> None:
+    scene.prints(f"Booting\r\n{line}")
+    assert scene.answer() == problem
+
+
+def test_the_gravest_sign_counts(scene: Scene) -> None:
+    scene.prints("No space left on device\r\nKernel panic - not syncing: x\r\n")
+    assert scene.answer() == "its kernel panicked: x"
+
+
+def test_the_line_is_not_whole_at_first(scene: Scene) -> None:
+    scene.prints("Kernel panic - not syncing: Fata")
+    scene.guest.look()
+    scene.prints("l exception\r\n---[ end Kernel panic - not syncing: Fatal exception ]---\r\n")
+    assert scene.answer() == "its kernel panicked: Fatal exception"
+
+
+def test_a_guest_that_comes_up(scene: Scene) -> None:
+    scene.reports('{"stage":"started"}\n{"stage":"starting","jobs":""}\n{"stage":"fin')
+    scene.guest.look()
+    scene.reports('ished","state":"cnVubmluZwo="}\n')
+    assert scene.answer() == ""
+    assert scene.guest.message is not None
+    assert scene.guest.message.fact("state") == "running"
+
+
+def test_a_guest_that_does_not_start(scene: Scene) -> None:
+    scene.prints("Booting from Hard Disk...\n")
+    problem = "it did not start: within 1 s its disk was not written to; the last line on its console was: Booting"
+    scene.timeout = 1.0
+    assert scene.answer().startswith(problem)
+
+
+def test_a_guest_that_waits(scene: Scene) -> None:
+    scene.reports('{"stage":"starting","jobs":"MTIgYS5zZXJ2aWNlIHN0YXJ0IHJ1bm5pbmcK"}\n')
+    scene.timeout = 1.0
+    assert scene.answer() == "it did not come up within 1 s; it waits for a.service"
+
+
+def test_a_guest_that_is_silent(scene: Scene) -> None:
+    scene.machine.overlay.write_bytes(b"written to")
+    scene.timeout = 1.0
+    scene.prints("Debian GNU/Linux 12 host ttyS0\n\nhost login: ")
+    assert scene.answer() == "it reported nothing within 1 s, though it asks for a login: its cloud-init did not run"
+    scene.prints("\nwhatever\n")
+    assert scene.answer() == "it did not report within 1 s; the last line on its console was: whatever"
+
+
+def test_a_guest_that_goes_off(scene: Scene) -> None:
+    scene.status = 0
+    assert scene.answer() == "it went off or rebooted before it reported"
+
+
+def test_qemu_that_fails(scene: Scene) -> None:
+    log = scene.machine.directory / "qemu.log"
+    scene.status = 1
+    log.write_text("qemu-system-x86_64: no memory\n")
+    assert scene.answer() == "QEMU ended with status 1: qemu-system-x86_64: no memory"
+    log.write_text("qemu-system-x86_64: -netdev user: Could not set up host forwarding rule 'tcp::1-:22'\n")
+    with pytest.raises(testboot._PortTakenError):
+        scene.answer()
+
+
+def test_a_report_without_end_is_refused(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    with pytest.raises(BuildError, match="too long"):
+        for _ in range(100):
+            scene.reports("x" * 65536)
+            scene.guest.look()
+
+
+def test_results_in_the_place_of_a_directory(tmp_path: Path) -> None:
+    made = machine(tmp_path)
+    made.build.directory.mkdir()
+    made.build.plan.junit_path.mkdir()
+    with pytest.raises(BuildError, match="is a directory"):
+        testboot._write_results(made.build, [], [])

@@ -13,13 +13,13 @@ import tempfile
 from pathlib import Path
 
 # Part of the cached disk's name: another recipe makes another disk.
-RECIPE = 2
+RECIPE = 3
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "image-factory-golden"
 PACKAGES = (
     "linux-image-cloud-amd64 systemd-sysv udev dbus openssh-server cloud-init cloud-guest-utils fdisk e2fsprogs "
     "ifupdown isc-dhcp-client iproute2 sudo kmod"
 )
-UNUSED = "etc/apt/sources.list.d/* var/cache/apt/* var/lib/apt/lists/* usr/share/doc usr/share/man etc/ssh/ssh_host_*"
+UNUSED = "etc/apt/sources.list.d/* var/lib/apt/lists/* usr/share/man"
 
 MIB = 1 << 20
 SECTOR = 512
@@ -27,6 +27,7 @@ DISK_SIZE = 1536 * MIB
 # By number: offset and size.  The first is for GRUB's core image, the second for UEFI; the root is at the end.
 PARTITIONS = {1: (MIB, MIB), 2: (2 * MIB, 34 * MIB), 3: (36 * MIB, DISK_SIZE - 37 * MIB)}
 ROOT_OFFSET = PARTITIONS[3][0]
+MACHINE_ID = "3c1f6e2d9a7b4c5e8f00112233445566"
 ROOT_UUID = "1de5f1c4-6e15-4c1d-9b83-a6f8e7a4b2c1"
 GRUB = f"""\
 search --no-floppy --fs-uuid --set=root {ROOT_UUID}
@@ -84,7 +85,10 @@ def _bootstrap(tree: Path, suite: str) -> None:
     run("mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", suite, tree, *sources)
     for path in [path for pattern in UNUSED.split() for path in tree.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (tree / "etc/machine-id").write_text("uninitialized\n", encoding="ascii")
+    # What an installed system has, and no image may have; mmdebstrap leaves logs and keys of sshd.
+    (tree / "etc/machine-id").write_text(f"{MACHINE_ID}\n", encoding="ascii")
+    (tree / "var/lib/systemd/random-seed").write_bytes(bytes(512))
+    (tree / "root/.bash_history").write_text("passwd\n", encoding="ascii")
     (tree / "etc/fstab").write_text(f"UUID={ROOT_UUID} / ext4 defaults 0 1\n", encoding="ascii")
     # No locale has to be made, and one kind of host key is enough: emulation is slow.
     (tree / "etc/cloud/cloud.cfg.d/90-golden.cfg").write_text("locale: C.UTF-8\nssh_genkeytypes: [ed25519]\n")

@@ -14,6 +14,8 @@ from image_factory import audit, leftovers
 from image_factory.audit import Finding
 from image_factory.leftovers import Asked
 
+from .leftovers import LEFTOVERS, Leftover
+
 HASH = "$y$j9T$abcdefghijklmnopqrstu1$0123456789abcdefghijklmnopqrstuvwxyzABCDEFG"
 OTHER_HASH = "$6$saltsalt$" + "0123456789abcdef" * 5 + "012345"
 KEY = "AAAAC3NzaC1lZDI1NTE5AAAAIB0hBfOoKWrFg2N9D2ZlYz5tZ2NvbW1lbnRjb21tZW50"
@@ -313,6 +315,29 @@ def test_what_is_planted_is_found(tmp_path: Path, check: str, name: str, data: s
     assert any(directory in finding.what for finding in found if finding.check == check)
     # Of what is in the logs the journal's directory is named by a machine-id, and answer files may lie there.
     assert checks_of(found) <= {check, "logs", "machine-id"} or check == "logs"
+
+
+# What of sealing's leftovers has neither identity nor secret; proxies are found by their password, as bytes.
+NOT_LOOKED_FOR = (
+    "network-profiles", "resolv-conf", "proxy", "installation-media", "package-caches", "histories", "login-records",
+    "crash-reports", "temporary-files", "mail", "cloud-init.disabled", "ds-identify.cfg", "20-disable", "subiquity",
+    "90-installer", "curtin", "loader/random-seed", "passwd-", "gshadow-", "shadow.bak",
+)  # fmt: skip
+OF_SEALING = [
+    leftover
+    for leftover in LEFTOVERS
+    if leftover.kind == "file" and not any(word in f"{leftover.operation} {leftover.path}" for word in NOT_LOOKED_FOR)
+]
+
+
+def test_there_are_enough_kinds_of_sealing() -> None:
+    assert len(OF_SEALING) >= 40
+
+
+@pytest.mark.parametrize("leftover", OF_SEALING, ids=lambda leftover: leftover.path)
+def test_what_sealing_would_take_away_is_found(tmp_path: Path, leftover: Leftover) -> None:
+    found = findings(fill(tmp_path, CLEAN | {leftover.path: leftover.content}))
+    assert any(f"/{leftover.path.split('/')[0]}" in finding.what for finding in found)
 
 
 LINKED = [

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import pytest
 
 from image_factory import checkpoint, pipeline
-from image_factory.model import Artifact
+from image_factory.model import Artifact, Plan
 from image_factory.settings import Configuration
 
 from .. import golden
@@ -60,14 +60,27 @@ class Scene:
     def results(self) -> Path:
         return self.directory / f"golden-{TODAY}.junit.xml"
 
-    def prepare(self, change: str = "", extra: str = "", timeout: int = SECONDS) -> None:
-        """Make the image of a copy of the disk in which debugfs has made *change*."""
+    def configure(self, extra: str, timeout: int = SECONDS) -> Plan:
+        """Write a configuration, with *extra* settings, and return its plan."""
         (self.directory / "linux").write_bytes(b"")
         (self.directory / "image-factory.conf").write_text(
             f"[golden]\nlinux = {self.directory}/linux\ninitrd = {self.directory}/linux\n"
             f"format = qcow2\nvirt-type = qemu\nram = 512M\nmount-via = guestfs\ntest-boot = yes\n"
             f"test-boot-timeout = {timeout}s\n{extra}\n"
         )
+        configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(self.directory / "image-factory.conf")})
+        return pipeline.make_plan(configuration, "golden", {"output-dir": str(self.directory)})
+
+    def install(self, extra: str) -> None:
+        """Have the disk there as an installation leaves it."""
+        plan = self.configure(extra)
+        self.work.mkdir()
+        run("cp", "--sparse=always", self.disk, self.work / "disk.raw")
+        self._reach(plan, "installed", [])
+
+    def prepare(self, change: str = "", extra: str = "", timeout: int = SECONDS) -> None:
+        """Make the image of a copy of the disk in which debugfs has made *change*."""
+        plan = self.configure(extra, timeout)
         self.work.mkdir()
         artifact = self.work / f"golden-{TODAY}.qcow2"
         copy = self.disk
@@ -83,13 +96,14 @@ class Scene:
             copy.unlink()
         digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
         (self.work / f"{artifact.name}.sha256sum").write_text(f"{digest}  {artifact.name}\n")
-        configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(self.directory / "image-factory.conf")})
-        plan = pipeline.make_plan(configuration, "golden", {"output-dir": str(self.directory)})
+        self._reach(plan, "converted", [Artifact(artifact, "qcow2", golden.DISK_SIZE, sha256=digest)])
+
+    def _reach(self, plan: Plan, stage: str, artifacts: list[Artifact]) -> None:
         found = checkpoint.Checkpoint(
             self.work, checkpoint.inputs_of(plan), checkpoint.outputs_of(plan), TODAY, "qemu", [],
             Path("/proc/sys/kernel/random/boot_id").read_text(),
         )  # fmt: skip
-        found.reach("converted", [Artifact(artifact, "qcow2", golden.DISK_SIZE, sha256=digest)])
+        found.reach(stage, artifacts)
         for path in (self.work, *self.work.iterdir()):
             shutil.chown(path, self.user.name)
 
@@ -152,24 +166,33 @@ def scene(request: pytest.FixtureRequest, users: dict[str, User], golden_disk: P
     shutil.rmtree(directory)
 
 
-def test_a_good_image_passes_with_both_firmwares(scene: Scene) -> None:
+def test_an_installed_system_becomes_a_golden_image(scene: Scene) -> None:
+    """Sealed, listed, audited, and booted with both firmwares, as the shipped recipes have it."""
     (scene.directory / "script").write_text(SCRIPT.format(status=0))
-    scene.prepare(extra=f"firmware = hybrid\ntest-script = {scene.directory}/script")
-    before = (scene.work / f"golden-{TODAY}.qcow2").read_bytes()
+    keys = "seal = yes\naudit = yes\nmanifest = yes\n"
+    scene.install(f"{keys}firmware = hybrid\ntest-script = {scene.directory}/script")
     done = scene.run("--json", "record.json")
-    assert done.returncode == 0, done.stderr
+    print(done.stderr)
+    assert done.returncode == 0
+    record = json.loads((scene.directory / "record.json").read_text())
+    sealed = {entry["name"]: entry["files"] for entry in record["sealed"]}
+    assert {name for name, files in sealed.items() if files} >= {
+        "machine-id", "ssh-host-keys", "random-seed", "histories", "logs", "package-caches"
+    }  # fmt: skip
+    assert record["audit"]["findings"] == []
+    assert [boot["firmware"] for boot in record["test_boots"]] == ["bios", "uefi"]
     found = scene.checks()
     assert set(found.values()) == {""}, found
     assert {name.split()[0] for name in found} == {"1-bios", "2-uefi"}
     assert {"2-uefi machine-id-new", "2-uefi host-keys-new", "1-bios login", "1-bios root-size"} <= set(found)
     assert "as image-factory" in done.stderr
-    record = json.loads((scene.directory / "record.json").read_text())
-    assert [boot["firmware"] for boot in record["test_boots"]] == ["bios", "uefi"]
-    published = scene.directory / f"golden-{TODAY}.qcow2"
-    assert published.read_bytes() == before
+    name = f"golden-{TODAY}.qcow2"
+    run("sha256sum", "--check", f"{name}.sha256sum", cwd=scene.directory)
+    packages = json.loads((scene.directory / f"{name}.manifest.json").read_text())["packages"]
+    assert {"openssh-server", "cloud-init"} <= {package["name"] for package in packages if package["licenses"]}
     assert not scene.work.exists()
-    for boot in record["test_boots"]:
-        print(f"{boot['firmware']}: {boot['seconds']:.0f} s")
+    for step in record["steps"]:
+        print(f"{step['name']}: {step['seconds']:.0f} s")
 
 
 FAILING_UNIT = """\

@@ -39,7 +39,7 @@ ARCHITECTURES = {
         test_machine="q35",
         test_cpu="max",
         # With QEMU 7.2 the flags are wrong after cmpxchg16b now and then, by which kernels since 6.5 manage
-        # memory: three of four boots of Linux 6.12 had an oops.
+        # memory: three of five boots of Linux 6.12 had an oops.
         flawed_feature="cx16",
         installer_kernels=(
             "install.amd/vmlinuz",

@@ -42,10 +42,12 @@ PROGRAMS = {
     "read": ("Reading the partition table", "blkid *"),
     "mount": ("Mounting the filesystems", "* mount-image *"),
     "remove": ("Removing installer logs", "* remove *"),
+    "seal": ("Sealing", "* truncate *"),
     "free": ("Freeing unused blocks", "* trim *"),
     "unmount": ("Unmounting", "* umount *"),
     "zero": ("Zeroing unused blocks", "zerofree *"),
     "convert": ("Converting to qcow2", "qemu-img convert*"),
+    "reopen": (f"Reopening {IMAGE}", "qemu-img convert *audit.raw"),
     "upload": (f"Uploading {IMAGE} to up", "rsync *.sha256sum *"),
     "post-build": ("Running the post-build command", "notify *"),
 }
@@ -53,7 +55,9 @@ EVENTS = {
     "checksum": (f"Checksumming {IMAGE}", "open", "*.qcow2 r*"),
     "publish": ("Publishing", "os.rename", "*.qcow2 *.qcow2 *"),
 }
-ORDER = list(dict.fromkeys(["create", "cache", "cache-http", *list(PROGRAMS)[:10], "checksum", "publish", *PROGRAMS]))
+ORDER = list(
+    dict.fromkeys(["create", "cache", "cache-http", *list(PROGRAMS)[:11], "checksum", "reopen", "publish", *PROGRAMS])
+)
 
 SIGNALS = {"INT": 130, "TERM": 143, "HUP": 129, "KILL": -9}
 AT_PROGRAMS = [
@@ -227,6 +231,8 @@ image-size = 128M
 ram = 512M
 virt-type = qemu
 format = qcow2
+seal = yes
+audit = yes
 upload_destinations = up
 post-build-command = notify
 [up]

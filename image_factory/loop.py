@@ -78,10 +78,13 @@ class LoopFilesystem:
         # What is missing, a link, or for root only.  No link on the way is followed: the helper mounts so.
         with contextlib.suppress(OSError):
             descriptor = os.open(self.path / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
-            with open(descriptor, "rb") as file:
+            try:
                 status = os.fstat(descriptor)
                 if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_LOAD:
-                    return file.read(LARGEST_LOAD)
+                    with open(descriptor, "rb", closefd=False) as file:
+                        return file.read(LARGEST_LOAD)
+            finally:
+                os.close(descriptor)
         return None
 
     def usage(self, top: str) -> dict[str, int]:

@@ -241,10 +241,13 @@ def _read(path: Path, date: str) -> dict[str, Any] | None:
     """Return the manifest at *path*, None and a warning if it is not one of ours."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        with open(descriptor, "rb") as file:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ValueError("it is not a regular file")
-            document = json.loads(file.read(_LARGEST))
+            with open(descriptor, "rb", closefd=False) as file:
+                document = json.loads(file.read(_LARGEST))
+        finally:
+            os.close(descriptor)
         _check(document, date)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         logger.warning("%s is not a manifest that this build can be compared with.", path)

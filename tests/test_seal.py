@@ -19,7 +19,7 @@ from image_factory.seal import System
 from image_factory.settings import Configuration
 from image_factory.tree import Tree
 
-from .conftest import REPOSITORY, machine_state, run
+from .conftest import REPOSITORY, machine_state, run, wait_for
 from .leftovers import LEFTOVERS, MACHINE_ID, PROXY, SURVIVORS, Leftover
 
 OFFSET = 1 << 20
@@ -35,7 +35,8 @@ def nothing_left() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [str(REPOSITORY / "image-factory")])
         yield
-    assert machine_state() == before
+    # The kernel frees the loop device of a mount in the background.
+    wait_for(lambda: machine_state() == before, 30, "the state before")
 
 
 def make_build(directory: Path, text: str = "seal = yes") -> Build:

@@ -453,7 +453,7 @@ def test_fault(place: Place, cell: Cell) -> None:
         # A signal does not disturb the publishing itself.
         signalled = cell.step == "publish" and cell.fault in ("signal-INT", "signal-TERM", "signal-HUP")
         assert published == (cell.step in ("upload", "post-build") or process.returncode == 0 or signalled), errors
-    helper_gone = place.user.is_root and cell.fault == "missing" and cell.step in ("remove", "free", "unmount")
+    helper_gone = place.user.is_root and cell.fault == "missing" and cell.step in ("remove", "seal", "free", "unmount")
     if process.returncode < 0 or cell.fault in ("descriptors", "fails-always") or helper_gone:
         published = recover(place, cell) or published
     assert leftovers(place) == [], errors

@@ -19,7 +19,7 @@ from image_factory.seal import System
 from image_factory.settings import Configuration
 from image_factory.tree import Tree
 
-from .conftest import REPOSITORY, machine_state, run, wait_for
+from .conftest import REPOSITORY, machine_state, run
 from .leftovers import LEFTOVERS, MACHINE_ID, PROXY, SURVIVORS, Leftover
 
 OFFSET = 1 << 20
@@ -35,8 +35,7 @@ def nothing_left() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [str(REPOSITORY / "image-factory")])
         yield
-    # The kernel frees the loop device of a mount in the background.
-    wait_for(lambda: machine_state() == before, 30, "the state before")
+    assert machine_state() == before
 
 
 def make_build(directory: Path, text: str = "seal = yes") -> Build:
@@ -124,8 +123,10 @@ class Done:
 
 
 @pytest.fixture(scope="module", params=["loop", "guestfs"])
-def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
-    """The files of the sealed disk, and what was said."""
+def done(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, nothing_left: None
+) -> Iterator[Done]:
+    """The files of the sealed disk, and what was said; it is unmounted before what is left is looked for."""
     directory = tmp_path_factory.mktemp("sealed")
     build, told = make_build(directory), Told()
     disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))

@@ -234,6 +234,11 @@ def left_behind(user: User, directory: Path) -> list[str]:
     left += [f"file {path}" for path in directory.rglob("*") if path.name.startswith(".image-factory")]
     scratch = Path("/var/lib/libvirt/boot") if user.is_root else user.home / ".cache/virt-manager/boot"
     left += [f"file {path}" for path in scratch.glob("virtinst-*")]
+    pools = [Path(parent) for parent in ("/etc/libvirt/storage", "/run/libvirt/storage")]
+    if not user.is_root:
+        pools = [user.home / ".config/libvirt/storage", user.home / ".cache/libvirt/storage/run"]
+    files = [path for parent in pools for path in parent.glob("*.xml")]
+    left += [f"pool {path}" for path in files if str(directory) in path.read_text()]
     processes = run("ps", "-eo", "args").stdout.splitlines()
     left += [f"process {line}" for line in processes if "qemu-system" in line and str(directory) in line]
     return left

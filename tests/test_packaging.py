@@ -45,6 +45,7 @@ def test_make_install(copy: Path, tmp_path: Path) -> None:
     helper = prefix / "bin/image-factory-sudo-helper"
     assert helper.read_text().startswith("#!/usr/bin/python3 -I\n")
     assert run(helper, "version").stdout == f"{__version__}\n"
+    assert "image-factory" in (prefix / "share/bash-completion/completions/image-factory").read_text()
     for page in ("image-factory.1", "image-factory-sudo-helper.1"):
         assert f"image-factory {__version__}" in (prefix / "share/man/man1" / page).read_text()
 

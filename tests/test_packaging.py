@@ -62,6 +62,15 @@ def test_pip_install(copy: Path, tmp_path: Path) -> None:
     assert os.access(helper, os.X_OK)
 
 
+def test_pip_install_of_all_that_is_needed(copy: Path, tmp_path: Path) -> None:
+    """Nothing is Debian's but Python itself: pyparted is compiled."""
+    run("/usr/bin/python3", "-m", "venv", tmp_path / "venv")
+    run(tmp_path / "venv/bin/pip", "install", "--quiet", copy)
+    assert "Debian-13-server " in images(tmp_path / "venv/bin/image-factory", cwd=tmp_path)
+    python = (tmp_path / "venv/bin/python3", "-I", "-c")
+    assert run(*python, "import parted; print(parted.__file__)").stdout.startswith(f"{tmp_path}/venv/")
+
+
 def test_release(copy: Path, tmp_path: Path) -> None:
     """The tarball has the files of the commit, and is the same when it is made again."""
     assert run("make", "-s", "-C", copy, "version").stdout == f"{__version__}\n"

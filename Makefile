@@ -71,6 +71,10 @@ dist: $(TARBALL)
 $(TARBALL): .FORCE
 	git archive --format tar --prefix image-factory-$(VERSION)/ HEAD | xz -9 > $@
 
+# The Debian package, in the directory above.
+deb: packages-deb
+	dpkg-buildpackage --unsigned-source --unsigned-changes
+
 version:
 	@echo $(VERSION)
 
@@ -79,4 +83,4 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .FORCE:
-.PHONY: all check lint faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist version clean .FORCE
+.PHONY: all check lint faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb version clean .FORCE

@@ -59,6 +59,17 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
         time.sleep(0.1)
 
 
+def copy_checkout(directory: Path) -> None:
+    """Copy to *directory* what is tracked or will be, without what builds have left in the checkout."""
+    # A checkout of another user's is none that root's git reads by itself.
+    git = ("git", "-c", f"safe.directory={REPOSITORY}", "-C", REPOSITORY)
+    names = run(*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
+    for name in filter(None, names):
+        if (REPOSITORY / name).is_file():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, directory / name)
+
+
 @pytest.fixture(scope="session")
 def base() -> Iterator[Path]:
     """A directory that all users can enter; its name is short, as libvirt's sockets are below."""

@@ -2,31 +2,22 @@
 
 import os
 import re
-import shutil
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from image_factory import __version__
 
-from .conftest import REPOSITORY, run
+from .conftest import REPOSITORY, copy_checkout, run
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What is tracked or will be, without what builds have left in the checkout."""
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("copy")
-    # A checkout of another user's is none that root's git reads by itself.
-    git = ("git", "-c", f"safe.directory={REPOSITORY}", "-C", REPOSITORY)
-    names = run(*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
-    for name in filter(None, names):
-        if (REPOSITORY / name).is_file():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, directory / name)
-    yield directory
+    copy_checkout(directory)
+    return directory
 
 
 def images(program: Path, *, cwd: Path) -> str:

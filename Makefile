@@ -75,6 +75,10 @@ $(TARBALL): .FORCE
 deb: packages-deb
 	dpkg-buildpackage --unsigned-source --unsigned-changes
 
+# The package on Debian 12 and 13, in chroots: built, checked by lintian, used by autopkgtest and piuparts.
+package-check: packages-package-check
+	tests/package-check
+
 version:
 	@echo $(VERSION)
 
@@ -83,4 +87,4 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .FORCE:
-.PHONY: all check lint faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb version clean .FORCE
+.PHONY: all check lint faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb package-check version clean .FORCE

@@ -5,10 +5,12 @@ DESTDIR ?=
 
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' image_factory/__init__.py)
 MANUALS := image-factory.1 image-factory-sudo-helper.1
+COMPLETION := image-factory.bash-completion
 TARBALL := image-factory-$(VERSION).tar.xz
 PACKAGE := $(DESTDIR)$(PREFIX)/share/image-factory
+COMPLETIONS := $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 
-all: doc
+all: doc $(COMPLETION)
 
 # Install the Debian packages that a target needs; nothing happens where they are there.
 packages-%:
@@ -50,10 +52,14 @@ doc: $(MANUALS)
 %.1: %.1.md image_factory/__init__.py
 	pandoc --standalone --to man --variable footer="image-factory $(VERSION)" $< --output $@
 
-install: doc
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1 $(PACKAGE)
+$(COMPLETION):
+	register-python-argcomplete image-factory > $@
+
+install: doc $(COMPLETION)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1 $(COMPLETIONS) $(PACKAGE)
 	install -m 755 image-factory image-factory-sudo-helper $(DESTDIR)$(PREFIX)/bin
 	install -m 644 $(MANUALS) $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 644 $(COMPLETION) $(COMPLETIONS)/image-factory
 	for directory in image_factory image_factory/outputs image_factory/sources; do \
 		install -d $(PACKAGE)/$$directory && install -m 644 $$directory/*.py $(PACKAGE)/$$directory || exit 1; \
 	done
@@ -65,12 +71,20 @@ dist: $(TARBALL)
 $(TARBALL): .FORCE
 	git archive --format tar --prefix image-factory-$(VERSION)/ HEAD | xz -9 > $@
 
+# The Debian package, in the directory above.
+deb: packages-deb
+	dpkg-buildpackage --unsigned-source --unsigned-changes
+
+# The package on Debian 12 and 13, in chroots: built, checked by lintian, used by autopkgtest and piuparts.
+package-check: packages-package-check
+	tests/package-check
+
 version:
 	@echo $(VERSION)
 
 clean:
-	rm -rf $(MANUALS) image-factory-*.tar.xz .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(MANUALS) $(COMPLETION) image-factory-*.tar.xz .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .FORCE:
-.PHONY: all check lint faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist version clean .FORCE
+.PHONY: all check lint faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb package-check version clean .FORCE

@@ -12,7 +12,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from . import __version__, answers, estimates, events, interrupts, log, manifest, pipeline, record, workspace
+from . import (
+    __version__,
+    answers,
+    completion,
+    estimates,
+    events,
+    interrupts,
+    log,
+    manifest,
+    pipeline,
+    record,
+    workspace,
+)
 from .errors import ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
 from .release import released
@@ -306,6 +318,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run image-factory with *argv*; return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    if completion.VARIABLE in os.environ:
+        completion.complete(make_parser())
+        # The shell gave no arguments, and IMAGE in the environment would be built.
+        return 1
     _set_up_stdout()
     try:
         _run(argv)

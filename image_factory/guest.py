@@ -172,6 +172,15 @@ def _by_hand(build: Build) -> Build:
     return Build(build.plan, build.plan.output_dir / name, f"{VM_PREFIX}{name}")
 
 
+def pool_argv(build: Build) -> list[str]:
+    """Return the command that makes a storage pool of the build's directory, with the name of the machine.
+
+    virt-install would make one there that outlives the build, even libvirt itself: one more with each build.
+    """
+    virsh = ["virsh", "--connect", build.plan.libvirt_uri]
+    return [*virsh, "pool-create-as", build.vm_name, "dir", "--target", str(build.directory)]
+
+
 def by_hand_argvs(build: Build, media: Sequence[str], virt_type: str) -> list[list[str]]:
     """Return the commands by which a person repeats the installation, and sees its console."""
     plan, other = build.plan, _by_hand(build)
@@ -278,7 +287,7 @@ def _text_of(path: Path) -> str:
 
 
 def remove_vm(name: str) -> None:
-    """Destroy and undefine the machine *name* of this user's; it's no error if there is none.
+    """Destroy and undefine the machine *name* of this user's, and its pool; it's no error if there is none.
 
     Where libvirt doesn't answer it is tried again for a short while.  Then QEMU at least is killed, as
     it goes on without libvirt, and BuildError says what is left.
@@ -328,8 +337,8 @@ def _is_qemu_of(name: str, command_line: bytes) -> bool:
 def _remove_vm(name: str) -> None:
     virsh = ["virsh", "--connect", libvirt_uri()]
 
-    def names(*states: str) -> list[str]:
-        return command.run([*virsh, "list", "--name", *states], capture=True, timeout=_VIRSH_SECONDS).split()
+    def names(*states: str, what: str = "list") -> list[str]:
+        return command.run([*virsh, what, "--name", *states], capture=True, timeout=_VIRSH_SECONDS).split()
 
     if name in names():
         # It may power off by itself at this moment.
@@ -339,6 +348,8 @@ def _remove_vm(name: str) -> None:
         command.run([*virsh, "undefine", name, "--nvram"], timeout=_VIRSH_SECONDS)
     if name in names("--all"):
         raise BuildError("it is still there")
+    if name in names(what="pool-list"):
+        command.run([*virsh, "pool-destroy", name], timeout=_VIRSH_SECONDS)
 
 
 def machines() -> Iterator[tuple[str, Path]]:
@@ -408,6 +419,7 @@ def install(build: Build, media: Media, virt_type: str) -> None:
     with delivery.seeded(build), step("Installing"), released(remove), _explained(build, media, virt_type):
         # Before there is a machine: it says what a killed build has left.
         build.vm_record.write_text(build.vm_name + "\n", encoding="utf-8")
+        command.run(pool_argv(build), timeout=_VIRSH_SECONDS)
         _run_virt_install(build, virt_install_argv(build, media.arguments, virt_type), virt_type)
         state = command.run(
             ["virsh", "--connect", build.plan.libvirt_uri, "domstate", "--reason", build.vm_name],

@@ -59,6 +59,17 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
         time.sleep(0.1)
 
 
+def copy_checkout(directory: Path) -> None:
+    """Copy to *directory* what is tracked or will be, without what builds have left in the checkout."""
+    # A checkout of another user's is none that root's git reads by itself.
+    git = ("git", "-c", f"safe.directory={REPOSITORY}", "-C", REPOSITORY)
+    names = run(*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
+    for name in filter(None, names):
+        if (REPOSITORY / name).is_file():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, directory / name)
+
+
 @pytest.fixture(scope="session")
 def base() -> Iterator[Path]:
     """A directory that all users can enter; its name is short, as libvirt's sockets are below."""
@@ -234,6 +245,11 @@ def left_behind(user: User, directory: Path) -> list[str]:
     left += [f"file {path}" for path in directory.rglob("*") if path.name.startswith(".image-factory")]
     scratch = Path("/var/lib/libvirt/boot") if user.is_root else user.home / ".cache/virt-manager/boot"
     left += [f"file {path}" for path in scratch.glob("virtinst-*")]
+    pools = [Path(parent) for parent in ("/etc/libvirt/storage", "/run/libvirt/storage")]
+    if not user.is_root:
+        pools = [user.home / ".config/libvirt/storage", user.home / ".cache/libvirt/storage/run"]
+    files = [path for parent in pools for path in parent.glob("*.xml")]
+    left += [f"pool {path}" for path in files if str(directory) in path.read_text()]
     processes = run("ps", "-eo", "args").stdout.splitlines()
     left += [f"process {line}" for line in processes if "qemu-system" in line and str(directory) in line]
     return left

@@ -2,31 +2,22 @@
 
 import os
 import re
-import shutil
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from image_factory import __version__
 
-from .conftest import REPOSITORY, run
+from .conftest import REPOSITORY, copy_checkout, run
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What is tracked or will be, without what builds have left in the checkout."""
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("copy")
-    # A checkout of another user's is none that root's git reads by itself.
-    git = ("git", "-c", f"safe.directory={REPOSITORY}", "-C", REPOSITORY)
-    names = run(*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
-    for name in filter(None, names):
-        if (REPOSITORY / name).is_file():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, directory / name)
-    yield directory
+    copy_checkout(directory)
+    return directory
 
 
 def images(program: Path, *, cwd: Path) -> str:
@@ -45,6 +36,7 @@ def test_make_install(copy: Path, tmp_path: Path) -> None:
     helper = prefix / "bin/image-factory-sudo-helper"
     assert helper.read_text().startswith("#!/usr/bin/python3 -I\n")
     assert run(helper, "version").stdout == f"{__version__}\n"
+    assert "image-factory" in (prefix / "share/bash-completion/completions/image-factory").read_text()
     for page in ("image-factory.1", "image-factory-sudo-helper.1"):
         assert f"image-factory {__version__}" in (prefix / "share/man/man1" / page).read_text()
 
@@ -59,6 +51,15 @@ def test_pip_install(copy: Path, tmp_path: Path) -> None:
     helper = tmp_path / "venv/bin/image-factory-sudo-helper"
     assert helper.read_text().startswith("#!/usr/bin/python3 -I\n")
     assert os.access(helper, os.X_OK)
+
+
+def test_pip_install_of_all_that_is_needed(copy: Path, tmp_path: Path) -> None:
+    """Nothing is Debian's but Python itself: pyparted is compiled."""
+    run("/usr/bin/python3", "-m", "venv", tmp_path / "venv")
+    run(tmp_path / "venv/bin/pip", "install", "--quiet", copy)
+    assert "Debian-13-server " in images(tmp_path / "venv/bin/image-factory", cwd=tmp_path)
+    python = (tmp_path / "venv/bin/python3", "-I", "-c")
+    assert run(*python, "import parted; print(parted.__file__)").stdout.startswith(f"{tmp_path}/venv/")
 
 
 def test_release(copy: Path, tmp_path: Path) -> None:

@@ -75,11 +75,11 @@ def require(programs: Iterable[str]) -> None:
     """Raise ConfigurationError, naming every one of *programs* that is missing and its package."""
     missing = [name for name in programs if not shutil.which(name, path=search_path())]
     if missing:
-        packages = sorted({PACKAGES.get(name, name) for name in missing})
-        raise ConfigurationError(
-            f"Missing programs: {', '.join(missing)}.",
-            hint=f"Install them: apt-get install {' '.join(packages)}",
-        )
+        packages = sorted({PACKAGES[name] for name in missing if name in PACKAGES})
+        own = sorted({name for name in missing if name not in PACKAGES})
+        hints = [f"Put your own on PATH, or name it by its path: {', '.join(own)}."] if own else []
+        hints += [f"Install them: apt-get install {' '.join(packages)}"] if packages else []
+        raise ConfigurationError(f"Missing programs: {', '.join(missing)}.", hint=" ".join(hints))
 
 
 class _Lines:

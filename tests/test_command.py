@@ -268,7 +268,10 @@ def test_require_names_all_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(ConfigurationError) as caught:
         command.require(["virsh", "losetup", "no-such-program", "qemu-img"])
     assert caught.value.message == "Missing programs: virsh, no-such-program, qemu-img."
-    assert caught.value.hint == "Install them: apt-get install libvirt-clients no-such-program qemu-utils"
+    assert caught.value.hint == (
+        "Put your own on PATH, or name it by its path: no-such-program. "
+        "Install them: apt-get install libvirt-clients qemu-utils"
+    )
 
 
 def test_packages_are_those_that_debian_has_the_programs_in() -> None:

@@ -77,7 +77,9 @@ def require(programs: Iterable[str]) -> None:
     if missing:
         packages = sorted({PACKAGES[name] for name in missing if name in PACKAGES})
         own = sorted({name for name in missing if name not in PACKAGES})
-        hints = [f"Put your own on PATH, or name it by its path: {', '.join(own)}."] if own else []
+        hints = (
+            [f"Your own have to be executable, and on PATH or named by their path: {', '.join(own)}."] if own else []
+        )
         hints += [f"Install them: apt-get install {' '.join(packages)}"] if packages else []
         raise ConfigurationError(f"Missing programs: {', '.join(missing)}.", hint=" ".join(hints))
 

@@ -269,7 +269,7 @@ def test_require_names_all_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp
         command.require(["virsh", "losetup", "no-such-program", "qemu-img"])
     assert caught.value.message == "Missing programs: virsh, no-such-program, qemu-img."
     assert caught.value.hint == (
-        "Put your own on PATH, or name it by its path: no-such-program. "
+        "Your own have to be executable, and on PATH or named by their path: no-such-program. "
         "Install them: apt-get install libvirt-clients qemu-utils"
     )
 

@@ -370,6 +370,30 @@ def test_signal_to_us_stops_the_program(tmp_path: Path, number: signal.Signals, 
     wait_for(lambda: all(map(gone, pids)))
 
 
+@pytest.mark.parametrize("end", ["kill -TERM $$", "exit 143"], ids=["killed", "told"])
+def test_signal_that_comes_to_the_program_first(tmp_path: Path, end: str) -> None:
+    """Jenkins ends a tree of processes from its leaves."""
+    program = f"""
+        import sys; sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory import command, errors, interrupts
+        with interrupts.handled():
+            try:
+                command.run(["sh", "-c", {f"touch {tmp_path}/ended; {end}"!r}])
+            except errors.Interrupted as error:
+                sys.exit(error.exit_status)
+    """
+    with subprocess.Popen(python(program)) as process:
+        wait_for((tmp_path / "ended").exists)
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(30) == 143
+
+
+def test_signal_that_comes_to_the_program_only() -> None:
+    with pytest.raises(CommandError, match="sh was killed by SIGTERM"):
+        command.run(shell("kill -TERM $$"))
+
+
 # read_until.
 
 

@@ -56,11 +56,10 @@ def test_aborted_while_installing(user_build: Build) -> None:
         build.wait_for_guest("stand-in: ")
         begin = time.monotonic()
         meant = abort_as_jenkins(build.user.uid)
-        # It may see the end of virt-install before it gets the signal itself.
-        assert process.wait(60) in (1, 128 + signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
         assert time.monotonic() - begin < STEP_SECONDS
+    assert len(meant) > 1
     # Other builds of the same user need their libvirt.
-    assert "virt-install" in meant
     assert not {name for name in meant if name.startswith(("libvirtd", "virtqemud", "qemu-system"))}
-    assert build.stderr().splitlines()[-1].startswith("image-factory: ")
+    assert build.stderr().splitlines()[-1] == "image-factory: error: Stopped by SIGTERM."
     assert build.files() == {"answers.cfg", "image-factory.conf", "stderr", f"stand-in-{TODAY}.console.log"}

@@ -22,13 +22,24 @@ packages-%:
 	.venv/bin/pip install --quiet --requirement tests/requirements.txt
 	touch $@
 
-check: packages-check .venv/bin/ruff lint
+check: packages-check .venv/bin/ruff lint lint-groovy
 	tests/run-tests
 
 lint: .venv/bin/ruff
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+# The Jenkinsfile. npm's own packages are of the versions that it finds.
+GROOVY_LINT := npm-groovy-lint@18.0.0
+
+.venv/groovy-lint/package.json: .venv/bin/ruff
+	.venv/bin/npm install --loglevel error --prefix .venv/groovy-lint $(GROOVY_LINT)
+	touch $@
+
+lint-groovy: .venv/groovy-lint/package.json
+	.venv/bin/node .venv/groovy-lint/node_modules/.bin/npm-groovy-lint \
+		--noserver --loglevel warning --failon warning --path contrib/jenkins --files Jenkinsfile
 
 # What make check has no time for of the table of faults.
 faults: packages-check
@@ -87,4 +98,4 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .FORCE:
-.PHONY: all check lint faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb package-check version clean .FORCE
+.PHONY: all check lint lint-groovy faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb package-check version clean .FORCE

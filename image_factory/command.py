@@ -59,6 +59,8 @@ _DRAIN_SECONDS = 0.2
 _KILL_SECONDS = 5.0
 # So often a silent program is looked at, and observers are told that it goes on.
 _TICK_SECONDS = 1.0
+# Who ends a tree of processes from its leaves, as Jenkins does, comes to this one soon after.
+_TREE_SECONDS = 2.0
 # What sudo runs as root ends by itself.
 _ROOTS_PATIENCE_SECONDS = 60.0
 
@@ -75,11 +77,13 @@ def require(programs: Iterable[str]) -> None:
     """Raise ConfigurationError, naming every one of *programs* that is missing and its package."""
     missing = [name for name in programs if not shutil.which(name, path=search_path())]
     if missing:
-        packages = sorted({PACKAGES.get(name, name) for name in missing})
-        raise ConfigurationError(
-            f"Missing programs: {', '.join(missing)}.",
-            hint=f"Install them: apt-get install {' '.join(packages)}",
+        packages = sorted({PACKAGES[name] for name in missing if name in PACKAGES})
+        own = sorted({name for name in missing if name not in PACKAGES})
+        hints = (
+            [f"Your own have to be executable, and on PATH or named by their path: {', '.join(own)}."] if own else []
         )
+        hints += [f"Install them: apt-get install {' '.join(packages)}"] if packages else []
+        raise ConfigurationError(f"Missing programs: {', '.join(missing)}.", hint=" ".join(hints))
 
 
 class _Lines:
@@ -214,8 +218,17 @@ def run(
                 f"{argv[0]} did not end within {timeout:.0f} s", hint=f"The command was: {shlex.join(argv)}"
             )
     if process.returncode:
+        _heed_our_signal(process.returncode)
         raise CommandError(argv, process.returncode, last_lines)
     return captured.decode("utf-8", errors="replace")
+
+
+def _heed_our_signal(status: int) -> None:
+    """Raise Interrupted if the signal that has ended a program with *status* comes to us, too."""
+    number = -status if status < 0 else status - 128
+    if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        with interrupts.interruptible():
+            time.sleep(_TREE_SECONDS)
 
 
 @contextlib.contextmanager

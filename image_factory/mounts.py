@@ -122,7 +122,7 @@ def chosen(plan: Plan) -> Plan:
             privileged.check()
             reason = f"sudo allows {privileged.HELPER}"
         except ConfigurationError as error:
-            name, reason = "guestfs", f"{error.message} {error.hint}"
+            name, reason = "guestfs", f"{error.message.rstrip('.')}. {error.hint}"
     logger.info("mount-via = %s is chosen: %s", name, reason)
     settings = dataclasses.replace(plan.settings, mount_via=name)
     return dataclasses.replace(plan, settings=settings, guestfs_for_lvm=True)

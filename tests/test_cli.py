@@ -408,6 +408,7 @@ def test_auto_takes_guestfs_where_the_helper_can_not_be_run_as_root(ordinary: Pl
     done = ordinary.run("x", "--image-size", "1M", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "INFO: mount-via = guestfs is chosen: image-factory-sudo-helper can't be run as root: " in done.stderr
+    assert re.search(r"[^.]\. Allow it with a line in /etc/sudoers.d: ", done.stderr)
     assert "\nguestfish\n" in done.stdout
     assert "sudo" not in done.stdout
 

@@ -268,7 +268,10 @@ def test_require_names_all_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(ConfigurationError) as caught:
         command.require(["virsh", "losetup", "no-such-program", "qemu-img"])
     assert caught.value.message == "Missing programs: virsh, no-such-program, qemu-img."
-    assert caught.value.hint == "Install them: apt-get install libvirt-clients no-such-program qemu-utils"
+    assert caught.value.hint == (
+        "Your own have to be executable, and on PATH or named by their path: no-such-program. "
+        "Install them: apt-get install libvirt-clients qemu-utils"
+    )
 
 
 def test_packages_are_those_that_debian_has_the_programs_in() -> None:
@@ -365,6 +368,30 @@ def test_signal_to_us_stops_the_program(tmp_path: Path, number: signal.Signals, 
         stdout, _ = process.communicate(timeout=30)
     assert (process.returncode, stdout) == (128 + number, f"Stopped by {number.name}.\n")
     wait_for(lambda: all(map(gone, pids)))
+
+
+@pytest.mark.parametrize("end", ["kill -TERM $$", "exit 143"], ids=["killed", "told"])
+def test_signal_that_comes_to_the_program_first(tmp_path: Path, end: str) -> None:
+    """Jenkins ends a tree of processes from its leaves."""
+    program = f"""
+        import sys; sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory import command, errors, interrupts
+        with interrupts.handled():
+            try:
+                command.run(["sh", "-c", {f"touch {tmp_path}/ended; {end}"!r}])
+            except errors.Interrupted as error:
+                sys.exit(error.exit_status)
+    """
+    with subprocess.Popen(python(program)) as process:
+        wait_for((tmp_path / "ended").exists)
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(30) == 143
+
+
+def test_signal_that_comes_to_the_program_only() -> None:
+    with pytest.raises(CommandError, match="sh was killed by SIGTERM"):
+        command.run(shell("kill -TERM $$"))
 
 
 # read_until.

@@ -152,8 +152,30 @@ def test_readme_names_each_target_of_make() -> None:
 
 @pytest.mark.parametrize("page", [README, MANUAL, REPOSITORY / "NEWS.md"], ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
-    for target in re.findall(r"\]\(([^):]+)\)", page.read_text(encoding="utf-8")):
-        assert (REPOSITORY / target).exists(), f"{page.name} links to {target}"
+    text = page.read_text(encoding="utf-8")
+    # As they are made of headings where such a page is shown.
+    anchors = {
+        "#" + re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^):]+)\)", text):
+        assert target in anchors or (REPOSITORY / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_symptoms_are_in_the_words_of_the_program() -> None:
+    files = (REPOSITORY / "image_factory").rglob("*.py")
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    # Literals that go over several lines, and parts that are filled in.
+    source = re.sub(r"\"\s+f?\"", "", source)
+    source = re.sub(r"\{[^{}]*\}", "...", source.replace("{HELPER}", "image-factory-sudo-helper"))
+    source += (REPOSITORY / "contrib/jenkins/Jenkinsfile").read_text(encoding="utf-8")
+    trouble = README.read_text(encoding="utf-8").partition("## When something goes wrong")[2].partition("\n## ")[0]
+    quoted = [
+        text for row in re.findall(r"^\| (.*?) \|", trouble, re.MULTILINE) for text in re.findall(r'"(.*?)"', row)
+    ]
+    assert len(quoted) > 30
+    unknown = [text for text in quoted if any(piece.strip(" '") not in source for piece in text.split("..."))]
+    assert unknown == []
 
 
 def test_there_are_examples_of_configuration() -> None:

@@ -7,6 +7,7 @@ import codecs
 import configparser
 import copy
 import difflib
+import math
 import os
 import platform
 import re
@@ -70,6 +71,17 @@ def parse_count(text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text.strip()):
         raise ValueError("a whole number from 1 to 9999")
     return int(text)
+
+
+def parse_limit(text: str) -> float | None:
+    """How many: a whole number, infinity for ``none`` or 0, None for ``auto``."""
+    word = text.strip().lower()
+    if word in ("auto", "none", "0"):
+        return None if word == "auto" else math.inf
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise ValueError(f"auto, none or {error}") from None
 
 
 def parse_memory(text: str) -> int:
@@ -383,6 +395,13 @@ class ImageSettings:
     )
     virt_type: str = _setting(one_of("auto", "kvm", "qemu"), "kvm, qemu (emulation) or auto", "auto")
     network: str = _setting(parse_text, "virt-install's network", "user,model=virtio")
+    max_parallel: float | None = _setting(
+        parse_limit,
+        "how many installations may run on this machine at once: a number, none, or auto, by memory and processors",
+        "auto",
+        ("--max-parallel",),
+        "N",
+    )
     install_timeout: float = _setting(parse_duration, "how long the installation may take, or none", "2h")
     stall_timeout: float | None = _setting(
         parse_duration, "how long it may show no sign of life, or none (default: 10m with KVM, else 30m)"

@@ -27,6 +27,7 @@ LEVELS = [
     {"rpmdb", "layout", "fstab", "privileged", "watch", "delivery", "leftovers", "bootreport", "junit"},
     {"command"},
     {"release", "locks", "estimates", "checkpoint"},
+    {"turns"},
     {"interrupts", "answers"},
     {"arch", "model"},
     {"settings"},

@@ -38,6 +38,8 @@ FIRMWARES = ("bios", "uefi", "hybrid")
 ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast", "autoinstall", "agama")
 # What --list shows of an image beside its name.
 LISTED_KEYS = ("distribution", "release", "arch", "firmware")
+# And what --list-json tells.
+DESCRIBED_KEYS = (*LISTED_KEYS, "format", "virt-type", "cores", "ram", "image-size", "install-timeout", "test-boot")
 
 # The file names of an image have its name, date, format and ".manifest.json": together at most 255 bytes.
 _LONGEST_NAME = 200
@@ -620,6 +622,26 @@ class Configuration:
             and "upload-type" not in section
             and (name in self._broken or any(key in section for key in ("linux", "initrd", "installer-image")))
         ]
+
+    def descriptions(self) -> list[dict[str, Any]]:
+        """Return what there is to say of each configured image to machines; None where it is not known, or wrong."""
+        return [
+            {"name": name}
+            | {key.replace("-", "_"): self._described(name, key) for key in DESCRIBED_KEYS}
+            | {"based_on": self._own_texts(name).get("based-on", "").strip() or None}
+            for name in self.images()
+        ]
+
+    def _described(self, name: str, key: str) -> Any:
+        try:
+            value = self._value(name, key, dict(declarations(ImageSettings))[key], {})
+            if key == "firmware" and (arch := self._described(name, "arch")):
+                return value or default_firmware(arch)
+            # JSON has no infinity.
+            return None if value == math.inf else value
+        except ConfigurationError:
+            # Whoever builds the image is told; the others are to be listed all the same.
+            return () if key == "format" else None
 
     def summary(self, name: str) -> list[str]:
         """Return what there is to say of image *name*, by LISTED_KEYS; empty where it is not known, or wrong."""

@@ -230,7 +230,20 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "empty log file": (["x", "--log-filename", ""], "--log-filename: '' is not accepted"),
     "value with a line break": (["two-lines"], "[two-lines] preseed: a value of several lines is not accepted"),
     "unknown flag": (["x", "--colour"], "Unrecognized arguments: --colour."),
-    "two images": (["x", "Debian-12"], "Unrecognized arguments: Debian-12."),
+    "an image twice": (["x", "Debian-12", "x"], "x is named twice."),
+    "an empty image among others": (["x", ""], ": '' is no image name."),
+    "one bad image of two": (["x", "half", "--image-size", "1M"], "half: [half] lacks 'initrd'."),
+    "two bad images of three": (
+        ["half", "x", "zzz", "--image-size", "1M"],
+        "half: [half] lacks 'initrd'. It is the URI of the netboot initrd. zzz: No image 'zzz' is configured",
+    ),
+    "the same of two": (["no-command", "x", "--image-size", "7E", "Debian-12"], "x, Debian-12: "),
+    "one log file of two": (
+        ["x", "--image-size", "1M", "--log-file", "--log-filename", "a.log", "Debian-12"],
+        "Debian-12: It would log into ",
+    ),
+    "shell of two": (["x", "Debian-12", "--shell-on-error"], "--shell-on-error is for one image."),
+    "answers of two": (["x", "Debian-12", "--show-answers"], "--show-answers is for one image."),
     "flag without its value": (["x", "-f"], "Argument -f/--format: expected one argument."),
     "escape sequence": (["x", "--\x1b[2Jcolour"], "Unrecognized arguments: --colour."),
 }

@@ -1,5 +1,6 @@
 """The command line, as a user meets it: output, exit status, and one clear line for each mistake."""
 
+import json
 import os
 import re
 import shutil
@@ -10,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from image_factory import __version__
 from image_factory.settings import default_arch, default_firmware
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LIST_SCHEMA = json.loads((REPOSITORY / "data/image-list.schema.json").read_text())
 NOBODY = 65534
 LONG_NAME = "a" * 300
 
@@ -520,6 +523,61 @@ def test_list_in_columns(place: Place) -> None:
     )
 
 
+def test_list_in_json(place: Place) -> None:
+    """One bad image does not hide the others; all keeps to the schema."""
+    (place.path / "own.conf").write_text(
+        "[DEFAULT]\ninstaller_image = /i\narch = amd64\n"
+        "[CentOS-Stream-10]\ndistribution = CentOS Stream\nrelease = 10\nfirmware = hybrid\nformat = raw, qcow2\n"
+        "ram = 2G\ncores = 2\ntest-boot = yes\nvirt-type = kvm\ninstall-timeout = none\n"
+        "[child]\nbased-on = CentOS-Stream-10\nrelease = a\x1b[31m\u00e9\nimage-size = 1G\n"
+        "[bad]\ndistribution = ${absent}\narch = vax\nram = x\nformat = iso\npreseed = /a\nyast = /b\n"
+        "[up]\nupload_type = rsync\n"
+    )
+    done = place.run("--list-json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    jsonschema.Draft202012Validator(LIST_SCHEMA).validate(found)
+    stream = {
+        "name": "CentOS-Stream-10",
+        "distribution": "CentOS Stream",
+        "release": "10",
+        "arch": "x86_64",
+        "firmware": "hybrid",
+        "format": ["raw", "qcow2"],
+        "virt_type": "kvm",
+        "cores": 2,
+        "ram": 2 << 30,
+        "image_size": 2 << 30,
+        "install_timeout": None,
+        "test_boot": True,
+        "based_on": None,
+    }
+    child = {"name": "child", "release": "a\x1b[31m\u00e9", "image_size": 1 << 30, "based_on": "CentOS-Stream-10"}
+    unknown = dict.fromkeys(("distribution", "release", "arch", "firmware", "ram", "based_on"))
+    usual = {"virt_type": "auto", "cores": 1, "image_size": 2 << 30, "install_timeout": 7200.0, "test_boot": False}
+    assert found == [stream, stream | child, {"name": "bad", "format": [], **unknown, **usual}]
+    # No terminal obeys it.
+    assert done.stdout.isascii()
+    assert "\x1b" not in done.stdout
+
+
+def test_list_in_json_of_the_shipped_images(place: Place) -> None:
+    (place.path / "own.conf").unlink()
+    place.environment["IMAGE_FACTORY_CONFIG"] = ""
+    found = json.loads(place.run("--list-json").stdout)
+    jsonschema.Draft202012Validator(LIST_SCHEMA).validate(found)
+    names = [line.split()[0] for line in place.run("--list").stdout.splitlines()]
+    assert [image["name"] for image in found] == names
+    assert all(image["arch"] and image["firmware"] and image["format"] for image in found)
+
+
+def test_schema_of_the_list_describes_all_and_no_more() -> None:
+    jsonschema.Draft202012Validator.check_schema(LIST_SCHEMA)
+    described = LIST_SCHEMA["items"]
+    assert list(described["properties"]) == described["required"]
+    assert all(text["description"].endswith(".") for text in described["properties"].values())
+
+
 def test_list_of_no_images(place: Place) -> None:
     (place.path / "own.conf").write_text("")
     done = place.run("--list")
@@ -544,6 +602,35 @@ def test_check(place: Place) -> None:
     assert (done.returncode, done.stdout) == (0, "x can be built.\n")
     assert "error" not in done.stderr
     assert place.files() == existing
+
+
+def test_check_of_several(place: Place) -> None:
+    done = place.run("x", "--check", "Debian-12")
+    assert (done.returncode, done.stdout) == (0, "x can be built.\nDebian-12 can be built.\n")
+
+
+def test_dry_run_of_several(place: Place) -> None:
+    done = place.run("x", "Debian-12", "--dry-run", "--image-size", "1M")
+    assert done.returncode == 0, done.stderr
+    first, _, second = done.stdout.partition("# Debian-12:\n")
+    assert first == "# x:\n" + place.run("x", "--dry-run", "--image-size", "1M").stdout
+    assert second == place.run("Debian-12", "--dry-run", "--image-size", "1M").stdout
+
+
+@pytest.mark.parametrize("record", ["-", "records", "x"])
+def test_records_of_several_go_into_a_directory(place: Place, record: str) -> None:
+    error, hint = place.refused("x", "Debian-12", "--json", record)
+    assert error == f"--json: with several images it names a directory, which {record} is not."
+    assert hint == "The record of each is IMAGE.json there."
+
+
+def test_older_records_of_several_are_gone_when_they_are_refused(place: Place) -> None:
+    (place.path / "records").mkdir()
+    for name in ("x", "half", "other"):
+        (place.path / f"records/{name}.json").write_text("{}")
+    done = place.run("x", "half", "--json", "records", "--image-size", "1M")
+    assert done.returncode == 2
+    assert [path.name for path in (place.path / "records").iterdir()] == ["other.json"]
 
 
 def test_image_from_the_environment(place: Place) -> None:
@@ -583,7 +670,7 @@ def test_path_that_is_no_text(place: Place) -> None:
     assert "caf\\udce9/.image-factory-x/disk.raw" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", ["--list", "--help", "--version"])
+@pytest.mark.parametrize("arguments", ["--list", "--list-json", "--help", "--version"])
 def test_reader_that_has_gone(place: Place, arguments: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -721,3 +721,118 @@ def test_signal_in_the_checks(place: Place, signum: signal.Signals, status: int)
         stdout, stderr = process.communicate(timeout=30)
     assert (process.returncode, stdout) == (status, "")
     assert stderr == f"image-factory: error: Stopped by {signum.name}.\n"
+
+
+# Builds in Jenkins' console, which is no terminal.  Programs on PATH stand for libvirt, and install nothing.
+
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ image-factory \[\d+\] (?:INFO|WARNING|ERROR): .+")
+VIRT_INSTALL = """#!/bin/sh
+printf 'Starting install...\\r\\033[2KRetrieving 10%%\\rRetrieving 20%%\\n\\007bell\\n'
+case $* in
+*image-factory-hangs-*) exec sleep 600 ;;
+esac
+echo 'ERROR    There is no \\033[31msuch thing'
+exit 1
+"""
+
+
+@pytest.fixture
+def job(place: Place) -> Place:
+    programs = place.path / "bin"
+    programs.mkdir()
+    (programs / "virsh").write_text("#!/bin/sh\n")
+    (programs / "virt-install").write_text(VIRT_INSTALL)
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    place.environment["PATH"] = f"{programs}:/usr/bin:/bin"
+    with (place.path / "own.conf").open("a") as file:
+        for name in ("a", "b", "hangs"):
+            file.write(f"[{name}]\nlinux = linux\ninitrd = initrd\nimage-size = 1M\nvirt-type = qemu\n")
+    return place
+
+
+def console(job: Place, *arguments: str) -> tuple[int, list[str]]:
+    """Run with both outputs in one pipe; return the status, and the lines, which have no control characters."""
+    done = subprocess.run(
+        job.argv(*arguments),
+        env=job.variables(),
+        cwd=job.path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+    )
+    text = done.stdout.decode()
+    assert re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text) is None
+    return done.returncode, text.splitlines()
+
+
+REASON = "virt-install failed with status 1: ERROR    There is no such thing"
+
+
+def test_console_of_a_job(job: Place) -> None:
+    """A line for each step, in full; the reason of the failure and what to do are the last of all."""
+    status, lines = console(job, "a", "--max-parallel", "none")
+    assert status == 1
+    assert lines[-2] == f"image-factory: error: {REASON}"
+    assert lines[-1].startswith("image-factory: hint: The command was: virt-install ")
+    assert [line for line in lines[:-2] if not LINE.fullmatch(line)] == []
+    messages = [line.partition("INFO: ")[2] for line in lines]
+    assert {"Creating the disk ...", "Caching the installer ...", "Installing ...", "virt-install: ?bell"} <= {
+        *messages
+    }
+    assert "virt-install: Retrieving 20%" in messages
+
+
+def test_console_of_a_job_with_several_images(job: Place) -> None:
+    (job.path / "records").mkdir()
+    status, lines = console(job, "a", "b", "--json", "records", "--max-parallel", "none")
+    assert status == 1
+    assert lines[-1] == f"image-factory: error: 2 of 2 images failed: a: {REASON}; b: {REASON}."
+    summary = lines.index("Images:")
+    ends = [re.sub(r"^ +[0-9.]+  ", "", line) for line in lines[summary + 1 : -1]]
+    assert ends[0] == f"a: failed: {REASON}"
+    assert ends[1].strip().startswith("The command was: virt-install ")
+    assert ends[2] == f"b: failed: {REASON}"
+    assert ends[4:] == ["in all"]
+    for image in "ab":
+        own = [line.removeprefix(f"{image}: ") for line in lines[:summary] if line.startswith(f"{image}: ")]
+        assert own[-2] == f"image-factory: error: {REASON}"
+        assert [line for line in own[:-2] if not LINE.fullmatch(line)] == []
+        record = json.loads((job.path / f"records/{image}.json").read_text())
+        assert (record["image"], record["failure"]["message"]) == (image, REASON)
+    assert [line for line in lines[:summary] if line[:3] not in ("a: ", "b: ")] == []
+    # The checks that the command makes of all before are not shown twice.
+    assert sum("mount-via = loop is chosen" in line for line in lines) == 2
+    assert not list(job.path.glob(".image-factory*"))
+
+
+def test_quiet_job_with_several_images(job: Place) -> None:
+    status, lines = console(job, "a", "b", "--quiet", "--max-parallel", "none")
+    assert status == 1
+    assert not any(" INFO: " in line for line in lines)
+    assert lines[-1].startswith("image-factory: error: 2 of 2 images failed: ")
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_with_several_images(job: Place, signum: signal.Signals, status: int) -> None:
+    with subprocess.Popen(
+        job.argv("a", "hangs", "b", "--max-parallel", "none"),
+        env=job.variables(),
+        cwd=job.path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("hangs: ") and "virt-install: ?bell" in line:
+                break
+        process.send_signal(signum)
+        lines = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == status
+    assert lines[-1] == f"image-factory: error: Stopped by {signum.name}."
+    ends = [re.sub(r"^ +[0-9. ]+  ", "", line) for line in lines[lines.index("Images:") + 1 : -1]]
+    assert f"hangs: failed: Stopped by {signum.name}." in ends
+    assert any(end.strip() == "b: not begun" for end in ends)
+    assert not list(job.path.glob(".image-factory*"))

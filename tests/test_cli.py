@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -836,3 +838,45 @@ def test_signal_with_several_images(job: Place, signum: signal.Signals, status: 
     assert f"hangs: failed: Stopped by {signum.name}." in ends
     assert any(end.strip() == "b: not begun" for end in ends)
     assert not list(job.path.glob(".image-factory*"))
+
+
+@pytest.fixture
+def installation() -> Iterator[socket.socket]:
+    """What an installation is to others on this machine, of a user who is not in the list of users."""
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind(f"\0image-factory/installation/1024/1/4000000000/{secrets.token_hex(4)}".encode())
+        yield held
+
+
+def test_build_that_waits_for_its_turn(job: Place, installation: socket.socket) -> None:
+    """It says so, has no machine and no space, and goes on when the other has ended."""
+    with subprocess.Popen(
+        job.argv("a", "--max-parallel", "1"),
+        env=job.variables(),
+        cwd=job.path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "max-parallel = 1." in line:
+                break
+        assert lines[-2].endswith("INFO: Waiting for other installations ...\n")
+        assert "user 4000000000" in lines[-1]
+        work = job.path / ".image-factory-a"
+        assert not (work / "vm-name").exists()
+        assert (work / "disk.raw").stat().st_blocks * 512 <= 4096
+        installation.close()
+        rest = process.communicate(timeout=60)[0]
+    assert "INFO: Waiting for other installations: done in " in rest
+    assert f"image-factory: error: {REASON}\n" in rest
+
+
+def test_checks_do_not_wait(job: Place, installation: socket.socket) -> None:
+    assert installation
+    for mode in ("--check", "--dry-run"):
+        done = job.run("a", mode, "--max-parallel", "1")
+        assert (done.returncode, "Waiting" in done.stdout + done.stderr) == (0, False)

@@ -3,6 +3,7 @@
 A build stays one process, with its own log, record, console and lock, as if it had been started alone.
 """
 
+import os
 import selectors
 import signal
 import time
@@ -82,7 +83,8 @@ class _Running:
 class Fleet:
     """The builds of several images.
 
-    The next begins when the one before it has left its installation, or has failed.
+    The next begins when the one before it has left its installation, or has failed, and no more are being finished
+    than this machine has processors.
     """
 
     def __init__(self, images: Sequence[str], build: BuildOne, show: Show) -> None:
@@ -99,7 +101,7 @@ class Fleet:
         """
         try:
             while self._waiting or self._running:
-                if self._waiting and all(running.installed for running in self._running):
+                if self._waiting and self._has_room():
                     self._start(self._waiting.pop(0))
                 else:
                     with interrupts.interruptible():
@@ -113,6 +115,11 @@ class Fleet:
                 self._wait()
                 self._attend()
             raise
+
+    def _has_room(self) -> bool:
+        # Converting takes a processor, and libguestfs' appliance memory: finishing must not pile up either.
+        room = len(self._running) <= (os.cpu_count() or 1)
+        return room and all(running.installed for running in self._running)
 
     def _start(self, image: str) -> None:
         others = [running.companion for running in self._running]

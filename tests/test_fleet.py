@@ -127,6 +127,22 @@ def test_finishing_runs_beside_the_next_installation(tmp_path: Path) -> None:
     assert b["installed"] < a["ended"]
 
 
+def test_no_more_are_finished_at_once_than_there_are_processors(tmp_path: Path) -> None:
+    program = """
+    os.cpu_count = lambda: 1
+    def build(image, send):
+        teller = begin(image, send)
+        teller.notice(events.Installed())
+        wait(0.5)
+        note(image, "ended")
+        teller.done()
+    run(build)
+    """
+    run(program, tmp_path, "a", "b", "c")
+    a, b, c = (times(tmp_path, image) for image in "abc")
+    assert b["begun"] < a["ended"] < c["begun"]
+
+
 def test_failure_of_one_does_not_stop_the_others(tmp_path: Path) -> None:
     """Whether it is told, or its process ends without a word."""
     program = """

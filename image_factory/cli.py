@@ -19,7 +19,7 @@ from . import __version__, answers, estimates, events, fleet, interrupts, log, m
 from .errors import BuildError, ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
 from .release import released
-from .settings import Configuration, ImageSettings, declarations
+from .settings import Configuration, ImageSettings, check_image_name, declarations
 from .units import format_size
 
 
@@ -300,6 +300,8 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
 def _check_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
     """Raise ConfigurationError if *arguments* make no sense for several *images*."""
     for image in images:
+        # They are names of files, too.
+        check_image_name(image)
         if images.count(image) > 1:
             raise ConfigurationError(f"{image} is named twice.")
     for mode in ("show_answers", "shell_on_error"):

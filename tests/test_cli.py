@@ -236,7 +236,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "value with a line break": (["two-lines"], "[two-lines] preseed: a value of several lines is not accepted"),
     "unknown flag": (["x", "--colour"], "Unrecognized arguments: --colour."),
     "an image twice": (["x", "Debian-12", "x"], "x is named twice."),
-    "an empty image among others": (["x", ""], ": '' is no image name."),
+    "an empty image among others": (["x", ""], "'' is no image name."),
+    "a path among images": (["x", "../x"], "'../x' is no image name."),
     "one bad image of two": (["x", "half", "--image-size", "1M"], "half: [half] lacks 'initrd'."),
     "two bad images of three": (
         ["half", "x", "zzz", "--image-size", "1M"],

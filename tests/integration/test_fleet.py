@@ -127,7 +127,7 @@ def span(record: dict[str, Any], name: str) -> tuple[datetime, datetime]:
 def test_end_of_the_command_ends_its_builds(user_build: Build, number: signal.Signals, status: int) -> None:
     """The one that finishes and the one that installs; nothing is left of both, which the fixture looks for too."""
     # The post-build command is what the finishing has come to.
-    configure(user_build, extra="post-build-command = sleep 600", first="", second="stand-in=hang")
+    configure(user_build, extra="post-build-command = sh -c 'exec sleep 600'", first="", second="stand-in=hang")
     with started(user_build, "first", "second") as process:
         console = user_build.directory / ".image-factory-second/console.log"
         wait_for(lambda: console.is_file() and "partition" in console.read_text(errors="replace"), 200, "the machine")
@@ -149,4 +149,4 @@ def test_end_of_the_command_ends_its_builds(user_build: Build, number: signal.Si
     run(*argv(user_build, "--cleanup"), cwd=user_build.directory)
     if number == signal.SIGTERM:
         assert said.splitlines()[-1] == "image-factory: error: Stopped by SIGTERM."
-        assert "first: failed: Stopped by SIGTERM." in said
+        assert "first: failed: Stopped by SIGTERM." in said, said

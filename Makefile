@@ -50,6 +50,7 @@ demo: packages-demo
 
 bench: packages-bench
 	tests/bench
+	tests/run-tests tests/bench_fleet.py -s
 
 # MIRROR: URL of a Debian mirror as the guest sees it; LINUX, INITRD: the installer's kernel and initrd.
 acceptance: packages-acceptance

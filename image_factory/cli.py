@@ -2,13 +2,16 @@
 
 import argparse
 import io
+import json
 import logging
 import os
 import shlex
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -18,6 +21,7 @@ from . import (
     completion,
     estimates,
     events,
+    fleet,
     interrupts,
     log,
     manifest,
@@ -25,10 +29,10 @@ from . import (
     record,
     workspace,
 )
-from .errors import ConfigurationError, ImageFactoryError, reason_of
+from .errors import BuildError, ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
 from .release import released
-from .settings import Configuration, ImageSettings, declarations
+from .settings import Configuration, ImageSettings, check_image_name, declarations
 from .units import format_size
 
 
@@ -52,11 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with a flag for each setting that declares one."""
     parser = _Parser(prog="image-factory", description="Build golden Linux images.")
     parser.add_argument(
-        "image",
-        nargs="?",
+        "images",
+        nargs="*",
         metavar="IMAGE",
-        default=os.environ.get("IMAGE"),
-        help="image to build: a section of the configuration (default: the environment's IMAGE)",
+        help="images to build: sections of the configuration (default: the environment's IMAGE)",
     )
     parser.add_argument("--version", action="version", version=f"image-factory {__version__}")
     for key, declaration in declarations(ImageSettings):
@@ -82,6 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="list the configured images, one a line, each with distribution, release, architecture and firmware",
     )
+    parser.add_argument(
+        "--list-json", action="store_true", help="list the configured images with what is known of them, in JSON"
+    )
     parser.add_argument("--check", action="store_true", help="check all that can be known before a build, and stop")
     parser.add_argument(
         "--dry-run", action="store_true", help="--check, then print each step with its commands, and stop"
@@ -102,7 +108,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
     parser.add_argument(
-        "--json", metavar="FILE", help="write a record of the build for machines to FILE; -: to stdout, no summary then"
+        "--json",
+        metavar="FILE",
+        help="write a record of the build for machines to FILE, of several to IMAGE.json in the directory FILE; "
+        "-: to stdout, no summary then",
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("-q", "--quiet", action="store_true", help="show warnings and errors only; the log file has all")
@@ -179,9 +188,9 @@ def _size_on_disk(artifact: Artifact) -> str:
 
 
 @contextmanager
-def _recorded(arguments: argparse.Namespace) -> Iterator[record.Record]:
-    """Give the record of a build, and write it to the file that *arguments* name on the way out."""
-    kept = record.Record(arguments.image, resumed=arguments.resume, until=arguments.until)
+def _recorded(arguments: argparse.Namespace, image: str) -> Iterator[record.Record]:
+    """Give the record of a build of *image*, and write it to the file that *arguments* name on the way out."""
+    kept = record.Record(image, resumed=arguments.resume, until=arguments.until)
     path = None if arguments.json == "-" else record.prepared(arguments.json)
 
     def write() -> None:
@@ -241,13 +250,19 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
 
 
 def _run(argv: Sequence[str]) -> None:
-    arguments = make_parser().parse_args(argv)
-    only_checks = arguments.list or arguments.cleanup or arguments.check or arguments.dry_run or arguments.show_answers
-    for mode in ("list", "check", "dry_run", "show_answers", "cleanup"):
+    parser = make_parser()
+    arguments, others = parser.parse_known_args(argv)
+    # argparse knows no images after a flag when there are some before it.
+    if any(other.startswith("-") for other in others):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    images = [*arguments.images, *others] or [os.environ.get("IMAGE") or ""]
+    modes = ("list", "list_json", "check", "dry_run", "show_answers", "cleanup")
+    only_checks = any(getattr(arguments, mode) for mode in modes)
+    for mode in modes:
         if arguments.json is not None and getattr(arguments, mode):
             raise ConfigurationError(f"--json is the record of a build, --{mode.replace('_', '-')} makes none.")
-    # A shell and a display would write over each other.
-    live = not (arguments.quiet or only_checks or arguments.shell_on_error) and _has_display(sys.stderr)
+    # A shell and a display would write over each other, and so would several builds.
+    live = not (arguments.quiet or only_checks or arguments.shell_on_error or images[1:]) and _has_display(sys.stderr)
     # The display stands for what is logged below a warning.
     log.set_up(logging.WARNING if arguments.quiet or (live and not arguments.verbose) else logging.INFO)
     if arguments.cleanup:
@@ -258,14 +273,27 @@ def _run(argv: Sequence[str]) -> None:
     if arguments.list:
         print(listing(Configuration(os.environ)), end="")
         return
-    if not arguments.image:
+    if arguments.list_json:
+        print(json.dumps(Configuration(os.environ).descriptions(), indent=2))
+        return
+    if not any(images):
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
+    if images[1:]:
+        _check_several(arguments, images)
     if arguments.shell_on_error and not (os.isatty(0) and os.isatty(2)):
         raise ConfigurationError("--shell-on-error needs a terminal.", hint="Leave it out in jobs that no one watches.")
+    with interrupts.handled():
+        if images[1:]:
+            _run_several(arguments, images)
+        else:
+            _run_one(arguments, images[0], live=live)
+
+
+def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
     resume = arguments.resume
-    with interrupts.handled(), ExitStack() as stack:
-        kept = stack.enter_context(_recorded(arguments)) if arguments.json is not None else None
-        plan = pipeline.make_plan(Configuration(os.environ), arguments.image, _flag_texts(arguments), resume=resume)
+    with ExitStack() as stack:
+        kept = stack.enter_context(_recorded(arguments, image)) if arguments.json is not None else None
+        plan = pipeline.make_plan(Configuration(os.environ), image, _flag_texts(arguments), resume=resume)
         if kept:
             kept.plan_made(plan)
         if arguments.show_answers:
@@ -280,6 +308,121 @@ def _run(argv: Sequence[str]) -> None:
             print(f"{plan.image} can be built.")
         else:
             _build(plan, arguments, live=live)
+
+
+def _check_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
+    """Raise ConfigurationError if *arguments* make no sense for several *images*."""
+    for image in images:
+        # They are names of files, too.
+        check_image_name(image)
+        if images.count(image) > 1:
+            raise ConfigurationError(f"{image} is named twice.")
+    for mode in ("show_answers", "shell_on_error"):
+        if getattr(arguments, mode):
+            raise ConfigurationError(f"--{mode.replace('_', '-')} is for one image.")
+    if arguments.json is not None and not Path(arguments.json).is_dir():
+        raise ConfigurationError(
+            f"--json: with several images it names a directory, which {arguments.json} is not.",
+            hint="The record of each is IMAGE.json there.",
+        )
+
+
+def _run_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
+    only_checks = arguments.check or arguments.dry_run
+    if arguments.json is not None:
+        for image in images:
+            record.prepared(_record_path(arguments, image))
+    # Each build checks once more what it needs, and logs that: much may change until it begins.
+    with nullcontext() if only_checks else log.only(logging.ERROR):
+        plans = _checked_plans(arguments, images)
+    if not only_checks:
+        _build_several(arguments, images)
+        return
+    for plan in plans:
+        if arguments.dry_run:
+            print(f"# {plan.image}:")
+            _print_steps(plan)
+        else:
+            print(f"{plan.image} can be built.")
+
+
+def _checked_plans(arguments: argparse.Namespace, images: Sequence[str]) -> list[Plan]:
+    """Return the plans of *images*; ConfigurationError says what is wrong with any of them."""
+    configuration = Configuration(os.environ)
+    plans: list[Plan] = []
+    errors: dict[str, list[str]] = {}
+    hints: dict[str, None] = {}
+    for image in images:
+        try:
+            plan = pipeline.make_plan(configuration, image, _flag_texts(arguments), resume=arguments.resume)
+            plan = pipeline.check_plan(plan, resume=arguments.resume)
+            for other in plans:
+                if plan.log_path is not None and plan.log_path == other.log_path:
+                    raise ConfigurationError(
+                        f"It would log into {plan.log_path}, as {other.image} does.",
+                        hint="Leave log-filename out: each image has a log file of its own then.",
+                    )
+            plans.append(plan)
+        except ConfigurationError as error:
+            errors.setdefault(error.message, []).append(image)
+            hints |= {error.hint: None} if error.hint else {}
+    if errors:
+        raise ConfigurationError(
+            " ".join(f"{', '.join(which)}: {message}" for message, which in errors.items()),
+            hint=" ".join(f"{hint.removesuffix('.')}." for hint in hints) or None,
+        )
+    return plans
+
+
+def _record_path(arguments: argparse.Namespace, image: str) -> str:
+    return os.path.join(arguments.json, f"{image}.json")
+
+
+def _build_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
+    start = time.monotonic()
+    builds = fleet.Fleet(images, partial(_build_beside, arguments), _show_line)
+    try:
+        builds.run()
+    finally:
+        print(fleet_summary(list(builds.outcomes.values()), time.monotonic() - start), flush=True)
+    failed = [(outcome.image, outcome.failure) for outcome in builds.outcomes.values() if outcome.failure]
+    if failed:
+        reasons = "; ".join(f"{image}: {failure.message.removesuffix('.')}" for image, failure in failed)
+        raise BuildError(f"{len(failed)} of {len(images)} images failed: {reasons}.")
+
+
+def _build_beside(arguments: argparse.Namespace, image: str, send: fleet.Send) -> None:
+    """Build *image* in a process of its own, which tells by *send* how it goes on."""
+    teller = fleet.Teller(send)
+    own = argparse.Namespace(**vars(arguments))
+    if own.json is not None:
+        own.json = _record_path(arguments, image)
+    with events.observed(teller):
+        status = _status_of(partial(_run_one, own, image, live=False), debug=own.debug, told=teller.failed)
+    if status == 0:
+        teller.done()
+
+
+def _show_line(image: str, on_stderr: bool, line: str) -> None:
+    # A reader that has gone is no reason to end the builds.
+    with suppress(OSError):
+        print(f"{image}: {line}", file=sys.stderr if on_stderr else sys.stdout, flush=True)
+
+
+def fleet_summary(outcomes: Sequence[fleet.Outcome], seconds: float) -> str:
+    """Return what has come of each image, for people."""
+    lines = ["Images:"]
+    for outcome in outcomes:
+        if outcome.seconds is None:
+            lines.append(f"{'':8}  {outcome.image}: not begun")
+            continue
+        failure = outcome.failure
+        how = f"failed: {_one_line(failure.message)}" if failure else "done"
+        lines.append(f"{outcome.seconds:8.1f}  {outcome.image}: {how}")
+        if failure and failure.hint:
+            lines.append(f"{'':8}  {_one_line(failure.hint)}")
+    lines.append(f"{seconds:8.1f}  in all")
+    return "\n".join(lines)
 
 
 def _explain(error: BaseException) -> tuple[str, str | None, int]:
@@ -317,14 +460,18 @@ def _flush_stdout() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run image-factory with *argv*; return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
     if completion.VARIABLE in os.environ:
         completion.complete(make_parser())
         # The shell gave no arguments, and IMAGE in the environment would be built.
         return 1
     _set_up_stdout()
+    return _status_of(partial(_run, argv), debug="--debug" in argv)
+
+
+def _status_of(work: Callable[[], None], *, debug: bool, told: Callable[[str, str | None], None] | None = None) -> int:
+    """Do *work*, say what goes wrong, and give that to *told*; return the exit status."""
     try:
-        _run(argv)
+        work()
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
@@ -334,6 +481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         failure = error
     message, hint, status = _explain(failure)
+    if told:
+        told(message, hint)
     _flush_stdout()
     if debug:
         # It has what programs have printed.

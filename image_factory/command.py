@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from . import events, interrupts
 from .errors import BuildError, CommandError, ConfigurationError, CrashError
@@ -593,6 +593,108 @@ class Query:
             finally:
                 _stop(self._process, signal.SIGKILL, _KILL_SECONDS)
         return None if self._process.returncode else output.decode("utf-8", errors="replace")
+
+
+class Companion:
+    """A function that goes on in a process of its own, beside this one.
+
+    Its process is in a group of its own, so that Ctrl-C reaches only image-factory, which stops it in good
+    order; when image-factory is killed, it gets SIGTERM.  It has the handlers of signals that there are now, and
+    no input.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Callable[[Any], None]], None],
+        show: Callable[[bool, str], None],
+        others: Iterable["Companion"],
+    ) -> None:
+        """Start *function*, which is given what sends a message here.
+
+        *show* gets each line that it prints, with whether that is on stderr.  *others* are the companions that
+        there are.
+        """
+        self._messages, sender = multiprocessing.Pipe(duplex=False)
+        self._lines = {False: _Lines(partial(show, False)), True: _Lines(partial(show, True))}
+        pipes = {on_stderr: os.pipe() for on_stderr in self._lines}
+        self._outputs = {reader: self._lines[on_stderr] for on_stderr, (reader, _) in pipes.items()}
+        writers = [writer for _, writer in pipes.values()]
+        readers = [descriptor for other in (self, *others) for descriptor in other._readers()]
+        arguments = (os.getpid(), writers, readers, sender, function)
+        self._process = multiprocessing.get_context("fork").Process(target=_accompany, args=arguments)
+        try:
+            self._process.start()
+        finally:
+            sender.close()
+            for writer in writers:
+                os.close(writer)
+        for reader in self._outputs:
+            os.set_blocking(reader, False)
+        # Unlike multiprocessing's own sentinel, it is not held by what the process has started.
+        self._exited = os.pidfd_open(self._process.pid or 0)
+
+    def _readers(self) -> list[int]:
+        return [*self._outputs, *([] if self._messages.closed else [self._messages.fileno()])]
+
+    def descriptors(self) -> list[int]:
+        """Return what is ready when there is something to ``take``, or its process has ended."""
+        return [*self._readers(), self._exited]
+
+    def take(self) -> list[Any]:
+        """Return the messages that have come, and show what it has printed."""
+        for reader, lines in list(self._outputs.items()):
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(reader, 65536):
+                    lines.feed(data)
+                del self._outputs[reader]
+                os.close(reader)
+        messages = []
+        try:
+            while not self._messages.closed and self._messages.poll():
+                messages.append(self._messages.recv())
+        except EOFError:
+            self._messages.close()
+        return messages
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process has."""
+        return not self._process.is_alive()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send the signal *number* to its process."""
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+    def close(self) -> int:
+        """Wait for its end; return its exit status, negative for the signal that killed it."""
+        self._process.join()
+        for lines in self._lines.values():
+            lines.close()
+        for descriptor in (self._exited, *self._outputs):
+            os.close(descriptor)
+        self._outputs.clear()
+        self._messages.close()
+        return self._process.exitcode or 0
+
+
+def _accompany(
+    parent: int,
+    outputs: Sequence[int],
+    others: Iterable[int],
+    sender: Connection,
+    function: Callable[[Callable[[Any], None]], None],
+) -> None:
+    os.setpgid(0, 0)
+    _end_with(parent, signal.SIGTERM)
+    # A pipe that a process beside this one still has open is one whose writer is not told that its reader has gone.
+    for descriptor in others:
+        os.close(descriptor)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, number in zip((nothing, *outputs), (0, 1, 2), strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    function(sender.send)
 
 
 def call_apart(function: Callable[[_Argument], _Result], argument: _Argument, seconds: float) -> _Result:

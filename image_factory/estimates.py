@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from . import events
+from . import events, turns
 from .model import Plan
 
 FILE_NAME = ".durations.json"
@@ -122,6 +122,9 @@ class Timeline:
 
     def _end_part(self, now: float) -> None:
         running = self._running[-1]
+        if running.name == turns.STEP:
+            # How long the next build waits is another matter.
+            return
         self._parts.append(Part(*self._key(running), now - running.phase_start))
 
     def _key(self, running: _Running) -> tuple[str, str]:

@@ -88,6 +88,11 @@ class VirtTypeChosen:
 
 
 @dataclass(frozen=True)
+class Installed:
+    """There is an installed disk, and no installation machine any more."""
+
+
+@dataclass(frozen=True)
 class Audited:
     """The audit has made *checks* of *artifact*; *findings* are names of checks with what they found."""
 
@@ -154,6 +159,7 @@ Event = (
     | TimePassed
     | InputUsed
     | VirtTypeChosen
+    | Installed
     | Audited
     | Sealed
     | Published

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import ssl
+import stat
 import tempfile
 import time
 import urllib.parse
@@ -155,15 +156,67 @@ def fetch_from_mirrors(source: Source, directory: Path, expect: Expect) -> Fetch
 def _bring(uri: str, target: Path, expected: Expected | None) -> bool:
     """Make *target* what is at *uri*, which is *expected*; return whether the mirror was asked for it."""
     if expected is None:
+        if not target.is_file():
+            _borrow(uri, target)
         _fetch(uri, target, partial(_refuse_web_page, uri))
         return True
     cached = target.is_file() and expected.is_that_of(target)
-    if cached:
+    if not cached and _borrow_verified(uri, target, expected):
+        cached = True
+    elif cached:
         logger.info("%s in the cache is what %s lists.", target.name, expected.listed_in)
     else:
         _fetch(uri, target, partial(_check_checksum, uri, expected), afresh=True)
     _remember_verified(uri, target, expected)
     return not cached
+
+
+def _others(target: Path) -> Iterator[Path]:
+    """Give the files of the name of *target* in the cache of other images, which only this user or root can change."""
+    directories: list[Path] = []
+    with suppress(OSError):
+        directories += target.parent.parent.iterdir()
+    for directory in directories:
+        path = directory / target.name
+        with suppress(OSError):
+            status = path.lstat()
+            if directory != target.parent and stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid()):
+                yield path
+
+
+def _borrow_verified(uri: str, target: Path, expected: Expected) -> bool:
+    """Make *target* the file of another image that is *expected*; return whether there is one."""
+    for other in _others(target):
+        # It may have changed meanwhile, or be gone: then it is fetched.
+        with suppress(OSError, BuildError, ValueError, KeyError, TypeError):
+            if json.loads(_verified_path(other).read_text(encoding="utf-8"))["checksum"] == expected.checksum:
+                _take_over(other, target, partial(_check_checksum, uri, expected))
+                return True
+    return False
+
+
+def _borrow(uri: str, target: Path) -> None:
+    """Make *target* a file of another image that is from *uri*; the server will be asked whether it still is."""
+    for other in _others(target):
+        with suppress(OSError, BuildError):
+            validators = _known_validators(uri, other)
+            if validators:
+                _take_over(other, target, partial(_check_validators, uri, other, validators))
+                _write_validators(uri, target, validators)
+                return
+
+
+def _check_validators(uri: str, other: Path, validators: dict[str, str], path: Path) -> None:
+    """Raise BuildError unless *path* was taken from *other* while it had its *validators*, which go before it does."""
+    if _known_validators(uri, other) != validators:
+        raise BuildError(f"{path} may be another file: {other} has changed meanwhile.")
+
+
+def _take_over(other: Path, target: Path, check: _Check) -> None:
+    with _staged(target, check) as path:
+        path.unlink()
+        take(other, path)
+    logger.info("%s is in the cache of %s already.", target.name, other.parent.name)
 
 
 def is_web_page(head: bytes) -> bool:
@@ -395,9 +448,13 @@ def _remember_validators(uri: str, target: Path, response: _Response) -> None:
     if "last-modified" in response:
         headers["if-modified-since"] = response["last-modified"]
     if headers:
-        known = {"uri": uri, "size": target.stat().st_size, "headers": headers}
-        with _new_file(_validators_path(target)) as file:
-            file.write(json.dumps(known).encode())
+        _write_validators(uri, target, headers)
+
+
+def _write_validators(uri: str, target: Path, headers: dict[str, str]) -> None:
+    known = {"uri": uri, "size": target.stat().st_size, "headers": headers}
+    with _new_file(_validators_path(target)) as file:
+        file.write(json.dumps(known).encode())
 
 
 def _download(uri: str, target: Path, check: _Check, *, afresh: bool, secure: bool) -> None:

@@ -62,6 +62,8 @@ _CONNECTION_LOST = re.compile(
 # ``error_policy=report``: when the host's disk is full the guest gets an error; by default QEMU would
 # stop it and wait for ever.
 _DISK_OPTIONS = ("bus=virtio", "format=raw", "cache=unsafe", "discard=unmap", "error_policy=report")
+# For so long a display that is picked may turn out to be taken.
+_DISPLAY_SECONDS = 60.0
 # virt-install removes its copies of kernel and initrd on SIGINT, but not before libvirt answers.
 _VIRT_INSTALL_STOP_SECONDS = 60.0
 
@@ -78,6 +80,11 @@ def option(*parts: str) -> str:
     """
     escaped = (part.replace("\\", "\\\\") for part in parts)
     return ",".join(f'"{part}"' if set(part) & set(",\\") else part for part in escaped)
+
+
+def _picks_display(settings: ImageSettings) -> bool:
+    """Whether libvirt picks the display of the screen; each user's picks without knowing what another's has picked."""
+    return settings.vnc is not None and settings.vnc[1] is None
 
 
 def _graphics(settings: ImageSettings) -> str:
@@ -416,11 +423,18 @@ def install(build: Build, media: Media, virt_type: str) -> None:
         remove_vm(build.vm_name)
         build.vm_record.unlink(missing_ok=True)
 
+    deadline = time.monotonic() + _DISPLAY_SECONDS
     with delivery.seeded(build), step("Installing"), released(remove), _explained(build, media, virt_type):
         # Before there is a machine: it says what a killed build has left.
         build.vm_record.write_text(build.vm_name + "\n", encoding="utf-8")
-        command.run(pool_argv(build), timeout=_VIRSH_SECONDS)
-        _run_virt_install(build, virt_install_argv(build, media.arguments, virt_type), virt_type)
+        argv = virt_install_argv(build, media.arguments, virt_type)
+        while True:
+            command.run(pool_argv(build), timeout=_VIRSH_SECONDS)
+            if _run_virt_install(build, argv, virt_type, deadline):
+                break
+            logger.info("Another machine has just taken the display; another one is picked.")
+            # With its pool.
+            remove_vm(build.vm_name)
         state = command.run(
             ["virsh", "--connect", build.plan.libvirt_uri, "domstate", "--reason", build.vm_name],
             capture=True,
@@ -433,7 +447,8 @@ def install(build: Build, media: Media, virt_type: str) -> None:
             )
 
 
-def _run_virt_install(build: Build, argv: list[str], virt_type: str) -> None:
+def _run_virt_install(build: Build, argv: list[str], virt_type: str, deadline: float) -> bool:
+    """Install; return false if libvirt, until *deadline*, has picked a display that was taken meanwhile."""
     watcher = Watcher(build, limits(build.plan.settings, virt_type))
     try:
         command.run(
@@ -450,8 +465,14 @@ def _run_virt_install(build: Build, argv: list[str], virt_type: str) -> None:
                 f"libvirt at {build.plan.libvirt_uri} went away during the installation: {_said(error)}",
                 hint=_libvirt_hint(build.plan),
             ) from error
+        taken = _picks_display(build.plan.settings) and any(
+            "Address already in use" in line for line in error.last_lines
+        )
+        if taken and time.monotonic() < deadline:
+            return False
         raise
     watcher.finish()
+    return True
 
 
 def choose_virt_type(plan: Plan, kernel: Path | None) -> str:

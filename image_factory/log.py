@@ -80,6 +80,18 @@ def set_up(level: int = logging.INFO) -> None:
 
 
 @contextmanager
+def only(level: int) -> Iterator[None]:
+    """Log to stderr, inside, only what is of *level* or above."""
+    stderr = _on_stderr[0]
+    before = stderr.level
+    stderr.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        stderr.setLevel(before)
+
+
+@contextmanager
 def shown_by(show: Callable[[int, str], None]) -> Iterator[None]:
     """Give *show* the level and the message of what would go to stderr."""
     stderr = _on_stderr[0]

@@ -168,6 +168,7 @@ def build_image(
             with events.observed(inputs):
                 disk = SOURCES["installer"].produce(build)
             done = checkpoint.begin(build, disk, inputs)
+        events.tell(events.Installed())
         try:
             artifacts = _go_on(build, disk, done, until)
             if until:

@@ -7,6 +7,7 @@ import codecs
 import configparser
 import copy
 import difflib
+import math
 import os
 import platform
 import re
@@ -37,6 +38,8 @@ FIRMWARES = ("bios", "uefi", "hybrid")
 ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast", "autoinstall", "agama")
 # What --list shows of an image beside its name.
 LISTED_KEYS = ("distribution", "release", "arch", "firmware")
+# And what --list-json tells.
+DESCRIBED_KEYS = (*LISTED_KEYS, "format", "virt-type", "cores", "ram", "image-size", "install-timeout", "test-boot")
 
 # The file names of an image have its name, date, format and ".manifest.json": together at most 255 bytes.
 _LONGEST_NAME = 200
@@ -70,6 +73,17 @@ def parse_count(text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text.strip()):
         raise ValueError("a whole number from 1 to 9999")
     return int(text)
+
+
+def parse_limit(text: str) -> float | None:
+    """How many: a whole number, infinity for ``none`` or 0, None for ``auto``."""
+    word = text.strip().lower()
+    if word in ("auto", "none", "0"):
+        return None if word == "auto" else math.inf
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise ValueError(f"auto, none or {error}") from None
 
 
 def parse_memory(text: str) -> int:
@@ -383,6 +397,13 @@ class ImageSettings:
     )
     virt_type: str = _setting(one_of("auto", "kvm", "qemu"), "kvm, qemu (emulation) or auto", "auto")
     network: str = _setting(parse_text, "virt-install's network", "user,model=virtio")
+    max_parallel: float | None = _setting(
+        parse_limit,
+        "how many installations may run on this machine at once: a number, none, or auto, by memory and processors",
+        "auto",
+        ("--max-parallel",),
+        "N",
+    )
     install_timeout: float = _setting(parse_duration, "how long the installation may take, or none", "2h")
     stall_timeout: float | None = _setting(
         parse_duration, "how long it may show no sign of life, or none (default: 10m with KVM, else 30m)"
@@ -601,6 +622,26 @@ class Configuration:
             and "upload-type" not in section
             and (name in self._broken or any(key in section for key in ("linux", "initrd", "installer-image")))
         ]
+
+    def descriptions(self) -> list[dict[str, Any]]:
+        """Return what there is to say of each configured image to machines; None where it is not known, or wrong."""
+        return [
+            {"name": name}
+            | {key.replace("-", "_"): self._described(name, key) for key in DESCRIBED_KEYS}
+            | {"based_on": self._own_texts(name).get("based-on", "").strip() or None}
+            for name in self.images()
+        ]
+
+    def _described(self, name: str, key: str) -> Any:
+        try:
+            value = self._value(name, key, dict(declarations(ImageSettings))[key], {})
+            if key == "firmware" and (arch := self._described(name, "arch")):
+                return value or default_firmware(arch)
+            # JSON has no infinity.
+            return None if value == math.inf else value
+        except ConfigurationError:
+            # Whoever builds the image is told; the others are to be listed all the same.
+            return () if key == "format" else None
 
     def summary(self, name: str) -> list[str]:
         """Return what there is to say of image *name*, by LISTED_KEYS; empty where it is not known, or wrong."""

@@ -14,7 +14,7 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 # A module may import those of the levels below its own, not those beside it.
 LEVELS = [
     {"cli"},
-    {"pipeline", "display", "record", "completion"},
+    {"pipeline", "display", "record", "completion", "fleet"},
     {"sources", "outputs"},
     {"sources.installer", "outputs.raw", "outputs.qcow2"},
     {"workspace", "audit"},
@@ -27,6 +27,7 @@ LEVELS = [
     {"rpmdb", "layout", "fstab", "privileged", "watch", "delivery", "leftovers", "bootreport", "junit"},
     {"command"},
     {"release", "locks", "estimates", "checkpoint"},
+    {"turns"},
     {"interrupts", "answers"},
     {"arch", "model"},
     {"settings"},

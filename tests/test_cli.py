@@ -1,21 +1,26 @@
 """The command line, as a user meets it: output, exit status, and one clear line for each mistake."""
 
+import json
 import os
 import re
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from image_factory import __version__
 from image_factory.settings import default_arch, default_firmware
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LIST_SCHEMA = json.loads((REPOSITORY / "data/image-list.schema.json").read_text())
 NOBODY = 65534
 LONG_NAME = "a" * 300
 
@@ -230,7 +235,21 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "empty log file": (["x", "--log-filename", ""], "--log-filename: '' is not accepted"),
     "value with a line break": (["two-lines"], "[two-lines] preseed: a value of several lines is not accepted"),
     "unknown flag": (["x", "--colour"], "Unrecognized arguments: --colour."),
-    "two images": (["x", "Debian-12"], "Unrecognized arguments: Debian-12."),
+    "an image twice": (["x", "Debian-12", "x"], "x is named twice."),
+    "an empty image among others": (["x", ""], "'' is no image name."),
+    "a path among images": (["x", "../x"], "'../x' is no image name."),
+    "one bad image of two": (["x", "half", "--image-size", "1M"], "half: [half] lacks 'initrd'."),
+    "two bad images of three": (
+        ["half", "x", "zzz", "--image-size", "1M"],
+        "half: [half] lacks 'initrd'. It is the URI of the netboot initrd. zzz: No image 'zzz' is configured",
+    ),
+    "the same of two": (["no-command", "x", "--image-size", "7E", "Debian-12"], "x, Debian-12: "),
+    "one log file of two": (
+        ["x", "--image-size", "1M", "--log-file", "--log-filename", "a.log", "Debian-12"],
+        "Debian-12: It would log into ",
+    ),
+    "shell of two": (["x", "Debian-12", "--shell-on-error"], "--shell-on-error is for one image."),
+    "answers of two": (["x", "Debian-12", "--show-answers"], "--show-answers is for one image."),
     "flag without its value": (["x", "-f"], "Argument -f/--format: expected one argument."),
     "escape sequence": (["x", "--\x1b[2Jcolour"], "Unrecognized arguments: --colour."),
 }
@@ -508,6 +527,61 @@ def test_list_in_columns(place: Place) -> None:
     )
 
 
+def test_list_in_json(place: Place) -> None:
+    """One bad image does not hide the others; all keeps to the schema."""
+    (place.path / "own.conf").write_text(
+        "[DEFAULT]\ninstaller_image = /i\narch = amd64\n"
+        "[CentOS-Stream-10]\ndistribution = CentOS Stream\nrelease = 10\nfirmware = hybrid\nformat = raw, qcow2\n"
+        "ram = 2G\ncores = 2\ntest-boot = yes\nvirt-type = kvm\ninstall-timeout = none\n"
+        "[child]\nbased-on = CentOS-Stream-10\nrelease = a\x1b[31m\u00e9\nimage-size = 1G\n"
+        "[bad]\ndistribution = ${absent}\narch = vax\nram = x\nformat = iso\npreseed = /a\nyast = /b\n"
+        "[up]\nupload_type = rsync\n"
+    )
+    done = place.run("--list-json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    jsonschema.Draft202012Validator(LIST_SCHEMA).validate(found)
+    stream = {
+        "name": "CentOS-Stream-10",
+        "distribution": "CentOS Stream",
+        "release": "10",
+        "arch": "x86_64",
+        "firmware": "hybrid",
+        "format": ["raw", "qcow2"],
+        "virt_type": "kvm",
+        "cores": 2,
+        "ram": 2 << 30,
+        "image_size": 2 << 30,
+        "install_timeout": None,
+        "test_boot": True,
+        "based_on": None,
+    }
+    child = {"name": "child", "release": "a\x1b[31m\u00e9", "image_size": 1 << 30, "based_on": "CentOS-Stream-10"}
+    unknown = dict.fromkeys(("distribution", "release", "arch", "firmware", "ram", "based_on"))
+    usual = {"virt_type": "auto", "cores": 1, "image_size": 2 << 30, "install_timeout": 7200.0, "test_boot": False}
+    assert found == [stream, stream | child, {"name": "bad", "format": [], **unknown, **usual}]
+    # No terminal obeys it.
+    assert done.stdout.isascii()
+    assert "\x1b" not in done.stdout
+
+
+def test_list_in_json_of_the_shipped_images(place: Place) -> None:
+    (place.path / "own.conf").unlink()
+    place.environment["IMAGE_FACTORY_CONFIG"] = ""
+    found = json.loads(place.run("--list-json").stdout)
+    jsonschema.Draft202012Validator(LIST_SCHEMA).validate(found)
+    names = [line.split()[0] for line in place.run("--list").stdout.splitlines()]
+    assert [image["name"] for image in found] == names
+    assert all(image["arch"] and image["firmware"] and image["format"] for image in found)
+
+
+def test_schema_of_the_list_describes_all_and_no_more() -> None:
+    jsonschema.Draft202012Validator.check_schema(LIST_SCHEMA)
+    described = LIST_SCHEMA["items"]
+    assert list(described["properties"]) == described["required"]
+    assert all(text["description"].endswith(".") for text in described["properties"].values())
+
+
 def test_list_of_no_images(place: Place) -> None:
     (place.path / "own.conf").write_text("")
     done = place.run("--list")
@@ -532,6 +606,35 @@ def test_check(place: Place) -> None:
     assert (done.returncode, done.stdout) == (0, "x can be built.\n")
     assert "error" not in done.stderr
     assert place.files() == existing
+
+
+def test_check_of_several(place: Place) -> None:
+    done = place.run("x", "--check", "Debian-12")
+    assert (done.returncode, done.stdout) == (0, "x can be built.\nDebian-12 can be built.\n")
+
+
+def test_dry_run_of_several(place: Place) -> None:
+    done = place.run("x", "Debian-12", "--dry-run", "--image-size", "1M")
+    assert done.returncode == 0, done.stderr
+    first, _, second = done.stdout.partition("# Debian-12:\n")
+    assert first == "# x:\n" + place.run("x", "--dry-run", "--image-size", "1M").stdout
+    assert second == place.run("Debian-12", "--dry-run", "--image-size", "1M").stdout
+
+
+@pytest.mark.parametrize("record", ["-", "records", "x"])
+def test_records_of_several_go_into_a_directory(place: Place, record: str) -> None:
+    error, hint = place.refused("x", "Debian-12", "--json", record)
+    assert error == f"--json: with several images it names a directory, which {record} is not."
+    assert hint == "The record of each is IMAGE.json there."
+
+
+def test_older_records_of_several_are_gone_when_they_are_refused(place: Place) -> None:
+    (place.path / "records").mkdir()
+    for name in ("x", "half", "other"):
+        (place.path / f"records/{name}.json").write_text("{}")
+    done = place.run("x", "half", "--json", "records", "--image-size", "1M")
+    assert done.returncode == 2
+    assert [path.name for path in (place.path / "records").iterdir()] == ["other.json"]
 
 
 def test_image_from_the_environment(place: Place) -> None:
@@ -571,7 +674,7 @@ def test_path_that_is_no_text(place: Place) -> None:
     assert "caf\\udce9/.image-factory-x/disk.raw" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", ["--list", "--help", "--version"])
+@pytest.mark.parametrize("arguments", ["--list", "--list-json", "--help", "--version"])
 def test_reader_that_has_gone(place: Place, arguments: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -622,3 +725,160 @@ def test_signal_in_the_checks(place: Place, signum: signal.Signals, status: int)
         stdout, stderr = process.communicate(timeout=30)
     assert (process.returncode, stdout) == (status, "")
     assert stderr == f"image-factory: error: Stopped by {signum.name}.\n"
+
+
+# Builds in Jenkins' console, which is no terminal.  Programs on PATH stand for libvirt, and install nothing.
+
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ image-factory \[\d+\] (?:INFO|WARNING|ERROR): .+")
+VIRT_INSTALL = """#!/bin/sh
+printf 'Starting install...\\r\\033[2KRetrieving 10%%\\rRetrieving 20%%\\n\\007bell\\n'
+case $* in
+*image-factory-hangs-*) exec sleep 600 ;;
+esac
+echo 'ERROR    There is no \\033[31msuch thing'
+exit 1
+"""
+
+
+@pytest.fixture
+def job(place: Place) -> Place:
+    programs = place.path / "bin"
+    programs.mkdir()
+    (programs / "virsh").write_text("#!/bin/sh\n")
+    (programs / "virt-install").write_text(VIRT_INSTALL)
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    place.environment["PATH"] = f"{programs}:/usr/bin:/bin"
+    with (place.path / "own.conf").open("a") as file:
+        for name in ("a", "b", "hangs"):
+            file.write(f"[{name}]\nlinux = linux\ninitrd = initrd\nimage-size = 1M\nvirt-type = qemu\n")
+    return place
+
+
+def console(job: Place, *arguments: str) -> tuple[int, list[str]]:
+    """Run with both outputs in one pipe; return the status, and the lines, which have no control characters."""
+    done = subprocess.run(
+        job.argv(*arguments),
+        env=job.variables(),
+        cwd=job.path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+    )
+    text = done.stdout.decode()
+    assert re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text) is None
+    return done.returncode, text.splitlines()
+
+
+REASON = "virt-install failed with status 1: ERROR    There is no such thing"
+
+
+def test_console_of_a_job(job: Place) -> None:
+    """A line for each step, in full; the reason of the failure and what to do are the last of all."""
+    status, lines = console(job, "a", "--max-parallel", "none")
+    assert status == 1
+    assert lines[-2] == f"image-factory: error: {REASON}"
+    assert lines[-1].startswith("image-factory: hint: The command was: virt-install ")
+    assert [line for line in lines[:-2] if not LINE.fullmatch(line)] == []
+    messages = [line.partition("INFO: ")[2] for line in lines]
+    assert {"Creating the disk ...", "Caching the installer ...", "Installing ...", "virt-install: ?bell"} <= {
+        *messages
+    }
+    assert "virt-install: Retrieving 20%" in messages
+
+
+def test_console_of_a_job_with_several_images(job: Place) -> None:
+    (job.path / "records").mkdir()
+    status, lines = console(job, "a", "b", "--json", "records", "--max-parallel", "none")
+    assert status == 1
+    assert lines[-1] == f"image-factory: error: 2 of 2 images failed: a: {REASON}; b: {REASON}."
+    summary = lines.index("Images:")
+    ends = [re.sub(r"^ +[0-9.]+  ", "", line) for line in lines[summary + 1 : -1]]
+    assert ends[0] == f"a: failed: {REASON}"
+    assert ends[1].strip().startswith("The command was: virt-install ")
+    assert ends[2] == f"b: failed: {REASON}"
+    assert ends[4:] == ["in all"]
+    for image in "ab":
+        own = [line.removeprefix(f"{image}: ") for line in lines[:summary] if line.startswith(f"{image}: ")]
+        assert own[-2] == f"image-factory: error: {REASON}"
+        assert [line for line in own[:-2] if not LINE.fullmatch(line)] == []
+        record = json.loads((job.path / f"records/{image}.json").read_text())
+        assert (record["image"], record["failure"]["message"]) == (image, REASON)
+    assert [line for line in lines[:summary] if line[:3] not in ("a: ", "b: ")] == []
+    # The checks that the command makes of all before are not shown twice.
+    assert sum("mount-via = loop is chosen" in line for line in lines) == 2
+    assert not list(job.path.glob(".image-factory*"))
+
+
+def test_quiet_job_with_several_images(job: Place) -> None:
+    status, lines = console(job, "a", "b", "--quiet", "--max-parallel", "none")
+    assert status == 1
+    assert not any(" INFO: " in line for line in lines)
+    assert lines[-1].startswith("image-factory: error: 2 of 2 images failed: ")
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_with_several_images(job: Place, signum: signal.Signals, status: int) -> None:
+    with subprocess.Popen(
+        job.argv("a", "hangs", "b", "--max-parallel", "none"),
+        env=job.variables(),
+        cwd=job.path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("hangs: ") and "virt-install: ?bell" in line:
+                break
+        process.send_signal(signum)
+        lines = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == status
+    assert lines[-1] == f"image-factory: error: Stopped by {signum.name}."
+    ends = [re.sub(r"^ +[0-9. ]+  ", "", line) for line in lines[lines.index("Images:") + 1 : -1]]
+    assert f"hangs: failed: Stopped by {signum.name}." in ends
+    assert any(end.strip() == "b: not begun" for end in ends)
+    assert not list(job.path.glob(".image-factory*"))
+
+
+@pytest.fixture
+def installation() -> Iterator[socket.socket]:
+    """What an installation is to others on this machine, of a user who is not in the list of users."""
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind(f"\0image-factory/installation/1024/1/4000000000/{secrets.token_hex(4)}".encode())
+        yield held
+
+
+def test_build_that_waits_for_its_turn(job: Place, installation: socket.socket) -> None:
+    """It says so, has no machine and no space, and goes on when the other has ended."""
+    with subprocess.Popen(
+        job.argv("a", "--max-parallel", "1"),
+        env=job.variables(),
+        cwd=job.path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "max-parallel = 1." in line:
+                break
+        assert lines[-2].endswith("INFO: Waiting for other installations ...\n")
+        assert "user 4000000000" in lines[-1]
+        work = job.path / ".image-factory-a"
+        assert not (work / "vm-name").exists()
+        assert (work / "disk.raw").stat().st_blocks * 512 <= 4096
+        installation.close()
+        rest = process.communicate(timeout=60)[0]
+    assert "INFO: Waiting for other installations: done in " in rest
+    assert f"image-factory: error: {REASON}\n" in rest
+
+
+def test_checks_do_not_wait(job: Place, installation: socket.socket) -> None:
+    assert installation
+    for mode in ("--check", "--dry-run"):
+        done = job.run("a", mode, "--max-parallel", "1")
+        assert (done.returncode, "Waiting" in done.stdout + done.stderr) == (0, False)

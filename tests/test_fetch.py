@@ -160,8 +160,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 class Cache:
     """The directory with the downloads of an image."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory / "cache/x"
+    def __init__(self, directory: Path, image: str = "x") -> None:
+        self.directory = directory / "cache" / image
 
     def fetch(self, uri: str) -> Path:
         return fetch.fetch(parse_source(uri), self.directory)
@@ -837,3 +837,109 @@ def test_one_build_at_a_time_writes_to_the_cache(tmp_path: Path, server: Server)
         assert not done.wait(0.5)
         assert not (tmp_path / "linux").exists()
     assert done.wait(10)
+
+
+# What other images have in the cache.
+
+
+def verified(content: bytes, by: str = "a test") -> fetch.Expect:
+    expected = fetch.Expected(hashlib.sha256(content).hexdigest(), "a list", by)
+    return lambda uri: expected
+
+
+def test_file_of_another_image_is_not_downloaded_again(server: Server, tmp_path: Path) -> None:
+    """The server is asked whether it is still the same."""
+    first, second = Cache(tmp_path, "a"), Cache(tmp_path, "b")
+    first.fetch(server.uri())
+    asked = len(server.requests)
+    second.fetch(server.uri())
+    assert second.content() == LARGE
+    (request,) = server.requests[asked:]
+    assert request.headers["if-none-match"] == '"1"'
+    # And from then on as with its own.
+    second.fetch(server.uri())
+    assert [request.headers["if-none-match"] for request in server.requests[asked:]] == ['"1"', '"1"']
+    assert not [name for name in second.files() if fetch._TEMPORARY.fullmatch(name)]
+
+
+def test_file_of_another_image_that_has_changed_on_the_server(server: Server, tmp_path: Path) -> None:
+    """The other image's stays as it is."""
+    first, second = Cache(tmp_path, "a"), Cache(tmp_path, "b")
+    first.fetch(server.uri())
+    server.script = File(OLD, etag='"2"')
+    second.fetch(server.uri())
+    assert (first.content(), second.content()) == (LARGE, OLD)
+
+
+@pytest.mark.parametrize("what", ["another URI", "no validators", "another length", "a link"])
+def test_file_of_another_image_that_may_be_another(server: Server, tmp_path: Path, what: str) -> None:
+    first, second = Cache(tmp_path, "a"), Cache(tmp_path, "b")
+    first.fetch(server.uri("/other/linux" if what == "another URI" else "/netboot/linux"))
+    path = tmp_path / "cache/a/linux"
+    if what == "no validators":
+        (tmp_path / "cache/a/.linux.validators").unlink()
+    elif what == "another length":
+        path.write_bytes(OLD)
+    elif what == "a link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    asked = len(server.requests)
+    second.fetch(server.uri())
+    assert second.content() == LARGE
+    assert server.requests[asked].headers.get("if-none-match") is None
+
+
+def test_file_of_another_user_is_not_taken(server: Server, tmp_path: Path) -> None:
+    """Who owns it could change what is linked."""
+    first, second = Cache(tmp_path, "a"), Cache(tmp_path, "b")
+    first.fetch(server.uri())
+    os.chown(tmp_path / "cache/a/linux", 65534, 65534)
+    asked = len(server.requests)
+    second.fetch(server.uri())
+    assert server.requests[asked].headers.get("if-none-match") is None
+    assert second.fetch(server.uri()).stat().st_uid == 0
+
+
+def test_verified_file_of_another_image_is_taken_without_a_question(server: Server, tmp_path: Path) -> None:
+    source = parse_source(server.uri())
+    fetch.fetch(source, tmp_path / "cache/a", verified(LARGE))
+    asked = len(server.requests)
+    path = fetch.fetch(source, tmp_path / "cache/b", verified(LARGE, "another"))
+    assert path.read_bytes() == LARGE
+    assert len(server.requests) == asked
+    assert fetch.known_verified(path, source.uris) == "another"
+
+
+def test_file_of_another_image_that_is_not_what_it_was_verified_to_be(server: Server, tmp_path: Path) -> None:
+    source = parse_source(server.uri())
+    fetch.fetch(source, tmp_path / "cache/a", verified(LARGE))
+    (tmp_path / "cache/a/linux").write_bytes(bytes(len(LARGE)))
+    asked = len(server.requests)
+    assert fetch.fetch(source, tmp_path / "cache/b", verified(LARGE)).read_bytes() == LARGE
+    assert len(server.requests) > asked
+
+
+@pytest.mark.parametrize("record", [b"", b"{}", b"[]", b"\xff", b'{"checksum": 1}'])
+def test_broken_record_of_another_image_does_not_matter(server: Server, tmp_path: Path, record: bytes) -> None:
+    source = parse_source(server.uri())
+    fetch.fetch(source, tmp_path / "cache/a", verified(LARGE))
+    (tmp_path / "cache/a/.linux.verification").write_bytes(record)
+    assert fetch.fetch(source, tmp_path / "cache/b", verified(LARGE)).read_bytes() == LARGE
+
+
+def test_file_that_changes_while_it_is_taken(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another build has just fetched it anew: what was read of it before does not belong to it."""
+    first, second = Cache(tmp_path, "a"), Cache(tmp_path, "b")
+    first.fetch(server.uri())
+    take = fetch.take
+
+    def take_late(path: Path, target: Path) -> None:
+        server.script = File(OLD, etag='"2"')
+        first.fetch(server.uri())
+        take(path, target)
+
+    monkeypatch.setattr(fetch, "take", take_late)
+    asked = len(server.requests)
+    second.fetch(server.uri())
+    assert second.content() == OLD
+    assert server.requests[asked + 1].headers.get("if-none-match") is None

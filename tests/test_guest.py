@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from image_factory import guest
-from image_factory.errors import ConfigurationError
+from image_factory.errors import BuildError, ConfigurationError
 from image_factory.model import Build, Plan
 from image_factory.settings import Configuration, ImageSettings
 
@@ -246,6 +246,39 @@ def test_console_tail(tmp_path: Path, data: bytes, lines: list[str]) -> None:
 
 def test_console_tail_of_no_log(tmp_path: Path) -> None:
     assert guest.console_tail(tmp_path / "none") == []
+
+
+IN_USE = "ERROR    internal error: ... -vnc 127.0.0.1:0: Failed to bind socket: Address already in use"
+
+
+@pytest.mark.parametrize(
+    ("vnc", "said", "calls"),
+    [("localhost", IN_USE, 3), ("localhost:1", IN_USE, 1), ("localhost", "ERROR    no such thing", 1)],
+)
+def test_display_that_another_user_has_just_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vnc: str, said: str, calls: int
+) -> None:
+    """It is picked by libvirt, each user's for itself; programs on PATH stand for it."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    script = f"""#!/bin/sh
+echo >>{tmp_path}/calls
+[ $(wc -l <{tmp_path}/calls) = 3 ] || {{ echo '{said}'; exit 1; }}
+"""
+    (programs / "virt-install").write_text(script)
+    (programs / "virsh").write_text('#!/bin/sh\n[ "$3" != domstate ] || echo "shut off (shutdown)"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    build = Build(plan(tmp_path, f"vnc = {vnc}\n", tmp_path), tmp_path / "work", "vm")
+    build.directory.mkdir()
+    if calls == 3:
+        guest.install(build, guest.Media((), ()), "qemu")
+    else:
+        with pytest.raises(BuildError, match=said.partition(":")[0]):
+            guest.install(build, guest.Media((), ()), "qemu")
+    assert (tmp_path / "calls").read_text() == "\n" * calls
+    assert not build.vm_record.exists()
 
 
 def test_output_directory_that_qemu_cannot_enter(tmp_path: Path) -> None:

@@ -468,11 +468,11 @@ def test_signal_does_not_cut_the_record(tmp_path: Path, monkeypatch: pytest.Monk
 def test_time_without_end(tmp_path: Path) -> None:
     """JSON has no infinity; Python's own reader would take it."""
     kept = record.Record("x")
-    kept.plan_made(plan_of(tmp_path, "install-timeout = none\nstall-timeout = none"))
+    kept.plan_made(plan_of(tmp_path, "install-timeout = none\nstall-timeout = none\nmax-parallel = none"))
     text = kept.text()
     assert "Infinity" not in text
     settings = checked(text)["settings"]
-    assert (settings["install-timeout"], settings["stall-timeout"]) == ("none", "none")
+    assert [settings[key] for key in ("install-timeout", "stall-timeout", "max-parallel")] == ["none"] * 3
 
 
 def test_link_of_another_user(tmp_path: Path) -> None:

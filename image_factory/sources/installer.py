@@ -4,7 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from .. import answers, arch, command, delivery, events, fetch, guest, verify
+from .. import answers, arch, command, delivery, events, fetch, guest, turns, verify
 from ..errors import BuildError, ConfigurationError
 from ..log import step
 from ..model import Build, Disk, Plan
@@ -135,9 +135,12 @@ def produce(build: Build) -> Disk:
     with step("Caching the installer"):
         media, kernel = prepare_installer(build)
         _copy_answer_file(build)
-    virt_type = guest.choose_virt_type(build.plan, kernel)
-    events.tell(events.VirtTypeChosen(virt_type))
-    guest.install(build, media, virt_type)
+    settings = build.plan.settings
+    # Not before: who waits holds up no one, and has done what needs no machine.
+    with turns.taken(settings.max_parallel, settings.ram, settings.cores):
+        virt_type = guest.choose_virt_type(build.plan, kernel)
+        events.tell(events.VirtTypeChosen(virt_type))
+        guest.install(build, media, virt_type)
     return Disk(build.disk_path, virt_type)
 
 

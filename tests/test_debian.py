@@ -32,6 +32,8 @@ CONTENTS = {
     "usr/share/doc/image-factory/README.md.gz",
     "usr/share/doc/image-factory/changelog.gz",
     "usr/share/doc/image-factory/copyright",
+    "usr/share/doc/image-factory/examples/Jenkinsfile",
+    "usr/share/doc/image-factory/examples/image-factory.yaml",
     "usr/share/doc/image-factory/examples/sudoers",
     "usr/share/lintian/overrides/image-factory",
     "usr/share/man/man1/image-factory-sudo-helper.1.gz",

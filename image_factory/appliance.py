@@ -34,6 +34,8 @@ _STOP_SECONDS = 30.0
 # Under emulation the appliance boots slowly, but nothing is waited for for ever.
 _ANSWER_SECONDS = 1800.0
 
+_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
+
 # As in image-factory-sudo-helper: what is shown of a file at most, and of all.  A heading counts, too.
 _DEEPEST = 8
 _SHOWN_OF_FILE = 1 << 20
@@ -200,13 +202,12 @@ class ApplianceFilesystem:
         return [Entry(path, self._kind(path)) for path in self._matching_any(patterns)]
 
     def _kind(self, path: str) -> str:
-        kinds = {"file": "file", "dir": "directory", "symlink": "link"}
-        return next((kind for verb, kind in kinds.items() if self._is(verb, path)), "other")
+        return _KINDS.get(stat.S_IFMT(self._status(path)["st_mode"]), "other")
 
     def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
         """Return the files that *patterns* match."""
-        files = [path for path in self._matching_any(patterns) if self._is("file", path)]
-        return {path: self._into_file("download", path) for path in files if self._size(path) <= _WHOLE}
+        paths = self._matching_any(patterns)
+        return {path: self._into_file("download", path) for path in paths if self._is_file(path, _WHOLE)}
 
     def write(self, path: str, data: bytes, mode: int) -> None:
         """Have *data* in the file *path*."""
@@ -297,11 +298,15 @@ class ApplianceFilesystem:
         # One question for all links on the way, where _matching has one for each directory.
         if self.guestfish.ask(f"-realpath {self._word(path)}")[-1:] != [f"{self.place}/{path}"]:
             return None
-        status = self._fields(f"lstatns {self._word(path)}")
-        size = status["st_size"]
-        if not stat.S_ISREG(status["st_mode"]) or size > LARGEST_LOAD:
-            return None
-        return self._into_file("download-offset", path, "0", str(size)) if size else b""
+        return self._into_file("download", path) if self._is_file(path, LARGEST_LOAD) else None
+
+    def _is_file(self, path: str, largest: int) -> bool:
+        """Return whether *path* is a file of at most *largest* bytes."""
+        status = self._status(path)
+        return stat.S_ISREG(status["st_mode"]) and status["st_size"] <= largest
+
+    def _status(self, path: str) -> dict[str, int]:
+        return self._fields(f"lstatns {self._word(path)}")
 
     def usage(self, top: str) -> dict[str, int]:
         """Return what the entries of the directory *top* take."""

@@ -96,7 +96,8 @@ _SCRIPTS = {
 }
 
 # Passwords and keys that are asked for.
-_WANTED_TEXT = re.compile(rb"AAAA[0-9A-Za-z+/]{16,}={0,3}|" + _HASH.pattern)
+_BLOB = re.compile(rb"AAAA[0-9A-Za-z+/]{16,}={0,3}")
+_WANTED_TEXT = re.compile(_BLOB.pattern + b"|" + _HASH.pattern)
 
 # The line before and after the password, or what is in this block of it.  Of a file that btrfs has in its
 # metadata, the byte before is zero.
@@ -268,9 +269,6 @@ def secrets_of(build: Build) -> tuple[Asked, Secrets]:
             tuple(text for _, text in chosen.others) if chosen else (),
         ),
     )
-
-
-_BLOB = re.compile(rb"AAAA[0-9A-Za-z+/]{16,}={0,3}")
 
 
 def _answers(build: Build) -> bytes:

@@ -306,7 +306,7 @@ def in_a_deleted_file(disk: Path, data: bytes) -> None:
 def in_slack(disk: Path, data: bytes) -> None:
     """After the end of a file, in its last block."""
     block = int(debugfs(disk, "blocks /etc/victim").split()[-1])
-    size = int(re.search(r"Block size:\s+(\d+)", debugfs(disk, "stats"))[1])  # type: ignore[index]
+    [size] = map(int, re.findall(r"Block size:\s+(\d+)", debugfs(disk, "stats")))
     put(disk, ROOT + block * size + 512, data[: size - 512])
 
 

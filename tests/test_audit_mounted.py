@@ -115,7 +115,8 @@ def test_the_same_is_found_as_in_a_directory(tmp_path: Path, way: str, every: in
 def test_deleted_and_published(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What was removed from the files is found in their blocks, and no message has it."""
     build = make_build(tmp_path / "build", "loop", "audit-skip = identity")
-    fill(tmp_path / "top", CLEAN | {"gone": build.plan.settings.answer_file.read_bytes() + b"build:s;cret-pw@"})  # type: ignore[union-attr]
+    answers = (tmp_path / "build/own.cfg").read_bytes()
+    fill(tmp_path / "top", CLEAN | {"gone": answers + b"build:s;cret-pw@"})
     artifacts = make_artifacts(build, tmp_path / "top", "raw")
     argv = ["debugfs", "-w", "-R", "rm gone", f"{artifacts[0].path}?offset={M}"]
     subprocess.run(argv, check=True, capture_output=True)

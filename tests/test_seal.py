@@ -1,6 +1,7 @@
 """Sealing: what the build leaves is planted in an image and found gone, on this machine and in the appliance."""
 
 import dataclasses
+import io
 import logging
 import os
 import re
@@ -130,9 +131,8 @@ def done(
     directory = tmp_path_factory.mktemp("sealed")
     build, told = make_build(directory), Told()
     disk = make_disk(build, (*LEFTOVERS, *SURVIVORS))
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
     logger = logging.getLogger(seal.logger.name)
     level = logger.level
     logger.addHandler(handler)
@@ -145,7 +145,7 @@ def done(
         logger.setLevel(level)
     run("e2fsck", "-fn", f"{disk.path}?offset={OFFSET}")
     with looked_into(disk) as root:
-        yield Done(root, "\n".join(lines), told.sealed)
+        yield Done(root, log.getvalue(), told.sealed)
 
 
 @pytest.mark.parametrize("leftover", LEFTOVERS, ids=lambda leftover: leftover.path)
@@ -537,5 +537,5 @@ def test_a_file_that_one_operation_removes_is_not_written_by_another() -> None:
         def write(self, path: str, data: bytes, mode: int) -> None:
             written.append(path)
 
-    seal._carry_out(Recorded(), [seal._forget_proxy(found), seal._forget_media(found)])  # type: ignore[arg-type]
+    seal._carry_out(Recorded(), [seal._forget_proxy(found), seal._forget_media(found)])
     assert written == []

@@ -118,21 +118,15 @@ def test_other_operations_go_to_the_filesystem_of_the_path() -> None:
 def test_a_filesystem_is_asked_once() -> None:
     """However the patterns alternate."""
     calls: list[Sequence[str]] = []
-    top, var = root("UUID=u2 /var ext4\n"), Filesystem(volume(2), {})
-    for found in (top, var):
-        found.removed = Noted(calls)
+
+    class Noted(Filesystem):
+        def remove(self, patterns: Sequence[str]) -> list[Change]:
+            calls.append(patterns)
+            return []
+
+    top, var = Noted(volume(1), {"etc/fstab": "UUID=u2 /var ext4\n"}), Noted(volume(2), {})
     assembled(top, var).remove(["etc/a", "var/b", "root/c", "var/d"])
     assert calls == [["etc/a", "root/c"], ["b", "d"]]
-
-
-class Noted(list[str]):
-    def __init__(self, calls: list[Sequence[str]]) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def __iadd__(self, patterns: Sequence[str]) -> "Noted":  # type: ignore[override,misc]
-        self.calls.append(patterns)
-        return self
 
 
 def test_files_and_sizes_of_the_system() -> None:

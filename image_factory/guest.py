@@ -195,6 +195,7 @@ def by_hand_argvs(build: Build, media: Sequence[str], virt_type: str) -> list[li
         ["mkdir", str(other.directory)],
         *delivery.by_hand_argvs(other),
         ["qemu-img", "create", "-q", "-f", "raw", str(other.disk_path), str(plan.settings.image_size)],
+        pool_argv(other),
         virt_install_argv(other, media, virt_type, by_hand=True),
     ]
 

@@ -158,7 +158,7 @@ def test_boot_files_of_an_iso(tmp_path: Path, key: str, name: str, boot_files: s
     build = make_build(tmp_path, key, name, extra="installer_image = /media/x.iso\narch = x86_64")
     [argv] = dict(installer.describe(build))["Installing"]
     location = argv[argv.index("--location") + 1]
-    assert location == ",".join(filter(None, ("/media/x.iso", boot_files)))
+    assert location == ",".join(filter(None, (f"{build.directory}/installer.iso", boot_files)))
 
 
 def test_dry_run(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_repeating_by_hand(tmp_path: Path, key: str, name: str) -> None:
     with delivery.seeded(build):
         files = read_seed(build.directory / "seed.iso", tmp_path / "read")
     (tmp_path / "image-factory").symlink_to(REPOSITORY / "image-factory")
-    *commands, virt_install = guest.by_hand_argvs(build, ["--location", "L"], "kvm")
+    *commands, _pool, virt_install = guest.by_hand_argvs(build, ["--location", "L"], "kvm")
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",
         "IMAGE_FACTORY_CONFIG": str(tmp_path / "image-factory.conf"),

@@ -114,7 +114,7 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
     elif is_tree(settings.installer_image):
         location = ("--location", str(settings.installer_image.path or settings.installer_image.uri))
     else:
-        location = _location_of_iso(build, settings.installer_image.path or _own_iso(build))
+        location = _location_of_iso(build, _own_iso(build))
     virt_type = settings.virt_type
     if virt_type == "auto":
         virt_type = "VIRT-TYPE" if arch.is_host(settings.arch) else "qemu"
@@ -150,7 +150,8 @@ def _location(build: Build) -> tuple[str, str]:
 
 
 def _own_iso(build: Build) -> Path:
-    return _netboot(build) / "installer.iso"
+    # In a directory without a storage pool virt-install would make one that stays.
+    return build.directory / "installer.iso"
 
 
 def _location_of_iso(build: Build, iso: Path) -> tuple[str, str]:
@@ -176,8 +177,8 @@ def prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
                 verifier.check_modules(linux.uri, linux.path)
             kept = "--install", guest.option(f"kernel={linux.path}", f"initrd={initrd.path}")
             return guest.Media(_location(build), kept), _netboot(build) / "linux"
-        iso = _fetch("installer-image", settings.installer_image, verifier, _own_iso(build))
-    own = iso.path if settings.installer_image.path else _own_iso(build)
+        own = _own_iso(build)
+        iso = _fetch("installer-image", settings.installer_image, verifier, own)
     return guest.Media(_location_of_iso(build, own), _location_of_iso(build, iso.path)), _kernel_of_iso(build, own)
 
 

@@ -70,6 +70,7 @@ def test_commands_by_hand(user_build: Build) -> None:
         virsh = user_build.user.argv("virsh", "--connect", user_build.user.libvirt_uri)
         run(*virsh, "destroy", name, check=False)
         run(*virsh, "undefine", name, "--remove-all-storage", check=False)
+        run(*virsh, "pool-destroy", name, check=False)
         run("rm", "-r", user_build.directory / "stand-in-by-hand")
 
 

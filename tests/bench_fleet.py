@@ -15,6 +15,8 @@ from .conftest import User
 from .integration.test_build import Build, new_build
 from .integration.test_fleet import TODAY, configure, machine_names, started
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 IMAGES = ("one", "two", "three")
 
 

@@ -23,7 +23,9 @@ from image_factory import guest  # noqa: E402
 
 KVM = Path("/dev/kvm")
 HIDDEN_KVM = Path("/dev/kvm.off")
-SUDOERS = Path("/etc/sudoers.d/image-factory-check")
+# Two runs of the tests are apart by this in the names of users and of what sudo reads: tests/run-tests.
+APART = os.environ.get("TESTS_APART", "test")
+SUDOERS = Path(f"/etc/sudoers.d/image-factory-{APART}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -116,9 +118,17 @@ def daemon(name: str) -> Iterator[None]:
         wait_for(lambda: run("pgrep", "-x", "-u", "root", name, check=False).returncode, 20, f"{name} to end")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what has libvirt and this machine's mounts for itself."""
+    for item in items:
+        if "machine" in getattr(item, "fixturenames", ()):
+            item.add_marker("machine")
+
+
+@pytest.fixture(scope="session")
 def machine(stand_in: Path) -> Iterator[None]:
-    """This machine with the system's libvirt running."""
+    """This machine with the system's libvirt running, with no other build's mounts and loop devices."""
     with hidden_kvm(stand_in / "linux"), daemon("virtlogd"), daemon("libvirtd"):
         yield
 
@@ -127,7 +137,8 @@ def machine(stand_in: Path) -> Iterator[None]:
 def prefix(base: Path) -> Path:
     """Where the program is installed."""
     directory = base / "usr"
-    run("make", "-C", REPOSITORY, "install", f"PREFIX={directory}")
+    # It makes the manual in the checkout.
+    run("flock", REPOSITORY, "make", "-C", REPOSITORY, "install", f"PREFIX={directory}")
     return directory
 
 
@@ -192,7 +203,7 @@ def users(base: Path, prefix: Path) -> Iterator[dict[str, User]]:
     found["root"].home.mkdir()
     with ExitStack() as stack:
         for letter in ("a", "b", "c"):
-            name, home = f"image-factory-test-{letter}", base / letter
+            name, home = f"image-factory-{APART}-{letter}", base / letter
             run("userdel", name, check=False)
             run("useradd", "--no-log-init", "--create-home", "--home-dir", home, "--shell", "/bin/sh", name)
             stack.callback(remove_user, name)

@@ -24,6 +24,8 @@ from image_factory.tree import Branch
 
 from .conftest import machine_state, run, wait_for
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 OFFSET = 1 << 20
 

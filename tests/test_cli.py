@@ -19,6 +19,8 @@ import pytest
 from image_factory import __version__
 from image_factory.settings import default_arch, default_firmware
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIST_SCHEMA = json.loads((REPOSITORY / "data/image-list.schema.json").read_text())
 NOBODY = 65534

@@ -13,6 +13,8 @@ from image_factory import pipeline
 from image_factory.model import Plan
 from image_factory.settings import Configuration
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "tests/data"
 ANSWER_FILES = ("debian server.d/bullseye.cfg", "ubuntu-server.cfg", "fedora-server.ks", "opensuse.xml")

@@ -15,6 +15,8 @@ import pytest
 
 from .conftest import User, run
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 PASSWORD = f"pa55-{secrets.token_hex(12)}"
 # What a configuration names, so what may be shown; each in the form of its installer.
 ANSWERS = {

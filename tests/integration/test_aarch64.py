@@ -9,6 +9,8 @@ import pytest
 from ..conftest import REPOSITORY, User, run
 from .test_build import TODAY, Build, new_build, unused_blocks_left
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 
 @pytest.fixture(scope="module")
 def stand_in_aarch64(base: Path) -> Path:

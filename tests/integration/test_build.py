@@ -20,6 +20,8 @@ import pytest
 
 from ..conftest import REPOSITORY, User, left_behind, machine_state, run, vms, wait_for
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 TODAY = date.today().isoformat()
 WORK = ".image-factory-stand-in"
 ANSWERS = "stand-in/hostname string golden\nd-i passwd/root-password password s3cret\n"

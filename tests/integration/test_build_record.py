@@ -5,10 +5,14 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from image_factory import __version__, record
 
 from ..test_record import checked, checked_file, full_disk, sha256
 from .test_build import ANSWERS, TODAY, Build
+
+pytestmark = pytest.mark.usefixtures("machine")
 
 REAL_BUILD_SECONDS = 300
 

@@ -30,6 +30,8 @@ from image_factory import fetch
 from ..conftest import REPOSITORY, User, left_behind, machine_state, run, wait_for
 from .test_build import ANSWERS, TODAY, WORK, new_build
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 FAULTS = REPOSITORY / "tests/faults"
 IMAGE = f"stand-in-{TODAY}.qcow2"
 

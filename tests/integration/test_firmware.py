@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from .test_build import TODAY, Build
+
+pytestmark = pytest.mark.usefixtures("machine")
 
 
 def kept_by_libvirt(build: Build) -> list[Path]:

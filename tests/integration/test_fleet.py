@@ -16,6 +16,8 @@ import pytest
 from ..conftest import User, left_behind, run, wait_for
 from .test_build import TODAY, Build, new_build
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 # No control characters but the end of a line.
 PLAIN = re.compile(r"[^\x00-\x09\x0b-\x1f\x7f-\x9f]*")
 

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from .test_build import TODAY, Build
+
+pytestmark = pytest.mark.usefixtures("machine")
 
 COOKIE = "JENKINS_SERVER_COOKIE=durable-0123456789abcdef"
 # After these it goes on without waiting any longer, for a process and for the whole step.

@@ -15,6 +15,8 @@ import pytest
 from ..conftest import User, run
 from .test_build import ANSWERS, INSTALLER_LOGS, SURVIVORS, TODAY, WORK, Build
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 RAW = f"stand-in-{TODAY}.raw"
 DELETED, SWAPPED, LOGGED = "stand-in: this was deleted", "stand-in: this was swapped out", "stand-in installer log: "
 

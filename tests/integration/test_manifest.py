@@ -14,6 +14,8 @@ from ..test_record import checked_file
 from ..test_sign import ALICE, Keys, keys, sums_signed_by
 from .test_build import TODAY, WORK, Build
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 __all__ = ["keys"]
 
 IMAGE = f"stand-in-{TODAY}"

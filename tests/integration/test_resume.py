@@ -13,6 +13,8 @@ import pytest
 from ..conftest import machine_state, run
 from .test_build import TODAY, WORK, Build, mounted
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 IMAGE = f"stand-in-{TODAY}"
 
 

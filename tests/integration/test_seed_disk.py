@@ -8,8 +8,12 @@ import signal
 import stat
 from pathlib import Path
 
+import pytest
+
 from ..conftest import run, wait_for
 from .test_build import TODAY, Build, logged_commands, normal
+
+pytestmark = pytest.mark.usefixtures("machine")
 
 SECRET = "hunter2-on-the-seed-disk"
 ANSWERS = {

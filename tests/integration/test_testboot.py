@@ -189,11 +189,11 @@ class Broken:
 
 BROKEN = {
     "no boot loader": Broken(
-        "no boot loader", "boot", "it did not start: within 60 s .*Booting from Hard Disk", 110, timeout=60
+        "no boot loader", "boot", "it did not start: within 60 s .*Booting from Hard Disk", 240, timeout=60
     ),
     "kernel panic": Broken(
         "rm /lib/systemd/systemd\nwrite /bin/false /lib/systemd/systemd\nsif /lib/systemd/systemd mode 0100755\n",
-        "boot", "its kernel panicked: Attempted to kill init!", 110,
+        "boot", "its kernel panicked: Attempted to kill init!", 240,
     ),
     # There is no report: cloud-init has no room for it.
     "root full": Broken("write /dev/null /fill\nfallocate /fill 0 FREE\n", "boot", "its root filesystem is full"),

@@ -11,6 +11,8 @@ import pytest
 from ..conftest import run, vms
 from .test_build import TODAY, Build
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 # Mode, settings; seconds from the start of the misbehaviour until the build has ended; the error.
 MISBEHAVIOURS = {
     "panic": ("", 10, r"The guest's kernel has panicked\."),

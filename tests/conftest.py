@@ -1,5 +1,6 @@
 """What the tests share: this machine made ready, two ordinary users, the installed program."""
 
+import fcntl
 import os
 import pwd
 import shlex
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +24,12 @@ from image_factory import guest  # noqa: E402
 
 KVM = Path("/dev/kvm")
 HIDDEN_KVM = Path("/dev/kvm.off")
-# Two runs of the tests are apart by this in the names of users and of what sudo reads: tests/run-tests.
-APART = os.environ.get("TESTS_APART", "test")
-SUDOERS = Path(f"/etc/sudoers.d/image-factory-{APART}")
+# What tells two runs of the tests at once from each other, in the names of their users and files: see run-tests.
+RUN = os.environ.get("TEST_RUN", "check")
+OWN = (f"/if-{RUN}.", "/pytest-of-" if RUN == "check" else f"/pytest-{RUN}/")
+SUDOERS = Path(f"/etc/sudoers.d/image-factory-{RUN}")
+# Each run that goes on holds it.
+RUNS = Path("/run/lock/image-factory-tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,7 +79,7 @@ def copy_checkout(directory: Path) -> None:
 @pytest.fixture(scope="session")
 def base() -> Iterator[Path]:
     """A directory that all users can enter; its name is short, as libvirt's sockets are below."""
-    directory = Path(tempfile.mkdtemp(prefix="if-check.", dir="/var/tmp"))
+    directory = Path(tempfile.mkdtemp(prefix=f"if-{RUN}.", dir="/var/tmp"))
     directory.chmod(0o755)
     try:
         yield directory
@@ -87,21 +91,27 @@ def base() -> Iterator[Path]:
 def stand_in(base: Path) -> Path:
     """The directory with the stand-in installer's linux and initrd.gz."""
     directory = base / "stand-in"
-    run(REPOSITORY / "tests/stand_in/build", directory)
+    # Another run would download the same.
+    run("flock", REPOSITORY, REPOSITORY / "tests/stand_in/build", directory)
     return directory
 
 
 @contextmanager
 def hidden_kvm(kernel: Path) -> Iterator[None]:
-    """Put /dev/kvm out of the way where it is there and useless: it slows the system's libvirt down."""
-    if KVM.exists() and guest.why_not_kvm(kernel, "x86_64"):
-        KVM.rename(HIDDEN_KVM)
-    try:
-        yield
-    finally:
-        # Also the one that a killed run has hidden.
-        if HIDDEN_KVM.exists() and not KVM.exists():
-            HIDDEN_KVM.rename(KVM)
+    """Put /dev/kvm out of the way where it is there and useless: libguestfs would take it, libvirt is slow with it."""
+    with RUNS.open("w") as runs:
+        fcntl.flock(runs, fcntl.LOCK_EX)
+        if KVM.exists() and guest.why_not_kvm(kernel, "x86_64"):
+            KVM.rename(HIDDEN_KVM)
+        fcntl.flock(runs, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            # The last run shows it again, also one that a killed run has hidden.
+            with suppress(BlockingIOError):
+                fcntl.flock(runs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if HIDDEN_KVM.exists() and not KVM.exists():
+                    HIDDEN_KVM.rename(KVM)
 
 
 @contextmanager
@@ -120,16 +130,22 @@ def daemon(name: str) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what has libvirt and this machine's mounts for itself."""
+    """Mark what needs the system's libvirt, for run-tests."""
     for item in items:
         if "machine" in getattr(item, "fixturenames", ()):
             item.add_marker("machine")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_useless_kvm(stand_in: Path) -> Iterator[None]:
+    with hidden_kvm(stand_in / "linux"):
+        yield
+
+
 @pytest.fixture(scope="session")
-def machine(stand_in: Path) -> Iterator[None]:
-    """This machine with the system's libvirt running, with no other build's mounts and loop devices."""
-    with hidden_kvm(stand_in / "linux"), daemon("virtlogd"), daemon("libvirtd"):
+def machine(no_useless_kvm: None) -> Iterator[None]:
+    """This machine with the system's libvirt running."""
+    with daemon("virtlogd"), daemon("libvirtd"):
         yield
 
 
@@ -203,7 +219,7 @@ def users(base: Path, prefix: Path) -> Iterator[dict[str, User]]:
     found["root"].home.mkdir()
     with ExitStack() as stack:
         for letter in ("a", "b", "c"):
-            name, home = f"image-factory-{APART}-{letter}", base / letter
+            name, home = f"image-factory-{RUN}-{letter}", base / letter
             run("userdel", name, check=False)
             run("useradd", "--no-log-init", "--create-home", "--home-dir", home, "--shell", "/bin/sh", name)
             stack.callback(remove_user, name)
@@ -240,8 +256,8 @@ def vms(user: User, directory: Path) -> list[str]:
 def machine_state() -> list[str]:
     """Return the loop devices, mounts and directories of builds on this machine."""
     loops = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").stdout.splitlines()
-    # Others than the tests' may come and go.
-    state = [line for line in loops if "/if-check." in line or "/pytest-of-" in line]
+    # Others than this run's may come and go.
+    state = [line for line in loops if any(name in line for name in OWN)]
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     return [
         *state,

@@ -22,9 +22,7 @@ from image_factory.model import LARGEST_LOAD, Build, Disk, Partition, Plan, Volu
 from image_factory.settings import Configuration
 from image_factory.tree import Branch
 
-from .conftest import machine_state, run, wait_for
-
-pytestmark = pytest.mark.usefixtures("machine")
+from .conftest import OWN, machine_state, run, wait_for
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OFFSET = 1 << 20
@@ -45,7 +43,8 @@ def state() -> list[str]:
 
 def appliances() -> list[str]:
     """Return the processes of the appliances of these tests."""
-    return [line for line in run("ps", "-eo", "args").stdout.splitlines() if "qemu" in line and "/pytest-of-" in line]
+    lines = run("ps", "-eo", "args").stdout.splitlines()
+    return [line for line in lines if "qemu" in line and any(name in line for name in OWN)]
 
 
 def make_build(directory: Path, way: str = "guestfs", **settings: object) -> Build:

@@ -18,8 +18,6 @@ from .leftovers import LEFTOVERS
 from .test_audit import PROXY, M, Told, build_of
 from .test_leftovers import CLEAN, HASH, KEY, PLANTED, Contents, fill
 
-pytestmark = pytest.mark.usefixtures("machine")
-
 ASKED_FOR = f"root_password_hash = {HASH.replace('$', '$$')}\nauthorized_keys = ssh-ed25519 {KEY} me\nproxy = {PROXY}\n"
 
 

@@ -33,8 +33,6 @@ from image_factory.errors import CommandError, ConfigurationError, ImageFactoryE
 from image_factory.log import printable
 from image_factory.settings import FILE_VARIABLE, Configuration, ImageSettings, UploadSettings, declarations
 
-pytestmark = pytest.mark.usefixtures("machine")
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 SECONDS = 20

@@ -16,8 +16,6 @@ import pytest
 from .conftest import machine_state, run
 from .helper_scene import IMAGE_SIZE, Scene, own_mount, scene
 
-pytestmark = pytest.mark.usefixtures("machine")
-
 __all__ = ["scene"]
 
 REFUSED: list[tuple[str, list[str | bytes]]] = [

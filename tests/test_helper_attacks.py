@@ -23,8 +23,6 @@ import pytest
 from .conftest import machine_state, run, wait_for
 from .helper_scene import Scene, own_mount, scene
 
-pytestmark = pytest.mark.usefixtures("machine")
-
 __all__ = ["scene"]
 
 

@@ -18,8 +18,6 @@ from image_factory.tree import Tree
 
 from .conftest import REPOSITORY, machine_state, run, wait_for
 
-pytestmark = pytest.mark.usefixtures("machine")
-
 
 def mounted(disk: Disk) -> AbstractContextManager[Tree]:
     # It doesn't depend on the build.

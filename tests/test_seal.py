@@ -23,8 +23,6 @@ from image_factory.tree import Tree
 from .conftest import REPOSITORY, machine_state, run
 from .leftovers import LEFTOVERS, MACHINE_ID, PROXY, SURVIVORS, Leftover
 
-pytestmark = pytest.mark.usefixtures("machine")
-
 OFFSET = 1 << 20
 MEBIBYTES = 64
 ID = MACHINE_ID.decode()

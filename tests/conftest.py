@@ -100,9 +100,11 @@ def stand_in(base: Path) -> Path:
 def hidden_kvm(kernel: Path) -> Iterator[None]:
     """Put /dev/kvm out of the way where it is there and useless: libguestfs would take it, libvirt is slow with it."""
     with RUNS.open("w") as runs:
-        fcntl.flock(runs, fcntl.LOCK_EX)
-        if KVM.exists() and guest.why_not_kvm(kernel, "x86_64"):
-            KVM.rename(HIDDEN_KVM)
+        # The first run decides, others wait for that.
+        with suppress(BlockingIOError):
+            fcntl.flock(runs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if KVM.exists() and guest.why_not_kvm(kernel, "x86_64"):
+                KVM.rename(HIDDEN_KVM)
         fcntl.flock(runs, fcntl.LOCK_SH)
         try:
             yield

@@ -93,6 +93,8 @@ def test_images_are_built_beside_each_other_and_one_that_fails_stops_none(tmp_pa
     assert outcome.details("echo") == [
         "good: built\ngood-again: built\nbad: failed: The installer has failed.\n    Read its log."
     ]
+    # The last line of the log.
+    assert outcome.details("failed") == ["bad: failed: The installer has failed. (exit status 1)"]
 
 
 def archived(outcome: Outcome, image: str) -> list[str]:

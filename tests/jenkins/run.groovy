@@ -9,6 +9,8 @@ import groovy.json.JsonSlurper
 import org.codehaus.groovy.control.CompilerConfiguration
 import org.codehaus.groovy.control.customizers.ImportCustomizer
 
+import java.util.concurrent.locks.ReentrantLock
+
 @interface NonCPS { }
 
 /** What Jenkins interrupts a step with. */
@@ -23,10 +25,12 @@ abstract class Pipeline extends Script {
         @Override
         protected Map childValue(Map parent) { new HashMap(parent) }
     }
+    // Of the code one branch runs at a time, as in Jenkins; while its commands run the others go on.
+    static final ReentrantLock CODE = new ReentrantLock()
     static final Set<String> TAKEN = [] as Set
     static final Set<String> ABORTED = [] as Set
 
-    static synchronized void record(String step, Object detail) {
+    static void record(String step, Object detail) {
         // A method with @NonCPS can't call a step in Jenkins.
         List<String> plain = ['matching', 'summary', 'overview', 'details', 'outcome']
         if (Thread.currentThread().stackTrace.any { it.className == 'Jenkinsfile' && it.methodName in plain }) {
@@ -49,17 +53,15 @@ abstract class Pipeline extends Script {
     /** A workspace that is taken gets another name, as in Jenkins. */
     static Object inWorkspace(String name, Closure body) {
         String taken = name
-        synchronized (TAKEN) {
-            for (int number = 2; taken in TAKEN; number++) {
-                taken = "${name}@${number}"
-            }
-            TAKEN << taken
+        for (int number = 2; taken in TAKEN; number++) {
+            taken = "${name}@${number}"
         }
+        TAKEN << taken
         new File(root, taken).mkdirs()
         try {
             return inside([workspace: taken], body)
         } finally {
-            synchronized (TAKEN) { TAKEN.remove(taken) }
+            TAKEN.remove(taken)
         }
     }
 
@@ -98,16 +100,28 @@ abstract class Pipeline extends Script {
         List<Thread> threads = branches.collect { String name, Closure body ->
             Thread.start {
                 CONTEXT.set(CONTEXT.get() + [branch: name])
+                CODE.lock()
                 try {
                     body()
                 } catch (Throwable failure) {
-                    synchronized (failures) { failures[name] = failure }
+                    failures[name] = failure
+                } finally {
+                    CODE.unlock()
                 }
             }
         }
-        threads*.join()
+        outsideOfCode { threads*.join() }
         if (failures) {
             throw failures.values().first()
+        }
+    }
+
+    static void outsideOfCode(Closure body) {
+        CODE.unlock()
+        try {
+            body()
+        } finally {
+            CODE.lock()
         }
     }
 
@@ -122,15 +136,17 @@ abstract class Pipeline extends Script {
         StringBuffer errors = new StringBuffer()
         process.consumeProcessOutput(output, errors)
         String stopped = null
-        while (process.alive) {
-            stopped = interruption()
-            if (stopped) {
-                process.descendants().forEach { it.destroy() }
-                process.waitFor()
+        outsideOfCode {
+            while (process.alive) {
+                stopped = interruption()
+                if (stopped) {
+                    process.descendants().forEach { it.destroy() }
+                    process.waitFor()
+                }
+                sleep(50)
             }
-            sleep(50)
+            process.waitForProcessOutput()
         }
-        process.waitForProcessOutput()
         System.err.print(errors)
         if (stopped) {
             throw new Interruption(stopped)
@@ -206,6 +222,7 @@ Script script = new GroovyShell(getClass().classLoader, new Binding(names), conf
     .parse(source.text, 'Jenkinsfile.groovy')
 
 int status = 0
+Pipeline.CODE.lock()
 try {
     script.run()
 } catch (Throwable failure) {

@@ -56,7 +56,7 @@ def measured(builds: list[Build], directory: str, *, at_once: bool) -> float:
 
 def test_six_builds_at_once(builds: list[Build]) -> None:
     for build in builds:
-        configure(build, extra="vnc = localhost", **dict.fromkeys(IMAGES, ""))
+        configure(build, extra="vnc = localhost\nmax-parallel = auto", **dict.fromkeys(IMAGES, ""))
     one_after_another = measured(builds, "apart", at_once=False)
     at_once = measured(builds, "at-once", at_once=True)
     print(

@@ -35,6 +35,7 @@ initrd = initrd
 image-size = 1M
 ram = 64M
 virt-type = qemu
+max-parallel = none
 """
 
 

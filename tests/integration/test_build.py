@@ -59,6 +59,7 @@ class Build:
             f"""
 [DEFAULT]
 format = qcow2
+max-parallel = none
 [stand-in]
 linux = {netboot}/linux
 initrd = {netboot}/initrd.gz

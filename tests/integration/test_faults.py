@@ -158,7 +158,7 @@ def installed(users: dict[str, User], stand_in: Path) -> Path:
     (directory / "answers.cfg").write_text(ANSWERS)
     (directory / "image-factory.conf").write_text(
         f"[stand-in]\nlinux = {stand_in}/linux\ninitrd = {stand_in}/initrd.gz\npreseed = {directory}/answers.cfg\n"
-        "append = console=ttyS0\nimage-size = 128M\nram = 512M\nvirt-type = qemu\n"
+        "append = console=ttyS0\nimage-size = 128M\nram = 512M\nvirt-type = qemu\nmax-parallel = none\n"
     )
     configuration = str(directory / "image-factory.conf")
     run(*user.argv(user.program, "stand-in", IMAGE_FACTORY_CONFIG=configuration), cwd=directory)
@@ -232,6 +232,7 @@ cache-dir = {self.cache}
 image-size = 128M
 ram = 512M
 virt-type = qemu
+max-parallel = none
 format = qcow2
 seal = yes
 audit = yes

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -404,9 +404,12 @@ def _build_beside(arguments: argparse.Namespace, image: str, send: fleet.Send) -
 
 
 def _show_line(image: str, on_stderr: bool, line: str) -> None:
-    # A reader that has gone is no reason to end the builds.
-    with suppress(OSError):
-        print(f"{image}: {line}", file=sys.stderr if on_stderr else sys.stdout, flush=True)
+    stream = sys.stderr if on_stderr else sys.stdout
+    try:
+        print(f"{image}: {line}", file=stream, flush=True)
+    except OSError:
+        # A reader that has gone is no reason to end the builds.
+        _drop_output(stream)
 
 
 def fleet_summary(outcomes: Sequence[fleet.Outcome], seconds: float) -> str:
@@ -454,7 +457,13 @@ def _flush_stdout() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output(sys.stdout)
+
+
+def _drop_output(stream: TextIO) -> None:
+    """Drop what *stream* has kept, and what is yet to come."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), stream.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -844,6 +844,24 @@ def test_signal_with_several_images(job: Place, signum: signal.Signals, status: 
     assert not list(job.path.glob(".image-factory*"))
 
 
+def test_several_builds_whose_reader_has_gone(job: Place) -> None:
+    """They go on."""
+    (job.path / "records").mkdir()
+    with subprocess.Popen(
+        job.argv("a", "b", "--json", "records", "--max-parallel", "none"),
+        env=job.variables(),
+        cwd=job.path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(60) == 1
+    for image in ("a", "b"):
+        assert json.loads((job.path / f"records/{image}.json").read_text())["failure"]["message"] == REASON
+
+
 @pytest.fixture
 def installation() -> Iterator[socket.socket]:
     """What an installation is to others on this machine, of a user who is not in the list of users."""

@@ -409,7 +409,7 @@ def _show_line(image: str, on_stderr: bool, line: str) -> None:
         print(f"{image}: {line}", file=stream, flush=True)
     except OSError:
         # A reader that has gone is no reason to end the builds.
-        _drop_output(stream)
+        log.drop_output(stream)
 
 
 def fleet_summary(outcomes: Sequence[fleet.Outcome], seconds: float) -> str:
@@ -457,13 +457,7 @@ def _flush_stdout() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        _drop_output(sys.stdout)
-
-
-def _drop_output(stream: TextIO) -> None:
-    """Drop what *stream* has kept, and what is yet to come."""
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), stream.fileno())
+        log.drop_output(sys.stdout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -493,10 +487,13 @@ def _status_of(work: Callable[[], None], *, debug: bool, told: Callable[[str, st
     if told:
         told(message, hint)
     _flush_stdout()
-    if debug:
-        # It has what programs have printed.
-        print(log.printable("".join(traceback.format_exception(failure))), end="", file=sys.stderr)
-    print(f"image-factory: error: {_one_line(message)}", file=sys.stderr)
-    if hint:
-        print(f"image-factory: hint: {_one_line(hint)}", file=sys.stderr)
+    try:
+        if debug:
+            # It has what programs have printed.
+            print(log.printable("".join(traceback.format_exception(failure))), end="", file=sys.stderr)
+        print(f"image-factory: error: {_one_line(message)}", file=sys.stderr)
+        if hint:
+            print(f"image-factory: hint: {_one_line(hint)}", file=sys.stderr)
+    except OSError:
+        log.drop_output(sys.stderr)
     return status

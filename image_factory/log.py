@@ -1,6 +1,7 @@
 """Log lines that are safe to show, and the steps of a build."""
 
 import logging
+import os
 import re
 import sys
 import time
@@ -31,6 +32,15 @@ def printable(text: str) -> str:
     return _CONTROL.sub("?", _ESCAPE_SEQUENCE.sub("", text))
 
 
+def drop_output(stream: TextIO) -> None:
+    """Drop what *stream*, which could not be written, has kept, and what is yet to come.
+
+    Else it fails again wherever it is flushed: before each fork, and at exit, which gives the status 120.
+    """
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), stream.fileno())
+
+
 class _PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -44,8 +54,11 @@ class _Handler(logging.StreamHandler[TextIO]):
     """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        if isinstance(sys.exc_info()[1], Interrupted):
+        error = sys.exc_info()[1]
+        if isinstance(error, Interrupted):
             raise
+        if isinstance(error, OSError) and self.stream is sys.stderr:
+            drop_output(self.stream)
 
 
 class _FileHandler(_Handler, logging.FileHandler):

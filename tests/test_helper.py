@@ -184,6 +184,17 @@ REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("usage: a pattern", ["usage", "<MOUNTED>", "va*"]),
     ("usage: nothing", ["usage", "<MOUNTED>", ""]),
     ("usage: two directories", ["usage", "<MOUNTED>", "var", "etc"]),
+    ("subvolumes: outside of a mount", ["subvolumes", "<OWN>"]),
+    ("subvolumes: another user's mount", ["subvolumes", "<THEIRS>"]),
+    ("subvolumes: of no btrfs", ["subvolumes", "<MOUNTED>"]),
+    ("subvolumes: a path", ["subvolumes", "<MOUNTED>", "etc"]),
+    ("delete: nothing named", ["delete-subvolume", "<MOUNTED>"]),
+    ("delete: outside of a mount", ["delete-subvolume", "<OWN>", "full"]),
+    ("delete: another user's mount", ["delete-subvolume", "<THEIRS>", "etc"]),
+    ("delete: of no btrfs", ["delete-subvolume", "<MOUNTED>", "etc"]),
+    ("delete: with ..", ["delete-subvolume", "<MOUNTED>", "../etc"]),
+    ("delete: absolute", ["delete-subvolume", "<MOUNTED>", "/etc"]),
+    ("delete: a pattern", ["delete-subvolume", "<MOUNTED>", "et*"]),
     ("trim: outside of a mount", ["trim", "<OWN>"]),
     ("trim: another user's mount", ["trim", "<THEIRS>"]),
     ("trim: the machine's root", ["trim", "/"]),
@@ -577,3 +588,51 @@ def test_subvolumes_of_btrfs(scene: Scene, tmp_path: Path) -> None:
         assert scene.helper("umount", str(point), user="b").returncode == 1
         assert scene.helper("umount", str(point)).returncode == 0
     assert scene.outside() == outside
+
+
+def test_subvolumes_are_told_and_removed(scene: Scene, tmp_path: Path) -> None:
+    """The default one, what is none, and what others lie in stay; what is removed is gone from the blocks, too."""
+    user, point = scene.users["a"], scene.directories["a"] / "empty"
+    image, mounted = user.home / "snapshots.raw", tmp_path / "mnt"
+    run("truncate", "-s", "128M", image)
+    run("mkfs.btrfs", "-q", image)
+    mounted.mkdir()
+    run("mount", "-o", "loop", image, mounted)
+    try:
+        run("btrfs", "subvolume", "create", mounted / "@")
+        (mounted / "@/directory").mkdir()
+        (mounted / "@/directory/link").symlink_to("../../before")
+        run("btrfs", "subvolume", "create", mounted / "@/directory/inner")
+        (mounted / "@/file").write_text("what is in the snapshot alone\n")
+        run("btrfs", "subvolume", "snapshot", "-r", mounted / "@", mounted / "before")
+        (mounted / "@/file").unlink()
+        run("btrfs", "subvolume", "set-default", mounted / "@")
+    finally:
+        run("umount", mounted)
+    run("chown", user.name, image)
+    assert scene.helper("mount-image", str(image), "0", str(128 << 20), str(point), "subvolid=5").returncode == 0
+    try:
+        outside = scene.outside()
+        told = [json.loads(line) for line in scene.helper("subvolumes", str(point)).stdout.splitlines()]
+        assert [(path, source is not None, frozen) for _, path, _, source, frozen in told] == [
+            ("@", False, False),
+            ("", False, False),
+            ("@/directory/inner", False, False),
+            ("before", True, True),
+        ]
+        assert told[1][0] == 5
+        assert told[3][3] == told[0][2] != told[2][2]
+        for name in ("@", "@/directory", "@/directory/link", "none", "@/directory/inner/none"):
+            assert scene.helper("delete-subvolume", str(point), name).returncode == 1
+        assert scene.helper("delete-subvolume", str(point), "before", user="b").returncode == 1
+        assert scene.outside() == outside
+        assert b"in the snapshot alone" in image.read_bytes()
+        done = scene.helper("delete-subvolume", str(point), "before", "@/directory/inner")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert [json.loads(line)[1] for line in scene.helper("subvolumes", str(point)).stdout.splitlines()] == ["@", ""]
+    finally:
+        assert scene.helper("umount", str(point)).returncode == 0
+    assert scene.helper("mount-image", str(image), "0", str(128 << 20), str(point), "subvolid=5").returncode == 0
+    scene.helper("trim", str(point))
+    assert scene.helper("umount", str(point)).returncode == 0
+    assert b"in the snapshot alone" not in image.read_bytes()

@@ -106,17 +106,34 @@ def _path(build: Build) -> Path:
 
 
 def read_os(read: Read) -> dict[str, str]:
-    """Return what os-release says, by lower-case keys."""
-    data = next((data for data in map(read, _OS_RELEASE) if data), b"")
+    """Return what os-release says, by lower-case keys; what has another form than os-release(5) says is told."""
+    path, data = next(((path, data) for path in _OS_RELEASE if (data := read(path))), ("", b""))
     found = {}
     for line in data[: 1 << 16].decode("utf-8", errors="replace").splitlines():
-        key, _, value = line.partition("=")
+        key, _, text = line.strip().partition("=")
         if key in _OS_KEYS:
-            try:
-                found[key.lower()] = _clean(" ".join(shlex.split(value)))
-            except ValueError:
-                continue
-    return {key: value for key, value in found.items() if value and (key == "pretty_name" or _OS_WORD.fullmatch(value))}
+            value = _os_value(path, key, text)
+            if value:
+                found[key.lower()] = value
+    return found
+
+
+def _os_value(path: str, key: str, text: str) -> str:
+    """Return the value of *key* that *text* is in a shell, empty if it can't be used."""
+    try:
+        value = _clean(" ".join(shlex.split(text)))
+    except ValueError:
+        logger.warning("/%s: %s has a quote without an end: it is left out.", path, key)
+        return ""
+    if key == "PRETTY_NAME" or not value or _OS_WORD.fullmatch(value):
+        return value
+    # openEuler writes it so, and Kylin its V10; package URLs and other programs have lower case.
+    lower = value.lower()
+    if _OS_WORD.fullmatch(lower):
+        logger.info("/%s: %s is %s there, and is taken as %s.", path, key, value, lower)
+        return lower
+    logger.warning("/%s: %s is %s, which os-release(5) does not allow: it is left out.", path, key, value)
+    return ""
 
 
 def read_packages(read: Read, directory: Path) -> tuple[Package, ...]:

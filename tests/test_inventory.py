@@ -80,6 +80,32 @@ def test_system_that_has_a_name() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "found", "said"),
+    [
+        (
+            'ID="openEuler"\nVERSION_ID="V10"\n',
+            {"id": "openeuler", "version_id": "v10"},
+            ["ID is openEuler there, and is taken as openeuler", "VERSION_ID is V10 there, and is taken as v10"],
+        ),
+        ("  ID=Arch\r\nVERSION_ID=24.03\r\n", {"id": "arch", "version_id": "24.03"}, ["is taken as arch"]),
+        ("ID=ol\\d\nVERSION_ID='9'.\"5\"\n", {"id": "old", "version_id": "9.5"}, []),
+        ("ID=a b\nVERSION_ID='1\n", {}, ["ID is a b, which os-release(5) does not allow", "VERSION_ID has a quote"]),
+        ('ID=""\nPRETTY_NAME="openEuler V10 (SP1)"\n', {"pretty_name": "openEuler V10 (SP1)"}, []),
+    ],
+)
+def test_odd_names_are_told(
+    caplog: pytest.LogCaptureFixture, text: str, found: dict[str, str], said: list[str]
+) -> None:
+    """Nothing of it is changed or left out without a word."""
+    caplog.set_level(logging.INFO)
+    assert inventory.read_os(files(etc__os_release=text)) == found
+    assert len(caplog.messages) == len(said)
+    for words, message in zip(said, caplog.messages, strict=True):
+        assert message.startswith("/etc/os-release: ")
+        assert words in message
+
+
+@pytest.mark.parametrize(
     ("state", "listed"),
     [
         ("install ok installed", True),

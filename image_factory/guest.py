@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 from . import arch, command, delivery
 from .console import Console
 from .errors import BuildError, CommandError, ConfigurationError
+from .installers import POWER_OFF
 from .log import logger, step
 from .model import VM_PREFIX, WORK_PREFIX, Build, Plan, libvirt_uri
 from .release import released
@@ -411,14 +412,19 @@ def _keep_screenshot(build: Build) -> None:
 
 def limits(settings: ImageSettings, virt_type: str) -> Limits:
     """Return how long the installation may take; emulation is slower."""
-    stall = settings.stall_timeout
+    whole, stall = settings.install_timeout, settings.stall_timeout
+    if whole is None:
+        whole = parse_duration("8h" if virt_type == "qemu" else "2h")
     if stall is None:
         stall = parse_duration("30m" if virt_type == "qemu" else "10m")
-    return Limits(settings.install_timeout, stall)
+    return Limits(whole, stall)
 
 
 def install(build: Build, media: Media, virt_type: str) -> None:
-    """Run the installer until the guest is off; BuildError unless it powered off by itself."""
+    """Run the installer until the guest is off; BuildError unless it has come to its end by itself.
+
+    InstalledError where the disk may have a whole system all the same.
+    """
 
     def remove() -> None:
         remove_vm(build.vm_name)
@@ -431,25 +437,34 @@ def install(build: Build, media: Media, virt_type: str) -> None:
         argv = virt_install_argv(build, media.arguments, virt_type)
         while True:
             command.run(pool_argv(build), timeout=_VIRSH_SECONDS)
-            if _run_virt_install(build, argv, virt_type, deadline):
+            watcher = _run_virt_install(build, argv, virt_type, deadline)
+            if watcher:
                 break
             logger.info("Another machine has just taken the display; another one is picked.")
             # With its pool.
             remove_vm(build.vm_name)
-        state = command.run(
-            ["virsh", "--connect", build.plan.libvirt_uri, "domstate", "--reason", build.vm_name],
-            capture=True,
-            timeout=_VIRSH_SECONDS,
-        ).strip()
-        if state != "shut off (shutdown)":
-            raise BuildError(
-                f"The installation machine did not power off by itself: {state}.",
-                hint=f"What it printed is in {build.plan.console_path}.",
-            )
+        _check_end(build, watcher)
 
 
-def _run_virt_install(build: Build, argv: list[str], virt_type: str, deadline: float) -> bool:
-    """Install; return false if libvirt, until *deadline*, has picked a display that was taken meanwhile."""
+def _check_end(build: Build, watcher: Watcher) -> None:
+    """Raise BuildError unless the machine, which is off, has come to its end by itself."""
+    if watcher.switched_off:
+        logger.warning(
+            "The guest has halted, and its machine was switched off. Have %s.",
+            POWER_OFF[build.plan.settings.answer_file_key],
+        )
+        return
+    argv = ["virsh", "--connect", build.plan.libvirt_uri, "domstate", "--reason", build.vm_name]
+    state = command.run(argv, capture=True, timeout=_VIRSH_SECONDS).strip()
+    if state != "shut off (shutdown)":
+        raise BuildError(
+            f"The installation machine did not power off by itself: {state}.",
+            hint=f"What it printed is in {build.plan.console_path}.",
+        )
+
+
+def _run_virt_install(build: Build, argv: list[str], virt_type: str, deadline: float) -> Watcher | None:
+    """Install; return None if libvirt, until *deadline*, has picked a display that was taken meanwhile."""
     watcher = Watcher(build, limits(build.plan.settings, virt_type))
     try:
         command.run(
@@ -470,10 +485,10 @@ def _run_virt_install(build: Build, argv: list[str], virt_type: str, deadline: f
             "Address already in use" in line for line in error.last_lines
         )
         if taken and time.monotonic() < deadline:
-            return False
+            return None
         raise
     watcher.finish()
-    return True
+    return watcher
 
 
 def choose_virt_type(plan: Plan, kernel: Path | None) -> str:

@@ -38,7 +38,30 @@ class Installer:
     name: str
     phases: tuple[tuple[str, str], ...]
     failures: tuple[Failure, ...]
+    # Live systems, which Subiquity and Agama run in, show a login prompt of their own.
+    shows_login: bool = False
 
+
+# What the kernel, systemd, sysvinit and busybox say when the machine is to be switched off by hand; so do kernels
+# that can't do it themselves.
+HALTED = re.compile(
+    r"(?:^|: |\] )(?:System halted\.?|Power off not available: System halted instead|Halting system\.|"
+    r"Requesting system halt|Will now halt\.?)$"
+)
+# A message of the kernel may come behind it.
+LOGIN_PROMPT = re.compile(r"^[\w.-]+ login:(?: \[ *[0-9]+\.[0-9]+\].*)?$")
+# The kernel's banner, with the time that it has at its start.
+KERNEL_BANNER = re.compile(r"^(?:\[ *0\.0+\] )?Linux version [0-9]")
+
+# By the key of the answer file: what has the machine powered off at the end.
+POWER_OFF = {
+    "preseed": "'d-i debian-installer/exit/poweroff boolean true' in the preseed file",
+    "kickstart": "'poweroff' in the Kickstart file",
+    "yast": '<halt config:type="boolean">true</halt> in <general><mode> of the profile',
+    "autoinstall": "'shutdown: poweroff' in the autoinstall file",
+    "agama": "inst.finish=poweroff in append",
+    None: "what has the installer power off in append",
+}
 
 _CONSOLE = "The console log has its words."
 _ANSWERS = "The answer file lacks an answer, or has one that the installer does not take; the console log shows which."
@@ -229,6 +252,7 @@ SUBIQUITY = Installer(
             titled=True,
         ),
     ),
+    shows_login=True,
 )
 
 AUTOYAST = Installer(
@@ -279,6 +303,7 @@ AGAMA = Installer(
             "The console log says why; an answer file for it is JSON or Jsonnet.",
         ),
     ),
+    shows_login=True,
 )
 
 # What ends any installation.
@@ -293,6 +318,12 @@ COMMON = (
         "Kernel panic - not syncing: VFS",
         "The installer's kernel has found no initrd that it can use.",
         "linux and initrd don't belong together, or ram is too small for them.",
+    ),
+    Failure(
+        # Of the code that unpacks it, which has nothing but this to say it with.
+        "^-- System halted$",
+        "The installer's kernel can't be started.",
+        "The console log says why; linux is damaged, is another machine's, or ram is too small.",
     ),
     Failure(
         "Kernel panic - not syncing",

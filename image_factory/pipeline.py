@@ -36,6 +36,7 @@ from .outputs import OUTPUTS
 from .settings import Configuration, check_image_name
 from .sources import SOURCES
 from .units import format_size
+from .watch import InstalledError
 
 # What --until can name; see _go_on.
 UNTIL = ("install", "clean", "convert", "publish", "upload")
@@ -164,10 +165,7 @@ def build_image(
                 events.tell(used)
             events.tell(events.VirtTypeChosen(disk.virt_type))
         else:
-            inputs = checkpoint.InputsUsed()
-            with events.observed(inputs):
-                disk = SOURCES["installer"].produce(build)
-            done = checkpoint.begin(build, disk, inputs)
+            disk, done = _installed(build)
         events.tell(events.Installed())
         try:
             artifacts = _go_on(build, disk, done, until)
@@ -179,9 +177,27 @@ def build_image(
             done.forget()
             raise
         except ImageFactoryError as error:
-            if checkpoint.read(build.directory):
-                error.add_hint(f"'image-factory --resume {plan.image}' goes on here, without a new installation.")
+            _hint_at_resuming(build, error)
             raise
+
+
+def _installed(build: Build) -> tuple[Disk, Checkpoint]:
+    """Return the installed disk, and the checkpoint there; it is there too where the installation's end is not good."""
+    inputs = checkpoint.InputsUsed()
+    try:
+        with events.observed(inputs):
+            disk = SOURCES["installer"].produce(build)
+    except InstalledError as error:
+        if error.disk:
+            checkpoint.begin(build, error.disk, inputs)
+            _hint_at_resuming(build, error)
+        raise
+    return disk, checkpoint.begin(build, disk, inputs)
+
+
+def _hint_at_resuming(build: Build, error: ImageFactoryError) -> None:
+    if checkpoint.read(build.directory):
+        error.add_hint(f"'image-factory --resume {build.plan.image}' goes on here, without a new installation.")
 
 
 @contextlib.contextmanager

@@ -404,7 +404,9 @@ class ImageSettings:
         ("--max-parallel",),
         "N",
     )
-    install_timeout: float = _setting(parse_duration, "how long the installation may take, or none", "2h")
+    install_timeout: float | None = _setting(
+        parse_duration, "how long the installation may take, or none (default: 2h with KVM, else 8h)"
+    )
     stall_timeout: float | None = _setting(
         parse_duration, "how long it may show no sign of life, or none (default: 10m with KVM, else 30m)"
     )

@@ -1,5 +1,6 @@
 """Watch an installation: tell its phases, and end it when nothing more will come of it."""
 
+import contextlib
 import re
 import time
 from collections import OrderedDict
@@ -11,12 +12,14 @@ from . import command, events, installers
 from .console import Console
 from .errors import BuildError
 from .installers import Failure
-from .model import Build
+from .model import Build, Disk
 from .units import format_duration
 
 # How often libvirt is asked what the guest does, and how long it may take to answer.
 _STATISTICS_SECONDS = 2.0
 _VIRSH_SECONDS = 5.0
+# QEMU has 15 seconds to end before libvirt kills it.
+_DESTROY_SECONDS = 30.0
 
 # What a failure prints comes in several lines, of which a later one may say more.
 _SETTLE_SECONDS = 2.0
@@ -64,13 +67,23 @@ class InstallationError(BuildError):
     """The installation has failed, or will never end."""
 
 
+class InstalledError(InstallationError):
+    """The machine has come to an end after which its disk may have a whole system, or none.
+
+    Whoever installs sets *disk*, which is kept for --resume.
+    """
+
+    disk: Disk | None = None
+
+
 class Watcher:
     """Looks at the console and at libvirt's statistics of one installation machine."""
 
     def __init__(self, build: Build, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._uri, self._name = build.plan.libvirt_uri, build.vm_name
         self._console = _Follower(build.console_path)
-        self._installers = installers.possible(build.plan.settings.answer_file_key)
+        self._answer_file_key = build.plan.settings.answer_file_key
+        self._installers = installers.possible(self._answer_file_key)
         self._limits = limits
         self._clock = clock
         self._start = self._alive = clock()
@@ -84,6 +97,10 @@ class Watcher:
         self._found_at = 0.0
         self._question: Failure | None = None
         self._question_at = 0.0
+        self._booted_again = False
+        self._halted_at: float | None = None
+        # Whether the guest had halted, and this has switched its machine off.
+        self.switched_off = False
         self._line_before = ""
         self._title = ""
 
@@ -95,6 +112,9 @@ class Watcher:
             raise self._error_of(self._found)
         if self._question and now - self._question_at >= _QUESTION_SECONDS:
             raise self._error_of(self._question)
+        if self._halted_at is not None and now - self._halted_at >= _SETTLE_SECONDS and not self.switched_off:
+            self._switch_off()
+            self._halted_at = now
         if now >= self._next_statistics:
             self._next_statistics = now + _STATISTICS_SECONDS
             self._ask_libvirt(now)
@@ -116,8 +136,10 @@ class Watcher:
             self._notice(self._console.line, now)
 
     def _count_boots(self, line: str, now: float) -> None:
-        if re.search(r"^(?:\[ *0\.0+\] )?Linux version [0-9]", line):
+        if installers.KERNEL_BANNER.search(line):
             self._boots += 1
+            # The installer's own kernel has started before any phase.
+            self._booted_again = self._phase is not None
             if self._boots >= _BOOTS:
                 self._find(_REBOOTS, now)
 
@@ -132,6 +154,10 @@ class Watcher:
         is_kernels = bool(_KERNEL_LOG.search(line))
         # What a driver says has the same words.
         failure = installers.failure_of(() if is_kernels else self._installers, line)
+        if failure is None and self._is_login(line):
+            failure = _STARTED
+        if self._halted_at is None and installers.HALTED.search(line):
+            self._halted_at = now
         if failure and failure.question:
             if self._question is None:
                 self._question, self._question_at = failure, now
@@ -152,6 +178,18 @@ class Watcher:
             self._alive = now
         self._follow_phase(line)
 
+    def _is_login(self, line: str) -> bool:
+        """Whether *line* is the login prompt of the installed system."""
+        shows_login = any(installer.shows_login for installer in self._installers)
+        return bool(installers.LOGIN_PROMPT.search(line)) and (self._booted_again or not shows_login)
+
+    def _switch_off(self) -> None:
+        """Switch the machine off; one that libvirt can't reach now stays on."""
+        argv = ["virsh", "--connect", self._uri, "destroy", self._name]
+        with contextlib.suppress(BuildError):
+            command.run(argv, capture=True, timeout=_DESTROY_SECONDS)
+            self.switched_off = True
+
     def _find(self, failure: Failure, now: float) -> None:
         order = (_REBOOTS, *installers.failures_of(self._installers))
         if self._found is None:
@@ -161,7 +199,12 @@ class Watcher:
 
     def _error_of(self, failure: Failure) -> InstallationError:
         title = f": {self._title}" if failure.titled and self._title else ""
-        return InstallationError(f"{failure.message.removesuffix('.')}{title}.", hint=failure.hint)
+        message = f"{failure.message.removesuffix('.')}{title}."
+        if failure is _STARTED:
+            return InstalledError(message, hint=failure.hint.format(installers.POWER_OFF[self._answer_file_key]))
+        if self._halted_at is not None and not failure.certain:
+            return InstalledError(f"{message} Then the guest has halted.", hint=failure.hint)
+        return InstallationError(message, hint=failure.hint)
 
     def _follow_phase(self, line: str) -> None:
         phase = installers.phase_of(self._installers, line)
@@ -209,6 +252,14 @@ _REBOOTS = Failure(
     "",
     "The guest boots again and again.",
     "The console log shows what comes before each start. Often ram is too small.",
+)
+
+
+_STARTED = Failure(
+    "",
+    "The installed system was started: it asks for a login.",
+    "Have {}. What a first start makes is on the disk, so take it away with seal = yes",
+    question=True,
 )
 
 

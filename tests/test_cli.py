@@ -560,7 +560,7 @@ def test_list_in_json(place: Place) -> None:
     }
     child = {"name": "child", "release": "a\x1b[31m\u00e9", "image_size": 1 << 30, "based_on": "CentOS-Stream-10"}
     unknown = dict.fromkeys(("distribution", "release", "arch", "firmware", "ram", "based_on"))
-    usual = {"virt_type": "auto", "cores": 1, "image_size": 2 << 30, "install_timeout": 7200.0, "test_boot": False}
+    usual = {"virt_type": "auto", "cores": 1, "image_size": 2 << 30, "install_timeout": None, "test_boot": False}
     assert found == [stream, stream | child, {"name": "bad", "format": [], **unknown, **usual}]
     # No terminal obeys it.
     assert done.stdout.isascii()

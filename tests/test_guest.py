@@ -1,6 +1,7 @@
 """virt-install's command line, the probe of KVM and the console's log."""
 
 import datetime
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from image_factory import guest
 from image_factory.errors import BuildError, ConfigurationError
 from image_factory.model import Build, Plan
 from image_factory.settings import Configuration, ImageSettings
+from image_factory.watch import Limits
 
 BASE = """[image]
 linux = /netboot/linux
@@ -178,6 +180,19 @@ def run_virtinst_parser(option: str) -> dict[str, Any]:
         sys.path.pop()
     parsed: dict[str, Any] = cli.parse_optstr_tuples(option)
     return dict(parsed)
+
+
+@pytest.mark.parametrize(
+    ("text", "virt_type", "expected"),
+    [
+        ("", "kvm", (7200, 600)),
+        ("", "qemu", (28800, 1800)),
+        ("install-timeout = 1h\nstall-timeout = 5m", "qemu", (3600, 300)),
+        ("install-timeout = none", "kvm", (math.inf, 600)),
+    ],
+)
+def test_time_limits_know_emulation(tmp_path: Path, text: str, virt_type: str, expected: tuple[float, float]) -> None:
+    assert guest.limits(settings(tmp_path, text), virt_type) == Limits(*expected)
 
 
 class TestProbe:

@@ -201,7 +201,7 @@ def test_defaults(read: Read) -> None:
         virt_type="auto",
         network="user,model=virtio",
         max_parallel=None,
-        install_timeout=7200.0,
+        install_timeout=None,
         stall_timeout=None,
         test_boot=False,
         test_script=None,

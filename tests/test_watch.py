@@ -14,7 +14,7 @@ import pytest
 from image_factory import events, installers
 from image_factory.model import Build, Plan
 from image_factory.settings import Configuration
-from image_factory.watch import InstallationError, Limits, Watcher
+from image_factory.watch import InstallationError, InstalledError, Limits, Watcher
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -24,7 +24,7 @@ class Watched:
 
     def __init__(self, directory: Path, *, answers: str = "preseed", limits: Limits | None = None) -> None:
         configuration = directory / "image-factory.conf"
-        configuration.write_text(f"[x]\nlinux = /l\ninitrd = /i\n{answers} = /a.cfg\n")
+        configuration.write_text(f"[x]\nlinux = /l\ninitrd = /i\n{answers} = /a.json\n")
         settings = Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)}).image("x", {})
         self.build = Build(Plan("x", settings, datetime.date.today(), directory, {}), directory, "vm")
         self.statistics = directory / "statistics"
@@ -58,6 +58,17 @@ class Watched:
                 return self.now - start
         raise AssertionError(f"it went on for {seconds} s")
 
+    def look_at_the_end(self) -> None:
+        """Look until nothing more will come of it."""
+        for _ in range(10):
+            self.look()
+
+    def virsh(self, verb: str) -> list[str]:
+        """Return the arguments of the one command of libvirt that changes something."""
+        words = (self.build.directory / "destroyed").read_text().split()
+        assert verb in words
+        return words
+
     def of(self, kind: type) -> list[events.Event]:
         """Return the events of one kind."""
         return [event for event in self.events if isinstance(event, kind)]
@@ -67,7 +78,15 @@ class Watched:
 def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "virsh").write_text(f"#!/bin/sh\ncat {tmp_path}/statistics 2>/dev/null || exit 1\n")
+    (programs / "virsh").write_text(
+        f"""#!/bin/sh
+case $3 in
+    domstats) exec cat {tmp_path}/statistics ;;
+    destroy) printf '%s\\n' "$@" >{tmp_path}/destroyed; [ ! -e {tmp_path}/refuses ] ;;
+    *) exit 1 ;;
+esac
+"""
+    )
     (programs / "virsh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     return Watched(tmp_path)
@@ -329,6 +348,120 @@ def test_what_a_healthy_installation_prints(tmp_path: Path, answers: str, line: 
     for _ in range(20):
         watched.look()
     watched.watcher.finish()
+
+
+HALTS = [
+    "reboot: System halted",
+    "[  812.345678] reboot: System halted",
+    "System halted.",
+    "[ 12.1] reboot: Power off not available: System halted instead",
+    "[  812.3] systemd-shutdown[1]: Halting system.",
+    "Requesting system halt",
+    "[info] Will now halt.",
+]
+
+
+@pytest.mark.parametrize("line", HALTS)
+@pytest.mark.parametrize("answers", ["preseed", "kickstart", "agama"])
+def test_guest_that_halts_is_switched_off(watched: Watched, tmp_path: Path, answers: str, line: str) -> None:
+    watched = Watched(tmp_path, answers=answers)
+    watched.prints("something before\r\n")
+    watched.prints(f"{line}\r\n")
+    for _ in range(9):
+        watched.look()
+    assert watched.virsh("destroy") == ["--connect", watched.build.plan.libvirt_uri, "destroy", "vm"]
+    assert watched.watcher.switched_off
+    watched.watcher.finish()
+
+
+def test_libvirt_that_is_away_when_the_guest_halts(watched: Watched, tmp_path: Path) -> None:
+    """It is asked again, until it answers."""
+    (tmp_path / "refuses").touch()
+    watched.prints("reboot: System halted\r\n")
+    for _ in range(5):
+        watched.look()
+    assert not watched.watcher.switched_off
+    (tmp_path / "refuses").unlink()
+    for _ in range(5):
+        watched.look()
+    assert watched.watcher.switched_off
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[    5.1] usb 1-1: System halted by nobody",
+        "Unpacking halt (System halted) ...",
+        "reboot: Power down",
+        "Setting up systemd-sysv: System halt is masked",
+    ],
+)
+def test_what_is_no_halt(watched: Watched, line: str) -> None:
+    watched.prints(f"{line}\r\n")
+    for _ in range(9):
+        watched.look()
+    assert not watched.watcher.switched_off
+
+
+def test_failure_before_the_halt(watched: Watched) -> None:
+    """A failure that is certain counts; of another one nobody knows, so that the disk is kept."""
+    watched.prints("!! ERROR: Failed to run preseeded command\r\nreboot: System halted\r\n")
+    with pytest.raises(InstallationError, match="A command of the answer file has failed") as raised:
+        watched.look_at_the_end()
+    assert not isinstance(raised.value, InstalledError)
+
+
+def test_word_in_passing_before_the_halt(tmp_path: Path, watched: Watched) -> None:
+    watched = Watched(tmp_path, answers="kickstart")
+    watched.prints("Traceback (most recent call last):\r\nreboot: System halted\r\n")
+    with pytest.raises(InstalledError, match=r"A program of the installer has crashed\. Then the guest has halted\."):
+        watched.look_at_the_end()
+
+
+def test_kernel_that_can_not_be_unpacked(watched: Watched) -> None:
+    watched.prints("XZ-compressed data is corrupt\r\n\r\n -- System halted\r\n")
+    with pytest.raises(InstallationError, match="kernel can't be started"):
+        watched.look_at_the_end()
+    assert not watched.watcher.switched_off
+
+
+SECOND_START = "[    0.000000] Linux version 6.1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answers", "before", "ends"),
+    [
+        ("kickstart", "", True),
+        ("preseed", "", True),
+        ("yast", "Performing Installation\r\n" + SECOND_START, True),
+        # Their live systems have such a prompt, from the start.
+        ("autoinstall", SECOND_START, False),
+        ("agama", SECOND_START + "Installing packages\r\n", False),
+        ("agama", SECOND_START + "Installing packages\r\n" + SECOND_START, True),
+    ],
+)
+@pytest.mark.parametrize("prompt", ["localhost login: ", "my-host.example.com login: [   31.2] random: crng\r\n"])
+def test_login_prompt(watched: Watched, tmp_path: Path, answers: str, before: str, ends: bool, prompt: str) -> None:
+    watched = Watched(tmp_path, answers=answers)
+    watched.prints(before)
+    watched.prints(f"Fedora Linux 44\r\nKernel 6.19 on an x86_64 (ttyS0)\r\n\r\n{prompt}")
+    if not ends:
+        for _ in range(20):
+            watched.look()
+        return
+    assert watched.look_for(10) <= 6
+    with pytest.raises(InstalledError, match="The installed system was started") as raised:
+        watched.look()
+    assert installers.POWER_OFF[answers] in str(raised.value.hint)
+
+
+def test_login_that_others_do(watched: Watched) -> None:
+    """A machine that goes on by itself is left alone."""
+    watched.prints("localhost login: root (automatic login)\r\n")
+    watched.prints("last login: ")
+    watched.prints("yesterday\r\n")
+    for _ in range(9):
+        watched.look()
 
 
 def test_question_that_comes_again(watched: Watched) -> None:

@@ -9,6 +9,7 @@ from ..errors import BuildError, ConfigurationError
 from ..log import step
 from ..model import Build, Disk, Plan
 from ..settings import ImageSettings, Source
+from ..watch import InstalledError
 
 
 def programs(plan: Plan) -> list[str]:
@@ -128,7 +129,7 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
 
 
 def produce(build: Build) -> Disk:
-    """Install onto a new disk; BuildError if that fails."""
+    """Install onto a new disk; BuildError if that fails, InstalledError if the disk is of use all the same."""
     with step("Creating the disk"):
         # Others get through the working directory of root's builds.
         command.run(create_argv(build), umask=0o077)
@@ -140,8 +141,13 @@ def produce(build: Build) -> Disk:
     with turns.taken(settings.max_parallel, settings.ram, settings.cores):
         virt_type = guest.choose_virt_type(build.plan, kernel)
         events.tell(events.VirtTypeChosen(virt_type))
-        guest.install(build, media, virt_type)
-    return Disk(build.disk_path, virt_type)
+        disk = Disk(build.disk_path, virt_type)
+        try:
+            guest.install(build, media, virt_type)
+        except InstalledError as error:
+            error.disk = disk
+            raise
+    return disk
 
 
 def _location(build: Build) -> tuple[str, str]:

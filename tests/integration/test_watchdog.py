@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ..conftest import run, vms
+from ..conftest import run, vms, wait_for
 from .test_build import TODAY, Build
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -51,6 +51,44 @@ def test_misbehaviour(user_build: Build, mode: str) -> None:
     log = (user_build.directory / f"stand-in-{TODAY}.log").read_text()
     assert "ERROR: console: " in log
     assert "ERROR: To repeat the installation by hand: mkdir " in log
+
+
+def test_guest_that_halts(user_build: Build) -> None:
+    """Its machine is switched off, and the build goes on with the disk."""
+    user_build.configure(arguments="stand-in=halt", extra="stall-timeout = 60s")
+    with user_build.started() as process:
+        user_build.wait_for_guest("reboot: System halted")
+        start = time.monotonic()
+        wait_for(lambda: "The guest has halted" in user_build.stderr(), 30, "the end of the halted machine")
+        took = time.monotonic() - start
+        assert process.wait(120) == 0
+    print(f"ended {took:.1f} s after the guest had halted")
+    assert took < 10
+    assert (
+        "WARNING: The guest has halted, and its machine was switched off. "
+        "Have 'd-i debian-installer/exit/poweroff boolean true' in the preseed file."
+    ) in user_build.stderr()
+    assert (user_build.directory / f"stand-in-{TODAY}.qcow2").exists()
+    assert vms(user_build.user, user_build.directory) == []
+
+
+def test_installed_system_that_comes_up(user_build: Build) -> None:
+    """The build ends, and what a first start has left is sealed when it is resumed."""
+    user_build.configure(arguments="stand-in=login", extra="seal = yes\nstall-timeout = 60s")
+    with user_build.started() as process:
+        user_build.wait_for_guest("login:")
+        start = time.monotonic()
+        assert process.wait(60) == 1
+        took = time.monotonic() - start
+    print(f"ended {took:.1f} s after the prompt")
+    assert took < 10
+    said = [line for line in user_build.stderr().splitlines() if line.startswith("image-factory: ")]
+    assert said[0] == "image-factory: error: The installed system was started: it asks for a login."
+    assert "'image-factory --resume stand-in' goes on here" in said[1]
+    assert vms(user_build.user, user_build.directory) == []
+    done = user_build.run("--resume")
+    assert re.search("Sealing|machine-id", done.stderr)
+    assert (user_build.directory / f"stand-in-{TODAY}.qcow2").exists()
 
 
 def test_commands_by_hand(user_build: Build) -> None:

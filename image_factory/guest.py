@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import arch, command, delivery
+from . import arch, command, delivery, interrupts
 from .console import Console
 from .errors import BuildError, CommandError, ConfigurationError
 from .installers import POWER_OFF
@@ -65,6 +65,12 @@ _CONNECTION_LOST = re.compile(
 _DISK_OPTIONS = ("bus=virtio", "format=raw", "cache=unsafe", "discard=unmap", "error_policy=report")
 # For so long a display that is picked may turn out to be taken.
 _DISPLAY_SECONDS = 60.0
+# Of a machine that is off, libvirt loses the reason where the guest was faster than its start, or a libvirtd ended.
+_REASON_LOST = ("unknown", "crashed", "daemon", "failed")
+# A kernel's last words; ``--noreboot`` makes a restart the end too.  Those before 3.11 don't say "reboot:".
+_POWERED_OFF = re.compile(r"^(?:\[ *[0-9]+\.[0-9]+\] )?(?:reboot: )?(?:Power down|Restarting system)\b")
+# virtlogd writes what comes from QEMU through a pipe.
+_LOG_SECONDS = 3.0
 # virt-install removes its copies of kernel and initrd on SIGINT, but not before libvirt answers.
 _VIRT_INSTALL_STOP_SECONDS = 60.0
 
@@ -456,11 +462,44 @@ def _check_end(build: Build, watcher: Watcher) -> None:
         return
     argv = ["virsh", "--connect", build.plan.libvirt_uri, "domstate", "--reason", build.vm_name]
     state = command.run(argv, capture=True, timeout=_VIRSH_SECONDS).strip()
-    if state != "shut off (shutdown)":
+    if not powered_off(build, state):
         raise BuildError(
             f"The installation machine did not power off by itself: {state}.",
             hint=f"What it printed is in {build.plan.console_path}.",
         )
+
+
+def powered_off(build: Build, state: str) -> bool:
+    """Return whether the machine of *build*, in *state* as ``virsh domstate --reason`` has it, powered off by itself.
+
+    Where libvirt has lost the reason, the last line of the console tells it, or that of libvirt's log of the machine.
+    """
+    if state == "shut off (shutdown)":
+        return True
+    if state not in (f"shut off ({reason})" for reason in _REASON_LOST):
+        return False
+    deadline = time.monotonic() + _LOG_SECONDS
+    while True:
+        if any(map(_POWERED_OFF.search, console_tail(build.console_path, 1))):
+            said = "the last words of its kernel are that it powers off"
+        elif any(line.endswith(": shutting down, reason=shutdown") for line in console_tail(_log_of(build), 1)):
+            said = "libvirt's log of it says that it was shut down"
+        elif time.monotonic() < deadline:
+            with interrupts.interruptible():
+                time.sleep(0.1)
+            continue
+        else:
+            return False
+        logger.info("The machine is %s, and %s.", state, said)
+        return True
+
+
+def _log_of(build: Build) -> Path:
+    """Return the file where libvirt logs start and end of the machine of *build*."""
+    if build.plan.as_root:
+        return Path("/var/log/libvirt/qemu") / f"{build.vm_name}.log"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "libvirt/qemu/log" / f"{build.vm_name}.log"
 
 
 def _run_virt_install(build: Build, argv: list[str], virt_type: str, deadline: float) -> Watcher | None:

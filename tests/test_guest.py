@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +297,53 @@ echo >>{tmp_path}/calls
     assert not build.vm_record.exists()
 
 
+OFF = "[    6.776042] reboot: Power down\r\n"
+LOGGED = "char device redirected\n2026-11-29 16:50:07.676+0000: shutting down, reason=%s\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "console", "logged", "in_order"),
+    [
+        ("shut off (shutdown)", "", "", True),
+        *((f"shut off ({reason})", OFF, "", True) for reason in ("unknown", "crashed", "daemon", "failed")),
+        ("shut off (unknown)", "reboot: Power down\n", "", True),
+        ("shut off (unknown)", "[   99.123456] Power down.\r\n", "", True),
+        ("shut off (unknown)", "[   12.345678] reboot: Restarting system\r\n", "", True),
+        ("shut off (unknown)", "", LOGGED % "shutdown", True),
+        # Nothing tells of a good end.
+        ("shut off (unknown)", "", "", False),
+        ("shut off (unknown)", "[   99.000000] Linux version 6.1\r\n", LOGGED % "crashed", False),
+        ("shut off (unknown)", "", LOGGED % "destroyed", False),
+        ("shut off (crashed)", f"{OFF}[    0.000000] Linux version 6.1\r\n", "", False),
+        ("shut off (unknown)", "echo reboot: Power down\r\n", "", False),
+        ("shut off (unknown)", "[    6.776042] reboot: System halted\r\n", "", False),
+        # libvirt knows better.
+        ("shut off (destroyed)", OFF, "", False),
+        ("shut off (saved)", OFF, "", False),
+        ("running (booted)", OFF, LOGGED % "shutdown", False),
+        ("paused (I/O error)", OFF, "", False),
+    ],
+)
+def test_end_of_which_libvirt_does_not_know_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, console: str, logged: str, in_order: bool
+) -> None:
+    monkeypatch.setattr(guest, "_LOG_SECONDS", 0)
+    monkeypatch.setattr(guest, "_log_of", lambda _: tmp_path / "vm.log")
+    (tmp_path / "vm.log").write_text(logged)
+    build = Build(plan(tmp_path), tmp_path, "vm")
+    build.console_path.write_text(f"Linux\r\n{console}")
+    assert guest.powered_off(build, state) is in_order
+
+
+def test_end_that_is_logged_late(tmp_path: Path) -> None:
+    """As virtlogd does it."""
+    build = Build(plan(tmp_path), tmp_path, "vm")
+    with subprocess.Popen(["sh", "-c", f"sleep 0.3; echo 'reboot: Power down' > {build.console_path}"]):
+        assert guest.powered_off(build, "shut off (unknown)")
+
+
 def test_output_directory_that_qemu_cannot_enter(tmp_path: Path) -> None:
     """pytest's directories are their owner's alone, as root's home is."""
-    with pytest.raises(ConfigurationError, match=r"user libvirt-qemu, can't enter /tmp/pytest-"):
+    with pytest.raises(ConfigurationError, match=r"user libvirt-qemu, can't enter /"):
         guest.check_output_dir(plan(tmp_path, output_dir=tmp_path))
     guest.check_output_dir(plan(tmp_path, output_dir=Path("/var/tmp")))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from . import events
+from . import events, fstab, media
 from .errors import ConfigurationError
 from .log import logger, step
 from .model import Build, Change, Plan
@@ -327,21 +327,30 @@ def _empty_logs(system: System) -> Actions:
 
 
 _DURING_INSTALLATION = re.compile(rb"#.* was on /dev/\S+ during (?:curtin )?installation\s*")
-_OPTICAL = re.compile(rb"/dev/(?:sr[0-9]+|cdrom[0-9]*|dvd[0-9]*)\s.*")
-_APT_CDROM = re.compile(rb"\s*#?\s*deb(?:-src)?\s+(?:\[[^\]]*\]\s+)?(?:cdrom:|file:///?cdrom\b).*")
-_ZYPP_MEDIUM = re.compile(rb"^baseurl\s*=\s*(?:cd|dvd|hd|iso):", re.MULTILINE)
+_OPTICAL = re.compile(
+    rb"(?:/dev/(?:sr[0-9]+|cdrom[0-9]*|dvd[0-9]*)\s.*"
+    # By its date of creation, where others have a UUID.
+    rb"|UUID=[0-9]{4}(?:-[0-9]{2}){6}\s+\S+\s+(?:udf|iso9660)[\s,].*)"
+)
 
 
 def _forget_media(system: System) -> Actions:
     actions = Actions()
     _drop_lines(system, actions, ["etc/fstab"], _DURING_INSTALLATION, _OPTICAL, keep=True)
-    sources = [f"etc/apt/sources.list.d/{name}" for name in system.below("etc/apt/sources.list.d")]
-    _drop_lines(system, actions, ["etc/apt/sources.list", *sources], _APT_CDROM)
-    for name in system.below("etc/zypp/repos.d"):
-        path = f"etc/zypp/repos.d/{name}"
-        if _ZYPP_MEDIUM.search(system.files.get(path, b"")):
-            actions.remove.append(path)
+    table = actions.write.get("etc/fstab", system.files.get("etc/fstab", b""))
+    mounted = [entry.point for entry in fstab.parse(table.decode(errors="replace"))]
+    for path, data in system.files.items():
+        if _is_of(path, media.FILES):
+            _rewrite(actions, path, data, media.without_media(path, data, mounted))
     return actions
+
+
+def _rewrite(actions: Actions, path: str, data: bytes, text: bytes) -> None:
+    """Have *text* in the file *path* in place of *data*; without any the file goes."""
+    if not text and data:
+        actions.remove.append(path)
+    elif text != data:
+        actions.write[path] = text
 
 
 _APT_PROXY = re.compile(rb'\s*(?:Acquire::[A-Za-z]+::)?Proxy(?:::\S+)?\s+"[^"]*"\s*;\s*', re.IGNORECASE)
@@ -531,8 +540,14 @@ OPERATIONS = (
     Operation(
         "installation-media",
         "*fstab* no longer says which disk was what during the installation nor names its CD drive, and its media go "
-        "from the package sources.",
-        read=("etc/fstab", "etc/apt/sources.list", "etc/apt/sources.list.d/*", "etc/zypp/repos.d/*.repo"),
+        "from the package sources of apt, dnf, yum, zypp and apk: *cdrom:*, *cd:*, *hd:* and the like, and files below "
+        "*/cdrom*, */media*, */mnt* and */run* that *fstab* does not mount. apt forgets the CDs that it knows.",
+        removed=(
+            "etc/apt/apt.conf.d/00CDMountPoint",
+            "etc/apt/apt.conf.d/00trustcdrom",
+            "var/lib/apt/cdroms.list*",
+        ),
+        read=("etc/fstab", *media.FILES),
         plan=_forget_media,
     ),
     Operation(

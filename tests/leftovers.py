@@ -176,6 +176,17 @@ LEFTOVERS = (
         b"#deb cdrom:[Debian 13]/ trixie main\ndeb http://deb.debian.org/debian trixie main\n",
         after=b"deb http://deb.debian.org/debian trixie main\n",
     ),
+    Leftover(
+        "etc/apt/sources.list.d/cdrom.sources", "installation-media", b"Types: deb\nURIs: file:///cdrom\nSuites: x\n"
+    ),
+    Leftover("etc/apt/apt.conf.d/00trustcdrom", "installation-media", b'APT::Authentication::TrustCDROM "true";\n'),
+    Leftover("var/lib/apt/cdroms.list", "installation-media", b'CD::1-2 "Debian GNU/Linux 13";\n'),
+    Leftover(
+        "etc/yum.repos.d/dvd.repo",
+        "installation-media",
+        b"[dvd]\nbaseurl=file:///run/install/repo/BaseOS\n[site]\nbaseurl=http://x/\n",
+        after=b"[site]\nbaseurl=http://x/\n",
+    ),
     Leftover("etc/zypp/repos.d/openSUSE-16.0-0.repo", "installation-media", b"[0]\nbaseurl=cd:/?devices=/dev/sr0\n"),
     Leftover("root/initial-setup-ks.cfg", "installer-files", b"rootpw --iscrypted $6$x\n", mode=0o600),
     Leftover("root/autoinst.xml", "installer-files", b"<profile/>\n", mode=0o600),

@@ -24,7 +24,7 @@ LEVELS = [
     {"loop", "appliance", "guest", "fetch", "rsync"},
     {"inventory"},
     {"tree", "search"},
-    {"rpmdb", "layout", "fstab", "privileged", "watch", "delivery", "leftovers", "bootreport", "junit"},
+    {"rpmdb", "layout", "fstab", "privileged", "watch", "delivery", "leftovers", "bootreport", "junit", "media"},
     {"command"},
     {"release", "locks", "estimates", "checkpoint"},
     {"turns"},

@@ -1,15 +1,26 @@
-"""The answer file as the installer gets it: a template is rendered, any other file is passed as it is.
+"""The answer file as the installer gets it: a template is rendered, in others ends of lines are mended at most.
 
-Answer files hold secrets, so no message has anything of their contents but the names of keys.
+Answer files hold secrets, so no message has anything of their contents but the names of keys and of files.
 """
 
+import codecs
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, nodes
+from jinja2 import (
+    BaseLoader,
+    Environment,
+    StrictUndefined,
+    TemplateNotFound,
+    TemplateSyntaxError,
+    UndefinedError,
+    meta,
+    nodes,
+)
 from jinja2.sandbox import SandboxedEnvironment
 
 from .errors import ConfigurationError
@@ -17,8 +28,6 @@ from .model import Plan
 
 TEMPLATE_SUFFIX = ".j2"
 
-# What Jinja2 calls a template that comes from a string, in tracebacks.
-_TEMPLATE = "<template>"
 _UNKNOWN = re.compile(r"'(\w+)' is undefined")
 
 
@@ -37,86 +46,193 @@ def content(plan: Plan) -> bytes:
 
     ConfigurationError names the file, the line and, where one is unknown, the key.
     """
-    path = plan.settings.answer_file
-    assert path is not None
+    path = _path(plan)
+    data = _read(plan, path)
+    return _rendered(plan, path, data).encode() if is_template(path) else mended(data)
+
+
+def mended(data: bytes) -> bytes:
+    """Return *data* with the line ends of Unix and without a byte order mark, if it is UTF-8.
+
+    No installer wants them otherwise, and scripts in an answer file fail with them.
+    """
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return data
+    return data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
+
+
+def is_changed(path: Path) -> bool:
+    """Return whether the installer gets something else than the answer file *path* as it is."""
+    if is_template(path):
+        return True
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(f"{_where(plan)} can't be read: {error.strerror}.") from error
-    return _rendered(plan, data).encode() if is_template(path) else data
+    except OSError:
+        return False
+    return mended(data) != data
 
 
 def write(plan: Plan, target: Path) -> None:
     """Write what the installer gets to the new file *target*, which only this user can read."""
-    data = content(plan)
+    write_private(target, content(plan))
+
+
+def write_private(target: Path, data: bytes) -> None:
+    """Write *data* to the new file *target*, which only this user can read."""
     with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
 
 
-def _where(plan: Plan) -> str:
-    return f"[{plan.image}] {plan.settings.answer_file_key}: {plan.settings.answer_file}"
+def where(plan: Plan, path: Path | None = None) -> str:
+    """Return how a message names the answer file, or the file *path* that belongs to it."""
+    return f"[{plan.image}] {plan.settings.answer_file_key}: {path or plan.settings.answer_file}"
 
 
-def _rendered(plan: Plan, data: bytes) -> str:
-    """Return the text made from the template *data*.
+def _path(plan: Plan) -> Path:
+    assert plan.settings.answer_file is not None
+    return plan.settings.answer_file
+
+
+def _read(plan: Plan, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{where(plan, path)} can't be read: {error.strerror}.") from error
+
+
+class _Parts(BaseLoader):
+    """Gives Jinja2 the template of *plan*, whose bytes are *data*, and the files beside it and below."""
+
+    def __init__(self, plan: Plan, path: Path, data: bytes) -> None:
+        self._plan, self._path, self._data = plan, path, data
+        # All that were asked for, as tracebacks name them.
+        self.files: dict[str, Path] = {}
+
+    def get_source(self, environment: Environment, template: str) -> tuple[str, str, Callable[[], bool] | None]:
+        """Return the text of *template* and its path; TemplateNotFound if it isn't there."""
+        path, data = self._path, self._data
+        if template != path.name:
+            path = self._find(template)
+            data = _read(self._plan, path)
+        self.files[str(path)] = path
+        try:
+            return data.removeprefix(codecs.BOM_UTF8).decode(), str(path), None
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise ConfigurationError(f"{where(self._plan, path)}, line {line} is not UTF-8.") from None
+
+    def _find(self, template: str) -> Path:
+        """Return the path of *template*, which is not the answer file."""
+        directory = self._path.parent
+        path = directory / template
+        # A link could lead anywhere, and what is there would be in the image.
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise ConfigurationError(
+                f"{where(self._plan)}: the template includes {template!r}, which is outside of its directory.",
+                hint="A template includes files of its own directory, or below it.",
+            )
+        if not path.is_file():
+            raise TemplateNotFound(template)
+        return path
+
+
+def _rendered(plan: Plan, path: Path, data: bytes) -> str:
+    """Return the text made from the template *path*, whose bytes are *data*.
 
     None of Jinja2's errors is chained to ours: they quote the template.
     """
+    parts = _Parts(plan, path, data)
     # Sandboxed: a recipe from elsewhere is to write an answer file and nothing else.
     environment = SandboxedEnvironment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=parts, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    names: set[str] = set()
     try:
-        source = data.decode()
-        names = {node.name for node in environment.parse(source).find_all(nodes.Name)}
-        template = environment.from_string(source)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigurationError(f"{_where(plan)}, line {line} is not UTF-8.") from None
-    except TemplateSyntaxError as error:
-        raise ConfigurationError(
-            f"{_where(plan)}, line {error.lineno}: Jinja2 doesn't understand the template there.",
-            hint="The part in {{ }}, {% %} or {# #} there, or one that is not closed, is wrong.",
-        ) from None
-    # Only those that it asks for: an error in another is no concern of the template's.
-    variables = {name: plan.variables[name] for name in sorted(names) if name in plan.variables}
-    # These as they are understood, also where they are not given.
-    variables |= {"arch": plan.settings.arch, "firmware": plan.settings.firmware}
-    try:
-        return template.render(variables, refuse=partial(_refuse, plan))
+        names = _names(plan, environment, parts)
+        template = environment.get_template(path.name)
+        return template.render(_variables(plan, names), refuse=partial(_refuse, plan))
     except ConfigurationError:
         raise
+    except TemplateSyntaxError as error:
+        raise ConfigurationError(
+            f"{where(plan, Path(error.filename or path))}, line {error.lineno}: Jinja2 doesn't understand the template "
+            "there.",
+            hint="The part in {{ }}, {% %} or {# #} there, or one that is not closed, is wrong.",
+        ) from None
+    except TemplateNotFound as error:
+        raise ConfigurationError(
+            f"{_place(plan, parts, error)}: the template includes {error.name!r}, which is not there.",
+            hint=f"Put it beside {path}, or below; names are relative to the answer file, in each part of it.",
+        ) from None
     except UndefinedError as error:
-        raise _unknown(plan, error, names) from None
+        raise _unknown(plan, parts, error, names) from None
     except Exception as error:
         # A filter raises whatever it likes.
         raise ConfigurationError(
-            f"{_where(plan)}, line {_line(error)}: the template can't be rendered ({type(error).__name__}).",
+            f"{_place(plan, parts, error)}: the template can't be rendered ({type(error).__name__}).",
             hint="A filter or an expression there doesn't take the value that it gets.",
         ) from None
 
 
+def _variables(plan: Plan, names: set[str]) -> dict[str, str]:
+    """Return the keys that a template with *names* asks for: an error in another is no concern of it."""
+    variables = {name: plan.variables[name] for name in sorted(names) if name in plan.variables}
+    # These as they are understood, also where they are not given.
+    return variables | {"arch": plan.settings.arch, "firmware": plan.settings.firmware}
+
+
+def _names(plan: Plan, environment: Environment, parts: _Parts) -> set[str]:
+    """Return the names in the template and in all that it includes."""
+    names: set[str] = set()
+    templates = [_path(plan).name]
+    for template in templates:
+        try:
+            source, filename, _ = parts.get_source(environment, template)
+        except TemplateNotFound:
+            # Perhaps it is not asked for in the end.
+            continue
+        tree = environment.parse(source, template, filename)
+        names |= {node.name for node in tree.find_all(nodes.Name)}
+        found = list(meta.find_referenced_templates(tree))
+        if None in found:
+            # An expression says which file, so that any key may be asked for.
+            names |= set(filter(partial(_has_value, plan), plan.variables))
+        templates += [name for name in dict.fromkeys(found) if name is not None and name not in templates]
+    return names
+
+
+def _has_value(plan: Plan, name: str) -> bool:
+    try:
+        plan.variables[name]
+    except ConfigurationError:
+        return False
+    return True
+
+
 def _refuse(plan: Plan, key: str, reason: str) -> NoReturn:
     """Stop a template, as what *key* says can't be had."""
-    raise ConfigurationError(f"{_where(plan)}: {reason}", hint=f"Change {key} in [{plan.image}].")
+    raise ConfigurationError(f"{where(plan)}: {reason}", hint=f"Change {key} in [{plan.image}].")
 
 
-def _unknown(plan: Plan, error: UndefinedError, names: set[str]) -> ConfigurationError:
+def _unknown(plan: Plan, parts: _Parts, error: UndefinedError, names: set[str]) -> ConfigurationError:
+    place = _place(plan, parts, error)
     match = _UNKNOWN.fullmatch(error.message or "")
     if not match or match[1] not in names:
-        return ConfigurationError(f"{_where(plan)}, line {_line(error)}: a part of a value is not there.")
+        return ConfigurationError(f"{place}: a part of a value is not there.")
     key = match[1].replace("_", "-")
     return ConfigurationError(
-        f"{_where(plan)}, line {_line(error)}: there is no key '{key}'.",
+        f"{place}: there is no key '{key}'.",
         hint=f"Define {key} in [{plan.image}] or [DEFAULT], or give it a default in the template.",
     )
 
 
-def _line(error: BaseException) -> int:
-    """Return the line of the template where *error* was raised."""
-    line, entry = 0, error.__traceback__
+def _place(plan: Plan, parts: _Parts, error: BaseException) -> str:
+    """Return how a message names the file and the line where *error* was raised."""
+    path, line, entry = None, 0, error.__traceback__
     while entry:
-        if entry.tb_frame.f_code.co_filename == _TEMPLATE:
-            line = entry.tb_lineno
+        if entry.tb_frame.f_code.co_filename in parts.files:
+            path, line = parts.files[entry.tb_frame.f_code.co_filename], entry.tb_lineno
         entry = entry.tb_next
-    return line
+    return f"{where(plan, path)}, line {line}"

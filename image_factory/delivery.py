@@ -96,7 +96,7 @@ def is_made(settings: ImageSettings) -> bool:
     delivery, answer_file = chosen(settings), settings.answer_file
     assert delivery is not None
     assert answer_file is not None
-    return bool(delivery.label) or answers.is_template(answer_file)
+    return bool(delivery.label) or answers.is_changed(answer_file)
 
 
 def copy_path(build: Build) -> Path:

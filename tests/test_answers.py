@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import answers, checkpoint, cli, guest, pipeline
+from image_factory import answers, checkpoint, cli, delivery, guest, pipeline
 from image_factory.errors import ConfigurationError
 from image_factory.model import Build, Plan
 from image_factory.settings import Configuration
@@ -82,7 +82,7 @@ ERRORS: dict[str, tuple[str | bytes, str, str]] = {
     "unknown tag": ("a\n{% hunter2 %}", "", "line 2: Jinja2 doesn't understand the template there."),
     "unknown filter": ("a\n{{ shared | hunter2 }}", "", "line 2: Jinja2 doesn't understand the template there."),
     "wrong value": (f"\n\n{{{{ '{SECRET}' + 1 }}}}", "", "line 3: the template can't be rendered (TypeError)."),
-    "another template": ("{% include 'hunter2' %}", "", "line 1: the template can't be rendered (TypeError)."),
+    "another template": ("a\n{% include 'b' %}", "", "line 2: the template includes 'b', which is not there."),
     "way out of the sandbox": (
         "{{ ''.__class__.__mro__ }}",
         "",
@@ -103,6 +103,52 @@ def test_errors(tmp_path: Path, template: str | bytes, extra: str, message: str)
     assert caught.value.message == f"[x] preseed: {tmp_path}/a.cfg.j2{separator}{message}"
     assert "hunter2" not in f"{caught.value.message}{caught.value.hint}"
     assert caught.value.__suppress_context__
+
+
+def test_parts_of_a_template(tmp_path: Path) -> None:
+    """They know the keys, and what the template has set; their names are those of its directory."""
+    (tmp_path / "parts/more").mkdir(parents=True)
+    (tmp_path / "parts/a.j2").write_text("{{ word }} {{ own }}\n{% include 'parts/more/b' %}")
+    (tmp_path / "parts/more/b").write_bytes(b"\xef\xbb\xbfb {{ other }}\r\n")
+    (tmp_path / "parts/macros.j2").write_text("{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}")
+    text = (
+        "{% set word = 'set' %}\n{% from 'parts/macros.j2' import twice %}\n{% include 'parts/a.j2' %}\n"
+        "{{ twice(own) }}{% include 'absent' ignore missing %}\n"
+        "{% include 'parts/' ~ name ~ '.j2' %}"
+    )
+    assert rendered(tmp_path, text, "own = O\nother = <${own}>\nname = a\nbroken = ${absent}") == (
+        "set O\nb <O>\nOOset O\nb <O>\n"
+    )
+
+
+PARTS = {
+    "unknown key": ("x\n{{ my_name }}", "part, line 2: there is no key 'my-name'."),
+    "wrong": ("\n\n{% hunter2 %}", "part, line 3: Jinja2 doesn't understand the template there."),
+    "not UTF-8": (b"hunter2\xff", "part, line 1 is not UTF-8."),
+    "not there": ("\n{% include 'c' %}", "part, line 2: the template includes 'c', which is not there."),
+    "itself": ("{% include 'part' %}", "part, line 1: the template can't be rendered (RecursionError)."),
+    "up": (
+        "{% include 'dir/../../b' %}",
+        "a.cfg.j2: the template includes 'dir/../../b', which is outside of its directory.",
+    ),
+    "absolute": (
+        "{% include '/etc/shadow' %}",
+        "a.cfg.j2: the template includes '/etc/shadow', which is outside of its directory.",
+    ),
+    "link": ("{% include 'link' %}", "a.cfg.j2: the template includes 'link', which is outside of its directory."),
+    "directory": ("{% include 'dir' %}", "part, line 1: the template includes 'dir', which is not there."),
+}
+
+
+@pytest.mark.parametrize(("part", "message"), PARTS.values(), ids=PARTS)
+def test_errors_of_parts(tmp_path: Path, part: str | bytes, message: str) -> None:
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "link").symlink_to("/etc/shadow")
+    (tmp_path / "part").write_bytes(part if isinstance(part, bytes) else part.encode())
+    plan = make_plan(tmp_path, "a\n{% include 'part' %}")
+    with pytest.raises(ConfigurationError) as caught:
+        installer.check(plan)
+    assert caught.value.message == f"[x] preseed: {tmp_path}/{message}"
 
 
 def test_refusal(tmp_path: Path) -> None:
@@ -128,10 +174,19 @@ def test_file_that_can_not_be_read(tmp_path: Path) -> None:
         answers.content(plan)
 
 
-def test_other_files_are_passed_as_they_are(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, b"{{ absent }} \xff\r\n", name="a.cfg")
-    installer.check(plan)
-    assert answers.content(plan) == b"{{ absent }} \xff\r\n"
+MENDED = {
+    "as it is": (b"{{ absent }} \r\t\n", b"{{ absent }} \r\t\n"),
+    "Windows": (b"\xef\xbb\xbfa \xc3\xbc\r\n\r\nb", b"a \xc3\xbc\n\nb"),
+    "not UTF-8": (b"\xff\r\n", b"\xff\r\n"),
+}
+
+
+@pytest.mark.parametrize(("data", "expected"), MENDED.values(), ids=MENDED)
+def test_other_files_are_mended_only(tmp_path: Path, data: bytes, expected: bytes) -> None:
+    plan = make_plan(tmp_path, data, name="a.cfg")
+    assert answers.content(plan) == expected
+    # Where a person repeats it by hand, the same is used.
+    assert delivery.is_made(plan.settings) == (data != expected)
 
 
 def test_plan_shows_no_variables(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from .log import logger
 
 _Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")
+_Message = TypeVar("_Message")
 
 # The Debian package that has each program; see require().
 PACKAGES = {
@@ -59,6 +60,7 @@ _DRAIN_SECONDS = 0.2
 _KILL_SECONDS = 5.0
 # So often a silent program is looked at, and observers are told that it goes on.
 _TICK_SECONDS = 1.0
+_WATCH_SECONDS = 0.2
 # Who ends a tree of processes from its leaves, as Jenkins does, comes to this one soon after.
 _TREE_SECONDS = 2.0
 # What sudo runs as root ends by itself.
@@ -723,6 +725,60 @@ def call_apart(function: Callable[[_Argument], _Result], argument: _Argument, se
         raise failure
     answer: _Result = result
     return answer
+
+
+def call_watched(
+    function: Callable[[Callable[[_Message], None]], _Result], watch: Callable[[_Message | None], None]
+) -> _Result:
+    """Return what *function* returns, called in a process of its own with what sends a message here.
+
+    *watch* is given each message, and None when none has come for a moment; what it raises ends the process, whatever
+    that waits for.  What *function* raises is raised here; CrashError if its process dies.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_answer_watched, args=(os.getpid(), sender, function))
+    process.start()
+    sender.close()
+    told = time.monotonic()
+    try:
+        with interrupts.interruptible():
+            while True:
+                if not receiver.poll(_WATCH_SECONDS):
+                    watch(None)
+                elif (message := receiver.recv())[0]:
+                    break
+                else:
+                    watch(message[1])
+                if time.monotonic() - told >= _TICK_SECONDS:
+                    told = time.monotonic()
+                    events.tell(events.TimePassed())
+    except EOFError:
+        process.join()
+        raise CrashError.with_status(process.exitcode or 0) from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    _, failure, result = message
+    if failure is not None:
+        raise failure
+    answer: _Result = result
+    return answer
+
+
+def _answer_watched(parent: int, sender: Connection, function: Callable[[Callable[[_Message], None]], _Result]) -> None:
+    # Ctrl-C reaches this process too, but its parent decides.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _end_with(parent, signal.SIGKILL)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    try:
+        answer: tuple[bool, Exception | None, _Result | None] = True, None, function(lambda m: sender.send((False, m)))
+    except Exception as error:
+        answer = True, error, None
+    sender.send(answer)
 
 
 def _answer(sender: Connection, function: Callable[[_Argument], _Result], argument: _Argument) -> None:

@@ -1,6 +1,8 @@
 """URI -> a file in the cache that is whole and up to date."""
 
+import base64
 import fcntl
+import glob
 import hashlib
 import http.client
 import json
@@ -12,63 +14,62 @@ import stat
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import httplib2
 
-from . import command, events, interrupts
-from .errors import BuildError, CommandError, ConfigurationError
+from . import command, events, interrupts, scratch
+from .errors import BuildError, CommandError, ConfigurationError, CrashError
 from .log import logger
 from .settings import Source
 from .units import format_size
 
 TRIES = 3
 _PAUSE_SECONDS = (1.0, 3.0)
-_TIMEOUT_SECONDS = 30.0
+# In so long a file has to come, or so much of it: three tries end after less than 90 s if nothing does.
+_TIMEOUT_SECONDS = 25.0
+_LEAST_RATE = 4 << 10
+# For the connection to one address of a server.
+_CONNECT_SECONDS = 10.0
 _REDIRECTIONS = 5
-# httplib2 keeps a whole response in memory, so large files are asked for in parts.
+# Servers that break off large answers give parts, and what has come of a part is what is asked for once more.
 _PART_SIZE = 8 << 20
 _PIECE_SIZE = 64 << 10
+# Whatever a server promises or sends.  An ISO file fills the side of a Blu-ray disc at most.
+LIST_SIZE = 16 << 20
+_FILE_SIZE = 2 << 30
+_ISO_SIZE = 64 << 30
+_LONGEST_REASON = 300
 _RSYNC_STATUS_TRANSIENT = (5, 10, 11, 12, 30, 35)  # rsync(1): protocol start, socket, file and stream I/O, timeouts
 
 _TEMPORARY = re.compile(r"\..+\.(?:[a-z0-9_]{8}|[A-Za-z0-9]{6})")
 
-_Response = dict[str, Any]
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 
-_meter = events.Meter()
+_Result = TypeVar("_Result")
+_Send = Callable[[tuple[int, int]], None]
 
 
 class _Transient(Exception):
     """A failure that the next try may not meet."""
 
 
-class _Metered(http.client.HTTPResponse):
-    """A response of which observers are told while it is read: httplib2 reads it whole."""
-
-    def read(self, amt: int | None = None) -> bytes:
-        if amt is not None or self.status not in (200, 206):
-            return super().read(amt)
-        part = re.fullmatch(r"bytes ([0-9]{1,19})-[0-9]+/([0-9]{1,19})", self.headers.get("content-range", ""))
-        done, total = (int(part[1]), int(part[2])) if part else (0, self.length or 0)
-        pieces = []
-        while piece := super().read(_PIECE_SIZE):
-            pieces.append(piece)
-            done += len(piece)
-            _meter.at(done, total)
-        return b"".join(pieces)
+class _NotWritten(Exception):
+    """The system's own refusal to write what has come, the OSError: no fault of the server's."""
 
 
-class _HttpConnection(httplib2.HTTPConnectionWithTimeout):
-    response_class = _Metered
+@dataclass(frozen=True)
+class _Answer:
+    """What a server has said: the status, its reason, and the headers by their names in small letters."""
 
-
-class _HttpsConnection(httplib2.HTTPSConnectionWithTimeout):
-    response_class = _Metered
+    status: int
+    reason: str
+    headers: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,11 @@ PORTAL_HINT = "Does this network ask for a login? Open a page in a browser, or s
 def _refuse_web_page(uri: str, path: Path) -> None:
     """Raise BuildError if *path* is a web page: a login page of the network, or an error page with status 200."""
     if is_web_page(_head(path)):
-        raise BuildError(f"Can't fetch {uri}: a web page came instead of the file.", hint=PORTAL_HINT)
+        raise _web_page(uri)
+
+
+def _web_page(uri: str) -> BuildError:
+    return BuildError(f"Can't fetch {uri}: a web page came instead of the file.", hint=PORTAL_HINT)
 
 
 def _check_checksum(uri: str, expected: Expected, path: Path) -> None:
@@ -281,10 +286,24 @@ def known_verified(target: Path, uris: Sequence[str]) -> str | None:
 
 def read(uri: str, *, secure: bool = False) -> bytes:
     """Return what is at *uri*, a list of checksums or the like; with *secure* by https all the way."""
-    with tempfile.TemporaryDirectory(prefix="image-factory-list.") as directory:
-        target = Path(directory) / "list"
-        _fetch(uri, target, partial(_refuse_web_page, uri), secure=secure)
-        return target.read_bytes()
+    if uri.lower().startswith("rsync:"):
+        with scratch.directory() as directory:
+            target = directory / "list"
+            _persist(uri, partial(_run_rsync, uri, target, LIST_SIZE))
+            data = target.read_bytes()
+    else:
+        data = _read_by_http(uri, secure=secure)
+    if is_web_page(data):
+        raise _web_page(uri)
+    return data
+
+
+def _read_by_http(uri: str, *, secure: bool) -> bytes:
+    with open(os.memfd_create("list"), "w+b") as file:
+        logger.info("Fetching %s", uri)
+        _persist(uri, partial(_receive, uri, file, limit=LIST_SIZE, secure=secure))
+        file.seek(0)
+        return file.read()
 
 
 @contextmanager
@@ -340,25 +359,62 @@ def _remove_left_files(directory: Path) -> None:
                 path.unlink()
 
 
-def _fetch(uri: str, target: Path, check: _Check, *, afresh: bool = False, secure: bool = False) -> None:
+def _fetch(uri: str, target: Path, check: _Check, *, afresh: bool = False) -> None:
     """Bring *target* up to date with *uri* if *check* raises nothing; *afresh* trusts nothing in the cache."""
-    for attempt in range(1, TRIES + 1):
+    how = _rsync if uri.lower().startswith("rsync:") else _download
+    try:
+        _persist(uri, partial(how, uri, target, check, afresh=afresh))
+    except OSError as error:
+        raise BuildError(f"Can't write {target}: {error.strerror or error}.", hint="See --cache-dir.") from error
+
+
+def _persist(uri: str, attempt: Callable[[], _Result]) -> _Result:
+    """Return what *attempt* to get *uri* returns, which is made again where that may help."""
+    for number in range(1, TRIES + 1):
         try:
-            if uri.lower().startswith("rsync:"):
-                _rsync(uri, target, check, afresh=afresh)
-            else:
-                _download(uri, target, check, afresh=afresh, secure=secure)
-            return
-        except OSError as error:
-            raise BuildError(f"Can't write {target}: {error.strerror or error}.", hint="See --cache-dir.") from error
+            return attempt()
         except _Transient as error:
-            if attempt == TRIES:
+            if number == TRIES:
                 raise BuildError(f"Can't fetch {uri}: {error} ({TRIES} tries).") from error
-            pause = _PAUSE_SECONDS[attempt - 1]
+            pause = _PAUSE_SECONDS[number - 1]
             logger.warning("Fetching %s: %s; trying again in %.0f s.", uri, error, pause)
             with interrupts.interruptible():
                 time.sleep(pause)
     raise AssertionError("unreachable")
+
+
+class _Pace:
+    """Whether a download comes fast enough, and is not too large; tells observers how far it is."""
+
+    def __init__(self, uri: str, limit: int) -> None:
+        self._uri = uri
+        self._limit = limit
+        self._meter = events.Meter()
+        self._done = self._mark = 0
+        self._since = time.monotonic()
+
+    def watch(self, message: tuple[int, int] | None) -> None:
+        """Take note that so many bytes of so many have come, None for nothing new; raise what ends the try."""
+        now = time.monotonic()
+        if message is not None:
+            self._done = message[0]
+            self._meter.at(*message)
+        if self._done > self._limit:
+            raise _too_large(self._uri, self._limit)
+        if self._done - self._mark >= _LEAST_RATE * _TIMEOUT_SECONDS:
+            self._mark, self._since = self._done, now
+        elif now - self._since > _TIMEOUT_SECONDS:
+            came = self._done - self._mark
+            raise _Transient(f"timed out: {came} bytes came in {_TIMEOUT_SECONDS:.0f} s")
+
+
+def _too_large(uri: str, limit: int) -> BuildError:
+    return BuildError(f"Can't fetch {uri}: it has more than {format_size(limit)}, which no such file has.")
+
+
+def _limit_of(target: Path) -> int:
+    """Return how many bytes what is to be at *target* may have."""
+    return _ISO_SIZE if target.name.lower().endswith(".iso") else _FILE_SIZE
 
 
 @contextmanager
@@ -387,7 +443,7 @@ def _new_file(target: Path, check: _Check | None = None) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
 
 
-def rsync_argv(uri: str, target: Path) -> list[str]:
+def rsync_argv(uri: str, target: Path, limit: int | None = None) -> list[str]:
     """Return the command that brings the file at *uri* to *target*; rsync itself renames at the end."""
     # ``-ii``: say which files are there, unchanged ones too.
     # ``--min-size``: an empty file is no reason to lose the one in the cache.
@@ -396,8 +452,10 @@ def rsync_argv(uri: str, target: Path) -> list[str]:
         "--times",
         "--copy-links",
         "-ii",
+        "--info=skip1",
         "--min-size=1",
-        f"--contimeout={_TIMEOUT_SECONDS:.0f}",
+        f"--max-size={limit or _limit_of(target)}",
+        f"--contimeout={_CONNECT_SECONDS:.0f}",
         f"--timeout={_TIMEOUT_SECONDS:.0f}",
         uri,
         str(target),
@@ -409,20 +467,36 @@ def _rsync(uri: str, target: Path, check: _Check, *, afresh: bool) -> None:
     _validators_path(target).unlink(missing_ok=True)
     if afresh:
         with _staged(target, check) as path:
-            _run_rsync(uri, path)
+            _run_rsync(uri, path, _limit_of(target))
     else:
-        _run_rsync(uri, target)
+        _run_rsync(uri, target, _limit_of(target))
 
 
-def _run_rsync(uri: str, target: Path) -> None:
+def _run_rsync(uri: str, target: Path, limit: int) -> None:
+    pace = _Pace(uri, limit)
+
+    def watch() -> None:
+        # A server may send more than it has said.
+        parts = target.parent.glob(f".{glob.escape(target.name)}.??????")
+        pace.watch((sum(_size(part) for part in parts), 0))
+
     try:
-        items = command.run(rsync_argv(uri, target), capture=True)
+        items = command.run(rsync_argv(uri, target, limit), capture=True, watch=watch)
     except CommandError as error:
         if error.status in _RSYNC_STATUS_TRANSIENT:
             raise _Transient(error.message) from error
         raise BuildError(f"Can't fetch {uri}: {error.message}", hint=error.hint) from error
+    if re.search(r" is over max-size$", items, re.MULTILINE):
+        raise _too_large(uri, limit)
     if not re.search(r"^[>.]f", items, re.MULTILINE):
         raise BuildError(f"Can't fetch {uri}: what is there is empty, or no file.")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _validators_path(target: Path) -> Path:
@@ -441,12 +515,12 @@ def _known_validators(uri: str, target: Path) -> dict[str, str]:
     return {}
 
 
-def _remember_validators(uri: str, target: Path, response: _Response) -> None:
+def _remember_validators(uri: str, target: Path, answer: _Answer) -> None:
     headers = {}
-    if "etag" in response:
-        headers["if-none-match"] = response["etag"]
-    if "last-modified" in response:
-        headers["if-modified-since"] = response["last-modified"]
+    if "etag" in answer.headers:
+        headers["if-none-match"] = answer.headers["etag"]
+    if "last-modified" in answer.headers:
+        headers["if-modified-since"] = answer.headers["last-modified"]
     if headers:
         _write_validators(uri, target, headers)
 
@@ -457,109 +531,238 @@ def _write_validators(uri: str, target: Path, headers: dict[str, str]) -> None:
         file.write(json.dumps(known).encode())
 
 
-def _download(uri: str, target: Path, check: _Check, *, afresh: bool, secure: bool) -> None:
-    """Bring *target* up to date with *uri*, in parts where the server can."""
+def _download(uri: str, target: Path, check: _Check, *, afresh: bool) -> None:
+    """Bring *target* up to date with *uri*."""
     logger.info("Fetching %s", uri)
-    client = httplib2.Http(timeout=_TIMEOUT_SECONDS)
-    client.follow_redirects = False
-    # The file itself is wanted, not what a server makes of a name that ends in .gz.
-    plain = {"accept-encoding": "identity"}
     validators = {} if afresh else _known_validators(uri, target)
-    first = plain | validators | {"range": f"bytes=0-{_PART_SIZE - 1}"}
-    where, response, content = _follow(client, uri, first, ("https",) if secure else ("http", "https"))
-    if response.status == 304 and validators:
-        logger.info("%s is unchanged.", target.name)
-        return
-    # A server that knows no ranges of an empty file says 416.
-    if (response.status in (200, 206) and not content) or response.status == 416:
-        raise BuildError(f"Can't fetch {uri}: the file there is empty.")
-    if response.status not in (200, 206):
-        gone = response.status in (404, 410)
-        raise BuildError(
-            f"Can't fetch {uri}: the server says {response.status} {response.reason}.",
-            hint="See what the server has there now; of a newer release it may have another name." if gone else None,
-        )
 
     def accept(path: Path) -> None:
         check(path)
         _validators_path(target).unlink(missing_ok=True)
 
-    with _new_file(target, accept) as file:
-        file.write(content)
-        if response.status == 206:
-            # From the same place: redirections may lead to another mirror each time.
-            _fetch_rest(client, where, plain, response, file)
-        size = file.tell()
-    _remember_validators(uri, target, response)
+    try:
+        with _new_file(target, accept) as file:
+            answer = _receive(uri, file, limit=_limit_of(target), validators=validators)
+            if answer.status == 304:
+                raise _Unchanged
+            size = os.fstat(file.fileno()).st_size
+    except _Unchanged:
+        logger.info("%s is unchanged.", target.name)
+        return
+    _remember_validators(uri, target, answer)
     logger.info("Fetched %s: %s", target.name, format_size(size))
 
 
-def _fetch_rest(client: httplib2.Http, uri: str, headers: dict[str, str], first: _Response, file: IO[bytes]) -> None:
-    """Fetch the parts after the *first*, which is in *file* already."""
-    size = _range_size(uri, first, 0, file.tell())
-    # The parts are of one file only while its validator is the same; a weak one doesn't do.
-    strong = first.get("etag", "")
-    same = strong if strong and not strong.startswith("W/") else first.get("last-modified", "")
-    while (start := file.tell()) < size:
-        end = min(start + _PART_SIZE, size)
-        part = headers | {"range": f"bytes={start}-{end - 1}"} | ({"if-range": same} if same else {})
-        response, content = _get(client, uri, part)
-        if response.status == 200:
-            raise _Transient("the file changed on the server meanwhile")
-        if response.status != 206:
-            raise BuildError(f"Can't fetch {uri}: the server says {response.status} {response.reason}.")
-        if _range_size(uri, response, start, len(content)) != size or not content:
-            raise _Transient("the file changed on the server meanwhile")
-        file.write(content)
+class _Unchanged(Exception):
+    """The server has what is in the cache already."""
 
 
-def _range_size(uri: str, response: _Response, start: int, length: int) -> int:
-    """Return the whole file's size that a partial *response* of *length* bytes at *start* names."""
-    match = re.fullmatch(r"bytes ([0-9]+)-([0-9]+)/([0-9]+)", response.get("content-range", ""))
-    if not match or int(match[1]) != start or int(match[2]) != start + length - 1:
-        raise BuildError(f"Can't fetch {uri}: the server sent another part than was asked for.")
-    return int(match[3])
+def _receive(
+    uri: str, file: IO[bytes], *, limit: int, validators: Mapping[str, str] | None = None, secure: bool = False
+) -> _Answer:
+    """Write what is at *uri* to *file*, at most *limit* bytes; the answer is 304 if *validators* say that it is known.
 
-
-def _follow(
-    client: httplib2.Http, uri: str, headers: dict[str, str], schemes: tuple[str, ...]
-) -> tuple[str, Any, bytes]:
-    """Follow redirections from *uri* to *schemes*; return where they end, response and content.
-
-    httplib2 itself would drop the validators on the way, and not say where it has come to.
+    All of HTTP is done in a process of its own.  Whatever the libraries or the resolver wait for, it ends in time, and
+    whatever an answer makes of them is that server's failure: BuildError, or _Transient if another try may help.
     """
-    where = uri
-    for _ in range(_REDIRECTIONS):
-        response, content = _get(client, where, headers)
-        if response.status not in (301, 302, 303, 307, 308) or "location" not in response:
-            return where, response, content
-        where = urllib.parse.urljoin(where, response["location"])
-        if urllib.parse.urlsplit(where).scheme not in schemes:
-            raise BuildError(f"Can't fetch {uri}: the server redirects to {where}.")
-    raise BuildError(f"Can't fetch {uri}: more than {_REDIRECTIONS} redirections.")
 
+    def get(send: _Send) -> _Answer:
+        with open(file.fileno(), "wb", closefd=False) as out:
+            out.seek(0)
+            out.truncate()
+            return _Client(uri, limit, out, send, secure=secure).get(validators or {})
 
-def _get(client: httplib2.Http, uri: str, headers: dict[str, str]) -> tuple[Any, bytes]:
-    """Return response and content; _Transient for what another try may cure."""
     try:
-        with interrupts.interruptible():
-            kind = _HttpsConnection if urllib.parse.urlsplit(uri).scheme == "https" else _HttpConnection
-            response, content = client.request(uri, headers=headers, connection_type=kind)
-    # UnicodeError: a host name that no DNS can have.
-    except (ssl.SSLCertVerificationError, UnicodeError) as error:
-        raise BuildError(f"Can't fetch {uri}: {error}.") from error
-    except httplib2.ServerNotFoundError as error:
-        raise _Transient(f"{error}") from error
-    # http.client's and httplib2's own, of a connection that breaks off among others.
-    except (OSError, httplib2.HttpLib2Error, http.client.HTTPException) as error:
-        raise _Transient(" ".join([type(error).__name__, *str(error).split()])) from error
-    if response.status >= 500 or response.status in (408, 429):
-        raise _Transient(f"the server says {response.status} {response.reason}")
-    if response.status in (200, 206):
-        # httplib2 has unpacked it, and takes no notice of a packed stream that breaks off.
-        if "-content-encoding" in response:
-            raise BuildError(f"Can't fetch {uri}: the server compresses it, though it was asked not to.")
-        length = response.get("content-length")
-        if length is not None and int(length) != len(content):
-            raise _Transient(f"{len(content)} of {length} bytes came")
-    return response, content
+        return command.call_watched(get, _Pace(uri, limit).watch)
+    except _NotWritten as error:
+        raise error.args[0] from None
+    except CrashError as error:
+        raise BuildError(f"Can't fetch {uri}: the process that fetches it {error.message}.") from error
+
+
+class _Client:
+    """Gets the file at *uri* by HTTP, in parts where the server can, and writes it to *file*."""
+
+    def __init__(self, uri: str, limit: int, file: IO[bytes], send: _Send, *, secure: bool) -> None:
+        self._uri = uri
+        self._limit = limit
+        self._file = file
+        self._send = send
+        # There is no way back from https.
+        self._schemes = ("https",) if secure or uri.lower().startswith("https:") else ("http", "https")
+        self._wanted: tuple[int, ...] = ()
+        self._done = 0
+
+    def get(self, validators: Mapping[str, str]) -> _Answer:
+        """Get it, unless *validators* say that it is known: then the answer's status is 304."""
+        try:
+            answer = self._whole(validators)
+            self._write(b"")
+            return answer
+        except (BuildError, _Transient, _NotWritten):
+            raise
+        except Exception as error:
+            reason = " ".join([type(error).__name__, *str(error).split()])[:_LONGEST_REASON]
+            may_pass = isinstance(error, OSError | httplib2.HttpLib2Error | http.client.HTTPException)
+            if may_pass and not isinstance(error, ssl.SSLCertVerificationError):
+                raise _Transient(reason) from error
+            raise self._refused(f"{reason}") from error
+
+    def _refused(self, reason: str, hint: str | None = None) -> BuildError:
+        return BuildError(f"Can't fetch {self._uri}: {reason}.", hint=hint)
+
+    def _whole(self, validators: Mapping[str, str]) -> _Answer:
+        client, where, answer = self._follow({**validators, "range": f"bytes=0-{_PART_SIZE - 1}"})
+        if answer.status == 304 and validators:
+            return answer
+        # A server that knows no ranges of an empty file says 416.
+        if (answer.status in (200, 206) and not self._done) or answer.status == 416:
+            raise self._refused("the file there is empty")
+        if answer.status not in (200, 206):
+            gone = answer.status in (404, 410)
+            raise self._refused(
+                f"the server says {answer.status} {answer.reason}",
+                "See what the server has there now; of a newer release it may have another name." if gone else None,
+            )
+        if answer.status == 206:
+            # From the same place: redirections may lead to another mirror each time.
+            self._rest(client, where, answer)
+        return answer
+
+    def _follow(self, headers: dict[str, str]) -> tuple[httplib2.Http, str, _Answer]:
+        """Follow redirections; return a client, where they end, and the answer there.
+
+        httplib2 itself would drop the validators on the way, and not say where it has come to.
+        """
+        where = self._uri
+        for _ in range(_REDIRECTIONS):
+            # A new one for each: what comes with a redirection stays unread.
+            client = httplib2.Http(timeout=_CONNECT_SECONDS)
+            client.follow_redirects = False
+            answer = self._ask(client, where, headers, (200, 206))
+            if answer.status not in (301, 302, 303, 307, 308) or "location" not in answer.headers:
+                return client, where, answer
+            where = self._redirected(where, answer.headers["location"])
+        raise self._refused(f"more than {_REDIRECTIONS} redirections")
+
+    def _redirected(self, where: str, location: str) -> str:
+        try:
+            to = urllib.parse.urljoin(where, location)
+            parts = urllib.parse.urlsplit(to)
+            # Reading the port is what checks it.
+            names_host = parts.hostname or parts.scheme not in ("http", "https")
+            is_uri = bool(parts.port != 0 and names_host and re.fullmatch(r"[^\x00-\x20\x7f]+", location))
+        except ValueError:
+            is_uri = False
+        if not is_uri:
+            raise self._refused(f"the server redirects to {location[:_LONGEST_REASON]!r}, which is no URI")
+        if parts.scheme not in self._schemes:
+            raise self._refused(f"the server redirects to {to}")
+        return to
+
+    def _rest(self, client: httplib2.Http, where: str, first: _Answer) -> None:
+        """Get the parts after the *first*, which is in the file already."""
+        size = self._size_of_all(first, 0)
+        # The parts are of one file only while its validator is the same; a weak one doesn't do.
+        strong = first.headers.get("etag", "")
+        same = strong if strong and not strong.startswith("W/") else first.headers.get("last-modified", "")
+        while (start := self._done) < size:
+            end = min(start + _PART_SIZE, size)
+            part = {"range": f"bytes={start}-{end - 1}"} | ({"if-range": same} if same else {})
+            answer = self._ask(client, where, part, (206,))
+            if answer.status == 200:
+                raise _Transient("the file changed on the server meanwhile")
+            if answer.status != 206:
+                raise self._refused(f"the server says {answer.status} {answer.reason}")
+            if self._size_of_all(answer, start) != size or self._done == start:
+                raise _Transient("the file changed on the server meanwhile")
+
+    def _size_of_all(self, answer: _Answer, start: int) -> int:
+        """Return the size of the whole file, of which *answer* has brought the part from *start* on."""
+        match = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))
+        if not match or int(match[1]) != start or int(match[2]) != self._done - 1:
+            raise self._refused("the server sent another part than was asked for")
+        if int(match[3]) > self._limit:
+            raise _too_large(self._uri, self._limit)
+        return int(match[3])
+
+    def _ask(self, client: httplib2.Http, uri: str, headers: Mapping[str, str], wanted: tuple[int, ...]) -> _Answer:
+        """Return the answer, whose body is in the file if its status is *wanted*; _Transient for a passing failure."""
+        parts = urllib.parse.urlsplit(uri)
+        login, _, host = parts.netloc.rpartition("@")
+        # The file itself is wanted, not what a server makes of a name that ends in .gz.
+        headers = {"accept-encoding": "identity", **headers}
+        if login:
+            # httplib2 takes no URI with a user's name in it.
+            uri = urllib.parse.urlunsplit(parts._replace(netloc=host))
+            words = urllib.parse.unquote_to_bytes(login)
+            headers["authorization"] = f"Basic {base64.b64encode(words).decode('ascii')}"
+        self._wanted = wanted
+        response, _ = client.request(uri, headers=headers, connection_type=_connection_type(parts.scheme, self._take))
+        if response.status >= 500 or response.status in (408, 429):
+            raise _Transient(f"the server says {response.status} {response.reason}")
+        return _Answer(response.status, response.reason, dict(response.items()))
+
+    def _take(self, response: http.client.HTTPResponse) -> None:
+        """Write the body of *response* to the file, as it comes: httplib2 would keep and unpack all of it in memory."""
+        if response.status not in self._wanted:
+            # So that httplib2 does not unpack nothing.
+            del response.headers["content-encoding"]
+            return
+        if _joined(response, "content-encoding") not in ("", "identity"):
+            raise self._refused("the server compresses it, though it was asked not to")
+        if _joined(response, "transfer-encoding") not in ("", "identity", "chunked"):
+            raise self._refused("the server transfers it in a form that it was not asked for")
+        length = self._length(response)
+        part = _CONTENT_RANGE.fullmatch(_joined(response, "content-range"))
+        total = int(part[3]) if part else self._done + (length or 0)
+        start = self._done
+        while piece := http.client.HTTPResponse.read(response, _PIECE_SIZE):
+            self._done += len(piece)
+            if self._done > self._limit:
+                raise _too_large(self._uri, self._limit)
+            self._write(piece)
+            self._send((self._done, total))
+        if length is not None and self._done - start != length:
+            raise _Transient(f"{self._done - start} of {length} bytes came")
+
+    def _length(self, response: http.client.HTTPResponse) -> int | None:
+        text = _joined(response, "content-length")
+        if not text or response.chunked:
+            return None
+        if not re.fullmatch(r"[0-9]{1,19}", text):
+            raise self._refused(f"the server says that it has {text[:_LONGEST_REASON]!r} bytes")
+        if int(text) > self._limit:
+            raise _too_large(self._uri, self._limit)
+        return int(text)
+
+    def _write(self, piece: bytes) -> None:
+        try:
+            self._file.write(piece) if piece else self._file.flush()
+        except OSError as error:
+            raise _NotWritten(error) from error
+
+
+def _joined(response: http.client.HTTPResponse, name: str) -> str:
+    return ", ".join(response.headers.get_all(name) or []).strip().lower()
+
+
+def _connection_type(scheme: str, take: Callable[[http.client.HTTPResponse], None]) -> type[http.client.HTTPConnection]:
+    """Return a class of connections whose answers give their bodies to *take*, and not to httplib2."""
+
+    class Response(http.client.HTTPResponse):
+        def read(self, amt: int | None = None) -> bytes:
+            take(self)
+            return b""
+
+    base: Any = httplib2.HTTPSConnectionWithTimeout if scheme == "https" else httplib2.HTTPConnectionWithTimeout
+
+    class Connection(base):  # type: ignore[misc]
+        response_class = Response
+
+        def connect(self) -> None:
+            super().connect()
+            # How long the rest may take is watched from outside.
+            self.sock.settimeout(None)
+
+    return Connection

@@ -7,24 +7,20 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from . import command, locks, verify
-from .errors import BuildError, CommandError, ConfigurationError, reason_of
+from . import command, scratch, verify
+from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, step
 from .model import SIGNATURE_SUFFIX, SUMS_SUFFIX, Artifact, Build, Plan
-from .release import released
 
 STEP = "Signing"
 
 # Short: the path of the agent's socket below it has an end at 107 bytes.
-_HOMES = Path("/tmp")
 _HOME_PREFIX = "image-factory-gpg."
 # A smart card takes its time.
 _SECONDS = 120.0
@@ -61,8 +57,8 @@ def check(plan: Plan) -> None:
     if not plan.settings.sign_key:
         return
     try:
-        with tempfile.TemporaryDirectory(prefix="image-factory-sums.") as name, _key(plan) as key:
-            sums = Path(name, "sums")
+        with scratch.directory() as directory, _key(plan) as key:
+            sums = directory / "sums"
             sums.touch()
             _sign(key, sums, quiet=True)
     except BuildError as error:
@@ -117,7 +113,7 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
     sums = build.directory / f"{build.plan.base_name}{SUMS_SUFFIX}"
     if "/" not in name:
         return [(STEP, [sign_argv((), name, sums)])]
-    options = ("--homedir", str(_HOMES / f"{_HOME_PREFIX}XXXXXXXX"))
+    options = ("--homedir", str(scratch.PARENT / f"{_HOME_PREFIX}XXXXXXXX"))
     return [(STEP, [import_argv(options, Path(name)), sign_argv(options, "FINGERPRINT", sums)])]
 
 
@@ -184,7 +180,7 @@ def _key(plan: Plan) -> Iterator[_Key]:
         return
     file = Path(name)
     _check_file(file)
-    with _throw_away_home() as home:
+    with scratch.directory(_HOME_PREFIX, _remove_home) as home:
         options = ["--homedir", str(home)]
         try:
             command.run(import_argv(options, file), quiet=True, timeout=_SECONDS)
@@ -240,33 +236,6 @@ def _find(options: Sequence[str], name: str | None, shown: str) -> str:
     return usable[0]
 
 
-@contextmanager
-def _throw_away_home() -> Iterator[Path]:
-    """Give a home directory for gpg, and remove it and its agent on the way out.
-
-    It is locked: one without a holder is what a killed build has left, with a key in it, and goes.
-    """
-    for left in remove_left():
-        logger.info("Removed %s, which a killed build has left.", left)
-    home, descriptor = _locked_home()
-    try:
-        with released(partial(_remove_home, home)):
-            yield home
-    finally:
-        os.close(descriptor)
-
-
-def _locked_home() -> tuple[Path, int]:
-    while True:
-        home = Path(tempfile.mkdtemp(prefix=_HOME_PREFIX, dir=_HOMES))
-        descriptor = None
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = locks.lock(home)
-        if descriptor is not None:
-            return home, descriptor
-        # Another build took it for one that was left, before the lock.
-
-
 def _remove_home(home: Path) -> None:
     for words in (["--kill", "all"], ["--remove-socketdir"]):
         # There may be nothing of the kind, no gpgconf either when a build left it that is long gone.
@@ -283,19 +252,4 @@ def _remove_home(home: Path) -> None:
 
 def remove_left() -> Iterator[Path]:
     """Remove the home directories that killed builds of this user have left; give each."""
-    for home in sorted(_HOMES.glob(f"{_HOME_PREFIX}*")):
-        try:
-            if home.lstat().st_uid != os.geteuid() or home.is_symlink() or not home.is_dir():
-                continue
-            descriptor = locks.lock(home)
-        except OSError as error:
-            # It goes away meanwhile.
-            logger.debug("%s", reason_of(error))
-            continue
-        if descriptor is None:
-            continue
-        try:
-            _remove_home(home)
-            yield home
-        finally:
-            os.close(descriptor)
+    return scratch.remove_left(_HOME_PREFIX, _remove_home)

@@ -10,25 +10,30 @@ import contextlib
 import datetime
 import difflib
 import email.utils
-import gzip
 import hashlib
 import lzma
 import re
 import shutil
-import tempfile
 import urllib.parse
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import command, fetch
+from . import command, fetch, scratch
 from .errors import BuildError, CommandError, ConfigurationError
 from .fetch import Expected, Fetched
 from .log import logger
 from .model import Plan
 from .settings import ImageSettings, Source
+from .units import format_size
 
 KEYRINGS = Path("/usr/share/keyrings")
+
+# What a list may have, unpacked, and what xz may take for it: a few bytes unpack to gigabytes.
+_UNPACKED_SIZE = 64 << 20
+_UNPACKING_MEMORY = 128 << 20
+_GPGV_SECONDS = 60.0
 
 # x86's boot protocol (Documentation/arch/x86/boot.rst): a magic number, and where the version's text is.
 _KERNEL_MAGIC = slice(0x202, 0x206)
@@ -279,12 +284,30 @@ class Verifier:
 
     def _installer_kernels(self, release: _Release, arch: str) -> Iterator[str]:
         index = f"main/debian-installer/binary-{arch}/Packages"
-        unpackers: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress, "": bytes}
-        suffix = next((suffix for suffix in unpackers if index + suffix in release.checksums), None)
+        suffix = next((suffix for suffix in _UNPACKERS if index + suffix in release.checksums), None)
         if suffix is None:
             raise BuildError(f"{release.base}InRelease lists no {index}.")
-        text = unpackers[suffix](self.listed_in(release, index + suffix)).decode("utf-8", errors="replace")
+        data = _unpacked(self.listed_in(release, index + suffix), suffix, f"{release.base}{index}{suffix}")
+        text = data.decode("utf-8", errors="replace")
         yield from re.findall(r"^Kernel-Version: (\S+)$", text, re.MULTILINE)
+
+
+_UNPACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".xz": lambda data: lzma.LZMADecompressor(memlimit=_UNPACKING_MEMORY).decompress(data, _UNPACKED_SIZE + 1),
+    ".gz": lambda data: zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(data, _UNPACKED_SIZE + 1),
+    "": bytes,
+}
+
+
+def _unpacked(data: bytes, suffix: str, where: str) -> bytes:
+    """Return what is packed in *data*, which is from *where* and packed as *suffix* says; BuildError if it can't be."""
+    try:
+        found = _UNPACKERS[suffix](data)
+    except (lzma.LZMAError, zlib.error) as error:
+        raise BuildError(f"{where} can't be unpacked: {error}.") from error
+    if len(found) > _UNPACKED_SIZE:
+        raise BuildError(f"{where} unpacks to more than {format_size(_UNPACKED_SIZE)}, which no such list has.")
+    return found
 
 
 def _check_local(image: str, key: str, path: Path, pinned: str) -> None:
@@ -325,8 +348,7 @@ def check_signature(keyring: Path, data: bytes, signature: bytes | None, where: 
 
     BuildError, which names *where* it is from, unless one signature is good and its key valid today.
     """
-    with tempfile.TemporaryDirectory(prefix="image-factory-gpgv.") as name:
-        directory = Path(name)
+    with scratch.directory() as directory:
         (directory / "signed").write_bytes(data)
         keys = directory / "keys.gpg"
         keys.write_bytes(_binary_keys(keyring))
@@ -344,7 +366,7 @@ def check_signature(keyring: Path, data: bytes, signature: bytes | None, where: 
             lines.append(line)
 
         with contextlib.suppress(CommandError):
-            command.run(argv, quiet=True, progress=keep)
+            command.run(argv, quiet=True, progress=keep, timeout=_GPGV_SECONDS)
         statuses = [line.removeprefix("[GNUPG:] ").split() for line in lines if line.startswith("[GNUPG:] ")]
         key, reason = _signature(statuses)
         if key is None:

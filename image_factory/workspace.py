@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from . import checkpoint, guest, locks, loop, publish, sign
+from . import checkpoint, guest, locks, loop, publish, scratch, sign
 from .errors import BuildError, ConfigurationError
 from .log import logger
 from .model import VM_PREFIX, WORK_PREFIX, Build, Plan
@@ -186,7 +186,7 @@ def remove_left(output_dir: Path) -> Iterator[str]:
             if unused:
                 loop.umount(point)
                 yield f"mount {point}"
-    for directory in (*loop.remove_left_mount_points(), *sign.remove_left()):
+    for directory in (*loop.remove_left_mount_points(), *sign.remove_left(), *scratch.remove_left()):
         yield f"directory {directory}"
 
 

@@ -1,5 +1,6 @@
 """Downloads: whole and up to date in the cache, or an error and the cache as it was."""
 
+import base64
 import copy
 import gzip
 import hashlib
@@ -349,6 +350,20 @@ def test_validators_are_of_the_file_that_is_cached(server: Server, cache: Cache)
         server.script = version
         cache.fetch(server.uri())
         assert cache.content() == version.content
+
+
+def test_login_in_the_uri(server: Server, cache: Cache) -> None:
+    """The server gets it, on a way that leads back to it too; another one does not."""
+    server.script = lambda request: (File(LARGE) if request.path == "/there" else redirect("/there"))(request)
+    cache.fetch(server.uri().replace("//", "//me:p%40ss@"))
+    assert cache.content() == LARGE
+    logins = [request.headers["authorization"] for request in server.requests]
+    assert logins == [f"Basic {base64.b64encode(b'me:p@ss').decode()}"] * 4
+    server.requests.clear()
+    absolute = redirect(server.uri("/there"))
+    server.script = lambda request: (File(LARGE) if request.path == "/there" else absolute)(request)
+    cache.fetch(server.uri("/other/linux").replace("//127", "//me:p%40ss@127"))
+    assert [bool(request.headers["authorization"]) for request in server.requests] == [True, False, False, False]
 
 
 # Redirections.

@@ -11,9 +11,11 @@ import shutil
 import ssl
 import subprocess
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from email.utils import format_datetime
+from functools import partial
 from pathlib import Path
 
 import httplib2
@@ -579,6 +581,46 @@ def test_components_that_are_not_known_are_no_error(
     del mirror.files["dists/trixie/main/debian-installer/binary-amd64/Packages.xz"]
     builder.fetch(mirror.debian())
     assert "modules for the installer's kernel is not known" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "reason"),
+    [
+        ("_UNPACKED_SIZE", 20, "unpacks to more than 20 B, which no such list has"),
+        ("_UNPACKING_MEMORY", 1 << 20, "can't be unpacked: Memory usage limit exceeded"),
+    ],
+)
+def test_components_that_unpack_to_too_much(
+    mirrors: tuple[Mirror, Mirror],
+    builder: Builder,
+    keys: Keys,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    value: int,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(verify, limit, value)
+    mirror, _ = mirrors
+    mirror.files = Archive(keys).files()
+    builder.fetch(mirror.debian())
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".gz"])
+def test_bomb_takes_no_more_than_the_limit(suffix: str) -> None:
+    pack = {".xz": partial(lzma.compress, preset=0), ".gz": partial(gzip.compress, compresslevel=1)}[suffix]
+    part = pack(bytes(192 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BuildError, match=r"^http://h/Packages.* unpacks to more than 64\.0 MiB"):
+            verify._unpacked(part, suffix, f"http://h/Packages{suffix}")
+        assert tracemalloc.get_traced_memory()[1] < 160 << 20
+    finally:
+        tracemalloc.stop()
+    assert verify._unpacked(pack(b"abc"), suffix, "") == b"abc"
+    with pytest.raises(BuildError, match=r"^there can't be unpacked: "):
+        verify._unpacked(b"no archive at all", suffix, "there")
 
 
 @pytest.mark.parametrize("data", [b"", b"\x7fELF", bytes(4096), bz_image("")[:0x210]])

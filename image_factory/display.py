@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,7 +164,7 @@ class _LiveDisplay:
             self._phases[self._timeline.step] = event.name
         elif isinstance(event, events.StepEnded):
             self._activity = _Activity()
-        changed = isinstance(event, events.StepStarted | events.StepEnded | events.PhaseStarted)
+        changed = isinstance(event, events.StepStarted | events.StepEnded | events.PhaseStarted | events.Waiting)
         if changed or time.monotonic() - self._drawn >= _DRAW_SECONDS:
             self._draw(self._lines())
 
@@ -264,6 +265,8 @@ class _LiveDisplay:
             full = math.floor(timeline.fraction * length)
             bar = (self._signs.full * full, "cyan"), (self._signs.empty * (length - full), "dim")
             lines.append(Text.assemble("  ", *bar, f" {_percent(timeline.fraction):>5}"))
+        reason = log.printable(timeline.waiting)
+        lines += [Text(f"  {line}", "dim") for line in textwrap.wrap(reason, max(20, min(self._width, _WIDEST) - 2))]
         if self._activity.text:
             lines.append(Text(f"  {self._activity.text}", "dim"))
         return lines

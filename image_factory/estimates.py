@@ -80,6 +80,7 @@ class _Running:
     phase: str = ""
     phase_start: float = 0.0
     fraction: float | None = None
+    waiting: str = ""
 
 
 class Timeline:
@@ -119,6 +120,8 @@ class Timeline:
                 running.phase, running.phase_start, running.fraction = event.name, now, None
             elif isinstance(event, events.Progressed):
                 running.fraction = event.fraction
+            elif isinstance(event, events.Waiting):
+                running.waiting = event.reason
 
     def _end_part(self, now: float) -> None:
         running = self._running[-1]
@@ -159,6 +162,11 @@ class Timeline:
     def fraction(self) -> float | None:
         """How much of it is done, None where this is not known."""
         return self._running[-1].fraction if self._running else None
+
+    @property
+    def waiting(self) -> str:
+        """What it waits for, empty where it does not."""
+        return self._running[-1].waiting if self._running else ""
 
     def left(self) -> float | None:
         """Return the seconds that the build still needs, None if no build has been like it."""

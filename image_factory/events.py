@@ -66,6 +66,16 @@ class TimePassed:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """The step under way waits for others, and *reason* says for whom; it goes on where that is empty.
+
+    ``log.waiting`` tells it.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class InputUsed:
     """The build has read the file at *path*, or gives it to the installer.
 
@@ -157,6 +167,7 @@ Event = (
     | GuestActive
     | ConsoleLine
     | TimePassed
+    | Waiting
     | InputUsed
     | VirtTypeChosen
     | Installed

@@ -25,7 +25,7 @@ import httplib2
 
 from . import command, events, interrupts, scratch
 from .errors import BuildError, CommandError, ConfigurationError, CrashError
-from .log import logger
+from .log import logger, waiting
 from .settings import Source
 from .units import format_size
 
@@ -330,8 +330,7 @@ def _lock(descriptor: int, directory: Path) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("Waiting for another build that writes to %s.", directory)
-            with interrupts.interruptible():
+            with waiting(f"Waiting for another build that writes to {directory}."), interrupts.interruptible():
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         # NFS locks nothing that is open for reading only, as directories are.

@@ -134,6 +134,28 @@ def also_to_file(path: Path, *, append: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def waiting(reason: str) -> Iterator[Callable[[str], None]]:
+    """Show, and log, that all inside is a wait, and why; what is given takes another *reason* when that has changed.
+
+    Who waits tells observers of ``events.TimePassed`` about once a second, so that the time on the terminal goes on.
+    """
+    said = ""
+
+    def say(reason: str) -> None:
+        nonlocal said
+        if reason != said:
+            said = reason
+            logger.info("%s", reason)
+            events.tell(events.Waiting(reason))
+
+    say(reason)
+    try:
+        yield say
+    finally:
+        events.tell(events.Waiting(""))
+
+
+@contextmanager
 def step(name: str) -> Iterator[None]:
     """Announce a step, and say how long it took, or that it failed.
 

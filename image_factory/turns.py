@@ -19,7 +19,7 @@ from pathlib import Path
 
 from . import events, interrupts
 from .errors import reason_of
-from .log import logger, step
+from .log import logger, step, waiting
 from .units import format_size
 
 STEP = "Waiting for other installations"
@@ -63,9 +63,9 @@ def taken(limit: float | None, ram: int, cores: int) -> Iterator[None]:
         with ExitStack() as stack:
             reason = _begin(stack, own, limit)
             if reason:
-                with step(STEP):
-                    logger.info("%s", reason)
-                    while _begin(stack, own, limit):
+                with step(STEP), waiting(reason) as say:
+                    while reason := _begin(stack, own, limit):
+                        say(reason)
                         with interrupts.interruptible():
                             time.sleep(_POLL_SECONDS)
                         events.tell(events.TimePassed())

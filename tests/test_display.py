@@ -350,6 +350,36 @@ def test_characters_that_every_terminal_has(tmp_path: Path, environment: dict[st
     assert "##########..............................  25 %" in terminal.seen
 
 
+WAITING = """
+import threading
+from image_factory import turns
+turns._PREFIX = f"test-display-{os.getpid()}"
+places = [ExitStack() for _ in range(3)]
+for number, place in enumerate(places):
+    place.enter_context(turns._named(f"installation/1/1/0/0000000{number}"))
+    threading.Timer(number * 1.5, place.close).start()
+with shown(logging.WARNING):
+    with turns.taken(1, 1, 1):
+        with log.step("Installing"):
+            tell(TimePassed())
+"""
+
+
+def test_why_it_waits(tmp_path: Path) -> None:
+    """Said as it changes, and not any more when it goes on."""
+    terminal = run(WAITING, tmp_path)
+    waits = r"▸ Waiting for other installations +0:0[0-9]$\n  {} on this machine \(of root\), and max-parallel = 1\.$"
+    two, one = (re.search(waits.format(run), terminal.seen, re.MULTILINE) for run in ("2 run", "1 runs"))
+    assert two and one
+    assert two.start() < one.start() < terminal.seen.index("▸ Installing")
+    assert "on this machine" not in terminal.seen[terminal.seen.index("▸ Installing") :]
+
+
+def test_why_it_waits_in_a_narrow_terminal(tmp_path: Path) -> None:
+    terminal = run(WAITING, tmp_path, (40, 24))
+    assert "\n  1 runs on this machine (of root), and" + "\n  max-parallel = 1." in terminal.seen
+
+
 def test_columns_of_the_environment_are_not_believed(tmp_path: Path) -> None:
     terminal = run(INSTALLATION, tmp_path, COLUMNS="300", LINES="100")
     assert max(len(line) for line in terminal.seen.splitlines()) <= 80
@@ -517,6 +547,8 @@ initrd = initrd
 image-size = 1M
 virt-type = qemu
 mount-via = loop
+# Whatever else this machine does.
+max-parallel = none
 """
 VIRSH = '#!/bin/sh\ncase "$*" in *domstate*) echo "shut off (shutdown)" ;; esac\n'
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ class Checkpoint:
                 # It is as it was, or the build would not be resumed; what a template became is gone.
                 source = plan.settings.answer_file
                 path = None if source is None or answers.is_template(source) else source
+            elif key == "answer-files":
+                path = Path(origin)
             elif _state_of(path) != state:
                 path = None
             yield InputUsed(key, origin, path, verified_by)
@@ -138,9 +140,10 @@ def begin(build: Build, disk: Disk, used: InputsUsed) -> Checkpoint:
     plan = build.plan
     # The copy of the answer file that was used: the file itself may have changed since, or be gone.
     copies = [event.path for event, _ in used.found if event.key == plan.settings.answer_file_key]
+    further = [event.path for event, _ in used.found if event.key == "answer-files" and event.path]
     found = Checkpoint(
         build.directory,
-        inputs_of(plan, *copies),
+        inputs_of(plan, *copies, further=further),
         outputs_of(plan),
         plan.date.isoformat(),
         disk.virt_type,
@@ -287,10 +290,10 @@ def _why_not_the_disk(found: Checkpoint, directory: Path) -> str | None:
     return None
 
 
-def inputs_of(plan: Plan, answer_file: Path | None = None) -> dict[str, str]:
+def inputs_of(plan: Plan, answer_file: Path | None = None, *, further: Sequence[Path] = ()) -> dict[str, str]:
     """Return a digest of each setting that makes an installed disk another one.
 
-    *answer_file* is what the installer got; else that is made anew, as it would be now.
+    *answer_file* and *further* files are what the installer got; else they are made anew, as they would be now.
     """
     settings = plan.settings
     sources = {key: getattr(settings, key.replace("-", "_")) for key in ("linux", "initrd", "installer-image")}
@@ -299,6 +302,10 @@ def inputs_of(plan: Plan, answer_file: Path | None = None) -> dict[str, str]:
     digests = {key: _digest(text.encode()) for key, text in texts.items()}
     if settings.answer_file and settings.answer_file_key:
         digests[settings.answer_file_key] = digest_of(answer_file) if answer_file else _digest(answers.content(plan))
+    if settings.answer_files:
+        paths = further or [file.path for file in settings.answer_files]
+        names = [file.name for file in settings.answer_files]
+        digests["answer-files"] = _digest(repr(list(zip(names, map(_digest_if_there, paths), strict=False))).encode())
     return digests
 
 
@@ -319,6 +326,13 @@ def _state_of(path: Path | None) -> list[int]:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _digest_if_there(path: Path) -> str:
+    try:
+        return digest_of(path)
+    except OSError:
+        return ""
 
 
 def digest_of(path: Path) -> str:

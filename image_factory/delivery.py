@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import answers, command
+from .errors import ConfigurationError, reason_of
 from .log import step
-from .model import Build
+from .model import Build, Plan
 from .release import released
 from .settings import ImageSettings
 
@@ -21,7 +22,8 @@ class Delivery:
     where the file is put into the initrd.  *name* is the file's name on the seed disk, ``{suffix}`` in it
     the suffix of the file's own; *others* are more files there, each of one line.  *boot_files* are the
     kernel and the initrd on the installer's ISO, ``{arch}`` the architecture, where virt-install may not
-    know them.
+    know them.  *further* is what the names of further files have to end with, any of which the installer's
+    system takes over from the initrd.
     """
 
     argument: str
@@ -29,6 +31,7 @@ class Delivery:
     name: str = ""
     others: tuple[tuple[str, str], ...] = ()
     boot_files: tuple[str, str] | None = None
+    further: tuple[str, ...] = ("",)
 
 
 # By the key of the answer file.  An initrd's root is gone once Subiquity or Agama run.  Theirs are from
@@ -38,7 +41,8 @@ class Delivery:
 # (the suffix tells JSON, Jsonnet and AutoYaST's XML apart).
 DELIVERIES = {
     "preseed": Delivery("preseed/url=file:///{name}"),
-    "kickstart": Delivery("inst.ks=file:///{name}"),
+    # Of the initrd's root, the hook anaconda-copy-ks of dracut saves these.
+    "kickstart": Delivery("inst.ks=file:///{name}", further=("cfg", "ks")),
     "yast": Delivery("autoyast=file:///{name}"),
     "autoinstall": Delivery(
         "autoinstall",
@@ -96,12 +100,60 @@ def is_made(settings: ImageSettings) -> bool:
     delivery, answer_file = chosen(settings), settings.answer_file
     assert delivery is not None
     assert answer_file is not None
-    return bool(delivery.label) or answers.is_changed(answer_file)
+    return bool(delivery.label or settings.answer_files) or answers.is_changed(answer_file)
 
 
 def copy_path(build: Build) -> Path:
     """Return where the copy of the answer file is that the installer gets, in a directory without others."""
     return build.directory / "answers" / name_of(build.plan.settings)
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if a further file can't be given to the installer under its name."""
+    settings = plan.settings
+    delivery, where = chosen(settings), f"[{plan.image}] answer-files"
+    taken = {name_of(settings), *(name for name, _ in delivery.others)} if delivery else set()
+    for file in settings.answer_files:
+        if delivery is None:
+            raise ConfigurationError(f"{where}: there is no answer file that they belong to.", hint="Name it, too.")
+        if answers.is_template(file.path):
+            raise ConfigurationError(
+                f"{where}: {file.path} would not be rendered.",
+                hint="Only the answer file is, and what it includes.",
+            )
+        if file.name in taken:
+            raise ConfigurationError(f"{where}: the installer would get two files with the name {file.name}.")
+        if not delivery.label and "/" in file.name:
+            raise ConfigurationError(
+                f"{where}: {file.name} can't be in a directory: virt-install puts files into the initrd's root only.",
+                hint=f"Give it a name there, {file.path}:{Path(file.name).name}, and use that in the answer file.",
+            )
+        if not file.name.endswith(delivery.further):
+            raise ConfigurationError(
+                f"{where}: the installer loses {file.name} when it leaves its initrd.",
+                hint=f"It keeps what ends in {' or '.join(delivery.further)}: give it such a name.",
+            )
+        taken.add(file.name)
+
+
+def copies(build: Build) -> list[Path]:
+    """Return the copies of the answer file and of the further files."""
+    copy = copy_path(build)
+    return [copy, *(copy.parent / file.name for file in build.plan.settings.answer_files)]
+
+
+def write_further(build: Build) -> list[tuple[Path, Path]]:
+    """Write the copies of the further files, as they are, beside that of the answer file; return file and copy."""
+    written = []
+    for file in build.plan.settings.answer_files:
+        copy = copy_path(build).parent / file.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            answers.write_private(copy, file.path.read_bytes())
+        except OSError as error:
+            raise ConfigurationError(f"[{build.plan.image}] answer-files: {reason_of(error)}.") from error
+        written.append((file.path, copy))
+    return written
 
 
 def write_copy(build: Build) -> Path:
@@ -165,6 +217,10 @@ def by_hand_argvs(build: Build) -> list[list[str]]:
         ["mkdir", "-m", "700", str(copy.parent)],
         ["sh", "-c", f"umask 077; {show} > {shlex.quote(str(copy))}"],
         *(["sh", "-c", f"echo {shlex.quote(text)} > {shlex.quote(str(path))}"] for path, text in _others(build)),
+        *(
+            ["install", "-D", "-m", "600", str(file.path.absolute()), str(copy.parent / file.name)]
+            for file in settings.answer_files
+        ),
     ]
     if seed_path(build):
         argvs.append(["sh", "-c", f"umask 077; {shlex.join(seed_argv(build))}"])

@@ -166,7 +166,8 @@ def _answer_file_arguments(build: Build, *, by_hand: bool) -> list[str]:
         return ["--disk", option(f"path={seed}", "device=cdrom", "format=raw")]
     # A person has no copy, and needs none but of what a template becomes.
     own = by_hand and not delivery.is_made(settings)
-    return ["--initrd-inject", str(settings.answer_file.absolute() if own else delivery.copy_path(build))]
+    paths = [settings.answer_file.absolute()] if own else delivery.copies(build)
+    return [word for path in paths for word in ("--initrd-inject", str(path))]
 
 
 def _machine(build: Build) -> list[str]:

@@ -44,6 +44,7 @@ DESCRIBED_KEYS = (*LISTED_KEYS, "format", "virt-type", "cores", "ram", "image-si
 # The file names of an image have its name, date, format and ".manifest.json": together at most 255 bytes.
 _LONGEST_NAME = 200
 _COMMAND_KEY = re.compile(r"post-upload-command[0-9]{0,9}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+~@-]*")
 
 
@@ -157,9 +158,31 @@ def parse_path(text: str) -> Path:
 def parse_answer_file(text: str) -> Path:
     """The path of an answer file, whose name goes on the kernel's command line."""
     path = parse_path(text)
-    if not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*", path.name):
+    if not _FILE_NAME.fullmatch(path.name):
         raise ValueError("a path whose last part has only letters, digits and . _ + -")
     return path
+
+
+@dataclass(frozen=True)
+class InstallerFile:
+    """A further file for the installer: the user's *path*, and the *name* by which the installer finds it."""
+
+    path: Path
+    name: str
+
+
+def parse_answer_files(text: str) -> tuple[InstallerFile, ...]:
+    """Further files for the installer: ``PATH`` or ``PATH:NAME``, with commas or line breaks."""
+    accepted = "PATH or PATH:NAME, or several with commas; names have only letters, digits and . _ + - /"
+    found = []
+    for word in split_list(text):
+        given, separator, name = word.rpartition(":")
+        path = parse_path(given if separator else word)
+        name = name.strip() if separator else path.name
+        if not all(_FILE_NAME.fullmatch(part) for part in name.split("/")):
+            raise ValueError(accepted)
+        found.append(InstallerFile(path, name))
+    return tuple(found)
 
 
 def parse_agama_file(text: str) -> Path:
@@ -347,6 +370,9 @@ class ImageSettings:
     yast: Path | None = _setting(parse_answer_file, "answer file of the openSUSE installer until Leap 15")
     autoinstall: Path | None = _setting(parse_answer_file, "answer file of Ubuntu's installer since 20.04, Subiquity")
     agama: Path | None = _setting(parse_agama_file, "answer file of the openSUSE installer since Leap 16, Agama")
+    answer_files: tuple[InstallerFile, ...] = _setting(
+        parse_answer_files, "further files for the installer, PATH or PATH:NAME, with commas; empty means none", ""
+    )
     cores: int = _setting(parse_count, "processors of the installation machine", "1")
     ram: int = _setting(parse_memory, "memory of the installation machine", "1G")
     image_size: int = _setting(parse_size, "size of the disk", "2G", ("--image-size",), "SIZE")

@@ -244,6 +244,24 @@ def test_answer_file_that_is_gone(tmp_path: Path) -> None:
     assert checkpoint.read(build.directory)
 
 
+def test_further_files_of_the_answers(tmp_path: Path) -> None:
+    """What the installer got counts, not what is there when the installation ends."""
+    (tmp_path / "b").write_text("b")
+    build = build_in(tmp_path, f"answer-files = {tmp_path}/b:c")
+    copy = tmp_path / "copy"
+    copy.write_text("b")
+    used = checkpoint.InputsUsed()
+    used.notice(events.InputUsed("answer-files", str(tmp_path / "b"), copy))
+    (tmp_path / "b").write_text("changed")
+    found = checkpoint.begin(build, Disk(build.disk_path, "qemu"), used)
+    with pytest.raises(ConfigurationError, match="answer-files changed since the disk was installed"):
+        checkpoint.resumed(build.plan, build.directory)
+    (tmp_path / "b").write_text("b")
+    copy.unlink()
+    checkpoint.resumed(build.plan, build.directory)
+    assert [event.path for event in found.inputs_used(build.plan)] == [tmp_path / "b"]
+
+
 def test_machine_that_was_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What QEMU wrote may not have reached the disk; what has the right checksum has."""
     build = build_in(tmp_path)

@@ -1,5 +1,6 @@
 """How answer files are delivered: names, kernel arguments, and seed disks made by the real program."""
 
+import dataclasses
 import stat
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from image_factory import checkpoint, delivery, guest, pipeline
 from image_factory.errors import BuildError, ConfigurationError
 from image_factory.model import Build
-from image_factory.settings import Configuration
+from image_factory.settings import Configuration, parse_answer_files, parse_source
 from image_factory.sources import installer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -113,6 +114,74 @@ def test_path_with_odd_characters(tmp_path: Path) -> None:
     with delivery.seeded(build):
         seed = build.directory / "seed.iso"
         assert set(read_seed(seed, tmp_path / "read")) == {"user-data", "meta-data"}
+
+
+def test_further_files_in_the_initrd(tmp_path: Path) -> None:
+    """Each is put there, as a copy that others can't read."""
+    (tmp_path / "b.ks").write_bytes(b"{{ b }}\r\n")
+    (tmp_path / "c").write_text(SECRET)
+    build = make_build(tmp_path, "kickstart", "a.ks", extra=f"answer-files = {tmp_path}/b.ks, {tmp_path}/c:d.cfg")
+    delivery.check(build.plan)
+    answers = build.directory / "answers"
+    argv = guest.virt_install_argv(build, ["--location", "L"], "kvm")
+    assert argv[-6:] == [
+        word for name in ("a.ks", "b.ks", "d.cfg") for word in ("--initrd-inject", f"{answers}/{name}")
+    ]
+    delivery.write_copy(build)
+    assert delivery.write_further(build) == [(tmp_path / "b.ks", answers / "b.ks"), (tmp_path / "c", answers / "d.cfg")]
+    assert (answers / "b.ks").read_bytes() == b"{{ b }}\r\n"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in answers.iterdir()} == {0o600}
+    assert ["#", "copy", f"{tmp_path}/c", "->", f"{answers}/d.cfg"] in dict(installer.describe(build))[
+        "Caching the installer"
+    ]
+
+
+def test_further_files_on_the_seed_disk(tmp_path: Path) -> None:
+    (tmp_path / "b").write_text("b")
+    build = make_build(tmp_path, "autoinstall", "a.yaml", extra=f"answer-files = {tmp_path}/b:scripts/b.sh")
+    delivery.check(build.plan)
+    delivery.write_copy(build)
+    delivery.write_further(build)
+    with delivery.seeded(build):
+        argv = ["xorriso", "-osirrox", "on", "-indev", build.directory / "seed.iso", "-extract", "/", tmp_path / "read"]
+        subprocess.run(argv, capture_output=True, check=True)
+    assert (tmp_path / "read/scripts/b.sh").read_text() == "b"
+    # A person makes the same.
+    commands = delivery.by_hand_argvs(build)
+    assert ["install", "-D", "-m", "600", f"{tmp_path}/b", f"{build.directory}/answers/scripts/b.sh"] in commands
+
+
+# answer file's key, the further files, what is wrong with them
+REFUSED = {
+    "no answer file": ("osinfo", "{d}/b", "there is no answer file that they belong to"),
+    "template": ("preseed", "{d}/b.j2", "b.j2 would not be rendered"),
+    "twice": ("preseed", "{d}/b, {d}/c:b", "two files with the name b"),
+    "answer file's name": ("preseed", "{d}/b:a.ks", "two files with the name a.ks"),
+    "name of the seed's own": ("autoinstall", "{d}/b:meta-data", "two files with the name meta-data"),
+    "directory in the initrd": ("preseed", "{d}/b:c/b", "c/b can't be in a directory"),
+    "lost by Anaconda": ("kickstart", "{d}/b", "the installer loses b when it leaves its initrd"),
+    "not there": ("preseed", "{d}/absent", "absent is not there"),
+}
+
+
+@pytest.mark.parametrize(("key", "files", "message"), REFUSED.values(), ids=REFUSED)
+def test_further_files_that_are_refused(tmp_path: Path, key: str, files: str, message: str) -> None:
+    for name in ("b", "b.j2", "c", "linux"):
+        (tmp_path / name).touch()
+    answers = "#cloud-config\nautoinstall: {version: 1}\n" if key == "autoinstall" else "d-i a/b string c\n"
+    build = make_build(tmp_path, key, "a.ks", answers, extra=f"answer-files = {files.format(d=tmp_path)}")
+    linux = parse_source(f"{tmp_path}/linux")
+    settings = dataclasses.replace(build.plan.settings, linux=linux, initrd=linux)
+    with pytest.raises(ConfigurationError) as caught:
+        installer.check(dataclasses.replace(build.plan, settings=settings))
+    assert caught.value.message.startswith("[x] answer-files: ")
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["/", "b:/c", "b:../c", "b:c//d", "b:c d", "b:.c"])
+def test_names_that_further_files_can_not_have(text: str) -> None:
+    with pytest.raises(ValueError, match="PATH or PATH:NAME"):
+        parse_answer_files(text)
 
 
 @pytest.mark.parametrize("error", [BuildError("x"), KeyboardInterrupt()], ids=["error", "interrupt"])

@@ -21,6 +21,7 @@ from image_factory.settings import (
     Configuration,
     Destination,
     ImageSettings,
+    InstallerFile,
     Source,
     UploadSettings,
     check_image_name,
@@ -87,6 +88,10 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "yast": ("/srv/suse.xml", Path("/srv/suse.xml")),
     "autoinstall": ("/srv/ubuntu.yaml", Path("/srv/ubuntu.yaml")),
     "agama": ("/srv/suse.json.j2", Path("/srv/suse.json.j2")),
+    "answer_files": (
+        "/srv/a.ks,\n  /srv/b:c/d.ks",
+        (InstallerFile(Path("/srv/a.ks"), "a.ks"), InstallerFile(Path("/srv/b"), "c/d.ks")),
+    ),
     "cores": ("4", 4),
     "ram": ("1.5G", 1536 << 20),
     "image_size": ("10 GB", 10**10),

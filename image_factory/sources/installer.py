@@ -54,6 +54,9 @@ def check(plan: Plan) -> None:
         _check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
         if answers.is_template(plan.settings.answer_file):
             answers.content(plan)
+    delivery.check(plan)
+    for file in plan.settings.answer_files:
+        _check_readable(f"[{plan.image}] answer-files", file.path)
     verify.Verifier(plan).check_offline(_sources(plan.settings))
 
 
@@ -110,6 +113,7 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
         copy = delivery.copy_path(build)
         verb = "render" if answers.is_template(settings.answer_file) else "copy"
         fetches.append(["#", verb, str(settings.answer_file), "->", str(copy)])
+        fetches += [["#", "copy", str(file.path), "->", str(copy.parent / file.name)] for file in settings.answer_files]
     if settings.installer_image is None:
         location = _location(build)
     elif is_tree(settings.installer_image):
@@ -204,6 +208,8 @@ def _copy_answer_file(build: Build) -> None:
     key, source = build.plan.settings.answer_file_key, build.plan.settings.answer_file
     if key and source:
         events.tell(events.InputUsed(key, str(source), delivery.write_copy(build)))
+    for path, copy in delivery.write_further(build):
+        events.tell(events.InputUsed("answer-files", str(path), copy))
 
 
 def _kernels(build: Build) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from . import command, layout, tree
 from .command import Conversation
 from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, step
-from .model import LARGEST_LOAD, Build, Change, Disk, Entry, Plan, Volume
+from .model import Build, Change, Disk, Entry, Plan, Volume
 from .tree import Branch, Tree
 
 STEP = "Mounting the filesystems"
@@ -43,6 +43,8 @@ _SHOWN = 16 << 20
 _HEADING = 1 << 10
 # A file that is read as a whole has at most so many bytes.
 _WHOLE = 1 << 20
+# So long is a list of names at most, and what is loaded of a file at once.
+_LARGEST_ANSWER = 65 << 20
 _LOST_AND_FOUND = "lost+found"
 _LABEL = "security.selinux"
 
@@ -293,12 +295,16 @@ class ApplianceFilesystem:
     def _size(self, path: str) -> int:
         return int(self.guestfish.ask(f"filesize {self._word(path)}")[-1])
 
-    def load(self, path: str) -> bytes | None:
-        """Return the file *path*."""
+    def load(self, path: str, most: int, offset: int = 0) -> bytes | None:
+        """Return at most *most* bytes at *offset* of the file *path*."""
         # One question for all links on the way, where _matching has one for each directory.
         if self.guestfish.ask(f"-realpath {self._word(path)}")[-1:] != [f"{self.place}/{path}"]:
             return None
-        return self._into_file("download", path) if self._is_file(path, LARGEST_LOAD) else None
+        status = self._status(path)
+        if not stat.S_ISREG(status["st_mode"]):
+            return None
+        size = min(most, status["st_size"] - offset)
+        return self._into_file("download-offset", path, str(offset), str(size)) if size > 0 else b""
 
     def _is_file(self, path: str, largest: int) -> bool:
         """Return whether *path* is a file of at most *largest* bytes."""
@@ -387,6 +393,8 @@ class ApplianceFilesystem:
     def _into_file(self, verb: str, path: str, *more: str) -> bytes:
         file = _scratch(self.build)
         self.guestfish.ask(" ".join([verb, self._word(path), quoted(str(file)), *more]))
+        if file.stat().st_size > _LARGEST_ANSWER:
+            raise BuildError(f"/{_shown_name(path)} of the guest has more than {_LARGEST_ANSWER >> 20} MiB of names.")
         return file.read_bytes()
 
 

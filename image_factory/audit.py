@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from . import answers, command, delivery, events, layout, leftovers, mounts, search
+from . import answers, command, delivery, events, interrupts, layout, leftovers, mounts, search
 from .errors import BuildError, CommandError, ConfigurationError
 from .leftovers import Asked, Files, Look
 from .log import logger, step
@@ -318,12 +318,14 @@ def _is_in_shadow(offset: int, before: bytes, data: bytes, after: bytes) -> bool
 
 def audit_files(files: Files, asked: Asked, checks: Iterable[Check] = CHECKS) -> list[Finding]:
     """Return what *checks* find among *files* that was not *asked* for."""
-    look = Look(files, leftovers.DIRECTORIES)
-    return [
-        Finding(check.name, what)
-        for check in checks
-        for what in itertools.islice(check.find(look, asked), leftovers.MOST)
-    ]  # fmt: skip
+    # Looking changes nothing, so a signal may come at any point.
+    with interrupts.interruptible():
+        look = Look(files, leftovers.DIRECTORIES)
+        return [
+            Finding(check.name, what)
+            for check in checks
+            for what in itertools.islice(check.find(look, asked), leftovers.MOST)
+        ]
 
 
 def audit_bytes(disk: Path, secrets: Secrets, checks: Iterable[Check] = CHECKS) -> list[Finding]:

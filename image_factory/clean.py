@@ -1,5 +1,6 @@
 """Show and remove what the installers leave behind."""
 
+from . import interrupts
 from .log import logger, step
 from .model import Build
 from .tree import Tree
@@ -37,7 +38,7 @@ def show_installer_logs(build: Build, tree: Tree) -> None:
     """Print the installer's logs into the log, if that is wanted."""
     if not build.plan.settings.installer_logs:
         return
-    with step("Showing installer logs"):
+    with step("Showing installer logs"), interrupts.interruptible():
         for line in tree.show(SHOWN_LOGS).splitlines():
             logger.info("| %s", line)
 
@@ -46,4 +47,5 @@ def remove_installer_logs(build: Build, tree: Tree) -> None:
     """Remove the installer's logs."""
     with step("Removing installer logs"):
         for gone in tree.remove(INSTALLER_LOGS):
+            interrupts.check()
             logger.info("Removed /%s", gone.path)

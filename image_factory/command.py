@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import resource
 import secrets
 import selectors
 import shlex
@@ -54,6 +55,10 @@ PACKAGES = {
 _LAST_LINES = 20
 # A program that never ends its line doesn't fill the memory.
 _LONGEST_LINE = 64 * 1024
+# What a program prints is taken into memory whole where its caller wants it: at most so much.
+_MOST_PRINTED = 64 << 20
+# What a library that reads somebody else's data may take of memory.
+_MEMORY_APART = 1 << 30
 # What is left in the pipe when a program has exited is read for so long: a daemon that it
 # started may hold the pipe open for ever.
 _DRAIN_SECONDS = 0.2
@@ -316,7 +321,7 @@ def _communicate(
     lines = _Lines(log_line, None if progress is None else partial(_tell_progress, events.Meter(), progress))
     sinks: dict[int, Callable[[bytes], None]] = {}
     if process.stdout is not None:
-        sinks[process.stdout.fileno()] = lines.feed if captured is None else captured.extend
+        sinks[process.stdout.fileno()] = lines.feed if captured is None else partial(_capture, name, captured)
     if process.stderr is not None:
         sinks[process.stderr.fileno()] = lines.feed
     exited = os.pidfd_open(process.pid)
@@ -347,6 +352,16 @@ def _communicate(
     finally:
         os.close(exited)
         lines.close()
+
+
+def _capture(name: str, captured: bytearray, data: bytes) -> None:
+    captured += data
+    if len(captured) > _MOST_PRINTED:
+        raise _too_much(name)
+
+
+def _too_much(name: str) -> BuildError:
+    return BuildError(f"{name} printed more than {_MOST_PRINTED >> 20} MiB, which no answer of its has.")
 
 
 def _tell_progress(meter: events.Meter, progress: Callable[[str], float | None], text: str) -> bool:
@@ -386,6 +401,7 @@ class Conversation:
         Raises CommandError if the program ends, BuildError if it doesn't answer in time.
         """
         lines: list[str] = []
+        left = _MOST_PRINTED
         with interrupts.interruptible():
             with contextlib.suppress(BrokenPipeError):
                 self._stdin.write(f"{line}\necho {self._end}\n".encode())
@@ -393,6 +409,9 @@ class Conversation:
                 if answer == self._end:
                     return lines
                 lines.append(answer)
+                left -= len(answer) + 1
+                if left < 0:
+                    raise _too_much(self._name)
             raise self._failure()
 
     def end(self) -> None:
@@ -703,7 +722,7 @@ def call_apart(function: Callable[[_Argument], _Result], argument: _Argument, se
     """Return what *function* returns for *argument*, called in a process of its own.
 
     It is for a library that crashes, hangs or prints when its data is bad.  What *function* raises is
-    raised here; CrashError if its process dies or takes longer than *seconds*.
+    raised here, MemoryError if it takes too much; CrashError if its process dies or takes longer than *seconds*.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_answer, args=(sender, function, argument))
@@ -785,6 +804,9 @@ def _answer(sender: Connection, function: Callable[[_Argument], _Result], argume
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    most = _MEMORY_APART if hard == resource.RLIM_INFINITY else min(hard, _MEMORY_APART)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
     try:
         answer: tuple[Exception | None, _Result | None] = None, function(argument)
     except Exception as error:

@@ -1,28 +1,37 @@
 """What is in an installed system: its packages, its name, and what its directories take.
 
-The files of the guest are read, and none of its programs is run.  What they say is not trusted: sizes
-have limits, and text without a known form is left out.
+The files of the guest are read, and none of its programs is run.  What they say is not trusted: each size and
+each sum has a limit, and text without a known form is left out.  More than a limit of what would only be missing is
+said in the log; of what would make a wrong list it is an error.
 """
 
 import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from . import rpmdb
+from . import interrupts, rpmdb
 from .errors import BuildError
 from .log import logger, printable, step
 from .model import INVENTORY_NAME, Build
 from .tree import Tree
+from .units import format_size
 
 STEP = "Listing packages"
 
-# Gives the bytes of a regular file of the guest, None if it has none of that path.
-Read = Callable[[str], bytes | None]
+
+class Read(Protocol):
+    """Gives bytes of a guest's file, as ``Tree.load`` does."""
+
+    def __call__(self, path: str, most: int, offset: int = 0, /) -> bytes | None:
+        """Return at most *most* bytes at *offset* of the regular file *path*, None if there is none."""
+
 
 _DPKG_STATUS = "var/lib/dpkg/status"
 # A package in one of these has no files, or not all.
@@ -43,9 +52,20 @@ _KERNEL = re.compile(
 )
 
 _LONGEST_STATUS = 64 << 20
+_LONGEST_OS_RELEASE = 64 << 10
+# rpm's database of a large system has 200 MiB.
+_LONGEST_DATABASE = 512 << 20
 _LONGEST_TEXT = 200
 _MOST_PACKAGES = 100_000
 _MOST_LICENSES = 100
+
+# Of one copyright file, and of all: of those that are read, of the names in them, and of the time that it takes.
+_LONGEST_COPYRIGHT = 1 << 20
+_COPYRIGHTS = 512 << 20
+_LICENSE_TEXTS = 16 << 20
+_COPYRIGHT_SECONDS = 600.0
+
+_AT_ONCE = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -82,11 +102,21 @@ def take_inventory(build: Build, tree: Tree) -> None:
     if not build.plan.settings.manifest:
         return
     with step(STEP):
-        found = Inventory(read_os(tree.load), read_packages(tree.load, build.directory), tree.usage())
+        # Reading changes nothing, so a signal may come at any point.
+        with interrupts.interruptible():
+            found = Inventory(read_os(tree.load), read_packages(tree.load, build.directory), _sizes(tree))
         known = sum(package.licenses is not None for package in found.packages)
         name = found.os.get("pretty_name", "The system")
         logger.info("%s has %d packages; the licenses of %d are known.", name, len(found.packages), known)
         _path(build).write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
+
+
+def _sizes(tree: Tree) -> dict[str, int]:
+    try:
+        return tree.usage()
+    except BuildError as error:
+        logger.warning("What the directories of the system take is not known: %s", error.message)
+        return {}
 
 
 def taken(build: Build) -> Inventory | None:
@@ -107,9 +137,9 @@ def _path(build: Build) -> Path:
 
 def read_os(read: Read) -> dict[str, str]:
     """Return what os-release says, by lower-case keys; what has another form than os-release(5) says is told."""
-    path, data = next(((path, data) for path in _OS_RELEASE if (data := read(path))), ("", b""))
+    path, data = next(((path, data) for path in _OS_RELEASE if (data := read(path, _LONGEST_OS_RELEASE))), ("", b""))
     found = {}
-    for line in data[: 1 << 16].decode("utf-8", errors="replace").splitlines():
+    for line in data.decode("utf-8", errors="replace").splitlines():
         key, _, text = line.strip().partition("=")
         if key in _OS_KEYS:
             value = _os_value(path, key, text)
@@ -172,30 +202,85 @@ def _clean(text: str) -> str:
 
 def _dpkg_packages(read: Read) -> list[Package]:
     found: list[Package] = []
+    copyrights = _Copyrights(read)
     # Packages of one source have one copyright file: where there are not two copies, a link leads from one to
     # the other (Debian Policy 12.5).  Links are not followed.
     licenses: dict[str, tuple[str, ...] | None] = {}
-    for fields in _stanzas(read(_DPKG_STATUS) or b""):
+    status = read(_DPKG_STATUS, _LONGEST_STATUS + 1) or b""
+    if len(status) > _LONGEST_STATUS:
+        raise _too_long(_DPKG_STATUS, _LONGEST_STATUS)
+    for fields in _stanzas(status):
         state = fields.get("Status", "").split()[-1:]
         if not state or state[0] in _DPKG_ABSENT:
             continue
         name = fields.get("Package", "")
         source = fields.get("Source", name).split(" ")[0]
         if _NAME.fullmatch(name) and licenses.get(source) is None:
-            licenses[source] = read_licenses(read(f"usr/share/doc/{name}/copyright") or b"")
+            licenses[source] = copyrights.licenses(name)
         found.append(Package("deb", name, fields.get("Version", ""), fields.get("Architecture", ""), source, None))
+    copyrights.tell()
     return [dataclasses.replace(package, licenses=licenses.get(package.source)) for package in found]
 
 
+def _too_long(path: str, most: int) -> BuildError:
+    return BuildError(f"/{path} of the system has more than {format_size(most)}, which no system's has.")
+
+
 def _stanzas(data: bytes) -> Iterator[dict[str, str]]:
-    """Give the fields of each paragraph, of those with several lines the first."""
-    for paragraph in data[:_LONGEST_STATUS].decode("utf-8", errors="replace").split("\n\n"):
-        yield {key: value.strip() for key, value in re.findall(r"^([A-Za-z-]+):(.*)$", paragraph, re.MULTILINE)}
+    """Give the fields of each paragraph that are used, of those with several lines the first."""
+    start = 0
+    for _ in range(_MOST_PACKAGES * 2):
+        end = data.find(b"\n\n", start)
+        paragraph = data[start : end if end >= 0 else len(data)].decode("utf-8", errors="replace")
+        yield {key: value.strip() for key, value in _FIELD.findall(paragraph)}
+        if end < 0:
+            return
+        start = end + 2
+    raise BuildError(
+        f"/{_DPKG_STATUS} of the system has more than {_MOST_PACKAGES * 2} entries, which no system's has."
+    )
+
+
+_FIELD = re.compile(r"^(Package|Status|Source|Version|Architecture):(.*)$", re.MULTILINE)
+
+
+class _Copyrights:
+    """The copyright files of Debian's packages, as long as there are not too many."""
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._left = _COPYRIGHTS
+        self._texts_left = _LICENSE_TEXTS
+        self._deadline = time.monotonic() + _COPYRIGHT_SECONDS
+        self._is_over = False
+        self._cut_off = 0
+
+    def licenses(self, package: str) -> tuple[str, ...] | None:
+        """Return the licenses of *package*; None if they are not known, or nothing more is read."""
+        interrupts.check()
+        if self._is_over:
+            return None
+        path = f"usr/share/doc/{package}/copyright"
+        data = self._read(path, _LONGEST_COPYRIGHT + 1) or b""
+        self._cut_off += len(data) > _LONGEST_COPYRIGHT
+        found = read_licenses(data[:_LONGEST_COPYRIGHT])
+        self._left -= len(data)
+        self._texts_left -= sum(map(len, found or ()))
+        if min(self._left, self._texts_left) < 0 or time.monotonic() > self._deadline:
+            logger.warning("The copyright files are too many or too long: those after /%s are not read.", path)
+            self._is_over = True
+        return found
+
+    def tell(self) -> None:
+        """Log what was left out of files that are too long."""
+        if self._cut_off:
+            size = format_size(_LONGEST_COPYRIGHT)
+            logger.warning("Of %d copyright files only the first %s are read.", self._cut_off, size)
 
 
 def read_licenses(copyright_file: bytes) -> tuple[str, ...] | None:
     """Return the names of the licenses in a machine-readable copyright file (DEP 5), None if it is none."""
-    text = copyright_file[: 1 << 20].decode("utf-8", errors="replace")
+    text = copyright_file.decode("utf-8", errors="replace")
     if not re.match(r"\s*Format(?:-Specification)?:", text):
         return None
     names = re.findall(r"^License:[ \t]*(\S.*)$", text, re.MULTILINE)
@@ -220,9 +305,26 @@ def _rpm_packages(read: Read, directory: Path) -> Iterator[Package]:
 def _rpm_headers(read: Read, directory: Path) -> list[rpmdb.Header]:
     for place in _RPM_PLACES:
         for names in ((rpmdb.SQLITE, rpmdb.SQLITE_WAL), (rpmdb.NDB,)):
-            files = {name: data for name in names if (data := read(f"{place}/{name}"))}
-            if names[0] in files:
-                return rpmdb.read(files, directory / "rpm")
-        if read(f"{place}/Packages"):
+            if read(f"{place}/{names[0]}", 1):
+                copies = directory / "rpm"
+                copies.mkdir(mode=0o700)
+                try:
+                    for name in names:
+                        # An empty log is as good as none.
+                        if read(f"{place}/{name}", 1):
+                            _copy(read, f"{place}/{name}", copies / name)
+                    return rpmdb.read(copies / names[0])
+                finally:
+                    shutil.rmtree(copies)
+        if read(f"{place}/Packages", 1):
             logger.warning("The packages of rpm are not listed: /%s/Packages is of a form before that of today.", place)
     return []
+
+
+def _copy(read: Read, path: str, copy: Path) -> None:
+    """Copy the file *path* of the guest to *copy*."""
+    with copy.open("xb") as file:
+        while data := read(path, _AT_ONCE, file.tell()):
+            file.write(data)
+            if file.tell() > _LONGEST_DATABASE:
+                raise _too_long(path, _LONGEST_DATABASE)

@@ -39,6 +39,8 @@ def read_partitions(image: Path) -> list[Partition]:
         return command.call_apart(_read_partitions, image, _SECONDS)
     except CrashError as error:
         raise NoSystemError(f"The disk has no partition table that can be read: libparted {error.message}.") from error
+    except MemoryError as error:
+        raise NoSystemError("The disk has no partition table that can be read: it takes too much memory.") from error
 
 
 def _read_partitions(image: Path) -> list[Partition]:

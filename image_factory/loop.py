@@ -15,7 +15,7 @@ from pathlib import Path
 from . import command, layout, locks, privileged, tree
 from .errors import BuildError, CommandError
 from .log import logger, step
-from .model import LARGEST_LOAD, Build, Change, Disk, Entry, Plan, Volume
+from .model import Build, Change, Disk, Entry, Plan, Volume
 from .release import released
 from .tree import Tree
 
@@ -73,16 +73,14 @@ class LoopFilesystem:
         """Empty the files that *patterns* match."""
         return privileged.truncate(self.path, patterns)
 
-    def load(self, path: str) -> bytes | None:
-        """Return the file *path*."""
+    def load(self, path: str, most: int, offset: int = 0) -> bytes | None:
+        """Return at most *most* bytes at *offset* of the file *path*."""
         # What is missing, a link, or for root only.  No link on the way is followed: the helper mounts so.
         with contextlib.suppress(OSError):
             descriptor = os.open(self.path / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
             try:
-                status = os.fstat(descriptor)
-                if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_LOAD:
-                    with open(descriptor, "rb", closefd=False) as file:
-                        return file.read(LARGEST_LOAD)
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    return os.pread(descriptor, most, offset)
             finally:
                 os.close(descriptor)
         return None

@@ -9,9 +9,6 @@ from typing import Protocol
 
 from .settings import Destination, ImageSettings
 
-# A file that is loaded from a guest is at most so long: rpm's database of a large system has 200 MiB.
-LARGEST_LOAD = 512 << 20
-
 # What the names of working directories and virtual machines begin with; an image's name follows.
 WORK_PREFIX = ".image-factory-"
 VM_PREFIX = "image-factory-"
@@ -230,10 +227,10 @@ class Filesystem(Protocol):
         Owner, mode and attributes stay.
         """
 
-    def load(self, path: str) -> bytes | None:
-        """Return the regular file *path*, which all users of the guest may read; None if there is none, or a huge one.
+    def load(self, path: str, most: int, offset: int = 0) -> bytes | None:
+        """Return at most *most* bytes at *offset* of the regular file *path*; None if there is none.
 
-        It is much faster than ``show``: it takes no root.
+        All users of the guest may read the file.  It is much faster than ``show``: it takes no root.
         """
 
     def usage(self, top: str) -> dict[str, int]:

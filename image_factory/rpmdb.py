@@ -5,7 +5,7 @@ that was not made for other people's data.
 """
 
 import contextlib
-import shutil
+import mmap
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +23,9 @@ NDB = "Packages.db"
 _SECONDS = 300.0
 _MOST_HEADERS = 100_000
 _LARGEST_HEADER = 64 << 20
+# Of all headers, and of the texts that are taken from them.
+_HEADERS = 1 << 30
+_TEXTS = 64 << 20
 
 # include/rpm/rpmtag.h
 _TAGS = {1000: "name", 1001: "version", 1002: "release", 1003: "epoch", 1014: "license", 1022: "arch", 1044: "source"}
@@ -47,24 +50,18 @@ class Header:
     license: str
 
 
-def read(files: Mapping[str, bytes], directory: Path) -> list[Header]:
-    """Return the headers of the packages in the database *files*, by their names; BuildError if it is damaged.
+def read(database: Path) -> list[Header]:
+    """Return the headers of the packages in *database*, a copy with its own name; BuildError if it is damaged.
 
-    *directory*, which is not there yet, is for copies.
+    SQLite may change the copy, and what is beside it.
     """
     try:
-        if SQLITE not in files:
-            return command.call_apart(_read_ndb, files[NDB], _SECONDS)
-        directory.mkdir(mode=0o700)
-        try:
-            for name, data in files.items():
-                (directory / name).write_bytes(data)
-            return command.call_apart(_read_sqlite, directory / SQLITE, _SECONDS)
-        finally:
-            shutil.rmtree(directory)
+        return command.call_apart(_read_ndb if database.name == NDB else _read_sqlite, database, _SECONDS)
     except CrashError as error:
         raise BuildError(f"Reading the image's rpm database {error.message}.") from error
-    except (ValueError, struct.error, sqlite3.Error) as error:
+    except (ValueError, struct.error, sqlite3.Error, MemoryError) as error:
+        if isinstance(error, MemoryError):
+            raise BuildError("The image's rpm database takes too much memory to be read.") from error
         raise BuildError(f"The image's rpm database is damaged: {error}.") from error
 
 
@@ -75,11 +72,12 @@ def _read_sqlite(path: Path) -> list[Header]:
         return _parsed(data for (data,) in rows if isinstance(data, bytes))
 
 
-def _read_ndb(data: bytes) -> list[Header]:
-    return _parsed(_ndb_blobs(data))
+def _read_ndb(path: Path) -> list[Header]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _parsed(_ndb_blobs(data))
 
 
-def _ndb_blobs(data: bytes) -> Iterator[bytes]:
+def _ndb_blobs(data: mmap.mmap) -> Iterator[bytes]:
     magic, version, _, pages = struct.unpack_from("<4sIII", data)
     if magic != b"RpmP" or version != 0:
         raise ValueError("it has not the form that its name says")
@@ -96,7 +94,14 @@ def _ndb_blobs(data: bytes) -> Iterator[bytes]:
 
 
 def _parsed(blobs: Iterable[bytes]) -> list[Header]:
-    return [_header(_values(blob)) for blob in blobs]
+    found, size, texts = [], 0, 0
+    for blob in blobs:
+        values = _values(blob)
+        size, texts = size + len(blob), texts + sum(map(len, values.values()))
+        if size > _HEADERS or texts > _TEXTS:
+            raise ValueError("it has more than any system has")
+        found.append(_header(values))
+    return found
 
 
 def _header(values: Mapping[str, str]) -> Header:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from . import events, fstab, media
+from . import events, fstab, interrupts, media
 from .errors import ConfigurationError
 from .log import logger, step
 from .model import Build, Change, Plan
@@ -699,8 +699,10 @@ def seal(build: Build, tree: Tree) -> None:
     if not chosen:
         return
     with step(STEP):
-        system = look_at(tree, chosen)
-        planned = {operation.name: operation.actions(system) for operation in chosen}
+        # Looking changes nothing, so a signal may come at any point.
+        with interrupts.interruptible():
+            system = look_at(tree, chosen)
+            planned = {operation.name: operation.actions(system) for operation in chosen}
         removed, emptied = _carry_out(tree, list(planned.values()))
         for operation in chosen:
             actions = planned[operation.name]
@@ -760,8 +762,12 @@ def _carry_out(tree: Tree, planned: Sequence[Actions]) -> tuple[list[Change], li
 
 def _taken(changes: list[Change], patterns: Sequence[str]) -> list[Change]:
     """Take those that *patterns* match from the list *changes*."""
-    taken = [change for change in changes if _is_of(change.path, patterns)]
-    changes[:] = [change for change in changes if change not in taken]
+    taken: list[Change] = []
+    others: list[Change] = []
+    for change in changes:
+        interrupts.check()
+        (taken if _is_of(change.path, patterns) else others).append(change)
+    changes[:] = others
     return taken
 
 
@@ -769,6 +775,7 @@ def _tell(name: str, actions: Actions, removed: Sequence[Change], emptied: Seque
     """Log and tell what operation *name* did."""
     for verb, changes in (("Removed", removed), ("Emptied", emptied)):
         for change in changes:
+            interrupts.check()
             logger.info("%s /%s", verb, change.path)
     for path in actions.write:
         logger.info("%s /%s", "Changed" if path in system.files else "Made", path)

@@ -7,12 +7,13 @@ places for mounts stay the ones that image-factory-sudo-helper allows.
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from . import fstab, layout
+from . import fstab, interrupts, layout
 from .errors import BuildError
 from .log import logger
 from .model import Change, Entry, Filesystem, LogicalVolumes, Volume
+from .units import format_size
 
 # The directory of a btrfs subvolume, as patterns may begin with it: no part of it is ``.`` or ``..``.
 _PART = r"\.?[A-Za-z0-9_@][A-Za-z0-9._@-]{0,254}"
@@ -20,6 +21,10 @@ _TOP = re.compile(rf"(?:{_PART}/){{0,7}}{_PART}")
 
 # Of a guest's text in a message.
 _LONGEST_QUOTE = 100
+
+# So much is read of one system in all: rpm's database of a large one has 200 MiB.
+_MOST_BYTES = 2 << 30
+_MOST_NAMES = 1_000_000
 
 
 def is_top(name: str) -> bool:
@@ -48,19 +53,38 @@ class Branch:
         return "/".join(filter(None, (self.point, path.removeprefix(self.top).lstrip("/"))))
 
 
+@dataclass
+class Budget:
+    """How much of a guest may still be read, as *size* bytes and *names*, whoever reads it."""
+
+    size: int = _MOST_BYTES
+    names: int = _MOST_NAMES
+
+    def spend(self, *, size: int = 0, names: int = 0) -> None:
+        """Count what was read; BuildError if it was too much, Interrupted if a signal has come."""
+        interrupts.check()
+        self.size -= size
+        self.names -= names
+        if self.size < 0:
+            raise BuildError(f"The system has more than {format_size(_MOST_BYTES)} where packages and settings are.")
+        if self.names < 0:
+            raise BuildError(f"The system has more than {_MOST_NAMES} files in the directories that are looked into.")
+
+
 @dataclass(frozen=True)
 class Tree:
     """An installed system: *branches* has the root last, and what is mounted deeper before.
 
     *filesystems* are all that are mounted, those that the system's fstab doesn't name among them.
     Patterns are paths below the root, and the operations those of ``Filesystem``.  *logical* is there
-    where the disk has logical volumes.
+    where the disk has logical volumes.  All that reads the guest does so here, within one *budget*.
     """
 
     branches: tuple[Branch, ...]
     filesystems: tuple[Filesystem, ...]
     volumes: tuple[Volume, ...]
     logical: LogicalVolumes | None = None
+    budget: Budget = field(default_factory=Budget, compare=False)
 
     @property
     def root(self) -> Branch:
@@ -69,25 +93,29 @@ class Tree:
 
     def show(self, patterns: Sequence[str]) -> str:
         """Return the regular files that *patterns* match, and those below directories, with headings."""
-        return "".join(
-            _with_paths_of(branch, branch.filesystem.show(inner)) for branch, inner in self._routed(patterns)
-        )
+        texts = []
+        for branch, inner in self._routed(patterns):
+            texts.append(_with_paths_of(branch, branch.filesystem.show(inner)))
+            self.budget.spend(size=len(texts[-1]))
+        return "".join(texts)
 
     def entries(self, patterns: Sequence[str]) -> list[Entry]:
         """Return what *patterns* match."""
-        return [
-            dataclasses.replace(found, path=branch.outer(found.path))
-            for branch, inner in self._routed(patterns)
-            for found in branch.filesystem.entries(inner)
-        ]
+        entries = []
+        for branch, inner in self._routed(patterns):
+            found = branch.filesystem.entries(inner)
+            self.budget.spend(names=len(found))
+            entries += [dataclasses.replace(entry, path=branch.outer(entry.path)) for entry in found]
+        return entries
 
     def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
         """Return the regular files of at most 1 MiB that *patterns* match, by their paths."""
-        return {
-            branch.outer(path): data
-            for branch, inner in self._routed(patterns)
-            for path, data in branch.filesystem.read(inner).items()
-        }
+        files: dict[str, bytes] = {}
+        for branch, inner in self._routed(patterns):
+            found = branch.filesystem.read(inner)
+            self.budget.spend(size=sum(map(len, found.values())), names=len(found))
+            files |= {branch.outer(path): data for path, data in found.items()}
+        return files
 
     def write(self, path: str, data: bytes, mode: int) -> None:
         """Have *data* in the regular file *path*; a new one is root's, with *mode*."""
@@ -101,29 +129,38 @@ class Tree:
 
     def remove(self, patterns: Sequence[str]) -> list[Change]:
         """Remove what *patterns* match, a link itself; return what is gone."""
-        return [
-            dataclasses.replace(gone, path=branch.outer(gone.path))
-            for branch, inner in self._routed(patterns)
-            for gone in branch.filesystem.remove(inner)
-        ]
+        return self._changes((branch, branch.filesystem.remove(inner)) for branch, inner in self._routed(patterns))
 
     def truncate(self, patterns: Sequence[str]) -> list[Change]:
         """Empty the regular files that *patterns* match, and those below directories; return what is gone."""
-        return [
-            dataclasses.replace(gone, path=branch.outer(gone.path))
-            for branch, inner in self._routed(patterns)
-            for gone in branch.filesystem.truncate(inner)
-        ]
+        return self._changes((branch, branch.filesystem.truncate(inner)) for branch, inner in self._routed(patterns))
 
-    def load(self, path: str) -> bytes | None:
-        """Return the regular file *path*, which all users of the guest may read; None if there is none that can be."""
+    def _changes(self, gone: Iterable[tuple[Branch, list[Change]]]) -> list[Change]:
+        changes = []
+        for branch, found in gone:
+            self.budget.spend(names=len(found))
+            changes += [dataclasses.replace(change, path=branch.outer(change.path)) for change in found]
+        return changes
+
+    def load(self, path: str, most: int, offset: int = 0) -> bytes | None:
+        """Return at most *most* bytes at *offset* of the regular file *path*; None if there is none.
+
+        All users of the guest may read the file.
+        """
         [(branch, [inner])] = self._routed([path])
-        return branch.filesystem.load(inner)
+        data = branch.filesystem.load(inner, most, offset)
+        self.budget.spend(size=len(data or b""), names=1)
+        return data
 
     def usage(self) -> dict[str, int]:
-        """Return the bytes that each directory at the top of the system takes; ``.`` is what lies there itself."""
+        """Return the bytes that each directory at the top of the system takes; ``.`` is what lies there itself.
+
+        A filesystem that fstab names for several places counts once.
+        """
         found: dict[str, int] = {}
-        for branch in self.branches:
+        once = {(branch.filesystem.volume.name, branch.top): branch for branch in self.branches}
+        for branch in once.values():
+            self.budget.spend()
             for name, size in branch.filesystem.usage(branch.top).items():
                 name = branch.point.split("/")[0] or name
                 found[name] = found.get(name, 0) + size

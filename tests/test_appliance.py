@@ -18,7 +18,7 @@ import pytest
 from image_factory import appliance, interrupts, inventory, mounts, pipeline
 from image_factory.command import Conversation
 from image_factory.errors import BuildError, CommandError, ConfigurationError, Interrupted, NoSystemError
-from image_factory.model import LARGEST_LOAD, Build, Disk, Partition, Plan, Volume
+from image_factory.model import Build, Disk, Partition, Plan, Volume
 from image_factory.settings import Configuration
 from image_factory.tree import Branch
 
@@ -236,7 +236,8 @@ def make_dpkg_tree(directory: Path) -> Path:
     (directory / "host").symlink_to("/etc")
     os.mkfifo(directory / "etc/fifo")
     with (directory / "etc/huge").open("w") as file:
-        file.truncate(LARGEST_LOAD + 1)
+        file.truncate(1 << 40)
+        file.write("huge")
     return directory
 
 
@@ -249,10 +250,14 @@ def test_both_ways_load_the_same(tmp_path: Path) -> None:
             start = time.monotonic()
             packages = inventory.read_packages(tree.load, build.directory / "rpm")
             seconds[way] = time.monotonic() - start
-            assert tree.load("etc/binary") == (tree_directory / "etc/binary").read_bytes()
-            assert tree.load("etc/empty") == b""
-            for path in ("etc/os-release", "etc/fifo", "etc/huge", "etc", "host/passwd", "none", "none/none"):
-                assert tree.load(path) is None, path
+            whole = (tree_directory / "etc/binary").read_bytes()
+            assert tree.load("etc/binary", len(whole) + 1) == whole
+            assert tree.load("etc/binary", 1000, 5000) == whole[5000:6000]
+            assert tree.load("etc/binary", 1000, len(whole) - 10) == whole[-10:]
+            assert tree.load("etc/binary", 1000, len(whole) + 10) == tree.load("etc/empty", 9) == b""
+            assert tree.load("etc/huge", 6) == b"huge\0\0"
+            for path in ("etc/os-release", "etc/fifo", "etc", "host/passwd", "none", "none/none"):
+                assert tree.load(path, 9) is None, path
             found[way] = packages, inventory.read_os(tree.load), tree.usage()
     assert found["loop"] == found["guestfs"]
     packages, system, usage = found["loop"]

@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -31,19 +31,28 @@ A package.
 def reader(root: Path) -> Read:
     """Give the files below *root* as a guest's are given: without links."""
 
-    def read(path: str) -> bytes | None:
+    def read(path: str, most: int, offset: int = 0, /) -> bytes | None:
         found = root / path
         if found.resolve() != root.resolve() / path or not found.is_file():
             return None
-        return found.read_bytes()
+        with found.open("rb") as file:
+            file.seek(offset)
+            return file.read(most)
 
     return read
 
 
 def files(**named: str) -> Read:
     """Give the files that are *named*, with ``__`` for a slash and ``_`` for a dash."""
-    by_path = {name.replace("__", "/").replace("_", "-"): text.encode() for name, text in named.items()}
-    return by_path.get
+    return having({name.replace("__", "/").replace("_", "-"): text.encode() for name, text in named.items()})
+
+
+def having(by_path: Mapping[str, bytes]) -> Read:
+    def read(path: str, most: int, offset: int = 0, /) -> bytes | None:
+        data = by_path.get(path)
+        return None if data is None else data[offset:][:most]
+
+    return read
 
 
 def status(*stanzas: str) -> Read:
@@ -267,6 +276,11 @@ def ndb(blobs: list[bytes]) -> bytes:
     return bytes(head) + body
 
 
+def copied(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
 def blobs_of(database: Path) -> list[bytes]:
     with sqlite3.connect(database / "rpmdb.sqlite") as connection:
         return [blob for (blob,) in connection.execute("SELECT blob FROM Packages")]
@@ -275,11 +289,11 @@ def blobs_of(database: Path) -> list[bytes]:
 def test_form_of_opensuse(database: Path, tmp_path: Path) -> None:
     files = {"usr/lib/sysimage/rpm/Packages.db": ndb(blobs_of(database))}
     same = inventory.read_packages(reader(database.parents[3]), tmp_path)
-    assert inventory.read_packages(files.get, tmp_path) == same
+    assert inventory.read_packages(having(files), tmp_path) == same
     # More slots than the file is long.
     huge = files["usr/lib/sysimage/rpm/Packages.db"]
     files["usr/lib/sysimage/rpm/Packages.db"] = huge[:12] + b"\xff\xff\xff\xff" + huge[16:]
-    assert inventory.read_packages(files.get, tmp_path) == same
+    assert inventory.read_packages(having(files), tmp_path) == same
 
 
 DAMAGES: list[tuple[str, Callable[[bytes], bytes]]] = [
@@ -296,14 +310,14 @@ DAMAGES: list[tuple[str, Callable[[bytes], bytes]]] = [
 @pytest.mark.parametrize("damage", [change for _, change in DAMAGES], ids=[name for name, _ in DAMAGES])
 def test_damaged_database_of_opensuse(database: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     with pytest.raises(BuildError, match="rpm database is damaged") as caught:
-        rpmdb.read({rpmdb.NDB: damage(ndb(blobs_of(database)))}, tmp_path / "x")
+        rpmdb.read(copied(tmp_path / rpmdb.NDB, damage(ndb(blobs_of(database)))))
     assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize("data", [b"x" * 5000, b"SQLite format 3\0" + bytes(4096), b"\0"])
 def test_damaged_database(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(BuildError, match="rpm database is damaged"):
-        rpmdb.read({rpmdb.SQLITE: data}, tmp_path / "x")
+        inventory.read_packages(having({f"var/lib/rpm/{rpmdb.SQLITE}": data}), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -316,11 +330,11 @@ def test_query_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         )
     monkeypatch.setattr(rpmdb, "_SECONDS", 1.0)
     with pytest.raises(BuildError, match="rpm database did not end within 1 s"):
-        rpmdb.read({rpmdb.SQLITE: (tmp_path / "evil").read_bytes()}, tmp_path / "x")
+        rpmdb.read(tmp_path / "evil")
 
 
 def test_older_database(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert inventory.read_packages({"var/lib/rpm/Packages": b"\0"}.get, tmp_path) == ()
+    assert inventory.read_packages(having({"var/lib/rpm/Packages": b"\0"}), tmp_path) == ()
     assert "The packages of rpm are not listed" in caplog.messages[0]
 
 
@@ -332,7 +346,7 @@ def test_hostile_header_of_rpm(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     )
     with caplog.at_level(logging.WARNING):
         files = {"var/lib/rpm/Packages.db": ndb([blob + store])}
-        assert inventory.read_packages(files.get, tmp_path) == ()
+        assert inventory.read_packages(having(files), tmp_path) == ()
     assert caplog.messages == ["1 entries of the package database are no packages."]
 
 

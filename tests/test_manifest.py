@@ -182,9 +182,9 @@ def test_sbom_is_valid_and_names_packages_as_scanners_do(tmp_path: Path) -> None
 
 
 def test_sbom_of_this_machine_is_valid(tmp_path: Path) -> None:
-    def read(path: str) -> bytes | None:
+    def read(path: str, most: int, offset: int = 0, /) -> bytes | None:
         found = Path("/", path)
-        return found.read_bytes() if found.is_file() else None
+        return found.read_bytes()[offset:][:most] if found.is_file() else None
 
     packages = inventory.read_packages(read, tmp_path)
     assert len(packages) > 100

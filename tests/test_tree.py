@@ -48,8 +48,8 @@ class Filesystem:
         self.files |= dict.fromkeys((change.path for change in changes), "")
         return changes
 
-    def load(self, path: str) -> bytes | None:
-        return self.files[path].encode() if path in self.files else None
+    def load(self, path: str, most: int, offset: int = 0) -> bytes | None:
+        return self.files[path].encode()[offset:][:most] if path in self.files else None
 
     def usage(self, top: str) -> dict[str, int]:
         return {".": 1, **{path.split("/")[0]: len(text) for path, text in self.files.items()}}
@@ -134,9 +134,9 @@ def test_files_and_sizes_of_the_system() -> None:
     whole = root("UUID=u1 / ext4\nUUID=u2 /var/log ext4\nUUID=u3 /boot ext4\n", **files)
     log, boot = Filesystem(volume(2), {"a": "1234567"}), Filesystem(volume(3), {"efi": "1"})
     found = assembled(whole, log, boot)
-    assert found.load("usr/b") == b"123"
-    assert found.load("var/log/a") == b"1234567"
-    assert found.load("none") is None
+    assert found.load("usr/b", 9) == b"123"
+    assert found.load("var/log/a", 3, 2) == b"345"
+    assert found.load("none", 9) is None
     etc = len(whole.files["etc/fstab"])
     assert found.usage() == {".": 1, "boot": 2, "etc": etc, "log": 7, "usr": 3, "var": 2 + 1 + 7}
 

@@ -203,8 +203,15 @@ CHECKS = (
     Check(
         "identity",
         "What else must be different on each machine: random seed, secrets of systemd and NetworkManager, leases, "
-        "cloud-init's instances, names for iSCSI and NVMe, the disks and network cards of the build machine.",
+        "cloud-init's instances, names for iSCSI and NVMe, the disks and network cards of the build machine, keys that "
+        "packages made when they were installed.",
         leftovers.identities,
+    ),
+    Check(
+        "registrations",
+        "What makes the machine known to a service, as sealing's operation of this name has them, a password for a "
+        "registry of containers in a home directory, and a private key of WireGuard.",
+        leftovers.registered,
     ),
     Check(
         "leftovers",

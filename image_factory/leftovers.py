@@ -11,6 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from .registrations import (
+    CONTAINER_AUTHS,
+    KEYS,
+    REGISTRATIONS,
+    UNITS,
+    WIREGUARD,
+    has_wireguard_key,
+    without_auths,
+)
+
 # Of a directory, of the users and their homes, and of the logs, which are read one by one.
 _NAMES = 4096
 _HOMES = 256
@@ -468,10 +478,13 @@ _IDENTITIES = (
     "etc/udev/rules.d/70-persistent-*",
 )
 
+# What packages made at their installation.
+_SERVICE_KEYS = tuple(path for key in KEYS for path in key.removed)
+
 
 def identities(look: Look, asked: Asked) -> Found:
     """Find what else must be different on each machine: seeds, secrets, leases, cloud-init's instances."""
-    for pattern in _IDENTITIES:
+    for pattern in (*_IDENTITIES, *_SERVICE_KEYS):
         for path in look.matching(pattern):
             if look.has_content(path):
                 yield f"/{quoted(path)} belongs to one machine"
@@ -480,10 +493,25 @@ def identities(look: Look, asked: Asked) -> Found:
         yield "/etc/iscsi/initiatorname.iscsi has the name of one machine"
 
 
+def registered(look: Look, asked: Asked) -> Found:
+    """Find what makes the system known to a service, and passwords for registries of containers."""
+    for found in REGISTRATIONS:
+        for path in (path for pattern in found.secret for path in look.matching(pattern)):
+            if look.has_content(path):
+                yield f"/{quoted(path)} makes this machine known to {found.service}"
+    for path in look.together(joined(home, name) for home in _homes(look) for name in CONTAINER_AUTHS):
+        if without_auths(look.read(path) or b"") is not None:
+            yield f"/{quoted(path)} has passwords for registries of containers"
+    for path in look.together(look.matching(WIREGUARD)):
+        if look.is_too_long(path) or has_wireguard_key(look.read(path) or b""):
+            yield f"/{quoted(path)} has a private key of WireGuard"
+
+
 # Files of image-factory's that belong into images.
 WANTED = (
     "etc/systemd/system/image-factory-boot-entries.service",
     "etc/systemd/system/image-factory-ssh-host-keys.service",
+    *(f"etc/systemd/system/{name}" for name in UNITS),
 )
 
 # Not /etc: an image may have image-factory installed.
@@ -534,7 +562,8 @@ DIRECTORIES = tuple(
                 *(f"{place}/x" for place in (*_HOST_KEY_PLACES, *_NAMED_BY_ID, *_PASSWORD_PLACES, "home", "var/home")),
                 *(f"{place}/x" for place in (*_OWN_DIRECTORIES, *_ANSWER_DIRECTORIES) if place),
                 *(f"{place}/sshd_config.d/x" for place in _SSHD),
-                *(*_KEY_PLACES, *_ANSWER_PLACES, *_LOG_PLACES, *_IDENTITIES, *_WITH_ID),
+                *(*_KEY_PLACES, *_ANSWER_PLACES, *_LOG_PLACES, *_IDENTITIES, *_SERVICE_KEYS, *_WITH_ID, WIREGUARD),
+                *(path for found in REGISTRATIONS for path in found.secret),
                 *(f"{home}/.ssh/x" for home in ("root", "etc/skel", "var/roothome")),
                 *("etc/iscsi/x", "etc/security/x", "var/lib/dbus/x", "var/log/x"),
             ]

@@ -5,15 +5,15 @@ looked at once, before anything changes, then all changes are made in a few call
 the appliance a call is what takes time.
 """
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from . import events, fstab, interrupts, media
+from . import events, fstab, interrupts, media, registrations
 from .errors import ConfigurationError
 from .log import logger, step
 from .model import Build, Change, Plan
+from .registrations import DROPBEAR, KEYS, REGISTRATIONS, Key, is_of
 from .settings import ImageSettings
 from .tree import Tree
 from .units import format_size
@@ -134,7 +134,8 @@ class Operation:
     """A part of sealing: *help* is its sentence in the manual.
 
     *removed* and *emptied* are patterns; of files that are emptied owner, mode and label stay.
-    *plan* says what else is to be done, by what is in the files *read* and by what is *looked_at*.
+    *plan* says what else is to be done, by what is in the files *read*, and *in_homes* below each home
+    directory, and by what is *looked_at*.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Operation:
     removed: tuple[str, ...] = ()
     emptied: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
+    in_homes: tuple[str, ...] = ()
     looked_at: tuple[str, ...] = ()
     plan: Callable[[System], Actions] | None = None
 
@@ -253,23 +255,85 @@ ExecStart=/usr/bin/ssh-keygen -A
 """
 
 
-def _unit(name: str, text: str) -> dict[str, bytes]:
-    """Return the files of a unit that is started at each boot.
+def _unit(name: str, text: str, target: str = "multi-user.target") -> dict[str, bytes]:
+    """Return the files of a unit that is started at each boot, with *target*.
 
     A drop-in of the target wants it: that takes no link, and no preset of the distribution's undoes it.
     """
     wanted = f"# Written by image-factory.\n[Unit]\nWants={name}\n"
-    drop_in = f"{_UNITS}/multi-user.target.d/{name.removesuffix('.service')}.conf"
+    drop_in = f"{_UNITS}/{target}.d/{name.removesuffix('.service')}.conf"
     return {f"{_UNITS}/{name}": text.encode(), drop_in: wanted.encode()}
 
 
+_SERVICE_KEY_UNIT = """\
+# Written by image-factory, which has taken the key that the package had made out of the image.
+[Unit]
+Description=Make {missing}
+DefaultDependencies=no
+# The name of the machine is known then, by cloud-init too, and no service has started.
+After=sysinit.target
+Before=basic.target shutdown.target
+Conflicts=shutdown.target
+ConditionPathExists=!{missing}
+
+[Service]
+Type=oneshot
+Environment=DEBIAN_FRONTEND=noninteractive
+{user}{commands}
+"""
+
+
+def _remove_service_keys(system: System) -> Actions:
+    actions = Actions()
+    for key in KEYS:
+        if not any(maker in system.kinds for maker in key.makers):
+            continue
+        actions.remove += key.removed
+        actions.write |= _unit_of(system, key)
+    return actions
+
+
+def _unit_of(system: System, key: Key) -> dict[str, bytes]:
+    """Return the unit that makes *key* anew, where the system has it now and a program for that."""
+    is_made = key.commands and any(maker in system.kinds for maker in key.makers)
+    if not is_made or not any(is_of(path, key.removed) for path in system.kinds):
+        return {}
+    return _unit(key.unit, unit_text(key), "basic.target")
+
+
+def unit_text(key: Key) -> str:
+    """Return the unit that makes *key* anew."""
+    user = f"User={key.user}\n" if key.user else ""
+    commands = "\n".join(f"ExecStart={command}" for command in key.commands)
+    return _SERVICE_KEY_UNIT.format(missing=key.missing, user=user, commands=commands)
+
+
+def _unregister(system: System) -> Actions:
+    actions = Actions(remove=[_askable(path) for path in registrations.of_suse(system.files)])
+    for path, data in system.files.items():
+        if is_of(path, [registrations.WIREGUARD]) and registrations.has_wireguard_key(data):
+            actions.remove.append(_askable(path))
+        elif path.endswith(registrations.CONTAINER_AUTHS):
+            text = registrations.without_auths(data)
+            if text is not None:
+                actions.write[path] = text
+    return actions
+
+
+def _askable(path: str) -> str:
+    """Return a pattern for *path* that the helper takes, whatever is in its name."""
+    directory, _, name = path.rpartition("/")
+    return f"{directory}/{re.sub(r'^[-+~]|[^A-Za-z0-9._@+~-]', '*', name)}"
+
+
 def _have_keys_made(system: System) -> Actions:
+    actions = Actions(write=_unit_of(system, DROPBEAR))
     if "usr/sbin/sshd" not in system.kinds or any(_makes_keys(system, path) for path in _KEY_MAKERS):
-        return Actions()
+        return actions
     disabled = _CLOUD_INIT_DISABLED in system.kinds and "cloud-init-config" not in system.chosen
-    if _CLOUD_INIT in system.kinds and not disabled:
-        return Actions()
-    return Actions(write=_unit(KEYS_UNIT, _KEYS_UNIT_TEXT))
+    if _CLOUD_INIT not in system.kinds or disabled:
+        actions.write |= _unit(KEYS_UNIT, _KEYS_UNIT_TEXT)
+    return actions
 
 
 def _makes_keys(system: System, path: str) -> bool:
@@ -313,15 +377,15 @@ def _remove_histories(system: System) -> Actions:
 
 
 def _empty_logs(system: System) -> Actions:
-    names = [name for name in system.below("var/log") if not _is_of(name, _LOGS_OF_OTHERS)]
+    names = [name for name in system.below("var/log") if not is_of(name, _LOGS_OF_OTHERS)]
     directories = [name for name in names if system.kinds.get(f"var/log/{name}") == "directory"]
-    rotated = [name for name in names if name not in directories and _is_of(name, _ROTATED)]
+    rotated = [name for name in names if name not in directories and is_of(name, _ROTATED)]
     below = [f"{name}/{old}" for name in directories if _DIRECTORY.fullmatch(name) for old in _ROTATED]
     empty = ["var/log/*"]
     if not {"cloud-init", "journal", "login-records"} <= set(system.chosen):
         # The logs of an operation that is not chosen stay, so the others are named, odd ones by a pattern.
         every = [path for path in system.kinds if path.startswith("var/log/") and path.count("/") == 2]
-        others = [path for path in every if not _is_of(path.rpartition("/")[2], _LOGS_OF_OTHERS)]
+        others = [path for path in every if not is_of(path.rpartition("/")[2], _LOGS_OF_OTHERS)]
         empty = [re.sub(r"[^A-Za-z0-9._@+~/-]|(?<=log/)[.+~-]", "*", path) for path in others]
     return Actions(remove=[f"var/log/{name}" for name in (*rotated, *below)], empty=empty)
 
@@ -340,7 +404,7 @@ def _forget_media(system: System) -> Actions:
     table = actions.write.get("etc/fstab", system.files.get("etc/fstab", b""))
     mounted = [entry.point for entry in fstab.parse(table.decode(errors="replace"))]
     for path, data in system.files.items():
-        if _is_of(path, media.FILES):
+        if is_of(path, media.FILES):
             _rewrite(actions, path, data, media.without_media(path, data, mounted))
     return actions
 
@@ -429,10 +493,13 @@ OPERATIONS = (
     Operation(
         "ssh-host-keys",
         "SSH host keys go, and where nothing in the image makes new ones (cloud-init, sshd-keygen) a unit is added "
-        "that does it before sshd starts.",
-        removed=("etc/ssh/ssh_host_*key*", "etc/dropbear/dropbear_*_host_key"),
+        "that does it before sshd starts, or Dropbear.",
+        removed=("etc/ssh/ssh_host_*key*", *DROPBEAR.removed),
         read=_KEY_MAKERS,
-        looked_at=("usr/sbin/sshd", *_KEY_MAKERS, _CLOUD_INIT, _CLOUD_INIT_DISABLED),
+        looked_at=(
+            *("usr/sbin/sshd", *_KEY_MAKERS, _CLOUD_INIT, _CLOUD_INIT_DISABLED),
+            *(*DROPBEAR.makers, *DROPBEAR.removed),
+        ),
         plan=_have_keys_made,
     ),
     Operation(
@@ -518,6 +585,29 @@ OPERATIONS = (
         read=("etc/iscsi/initiatorname.iscsi",),
         looked_at=("usr/lib/open-iscsi/startup-checks.sh",),
         plan=_reset_iscsi_name,
+    ),
+    Operation(
+        "registrations",
+        "What makes the machine known to a service goes, so that each clone registers for itself: to "
+        + ", ".join(found.service for found in REGISTRATIONS)
+        + ", with the package sources that are of no use then. So do passwords for registries of containers in "
+        "home directories, and private keys of WireGuard.",
+        removed=tuple(
+            path for found in REGISTRATIONS for path in (*found.secret, *found.more) if path not in found.emptied
+        ),
+        emptied=tuple(path for found in REGISTRATIONS for path in found.emptied),
+        read=(*registrations.SUSE_CREDENTIALS, *registrations.SUSE_SOURCES, registrations.WIREGUARD),
+        in_homes=registrations.CONTAINER_AUTHS,
+        plan=_unregister,
+    ),
+    Operation(
+        "service-keys",
+        "Keys that packages made when they were installed go where each clone makes its own: those of ssl-cert, "
+        "BIND and MUNGE by a unit that is added and runs before the services, those of Apache, Dovecot and "
+        "unbound on Fedora and its like, CUPS, Cockpit, MySQL and fwupd by themselves, those of DKMS with the next "
+        "module.",
+        looked_at=tuple(path for key in KEYS for path in (*key.makers, *key.removed)),
+        plan=_remove_service_keys,
     ),
     Operation(
         "proxy",
@@ -684,7 +774,7 @@ def calls(settings: ImageSettings) -> dict[str, list[str]]:
     planned = [operation.actions(nothing) for operation in chosen]
     known = {
         "list": [*_looked_at(chosen)],
-        "read": [*_read(chosen)],
+        "read": [*_read(chosen), *_read_in_homes(chosen, nothing.homes)],
         "remove": [pattern for actions in planned for pattern in actions.remove],
         "truncate": [pattern for actions in planned for pattern in actions.empty],
         "write": ["MODE", "FILE"],
@@ -713,7 +803,11 @@ def look_at(tree: Tree, chosen: Sequence[Operation]) -> System:
     """Return what the operations *chosen* want to know of the system *tree*."""
     kinds = {entry.path: entry.kind for entry in tree.entries(_looked_at(chosen))}
     files = tree.read(_read(chosen))
-    return System(files, kinds, _homes(files.get("etc/passwd", b""), kinds), tuple(found.name for found in chosen))
+    homes = _homes(files.get("etc/passwd", b""), kinds)
+    below = _read_in_homes(chosen, filter(_is_path, homes))
+    for start in range(0, len(below), _AT_ONCE):
+        files |= tree.read(below[start:][:_AT_ONCE])
+    return System(files, kinds, homes, tuple(found.name for found in chosen))
 
 
 def _looked_at(chosen: Sequence[Operation]) -> list[str]:
@@ -723,6 +817,11 @@ def _looked_at(chosen: Sequence[Operation]) -> list[str]:
 
 def _read(chosen: Sequence[Operation]) -> list[str]:
     return [*dict.fromkeys(pattern for operation in chosen for pattern in operation.read), "etc/passwd"]
+
+
+def _read_in_homes(chosen: Sequence[Operation], homes: Iterable[str]) -> list[str]:
+    names = dict.fromkeys(name for operation in chosen for name in operation.in_homes)
+    return [f"{home}/{name}" for home in homes for name in names]
 
 
 def _homes(passwd: bytes, kinds: Mapping[str, str]) -> tuple[str, ...]:
@@ -745,6 +844,10 @@ def _is_path(path: str) -> bool:
 
 def _carry_out(tree: Tree, planned: Sequence[Actions]) -> tuple[list[Change], list[Change]]:
     """Carry out all of *planned*; return what was removed and what was emptied."""
+    # Units first: of what they make nothing is there when a build that fails here is resumed.
+    units = {path: data for actions in planned for path, data in actions.write.items() if path.startswith(f"{_UNITS}/")}
+    for path, data in units.items():
+        tree.write(path, data, 0o644)
     remove = list(dict.fromkeys(pattern for actions in planned for pattern in actions.remove))
     empty = list(dict.fromkeys(pattern for actions in planned for pattern in actions.empty))
     removed = [gone for start in range(0, len(remove), _AT_ONCE) for gone in tree.remove(remove[start:][:_AT_ONCE])]
@@ -753,7 +856,7 @@ def _carry_out(tree: Tree, planned: Sequence[Actions]) -> tuple[list[Change], li
     for actions in reversed(planned):
         for path, data in actions.write.items():
             # Another operation may have done away with the file.
-            if path not in remove or path in actions.remove:
+            if path not in units and (path not in remove or path in actions.remove):
                 tree.write(path, data, 0o444 if path == "etc/machine-id" else 0o644)
         for path, name in actions.rename.items():
             tree.rename(path, name)
@@ -766,7 +869,7 @@ def _taken(changes: list[Change], patterns: Sequence[str]) -> list[Change]:
     others: list[Change] = []
     for change in changes:
         interrupts.check()
-        (taken if _is_of(change.path, patterns) else others).append(change)
+        (taken if is_of(change.path, patterns) else others).append(change)
     changes[:] = others
     return taken
 
@@ -790,9 +893,3 @@ def _tell(name: str, actions: Actions, removed: Sequence[Change], emptied: Seque
     told += [f"{changed} changed"] if changed else []
     logger.info("%s: %s: %s", STEP, name, ", ".join(told) or "nothing")
     events.tell(events.Sealed(name, files, size, changed))
-
-
-def _is_of(path: str, patterns: Iterable[str]) -> bool:
-    directory, _, name = path.rpartition("/")
-    split = (pattern.rpartition("/") for pattern in patterns)
-    return any(parent == directory and fnmatch.fnmatchcase(name, last) for parent, _, last in split)

@@ -25,7 +25,7 @@ LEVELS = [
     {"inventory", "scratch"},
     {"tree", "search"},
     {"rpmdb", "layout", "fstab", "privileged", "watch", "delivery", "leftovers", "bootreport", "junit", "media"},
-    {"command"},
+    {"command", "registrations"},
     {"release", "locks", "estimates", "checkpoint"},
     {"turns"},
     {"interrupts", "answers"},

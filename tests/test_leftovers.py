@@ -110,6 +110,13 @@ CLEAN: Contents = {
     "boot/loader/entries/debian-6.1.conf": "x",
     "var/lib/dbus/.keep": "",
     "tmp/.keep": "",
+    "var/ossec/etc/client.keys": "",
+    "root/.docker/config.json": '{"auths": {}, "psFormat": "x"}',
+    "home/me/.docker/config.json": "no JSON",
+    "etc/wireguard/wg0.conf": "[Peer]\nPublicKey = x\n",
+    "etc/zypp/credentials.d/own": "username=me\n",
+    "etc/kubernetes/manifests/.keep": "",
+    "etc/systemd/system/image-factory-ssl-cert.service": "x",
 }
 
 
@@ -292,6 +299,15 @@ PLANTED: list[tuple[str, str, str | bytes]] = [
     ("identity", "etc/nvme/hostid", "x"),
     ("identity", "etc/lvm/devices/system.devices", "IDTYPE=sys_wwid"),
     ("identity", "etc/udev/rules.d/70-persistent-net.rules", "x"),
+    ("identity", "etc/ssl/private/ssl-cert-snakeoil.key", "x"),
+    ("identity", "etc/munge/munge.key", b"\x01" * 128),
+    ("registrations", "etc/pki/entitlement/1-key.pem", "x"),
+    ("registrations", "etc/krb5.keytab", b"\x05\x02"),
+    ("registrations", "var/ossec/etc/client.keys", "001 a any b\n"),
+    ("registrations", "home/me/.docker/config.json", '{"auths": {"x": {"auth": "Yg=="}}}'),
+    ("registrations", "root/.config/containers/auth.json", '{"auths": {"x": {}}}'),
+    ("registrations", "etc/wireguard/wg0.conf", f"[Interface]\nprivatekey={'A' * 43}=\n"),
+    ("registrations", "etc/wireguard/key", f"{'A' * 43}=\n"),
     ("leftovers", "image-factory.3f2a/x", "x"),
     ("leftovers", "tmp/.image-factory-Debian-13-server", "x"),
     ("leftovers", "root/image-factory-sudo-helper", "x"),
@@ -321,7 +337,8 @@ def test_what_is_planted_is_found(tmp_path: Path, check: str, name: str, data: s
 NOT_LOOKED_FOR = (
     "network-profiles", "resolv-conf", "proxy", "installation-media", "package-caches", "histories", "login-records",
     "crash-reports", "temporary-files", "mail", "cloud-init.disabled", "ds-identify.cfg", "20-disable", "subiquity",
-    "90-installer", "curtin", "loader/random-seed", "passwd-", "gshadow-", "shadow.bak",
+    "90-installer", "curtin", "loader/random-seed", "redhat.repo", "var/lib/rhsm", ".registered", "ubuntu-esm",
+    "Basesystem", "passwd-", "gshadow-", "shadow.bak",
 )  # fmt: skip
 OF_SEALING = [
     leftover

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import events, layout, loop, mounts, pipeline, seal
+from image_factory import events, layout, loop, mounts, pipeline, registrations, seal
 from image_factory.errors import BuildError, ConfigurationError
 from image_factory.model import Build, Disk
 from image_factory.seal import System
@@ -400,10 +400,16 @@ def test_a_unit_is_added_with_the_label_of_its_directory(tmp_path: Path, name: s
         assert made[1].read_text().endswith(f"[Unit]\nWants={seal.KEYS_UNIT}\n")
 
 
-@pytest.mark.parametrize("text", [seal._KEYS_UNIT_TEXT, seal._ENTRIES_UNIT_TEXT])
+OF_KEYS = [key for key in (registrations.DROPBEAR, *registrations.KEYS) if key.commands]
+
+
+@pytest.mark.parametrize("text", [seal._KEYS_UNIT_TEXT, seal._ENTRIES_UNIT_TEXT, *map(seal.unit_text, OF_KEYS)])
 def test_units_are_such(tmp_path: Path, text: str) -> None:
     unit = tmp_path / "image-factory-unit.service"
-    unit.write_text(text)
+    # Programs that this machine lacks are none of the unit's faults.
+    unit.write_text(
+        re.sub(r"(?<=ExecStart=)/usr/\S+", lambda found: found[0] if Path(found[0]).exists() else "/bin/true", text)
+    )
     said = run("systemd-analyze", "verify", "--man=no", unit, check=False)
     # What it says of other units of this machine is not ours.
     assert unit.name not in said.stderr, said.stderr
@@ -432,6 +438,88 @@ def test_where_a_unit_is_needed() -> None:
     disabled = ("usr/sbin/sshd", "usr/bin/cloud-init", "etc/cloud/cloud-init.disabled")
     assert writes_unit(*disabled)
     assert not writes_unit(*disabled, chosen=("cloud-init-config",))
+
+
+# Registrations, and keys of services
+
+
+def test_leftovers_have_each_registration_and_each_key() -> None:
+    planted = {str(path) for leftover in LEFTOVERS for path in (Path(leftover.path), *Path(leftover.path).parents)}
+    for found in (*registrations.REGISTRATIONS, *registrations.KEYS):
+        patterns = found.removed if isinstance(found, registrations.Key) else found.secret
+        assert any(registrations.is_of(path, patterns) for path in planted), found
+
+
+def test_keys_go_only_where_each_clone_makes_its_own() -> None:
+    """A unit is written where the key was, and stays as it is when the image is sealed again."""
+    key = "etc/ssl/private/ssl-cert-snakeoil.key"
+    for kinds in ([key], ["usr/sbin/make-ssl-cert"], [key, "usr/sbin/make-ssl-cert"]):
+        actions = seal._remove_service_keys(System({}, dict.fromkeys(kinds, "file"), (), ()))
+        assert (key in actions.remove) == ("usr/sbin/make-ssl-cert" in kinds)
+        assert ("etc/systemd/system/image-factory-ssl-cert.service" in actions.write) == (len(kinds) == 2)
+    kinds = ["etc/dropbear/dropbear_rsa_host_key", "usr/bin/dropbearkey"]
+    actions = seal._have_keys_made(System({}, dict.fromkeys(kinds, "file"), (), ()))
+    assert "etc/systemd/system/image-factory-dropbear-keys.service" in actions.write
+
+
+def test_units_are_written_before_anything_goes() -> None:
+    """A build that fails meanwhile and is resumed finds no key any more that would call for a unit."""
+    kinds = dict.fromkeys(["etc/bind/rndc.key", "usr/sbin/rndc-confgen"], "file")
+    done: list[str] = []
+
+    class Recorded:
+        def remove(self, patterns: list[str]) -> list[object]:
+            done.append("remove")
+            return []
+
+        def write(self, path: str, data: bytes, mode: int) -> None:
+            done.append(path)
+
+    seal._carry_out(Recorded(), [seal._remove_service_keys(System({}, kinds, (), ()))])
+    assert done == [
+        "etc/systemd/system/image-factory-rndc-key.service",
+        "etc/systemd/system/basic.target.d/image-factory-rndc-key.conf",
+        "remove",
+    ]
+
+
+def test_services_of_suse_stay_where_nothing_is_registered() -> None:
+    files = {"etc/zypp/services.d/a.service": b"[a]\nurl=https://x/?credentials=a\n"}
+    assert registrations.of_suse(files) == []
+    files["etc/zypp/credentials.d/NCCcredentials"] = b"username=x\n"
+    files["etc/zypp/repos.d/a:b.repo"] = b"[b]\nservice=a\n"
+    files["etc/zypp/repos.d/c.repo"] = b"[c]\nservice=ab\n"
+    assert registrations.of_suse(files) == [
+        "etc/zypp/services.d/a.service",
+        "etc/zypp/repos.d/a:b.repo",
+        "etc/zypp/credentials.d/a",
+    ]
+
+
+@pytest.mark.parametrize("link", ["0a1b2c3d.0", None])
+def test_the_first_boot_makes_a_certificate_of_its_own(tmp_path: Path, link: str | None) -> None:
+    """The commands of the unit, as systemd unquotes them, with Debian's own program in a tree of this machine's.
+
+    The link to the old certificate is named by its hash, which depends on the name of the build machine.
+    """
+    [key] = [key for key in registrations.KEYS if key.name == "ssl-cert"]
+    certificates, private = tmp_path / "certs", tmp_path / "private"
+    certificates.mkdir()
+    private.mkdir()
+    if link:
+        (certificates / link).symlink_to("ssl-cert-snakeoil.pem")
+    (certificates / "ffffffff.0").symlink_to("other.pem")
+    binds = "\n".join(
+        f"mount --bind {path} /etc/ssl/{path.name}" for path in (certificates, private)
+    )  # fmt: skip
+    commands = [command.replace("\\\n", "").replace("$$", "$") for command in key.commands]
+    script = "\n".join(["set -e", binds, *commands])
+    run("unshare", "--mount", "sh", "-c", script, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+    assert stat.S_IMODE((private / "ssl-cert-snakeoil.key").stat().st_mode) == 0o640
+    text = run("openssl", "x509", "-hash", "-noout", "-in", certificates / "ssl-cert-snakeoil.pem").stdout.strip()
+    assert sorted(path.name for path in certificates.iterdir()) == sorted(
+        ["ffffffff.0", f"{text}.0", "ssl-cert-snakeoil.pem"]
+    )
 
 
 # Boot-loader entries

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TextIO
 from . import (
     __version__,
     answers,
+    command,
     completion,
     estimates,
     events,
@@ -266,7 +267,7 @@ def _run(argv: Sequence[str]) -> None:
     # The display stands for what is logged below a warning.
     log.set_up(logging.WARNING if arguments.quiet or (live and not arguments.verbose) else logging.INFO)
     if arguments.cleanup:
-        with interrupts.handled():
+        with interrupts.handled(), command.reaping():
             for removed in workspace.remove_left(Path(arguments.output_dir or ".").absolute()):
                 print(removed, flush=True)
         return
@@ -282,7 +283,7 @@ def _run(argv: Sequence[str]) -> None:
         _check_several(arguments, images)
     if arguments.shell_on_error and not (os.isatty(0) and os.isatty(2)):
         raise ConfigurationError("--shell-on-error needs a terminal.", hint="Leave it out in jobs that no one watches.")
-    with interrupts.handled():
+    with interrupts.handled(), command.reaping():
         if images[1:]:
             _run_several(arguments, images)
         else:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import multiprocessing
+import multiprocessing.process
 import os
 import resource
 import secrets
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from . import events, interrupts
 from .errors import BuildError, CommandError, ConfigurationError, CrashError
@@ -71,8 +72,112 @@ _TREE_SECONDS = 2.0
 # What sudo runs as root ends by itself.
 _ROOTS_PATIENCE_SECONDS = 60.0
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_GET_CHILD_SUBREAPER = 37
 _libc = ctypes.CDLL(None)
+
+
+class _Children:
+    """What is to be known of the children of this process.
+
+    *own* are the numbers of those that it has started, *unattended* those of them that nobody waits for meanwhile.
+    Nothing is reaped while one is *starting*, whose number is not known yet.
+    """
+
+    own: ClassVar[set[int]] = set()
+    unattended: ClassVar[list[subprocess.Popen[bytes]]] = []
+    starting = 0
+    reaps = False
+    adopts = False
+
+
+@contextmanager
+def reaping() -> Iterator[None]:
+    """Have no child of this process stay a zombie inside.
+
+    Those that others have left are children of the first process in a container, which image-factory may be.
+    SIGCHLD gets a handler: where it is ignored, as a parent may have left it, each program seems to succeed.
+    """
+    previous = signal.signal(signal.SIGCHLD, lambda *_: _reap())
+    signal.siginterrupt(signal.SIGCHLD, False)
+    is_subreaper = ctypes.c_int()
+    _libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(is_subreaper), 0, 0, 0)
+    _Children.reaps, _Children.adopts = True, os.getpid() == 1 or bool(is_subreaper.value)
+    try:
+        _reap()
+        yield
+    finally:
+        _Children.reaps = False
+        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
+
+
+def _reap() -> None:
+    """Wait for the children that have ended and that nobody else waits for."""
+    if _Children.starting or not _Children.reaps:
+        return
+    for process in list(_Children.unattended):
+        if process.poll() is not None:
+            _forget(process)
+    with contextlib.suppress(ChildProcessError):
+        while _Children.adopts:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            # Those behind one of our own are seen when that is waited for.
+            if found is None or found.si_pid in _Children.own:
+                return
+            os.waitpid(found.si_pid, os.WNOHANG)
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    _Children.starting += 1
+    try:
+        yield
+    finally:
+        _Children.starting -= 1
+        _reap()
+
+
+def _leave_children() -> None:
+    """Forget, in a forked process, the children of its parent."""
+    _Children.own.clear()
+    _Children.unattended.clear()
+    _Children.starting = 0
+    # A subreaper's children are none, and the first process in a container has no copy.
+    _Children.adopts = False
+
+
+os.register_at_fork(after_in_child=_leave_children)
+
+
+def _start(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start *argv* with the *options* of Popen; it has to be ``_closed``, or waited for and forgotten."""
+    with _starting():
+        process = subprocess.Popen(argv, **options)
+        _Children.own.add(process.pid)
+    return process
+
+
+def _fork(target: Callable[..., None], arguments: tuple[Any, ...]) -> multiprocessing.process.BaseProcess:
+    """Start *target* in a process of its own; it has to be ``_joined``."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    with _starting():
+        process.start()
+        _Children.own.add(process.pid or 0)
+    return process
+
+
+def _joined(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    _Children.own.discard(process.pid or 0)
+    _reap()
+
+
+def _forget(process: subprocess.Popen[bytes]) -> None:
+    """Forget *process*, which was waited for."""
+    with contextlib.suppress(ValueError):
+        _Children.unattended.remove(process)
+    _Children.own.discard(process.pid)
 
 
 def search_path() -> str:
@@ -190,7 +295,7 @@ def run(
     environment = dict(os.environ if env is None else env) | {"LC_ALL": "C.UTF-8"}
     try:
         with _input(stdin) as descriptor:
-            process = subprocess.Popen(
+            process = _start(
                 [shutil.which(argv[0], path=search_path()) or argv[0], *argv[1:]],
                 stdin=descriptor,
                 stdout=subprocess.PIPE,
@@ -270,13 +375,14 @@ def interact(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, 
 
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        process = subprocess.Popen(argv, cwd=cwd, env=env, preexec_fn=prepare)
+        process = _start(argv, cwd=cwd, env=env, preexec_fn=prepare)
         try:
             with interrupts.interruptible():
                 process.wait()
         finally:
             process.kill()
             process.wait()
+            _forget(process)
     except OSError as error:
         raise BuildError(f"Can't run {argv[0]}: {error.strerror}") from error
     finally:
@@ -294,6 +400,10 @@ def _closed(process: subprocess.Popen[bytes]) -> Iterator[None]:
                 pipe.close()
         if process.poll() is None:
             logger.error("Process %d can't be stopped and goes on: %s", process.pid, _shown(process))
+            _Children.unattended.append(process)
+        else:
+            _forget(process)
+        _reap()
 
 
 def _shown(process: subprocess.Popen[bytes]) -> str:
@@ -470,7 +580,7 @@ def conversation(
     """
     logger.info("Running: %s", shlex.join(argv))
     try:
-        process = subprocess.Popen(
+        process = _start(
             argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -524,7 +634,7 @@ def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
     logger.info("Running: %s", shlex.join(argv))
     output = bytearray()
     deadline = time.monotonic() + seconds
-    process = subprocess.Popen(
+    process = _start(
         argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -560,7 +670,7 @@ def background(argv: Sequence[str], output: Path) -> Iterator[Callable[[], int |
     logger.info("Running: %s", shlex.join(argv))
     try:
         with output.open("wb") as file:
-            process = subprocess.Popen(
+            process = _start(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -588,8 +698,8 @@ class Query:
         """Start *argv* with the descriptor *stdin*."""
         self._process: subprocess.Popen[bytes] | None = None
         # What can't be started gives no answer: that is no reason to end a build.
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            self._process = subprocess.Popen(
+        with contextlib.suppress(OSError, subprocess.SubprocessError), _starting():
+            self._process = _start(
                 [shutil.which(argv[0], path=search_path()) or argv[0], *argv[1:]],
                 stdin=stdin,
                 stdout=subprocess.PIPE,
@@ -599,6 +709,7 @@ class Query:
                 start_new_session=True,
                 preexec_fn=partial(_end_with, os.getpid(), signal.SIGKILL),
             )
+            _Children.unattended.append(self._process)
 
     def answer(self, deadline: float) -> str | None:
         """Return what it prints; None if it fails, or is not through at *deadline* (time.monotonic)."""
@@ -612,7 +723,9 @@ class Query:
             except subprocess.TimeoutExpired:
                 return None
             finally:
-                _stop(self._process, signal.SIGKILL, _KILL_SECONDS)
+                # Long after its end, another process may have its number.
+                if self._process.poll() is None:
+                    _stop(self._process, signal.SIGKILL, _KILL_SECONDS)
         return None if self._process.returncode else output.decode("utf-8", errors="replace")
 
 
@@ -642,9 +755,8 @@ class Companion:
         writers = [writer for _, writer in pipes.values()]
         readers = [descriptor for other in (self, *others) for descriptor in other._readers()]
         arguments = (os.getpid(), writers, readers, sender, function)
-        self._process = multiprocessing.get_context("fork").Process(target=_accompany, args=arguments)
         try:
-            self._process.start()
+            self._process = _fork(_accompany, arguments)
         finally:
             sender.close()
             for writer in writers:
@@ -689,7 +801,7 @@ class Companion:
 
     def close(self) -> int:
         """Wait for its end; return its exit status, negative for the signal that killed it."""
-        self._process.join()
+        _joined(self._process)
         for lines in self._lines.values():
             lines.close()
         for descriptor in (self._exited, *self._outputs):
@@ -725,8 +837,7 @@ def call_apart(function: Callable[[_Argument], _Result], argument: _Argument, se
     raised here, MemoryError if it takes too much; CrashError if its process dies or takes longer than *seconds*.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_answer, args=(sender, function, argument))
-    process.start()
+    process = _fork(_answer, (sender, function, argument))
     sender.close()
     try:
         with interrupts.interruptible():
@@ -734,11 +845,11 @@ def call_apart(function: Callable[[_Argument], _Result], argument: _Argument, se
                 raise CrashError(f"did not end within {seconds:.0f} s")
             failure, result = receiver.recv()
     except EOFError:
-        process.join()
+        _joined(process)
         raise CrashError.with_status(process.exitcode or 0) from None
     finally:
         process.kill()
-        process.join()
+        _joined(process)
         receiver.close()
     if failure is not None:
         raise failure
@@ -755,8 +866,7 @@ def call_watched(
     that waits for.  What *function* raises is raised here; CrashError if its process dies.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_answer_watched, args=(os.getpid(), sender, function))
-    process.start()
+    process = _fork(_answer_watched, (os.getpid(), sender, function))
     sender.close()
     told = time.monotonic()
     try:
@@ -772,11 +882,11 @@ def call_watched(
                     told = time.monotonic()
                     events.tell(events.TimePassed())
     except EOFError:
-        process.join()
+        _joined(process)
         raise CrashError.with_status(process.exitcode or 0) from None
     finally:
         process.kill()
-        process.join()
+        _joined(process)
         receiver.close()
     _, failure, result = message
     if failure is not None:

@@ -1,6 +1,7 @@
 """The command line: the only module that prints and exits."""
 
 import argparse
+import fcntl
 import io
 import json
 import logging
@@ -38,15 +39,35 @@ from .units import format_size
 
 
 class _Parser(argparse.ArgumentParser):
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        # Here, not at Python's exit, so that main sees that the reader of --help has gone.
-        sys.stdout.flush()
-        super().exit(status, message)
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # What can't be written argparse would leave to Python's exit.
+        if file is sys.stdout:
+            _say(message)
+        else:
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(
             f"{message[:1].upper()}{message[1:]}.", hint="'image-factory --help' lists the options."
         )
+
+
+def _say(text: str, what: str = "The output") -> None:
+    """Write *text*, which is *what*, to stdout now; BuildError if that can't be, OSError if its reader has gone."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _unwritten(what, error) from error
+
+
+def _unwritten(what: str, error: OSError) -> BuildError:
+    """Return what says that *what* can't be written to stdout, and drop what is yet to be written there."""
+    reason = "it is closed" if _is_closed(sys.stdout) else error.strerror
+    log.drop_output(sys.stdout)
+    return BuildError(f"{what} can't be written to stdout: {reason}.")
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -135,17 +156,21 @@ def _flag_texts(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _print_steps(plan: Plan) -> None:
     for name, commands in pipeline.describe_build(plan):
-        print(f"# {name}")
+        _say(f"# {name}\n")
         for argv in commands:
-            print(f"#   {' '.join(argv[1:])}" if argv[0] == "#" else shlex.join(argv))
+            _say(f"#   {' '.join(argv[1:])}\n" if argv[0] == "#" else f"{shlex.join(argv)}\n")
 
 
 def _show_answers(plan: Plan) -> None:
     if not plan.settings.answer_file:
         raise ConfigurationError(f"[{plan.image}] has no answer file.")
     # Bytes, as it need not be UTF-8.
-    sys.stdout.buffer.write(answers.content(plan))
-    sys.stdout.flush()
+    data = answers.content(plan)
+    try:
+        sys.stdout.buffer.write(data)
+    except OSError as error:
+        raise _unwritten("The answer file", error) from error
+    _say("", "The answer file")
 
 
 def listing(configuration: Configuration) -> str:
@@ -193,10 +218,12 @@ def _recorded(arguments: argparse.Namespace, image: str) -> Iterator[record.Reco
     """Give the record of a build of *image*, and write it to the file that *arguments* name on the way out."""
     kept = record.Record(image, resumed=arguments.resume, until=arguments.until)
     path = None if arguments.json == "-" else record.prepared(arguments.json)
+    if path is None and _is_closed(sys.stdout):
+        raise ConfigurationError("--json -: stdout is closed.")
 
     def write() -> None:
         if path is None:
-            print(kept.text(), end="")
+            _say(kept.text(), "The build record")
         else:
             record.write(path, kept.text())
 
@@ -246,8 +273,8 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
         if arguments.until:
             text += f"\nStopped after {arguments.until}. 'image-factory --resume {plan.image}' goes on."
         log.to_files(logging.INFO, text)
-    if arguments.json != "-":
-        print(text)
+    if arguments.json != "-" and not _is_closed(sys.stdout):
+        _say(f"{text}\n", "The summary")
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -268,14 +295,13 @@ def _run(argv: Sequence[str]) -> None:
     log.set_up(logging.WARNING if arguments.quiet or (live and not arguments.verbose) else logging.INFO)
     if arguments.cleanup:
         with interrupts.handled(), command.reaping():
-            for removed in workspace.remove_left(Path(arguments.output_dir or ".").absolute()):
-                print(removed, flush=True)
+            _clean_up(Path(arguments.output_dir or ".").absolute())
         return
     if arguments.list:
-        print(listing(Configuration(os.environ)), end="")
+        _say(listing(Configuration(os.environ)), "The list")
         return
     if arguments.list_json:
-        print(json.dumps(Configuration(os.environ).descriptions(), indent=2))
+        _say(f"{json.dumps(Configuration(os.environ).descriptions(), indent=2)}\n", "The list")
         return
     if not any(images):
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
@@ -288,6 +314,19 @@ def _run(argv: Sequence[str]) -> None:
             _run_several(arguments, images)
         else:
             _run_one(arguments, images[0], live=live)
+
+
+def _clean_up(output_dir: Path) -> None:
+    """Remove what killed builds have left, and say what it was; all of it, even if that can't be said."""
+    failure: Exception | None = None
+    for removed in workspace.remove_left(output_dir):
+        try:
+            _say(f"{removed}\n", "What was removed")
+        except (OSError, BuildError) as error:
+            log.drop_output(sys.stdout)
+            failure = failure or error
+    if failure:
+        raise failure
 
 
 def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
@@ -306,7 +345,7 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
         if arguments.dry_run:
             _print_steps(plan)
         elif arguments.check:
-            print(f"{plan.image} can be built.")
+            _say(f"{plan.image} can be built.\n")
         else:
             _build(plan, arguments, live=live)
 
@@ -341,10 +380,10 @@ def _run_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
         return
     for plan in plans:
         if arguments.dry_run:
-            print(f"# {plan.image}:")
+            _say(f"# {plan.image}:\n")
             _print_steps(plan)
         else:
-            print(f"{plan.image} can be built.")
+            _say(f"{plan.image} can be built.\n")
 
 
 def _checked_plans(arguments: argparse.Namespace, images: Sequence[str]) -> list[Plan]:
@@ -382,10 +421,13 @@ def _record_path(arguments: argparse.Namespace, image: str) -> str:
 def _build_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
     start = time.monotonic()
     builds = fleet.Fleet(images, partial(_build_beside, arguments), _show_line)
-    try:
+
+    def tell() -> None:
+        if not _is_closed(sys.stdout):
+            _say(f"{fleet_summary(list(builds.outcomes.values()), time.monotonic() - start)}\n", "The summary")
+
+    with released(tell):
         builds.run()
-    finally:
-        print(fleet_summary(list(builds.outcomes.values()), time.monotonic() - start), flush=True)
     failed = [(outcome.image, outcome.failure) for outcome in builds.outcomes.values() if outcome.failure]
     if failed:
         reasons = "; ".join(f"{image}: {failure.message.removesuffix('.')}" for image, failure in failed)
@@ -408,8 +450,10 @@ def _show_line(image: str, on_stderr: bool, line: str) -> None:
     stream = sys.stderr if on_stderr else sys.stdout
     try:
         print(f"{image}: {line}", file=stream, flush=True)
-    except OSError:
+    except OSError as error:
         # A reader that has gone is no reason to end the builds.
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            log.logger.warning("%s", _unwritten("What the builds print", error).message)
         log.drop_output(stream)
 
 
@@ -448,9 +492,19 @@ def _one_line(text: str) -> str:
 def _set_up_stdout() -> None:
     """Make print work whatever it is given: a path may have bytes that are no text, and stdout may be closed."""
     if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        # What is written there fails, but a file that is opened later is not taken for stdout.
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Return whether *stream* was closed when the program started."""
+    try:
+        return fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    except OSError:
+        # Not a file at all, as in a test.
+        return False
 
 
 def _flush_stdout() -> None:

@@ -694,20 +694,44 @@ def test_error_without_a_reader(place: Place) -> None:
         assert subprocess.run(place.argv("zzz", "--debug"), env=place.variables(), stderr=stderr).returncode == 2
 
 
-@pytest.mark.parametrize("arguments", ["--list", "--help", "--version"])
-def test_stdout_that_is_closed(place: Place, arguments: str) -> None:
-    done = place.run(before=("sh", "-c", 'exec "$@" "$0" >&-', arguments))
-    assert (done.returncode, done.stderr) == (0, "")
+UNWRITTEN = [
+    ("--list", "The list"),
+    ("--list-json", "The list"),
+    ("--help", "The output"),
+    ("--version", "The output"),
+    ("shown --image-size 1M --show-answers", "The answer file"),
+    ("x --image-size 1M --check", "The output"),
+    ("x --image-size 1M --dry-run", "The output"),
+    ("x Debian-12 --image-size 1M --check", "The output"),
+    ("x Debian-12 --image-size 1M --dry-run", "The output"),
+]
 
 
-def test_disk_full_at_stdout(place: Place) -> None:
-    with open("/dev/full", "w") as stdout:
-        done = subprocess.run(
-            place.argv("--list"), env=place.variables(), stdout=stdout, stderr=subprocess.PIPE, text=True
-        )
+@pytest.mark.parametrize(
+    ("redirection", "reason"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")]
+)
+@pytest.mark.parametrize(("arguments", "what"), UNWRITTEN)
+def test_stdout_that_takes_nothing(place: Place, arguments: str, what: str, redirection: str, reason: str) -> None:
+    (place.path / "shown.cfg").write_text("d-i x/y string z\n")
+    with (place.path / "own.conf").open("a") as file:
+        file.write("[shown]\nlinux = linux\ninitrd = initrd\npreseed = shown.cfg\n")
+    done = place.run(before=("sh", "-c", f'exec "$@" $0 --quiet {redirection}', arguments))
     assert done.returncode == 1
-    assert done.stderr.startswith("image-factory: error: ")
-    assert "Traceback" not in done.stderr
+    assert done.stderr == f"image-factory: error: {what} can't be written to stdout: {reason}.\n"
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "| true"])
+def test_clean_up_goes_on_where_it_can_t_say_what_it_removes(place: Place, redirection: str) -> None:
+    for name in ("a", "b", "c"):
+        (place.path / f".image-factory-{name}").mkdir(mode=0o700)
+    place.run("--cleanup", "--quiet", before=("bash", "-c", f'"$0" "$@" {redirection}'))
+    assert list(place.path.glob(".image-factory-*")) == []
+
+
+def test_record_of_a_build_on_a_closed_stdout(place: Place) -> None:
+    """It is known before there is a build."""
+    done = place.run("x", "--image-size", "1M", "--json", "-", before=("sh", "-c", 'exec "$0" "$@" >&-'))
+    assert (done.returncode, done.stderr) == (2, "image-factory: error: --json -: stdout is closed.\n")
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -23,8 +23,10 @@ from jinja2 import (
 )
 from jinja2.sandbox import SandboxedEnvironment
 
+from . import forms
 from .errors import ConfigurationError
 from .model import Plan
+from .settings import ARCHITECTURES
 
 TEMPLATE_SUFFIX = ".j2"
 
@@ -39,6 +41,40 @@ def is_template(path: Path) -> bool:
 def installer_name(path: Path) -> str:
     """Return the name by which the installer knows the answer file *path*."""
     return path.name.removesuffix(TEMPLATE_SUFFIX)
+
+
+def keys_asked_for(path: Path) -> set[str] | None:
+    """Return the keys that the answer file *path*, and what it includes, asks for or declares, with dashes.
+
+    None means any key, as an expression says what is included.  What can't be read or understood asks for
+    nothing: whoever renders it is told.
+    """
+    environment = SandboxedEnvironment()
+    found: set[str] = set()
+    waiting = [path] if is_template(path) else []
+    for part in waiting:
+        try:
+            source = part.read_text(encoding="utf-8")
+            tree = environment.parse(source)
+            for arch in ARCHITECTURES:
+                found |= forms.declared(source, arch).keys()
+            found |= {name.replace("_", "-") for name in meta.find_undeclared_variables(tree)}
+        except (OSError, ValueError, TemplateSyntaxError):
+            continue
+        names = list(meta.find_referenced_templates(tree))
+        if None in names:
+            return None
+        others = (path.parent / name for name in names if name)
+        waiting += [other for other in dict.fromkeys(others) if other not in waiting]
+    return found
+
+
+def declared_keys(plan: Plan) -> dict[str, forms.Key]:
+    """Return the keys that the answer file of *plan* declares, by name with dashes; none if it is no template."""
+    path = plan.settings.answer_file
+    if not path or not is_template(path):
+        return {}
+    return _declared(plan, path, _read(plan, path).decode(errors="replace"))
 
 
 def content(plan: Plan) -> bytes:
@@ -177,8 +213,9 @@ def _rendered(plan: Plan, path: Path, data: bytes) -> str:
 
 
 def _variables(plan: Plan, names: set[str]) -> dict[str, str]:
-    """Return the keys that a template with *names* asks for: an error in another is no concern of it."""
+    """Return the keys that a template with *names* asks for or declares: an error in another is no concern of it."""
     variables = {name: plan.variables[name] for name in sorted(names) if name in plan.variables}
+    variables |= {key.name.replace("-", "_"): _checked(plan, key) for key in declared_keys(plan).values()}
     # These as they are understood, also where they are not given.
     return variables | {"arch": plan.settings.arch, "firmware": plan.settings.firmware}
 
@@ -209,6 +246,35 @@ def _has_value(plan: Plan, name: str) -> bool:
     except ConfigurationError:
         return False
     return True
+
+
+def _declared(plan: Plan, path: Path, source: str) -> dict[str, forms.Key]:
+    try:
+        return forms.declared(source, plan.settings.arch)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{where(plan, path)}, line {error}: that is no line of the table of keys.",
+            hint="It has KEY | DEFAULT | WHAT IS ACCEPTED | WHAT IT IS; the default is accepted, or empty.",
+        ) from None
+
+
+def _checked(plan: Plan, key: forms.Key) -> str:
+    """Return what the template gets for *key*; ConfigurationError if it may not be what the image says."""
+    name = key.name.replace("-", "_")
+    if name not in plan.variables:
+        return key.default
+    text = plan.variables[name]
+    try:
+        return key.read(text)
+    except ValueError as error:
+        # A URL may have a password.
+        hidden = key.secret or "@" in text or not text.isprintable()
+        shown = "what is there" if hidden else repr(text)
+        hint = f"{error} " if str(error) else ""
+        raise ConfigurationError(
+            f"[{plan.image}] {key.name}: {shown} is not accepted, only {key.accepted}.",
+            hint=f"{hint}'image-factory --keys {plan.image}' lists all keys.",
+        ) from None
 
 
 def _refuse(plan: Plan, key: str, reason: str) -> NoReturn:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from . import (
+    answers,
     audit,
     checkpoint,
     checksum,
@@ -63,6 +64,8 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     }
     audit.check(plan)
     seal.check(plan)
+    for sentence in configuration.unused_keys(image, settings.upload_destinations, answers.keys_asked_for):
+        logger.warning("%s", sentence)
     return dataclasses.replace(plan, destinations=destinations)
 
 

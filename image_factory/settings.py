@@ -5,6 +5,7 @@ The INI reader, argparse, the defaults and the manual's check all come from the 
 
 import codecs
 import configparser
+import contextlib
 import copy
 import difflib
 import math
@@ -21,7 +22,6 @@ from typing import Any
 
 from . import events
 from .errors import ConfigurationError
-from .log import logger
 from .units import parse_duration, parse_size
 
 SYSTEM_FILE = Path("/etc/image-factory.conf")
@@ -34,6 +34,8 @@ ARCHITECTURES = ("x86_64", "aarch64")
 # The distributions' names of them, which configuration files may have in a variable 'arch' of their own.
 # A 32-bit system runs on the machine of the 64-bit one.
 _ARCHITECTURE_NAMES = {"amd64": "x86_64", "i386": "x86_64", "i586": "x86_64", "i686": "x86_64", "arm64": "aarch64"}
+# What images can't be built for, but files may be of.
+_OTHER_ARCHITECTURES = ("armhf", "armv7l", "ppc64el", "ppc64le", "riscv64", "s390x", "loongarch64")
 FIRMWARES = ("bios", "uefi", "hybrid")
 ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast", "autoinstall", "agama")
 # What --list shows of an image beside its name.
@@ -48,12 +50,14 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+~@-]*")
 
 
-# Parsers: text -> value, or ValueError with what is accepted.
+# Parsers: text -> value, or ValueError with what is accepted and, if it is known, the next move.
 
 
-def parse_text(text: str) -> str:
-    """Any text."""
-    return text
+def parse_option(text: str) -> str:
+    """The value of an option of virt-install."""
+    if not text.strip() or not text.strip().isprintable() or text.strip().startswith("-"):
+        raise ValueError("a value that virt-install takes")
+    return text.strip()
 
 
 def parse_line(text: str) -> str:
@@ -87,19 +91,36 @@ def parse_limit(text: str) -> float | None:
         raise ValueError(f"auto, none or {error}") from None
 
 
-def parse_memory(text: str) -> int:
+def parse_large_size(text: str) -> int:
     """A size of at least 1 MiB."""
     size = parse_size(text)
     if size < 1 << 20:
-        raise ValueError("a size of at least 1 MiB such as 1G, 512 MiB or 2 GB")
+        accepted = "a size of at least 1 MiB such as 1G, 512 MiB or 2 GB"
+        number = text.strip()
+        if number.isdigit():
+            raise ValueError(accepted, f"{number} is {number} bytes. Did you mean {number}G?")
+        raise ValueError(accepted)
     return size
+
+
+def parse_long_duration(text: str) -> float:
+    """A time; a number alone, which is of seconds, is at least a minute."""
+    seconds = parse_duration(text)
+    number = text.strip()
+    if number.isdigit() and seconds < 60:
+        raise ValueError(
+            "a time with its unit such as 90s, 10m, 2h or 1h 30m, or none",
+            f"{number} is {number} seconds. Did you mean {number}m or {number}h?",
+        )
+    return seconds
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
     """Image formats, with commas."""
     formats = tuple(dict.fromkeys(split_list(text)))
     if not formats or not set(formats) <= set(FORMATS):
-        raise ValueError(f"{' or '.join(FORMATS)}, or several with commas")
+        others = [word for word in formats if word not in FORMATS]
+        raise ValueError(f"{' or '.join(FORMATS)}, or several with commas", *_meant(" ".join(others), FORMATS))
     return formats
 
 
@@ -286,12 +307,19 @@ def parse_sha256(text: str) -> str:
     return text.strip().lower()
 
 
+def _meant(text: str, choices: Iterable[str]) -> list[str]:
+    """Return the question whether one of *choices* was meant, if one is near to *text*."""
+    near = difflib.get_close_matches(text.strip().lower(), list(choices), n=1)
+    return [f"Did you mean {near[0]}?"] if near else []
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     """Return a parser of one of *choices*, whatever its case."""
 
     def parse(text: str) -> str:
         if text.strip().lower() not in choices:
-            raise ValueError(" or ".join(filter(None, (", ".join(choices[:-1]), choices[-1]))))
+            accepted = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+            raise ValueError(accepted, *_meant(text, choices))
         return text.strip().lower()
 
     return parse
@@ -302,8 +330,21 @@ def parse_arch(text: str) -> str:
     name = text.strip().lower()
     name = _ARCHITECTURE_NAMES.get(name, name)
     if name not in ARCHITECTURES:
-        raise ValueError(" or ".join(ARCHITECTURES))
+        raise ValueError(" or ".join(ARCHITECTURES), *_meant(name, (*ARCHITECTURES, *_ARCHITECTURE_NAMES)))
     return name
+
+
+def is_arch(name: str, arch: str) -> bool:
+    """Return whether *name*, in which ``-`` may stand for ``_``, is one of the architecture *arch*."""
+    name = name.replace("-", "_")
+    return _ARCHITECTURE_NAMES.get(name, name) == arch
+
+
+def named_architectures(text: str) -> set[str]:
+    """Return the architectures that the words of *text*, a path or a URI, name."""
+    words = re.findall(r"[a-z0-9_]+", text.lower())
+    names = _ARCHITECTURE_NAMES | {name: name for name in (*ARCHITECTURES, *_OTHER_ARCHITECTURES)}
+    return {names[word] for word in words if word in names}
 
 
 def default_cache_dir() -> str:
@@ -374,8 +415,8 @@ class ImageSettings:
         parse_answer_files, "further files for the installer, PATH or PATH:NAME, with commas; empty means none", ""
     )
     cores: int = _setting(parse_count, "processors of the installation machine", "1")
-    ram: int = _setting(parse_memory, "memory of the installation machine", "1G")
-    image_size: int = _setting(parse_size, "size of the disk", "2G", ("--image-size",), "SIZE")
+    ram: int = _setting(parse_large_size, "memory of the installation machine", "1G")
+    image_size: int = _setting(parse_large_size, "size of the disk", "2G", ("--image-size",), "SIZE")
     format: tuple[str, ...] = _setting(
         parse_formats, "raw, qcow2, or several with commas", "raw", ("-f", "--format"), "FORMAT"
     )
@@ -409,7 +450,7 @@ class ImageSettings:
     vnc: tuple[str, int | None] | None = _setting(
         parse_vnc, "HOST:DISPLAY of the installation machine's screen; HOST alone picks a free display"
     )
-    osinfo: str | None = _setting(parse_text, "name of the operating system for virt-install")
+    osinfo: str | None = _setting(parse_option, "name of the operating system for virt-install")
     arch: str = _setting(
         parse_arch,
         f"architecture of the image: {' or '.join(ARCHITECTURES)} (default: this machine's)",
@@ -419,10 +460,10 @@ class ImageSettings:
         one_of(*FIRMWARES), "what the image boots with: bios, uefi, or hybrid for both (default: bios, uefi on aarch64)"
     )
     cpu: str | None = _setting(
-        parse_text, "virt-install's CPU (default: host-passthrough with KVM, mode=maximum without)"
+        parse_option, "virt-install's CPU (default: host-passthrough with KVM, mode=maximum without)"
     )
     virt_type: str = _setting(one_of("auto", "kvm", "qemu"), "kvm, qemu (emulation) or auto", "auto")
-    network: str = _setting(parse_text, "virt-install's network", "user,model=virtio")
+    network: str = _setting(parse_option, "virt-install's network", "user,model=virtio")
     max_parallel: float | None = _setting(
         parse_limit,
         "how many installations may run on this machine at once: a number, none, or auto, by memory and processors",
@@ -431,15 +472,15 @@ class ImageSettings:
         "N",
     )
     install_timeout: float | None = _setting(
-        parse_duration, "how long the installation may take, or none (default: 2h with KVM, else 8h)"
+        parse_long_duration, "how long the installation may take, or none (default: 2h with KVM, else 8h)"
     )
     stall_timeout: float | None = _setting(
-        parse_duration, "how long it may show no sign of life, or none (default: 10m with KVM, else 30m)"
+        parse_long_duration, "how long it may show no sign of life, or none (default: 10m with KVM, else 30m)"
     )
     test_boot: bool = _setting(parse_boolean, "boot the finished image, and fail if it doesn't come up well", "no")
     test_script: Path | None = _setting(parse_file_name, "script to run in the booted image")
     test_boot_timeout: float | None = _setting(
-        parse_duration, "how long each test boot may take, or none (default: 10m with KVM, else 30m)"
+        parse_long_duration, "how long each test boot may take, or none (default: 10m with KVM, else 30m)"
     )
     kernel_errors_allowed: tuple[str, ...] = _setting(
         parse_patterns, "regular expressions, one a line, of errors in the kernel's log that the test boot accepts", ""
@@ -557,6 +598,10 @@ class Variables(Mapping[str, str]):
         return len(self._keys)
 
 
+# What gives the keys that an answer file asks for, None for any.
+Asked = Callable[[Path], set[str] | None]
+
+
 class Configuration:
     """The configuration files, read and merged; values are parsed when they are asked for."""
 
@@ -567,6 +612,8 @@ class Configuration:
             interpolation=configparser.ExtendedInterpolation(),
         )
         self._parser.optionxform = _normal_key  # type: ignore[assignment,method-assign]
+        # The keys of each section in the files of the user, which are to be warned of if nothing uses them.
+        self._written: dict[str, set[str]] = {}
         if environment.get(FILE_VARIABLE):
             self.files = [Path(environment[FILE_VARIABLE])]
             self._read(self.files[0], f" (named by {FILE_VARIABLE})")
@@ -576,6 +623,10 @@ class Configuration:
             self.files = [path for path in candidates if os.path.lexists(path)]
             for path in self.files:
                 self._read(path)
+                if path == shipped:
+                    self._written.clear()
+        # As they are written, without what they are based on.
+        self._own = {section: dict(self._own_texts(section)) for section in self._parser.sections()}
         # Of the other sections nothing is wrong: whoever asks for one of these is told.
         self._broken: dict[str, ConfigurationError] = {}
         for section in self._parser.sections():
@@ -590,7 +641,9 @@ class Configuration:
             data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
             events.tell(events.InputUsed("configuration", str(path), path))
             # Without their ends, lines look better in messages.
-            self._parser.read_file(data.decode().split("\n"), str(path))
+            lines = data.decode().split("\n")
+            self._parser.read_file(lines, str(path))
+            self._note_keys(lines)
         except OSError as error:
             raise ConfigurationError(f"Can't read the configuration {where}: {error.strerror}.") from error
         except UnicodeDecodeError as error:
@@ -617,11 +670,17 @@ class Configuration:
         except configparser.Error as error:
             raise ConfigurationError(f"{where}: {' '.join(str(error).split())}") from error
 
-    def _fill(self, section: str) -> None:
-        """Give *section* the keys that it lacks of the section that it is based on, as they are written there."""
-        own = self._own_texts(section)
+    def _note_keys(self, lines: list[str]) -> None:
+        parser = configparser.RawConfigParser()
+        parser.optionxform = _normal_key  # type: ignore[assignment,method-assign]
+        parser.read_file(lines)
+        for section, keys in {parser.default_section: parser.defaults(), **parser._sections}.items():  # type: ignore[attr-defined]
+            self._written.setdefault(section, set()).update(keys)
+
+    def _bases(self, section: str) -> list[str]:
+        """Return *section* and those that it is based on, the nearest first."""
         seen = [section]
-        while based_on := self._own_texts(seen[-1]).get("based-on", "").strip():
+        while based_on := self._own[seen[-1]].get("based-on", "").strip():
             if based_on not in self._parser.sections():
                 raise ConfigurationError(
                     f"[{seen[-1]}] based-on: there is no section [{based_on}].", hint=self._suggestion(based_on)
@@ -631,9 +690,30 @@ class Configuration:
                     f"[{section}] based-on: {' -> '.join([*seen, based_on])} goes round in a circle."
                 )
             seen.append(based_on)
-            own = {**self._own_texts(based_on), **own}
+        return seen
+
+    def _fill(self, section: str) -> None:
+        """Give *section* the keys that it lacks of the section that it is based on, as they are written there.
+
+        A key with ``@ARCH`` behind it stands for the one without where that is the section's architecture.
+        """
+        levels = [self._own[name] for name in reversed(self._bases(section))]
+        texts = self._own_texts(section)
         # Not by set(), which refuses what is to be refused when it is used, with a better message.
-        self._own_texts(section).update(own)
+        for level in levels:
+            texts.update(level)
+        arch = self._arch(section)
+        texts.clear()
+        texts.update(_of_arch(self._parser.defaults(), arch))
+        for level in levels:
+            texts.update({**level, **_of_arch(level, arch)})
+
+    def _arch(self, section: str) -> str:
+        try:
+            return parse_arch(self._text(section, "arch")) if "arch" in self._parser[section] else default_arch()
+        except (ConfigurationError, ValueError):
+            # The image itself is refused, with a message.
+            return ""
 
     def _own_texts(self, section: str) -> dict[str, str]:
         """Return the keys of *section* as they are written, without those of DEFAULT."""
@@ -696,7 +776,6 @@ class Configuration:
             )
         if name in self._broken:
             raise self._broken[name]
-        self._warn_of_near_misses(name, ImageSettings)
         values = self._values(name, ImageSettings, flags)
         values["firmware"] = values["firmware"] or default_firmware(values["arch"])
         settings = ImageSettings(**values)
@@ -729,7 +808,6 @@ class Configuration:
                     f"[{section}] lacks '{key.replace('-', '_')}'. It is the {declaration.help}.",
                     hint=f"[{section}] is an upload destination of [{named_by}].",
                 )
-        self._warn_of_near_misses(section, UploadSettings)
         with_image = self._defining(section, "image", image_file)
         settings = UploadSettings(**with_image._values(section, UploadSettings, {}))
         keys = sorted(filter(_COMMAND_KEY.fullmatch, self._parser[section]), key=_command_number)
@@ -749,14 +827,92 @@ class Configuration:
             return f"Did you mean {' or '.join(near)}? 'image-factory --list' lists them all."
         return "'image-factory --list' lists the configured images."
 
-    def _warn_of_near_misses(self, section: str, kind: type[Any]) -> None:
-        known = [key for key, _ in declarations(kind)]
-        for key in self._parser[section]:
-            if key in known or _COMMAND_KEY.fullmatch(key):
-                continue
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
-            if near:
-                logger.warning("[%s] %s is not a key of image-factory. Did you mean %s?", section, key, near[0])
+    def _answer_file(self, name: str) -> Path | None:
+        """Return the answer file of section *name*, None if it has none or does not name it well."""
+        known = dict(declarations(ImageSettings))
+        for key in ANSWER_FILE_KEYS:
+            if key in self._parser[name]:
+                with contextlib.suppress(ConfigurationError):
+                    path: Path = self._value(name, key, known[key], {})
+                    return path
+        return None
+
+    def unused_keys(self, image: str, destinations: Iterable[str], asked: Asked) -> list[str]:
+        """Return a sentence on each key of the user's files that nothing of *image*, or of *destinations*, uses.
+
+        *asked* gives the keys that an answer file asks for, with dashes; None for any key.
+        """
+        answer_file = self._answer_file(image)
+        template = asked(answer_file) if answer_file else set()
+        settings = {key for key, _ in declarations(ImageSettings)} | {"based-on"}
+        used = settings | (template or set()) | self._references(image)
+        sentences = []
+        for section in self._bases(image) if template is not None else ():
+            others = used
+            if section != image and template and self._unused(section, used):
+                # The section is an image itself, and this one has another template.
+                its_own = self._answer_file(section)
+                others = used | self._references(section) | ((asked(its_own) if its_own else None) or set())
+            sentences += [_unused_key(section, key, used, answer_file) for key in self._unused(section, others)]
+        for section in dict.fromkeys(destinations):
+            known = {key for key, _ in declarations(UploadSettings)} | self._references(section)
+            unused = [key for key in self._unused(section, known) if not _COMMAND_KEY.fullmatch(key)]
+            sentences += [_unused_key(section, key, known) for key in unused]
+        return sentences + self._unused_defaults(asked) + self._unused_sections(image)
+
+    def _unused(self, section: str, used: set[str]) -> list[str]:
+        """Return the keys of *section* in the user's files that are not among *used*, in their order."""
+        order = self._parser.defaults() if section == self._parser.default_section else self._own[section]
+        return [
+            key
+            for key in order
+            if key in self._written.get(section, ())
+            and not (key in used or (key.partition("@")[0] in used and _names_arch(key)))
+        ]
+
+    def _unused_defaults(self, asked: Asked) -> list[str]:
+        section = self._parser.default_section
+        used = {key for kind in (ImageSettings, UploadSettings) for key, _ in declarations(kind)} | {"data-dir"}
+        for texts in (self._parser.defaults(), *self._own.values()):
+            used |= {_normal_key(key or name) for text in texts.values() for name, _, key in _references_in(text)}
+        unused = [key for key in self._unused(section, used) if not _COMMAND_KEY.fullmatch(key)]
+        if not unused:
+            return []
+        # Any image's template may ask for it.
+        for path in dict.fromkeys(filter(None, map(self._answer_file, self.images()))):
+            keys = asked(path)
+            if keys is None:
+                return []
+            used |= keys
+        return [_unused_key(section, key, used) for key in unused if key not in used]
+
+    def _unused_sections(self, image: str) -> list[str]:
+        """Return a sentence on each section that nothing uses and whose name is near to that of *image*."""
+        used = {*self.images(), self._parser.default_section}
+        used |= {section for section in self._parser.sections() if "upload-type" in self._parser[section]}
+        for texts in self._own.values():
+            used |= {texts.get("based-on", "").strip(), *split_list(texts.get("upload-destinations", ""))}
+            used |= {section for text in texts.values() for section, colon, _ in _references_in(text) if colon}
+        unused = [section for section in self._written if section not in used]
+        return [
+            f"[{section}]: nothing uses this section, as it has no installer. Did you mean [{image}]?"
+            for section in difflib.get_close_matches(image, unused, n=3, cutoff=0.85)
+        ]
+
+    def _references(self, section: str) -> set[str]:
+        """Return the keys of *section* that a ``${}`` of the configuration names."""
+        merged = [text for _, text in self._parser.items(section, raw=True)] if section in self._parser else []
+        # A key for another architecture may be the only one that names a key.
+        merged += [text for texts in (self._parser.defaults(), self._own.get(section, {})) for text in texts.values()]
+        found = {_normal_key(name) for text in merged for name, colon, _ in _references_in(text) if not colon}
+        everywhere = [self._parser.defaults(), *self._own.values()]
+        return found | {
+            _normal_key(key)
+            for texts in everywhere
+            for text in texts.values()
+            for name, _, key in _references_in(text)
+            if name == section and key
+        }
 
     def _values(self, section: str, kind: type[Any], flags: Mapping[str, str]) -> dict[str, Any]:
         return {
@@ -796,6 +952,34 @@ class Configuration:
             ) from error
 
 
+def _of_arch(texts: Mapping[str, str], arch: str) -> dict[str, str]:
+    """Return the *texts* whose keys are for *arch*, by the keys that they stand for."""
+    parts = ((key.rpartition("@"), text) for key, text in texts.items() if "@" in key)
+    return {key: text for (key, _, suffix), text in parts if is_arch(suffix, arch)}
+
+
+def _names_arch(key: str) -> bool:
+    return any(is_arch(key.partition("@")[2], arch) for arch in ARCHITECTURES)
+
+
+def _references_in(text: str) -> list[tuple[str, str, str]]:
+    """Return what the ``${}`` of *text* name, parted at the colon: ``(key, "", "")`` or ``(section, ":", key)``."""
+    return [name.partition(":") for name in re.findall(r"\$\{([^}]+)\}", text.replace("$$", ""))]
+
+
+def _unused_key(section: str, key: str, used: Iterable[str], plain: Path | None = None) -> str:
+    """Return a sentence on *key*, which nothing uses; *plain* is the answer file that is no template."""
+    near = difflib.get_close_matches(key.partition("@")[0], sorted(used), n=1, cutoff=0.75)
+    if near:
+        return f"[{section}] {key}: nothing uses this key. Did you mean {near[0]}?"
+    if plain and not plain.name.endswith(".j2"):
+        return (
+            f"[{section}] {key}: nothing uses this key, as {plain} is no template. "
+            f"Write it into the answer file, or call that {plain.name}.j2 and use the key there."
+        )
+    return f"[{section}] {key}: nothing uses this key. Remove it, or name it in a value: ${{{key}}}."
+
+
 def _command_number(key: str) -> int:
     """Return which of the commands after an upload *key* is: the one without a number is the first."""
     return int(key.removeprefix("post-upload-command") or -1)
@@ -810,7 +994,10 @@ def _parsed(where: str, text: str, parse: Callable[[str], Any], shown: str | Non
             raise ValueError("text without NUL characters")
         return value
     except ValueError as error:
-        raise ConfigurationError(f"{where}: {shown or repr(text)} is not accepted, only {error}.") from error
+        accepted, *hints = error.args
+        raise ConfigurationError(
+            f"{where}: {shown or repr(text)} is not accepted, only {accepted}.", hint=hints[0] if hints else None
+        ) from error
 
 
 def _named(keys: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ LEVELS = [
     {"release", "locks", "estimates", "checkpoint"},
     {"turns"},
     {"interrupts", "answers"},
-    {"arch", "model"},
+    {"arch", "model", "forms"},
     {"settings"},
     {"console", "installers"},
     {"log"},

@@ -4,8 +4,10 @@ data/recipes/ has what the installers get: `image-factory --show-answers IMAGE` 
 variants of its sections; data/machines/ has the machines that they are installed in, and the kernel's arguments.
 """
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,10 +17,10 @@ import jsonschema
 import pytest
 import yaml
 
-from image_factory import answers, pipeline
+from image_factory import answers, forms, pipeline
 from image_factory.errors import ConfigurationError
 from image_factory.model import Build, Plan
-from image_factory.settings import Configuration
+from image_factory.settings import ARCHITECTURES, Configuration, named_architectures
 from image_factory.sources import installer
 
 from .test_guest import as_lines
@@ -44,10 +46,10 @@ timezone = Europe/Berlin
 packages = vim curl
 mirror = https://mirror.example.com/tree
 proxy = http://proxy.example.com:3128
-root_password_hash = $$6$$salt$$hash
+root_password_hash = $$6$$salt$$hash./hash./hash./hash./hash./hash./hash./hash./hash./hash./hash./hash./hash./hash./AB
 authorized_keys =
-    ssh-ed25519 AAAA it's "me" <a\b&c>
-    ssh-rsa BBBB
+    ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f it's "me" <a\b&c>
+    ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAAAIQCAgYKDhIWGh4iJiouMjY6PkJGSk5SVlpeYmZqbnJ2enw==
 filesystem = btrfs
 kernel_arguments = quiet console=ttyS0
 weak_dependencies = no
@@ -277,7 +279,61 @@ def test_hybrid_where_the_installer_cannot(tmp_path: Path, section: str, name: s
 
 def test_every_head_says_what_it_installs() -> None:
     for path in (REPOSITORY / "data").glob("*.j2"):
-        head = path.read_text(encoding="utf-8").partition("#}")[0]
-        assert "What it installs, and why:" in head, path
-        for key in ("locale", "keyboard", "timezone", "packages", "mirror", "proxy", "root-password-hash"):
-            assert key in head, (path, key)
+        text = path.read_text(encoding="utf-8")
+        assert "What it installs, and why:" in text.partition("#}")[0], path
+        # And the table after it what the template asks for.
+        for arch in ARCHITECTURES:
+            declared = forms.declared(text, arch)
+            assert answers.keys_asked_for(path) - {"arch", "firmware", "refuse"} <= declared.keys(), path
+            assert {"locale", "keyboard", "timezone", "packages", "mirror", "proxy"} <= declared.keys(), path
+
+
+def test_nothing_in_the_shipped_recipes_is_unused(caplog: pytest.LogCaptureFixture) -> None:
+    """They are the user's file here."""
+    configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(SHIPPED)})
+    for name in configuration.images():
+        pipeline.make_plan(configuration, name, {})
+    assert caplog.messages == []
+
+
+BY_ARCH = {
+    "Debian-13-server": "Debian-13-server-arm64",
+    "Fedora-44-server": "Fedora-44-server-arm64",
+    "Rocky-10-server": None,
+    "openSUSE-Leap-15.6-server": None,
+    "openSUSE-Leap-16.0-server": None,
+    "openSUSE-Tumbleweed-server": None,
+    "Ubuntu-26.04-server": None,
+}
+
+
+@pytest.mark.parametrize("arch", ["aarch64", "arm64"])
+@pytest.mark.parametrize(("name", "shipped"), BY_ARCH.items())
+def test_arch_alone_makes_the_arm_image(
+    tmp_path: Path, plans: dict[str, Plan], name: str, shipped: str | None, arch: str
+) -> None:
+    path = tmp_path / "image-factory.conf"
+    text = f"[x]\nbased_on = {name}\narch = {arch}\n"
+    path.write_text(SHIPPED.read_text(encoding="utf-8") + text, encoding="utf-8")
+    flags = {"output-dir": "/output", "cache-dir": "/cache"}
+    plan = pipeline.make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(path)}), "x", flags)
+    sources = [source.uri for key in ("linux", "initrd", "installer_image") if (source := getattr(plan.settings, key))]
+    for source in sources:
+        assert named_architectures(source) == {"aarch64"}
+    assert named_architectures(plan.settings.append) <= {"aarch64"}
+    assert "console=ttyAMA0,115200n8" in plan.settings.append
+    assert "ttyS0" not in plan.settings.append
+    text = answers.content(plan).decode()
+    assert "ttyS0" not in text
+    assert not re.search("x86_64(?!-efi)|amd64", text)
+    if shipped:
+        other = plans[shipped]
+        assert text == answers.content(other).decode()
+        assert dataclasses.replace(plan.settings, arch="x86_64") == dataclasses.replace(other.settings, arch="x86_64")
+    else:
+        golden = GOLDEN.parent / "arm" / f"{name}.txt"
+        shown = "".join(f"{line}\n" for line in [*sources, plan.settings.append]) + text
+        if os.environ.get("UPDATE_GOLDEN"):
+            golden.parent.mkdir(exist_ok=True)
+            golden.write_text(shown, encoding="utf-8")
+        assert shown == golden.read_text(encoding="utf-8")

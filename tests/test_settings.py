@@ -1,7 +1,6 @@
 """The settings: files, flags, parsers, and what is said about mistakes."""
 
 import itertools
-import logging
 import math
 import os
 import re
@@ -340,7 +339,15 @@ BAD: list[tuple[str, str, str]] = [
     *(("log-filename", text, "only the name of a file") for text in ("logs/", "..", "/", ".")),
     *(("cores", text, COUNT) for text in ("0", "-1", "1.5", "two", "", "10000", "0x2")),
     *(("ram", text, SIZE_FORMS) for text in ("-1G", "0", "much", "")),
-    *(("ram", text, "only a size of at least 1 MiB") for text in ("1", "1023K")),
+    *(("ram", text, "only a size of at least 1 MiB") for text in ("1", "4", "1023K")),
+    *(("image_size", text, "only a size of at least 1 MiB") for text in ("2", "1048575", "1K")),
+    *((key, "10", "only a time with its unit such as 90s") for key in ("install-timeout", "stall-timeout")),
+    ("test-boot-timeout", "5", "only a time with its unit such as 90s"),
+    *(
+        (key, text, "only a value that virt-install takes")
+        for key in ("osinfo", "cpu", "network")
+        for text in ("", "-x")
+    ),
     *(("image_size", text, SIZE_FORMS) for text in ("-1G", "0", "G", "1e9", "2 GX", "", "0.0000001K", "9E")),
     *(("format", text, FORMATS) for text in ("vmdk", "raw,vmdk", "", ",", "raw qcow2", "RAW")),
     *(
@@ -585,38 +592,145 @@ def test_unknown_image_has_near_names(read: Read) -> None:
 
 # Mistakes in the text.
 
+
+def unused(configuration: Configuration, *destinations: str, asked: str = "") -> list[str]:
+    return configuration.unused_keys("x", destinations, lambda path: set(asked.split() if path.suffix == ".j2" else []))
+
+
 NEAR_MISSES = {
     "upload_destination": "upload-destinations",
     "imagesize": "image-size",
     "keepraw": "keep-raw",
     "post-build-comand": "post-build-command",
     "pressed": "preseed",
+    "pakages": "packages",
+    "package": "packages",
+    "kernel_argument": "kernel-arguments",
+    "linux@aarch46": "linux",
 }
 
 
 @pytest.mark.parametrize(("written", "meant"), NEAR_MISSES.items())
-def test_near_miss_of_a_key_gets_a_warning(
-    read: Read, caplog: pytest.LogCaptureFixture, written: str, meant: str
-) -> None:
-    configuration = read(f"{MINIMAL}{written} = x\n")
-    with caplog.at_level(logging.WARNING, logger="image-factory"):
-        configuration.image("x", {})
+def test_near_miss_of_a_key_is_told(read: Read, written: str, meant: str) -> None:
+    configuration = read(f"{MINIMAL}kickstart = a.ks.j2\n{written} = x\n")
     shown = written.replace("_", "-")
-    assert caplog.messages == [f"[x] {shown} is not a key of image-factory. Did you mean {meant}?"]
+    assert unused(configuration, asked="packages kernel-arguments") == [
+        f"[x] {shown}: nothing uses this key. Did you mean {meant}?"
+    ]
 
 
-def test_variables_of_the_user_get_no_warning(read: Read, caplog: pytest.LogCaptureFixture) -> None:
-    text = f"{MINIMAL}dist = trixie\nnetboot = x\nmirror = x\nrelease = 13\narch = amd64\nversion = 1\nurl = x\n"
-    with caplog.at_level(logging.WARNING, logger="image-factory"):
-        read(text).image("x", {})
-    assert caplog.messages == []
+def test_keys_that_are_used_are_not_told(read: Read) -> None:
+    text = (
+        "[DEFAULT]\nshared = 1\nother = ${y:there}\n"
+        f"{MINIMAL}dist = trixie\nlinux@aarch64 = ${{dist}}\nappend = ${{My-Key}} ${{other}}\nmy_key = a\nfound = b\n"
+        "preseed = a.j2\nseen = c\nmy_key@arm64 = d\n"
+        "[y]\nlinux = ${x:seen}\ninitrd = ${shared}\nthere = 1\n"
+    )
+    assert unused(read(text), asked="found") == []
 
 
-def test_near_miss_in_an_upload_section(read: Read, caplog: pytest.LogCaptureFixture) -> None:
-    text = "[up]\nupload_type = rsync\nupload_target = /srv\nupload_arg = -v\npost_upload_command7 = true\n"
-    with caplog.at_level(logging.WARNING, logger="image-factory"):
-        read(text).destination("up", "x.raw", named_by="x")
-    assert caplog.messages == ["[up] upload-arg is not a key of image-factory. Did you mean upload-args?"]
+def test_keys_that_nothing_uses_are_told(read: Read) -> None:
+    text = f"[DEFAULT]\ncolour = red\n{MINIMAL}dist = trixie\nlinux2@arm64 = $${{dist}}\n"
+    assert unused(read(text)) == [
+        "[x] dist: nothing uses this key. Remove it, or name it in a value: ${dist}.",
+        "[x] linux2@arm64: nothing uses this key. Did you mean linux?",
+        "[DEFAULT] colour: nothing uses this key. Remove it, or name it in a value: ${colour}.",
+    ]
+
+
+def test_keys_of_a_template_beside_a_plain_answer_file_are_told(read: Read) -> None:
+    text = f"{MINIMAL.replace('[x]', '[base]')}kickstart = a.ks.j2\nlocale = a\n[x]\nbased_on = base\n"
+    assert unused(read(f"{text}kickstart = b.ks.j2\n"), asked="locale") == []
+    told = (
+        "nothing uses this key, as own.ks is no template. "
+        "Write it into the answer file, or call that own.ks.j2 and use the key there."
+    )
+    assert unused(read(f"{text}kickstart = own.ks\npackages = b\n"), asked="locale") == [
+        f"[x] packages: {told}",
+        f"[base] locale: {told}",
+    ]
+
+
+def test_keys_of_the_section_that_one_is_based_on_are_told(read: Read) -> None:
+    """But not those that its own answer file asks for."""
+    configuration = read(
+        f"{MINIMAL.replace('[x]', '[base]')}preseed = base.j2\nof_base = 1\nof_none = 2\n"
+        "[x]\nbased_on = base\npreseed = x.j2\n"
+    )
+    asked = {"base.j2": {"of-base"}, "x.j2": {"of-x"}}
+    assert configuration.unused_keys("x", (), lambda path: asked[path.name]) == [
+        "[base] of-none: nothing uses this key. Remove it, or name it in a value: ${of-none}."
+    ]
+
+
+def test_shipped_keys_are_not_told(files: tuple[Path, Path]) -> None:
+    """No one can change them."""
+    files[1].write_text("[x]\nbased_on = Fedora-44-minimal\nkickstart = own.ks\n")
+    assert unused(Configuration({})) == []
+
+
+def test_section_that_nothing_uses_is_told(read: Read) -> None:
+    text = (
+        "[Debian-13-web]\nlinux = /l\ninitrd = /i\n[Debian-13-wbe]\nram = 2G\n[Debian-13-base]\nram = 2G\n"
+        "[z]\nram = 2G\n[other]\nlinux = ${Debian-13-base:ram}\n"
+    )
+    assert read(text).unused_keys("Debian-13-web", (), lambda path: set()) == [
+        "[Debian-13-wbe]: nothing uses this section, as it has no installer. Did you mean [Debian-13-web]?"
+    ]
+
+
+def test_near_miss_in_an_upload_section(read: Read) -> None:
+    text = (
+        "[up]\nupload_type = rsync\nupload_target = ${host}:/srv\nhost = a\nupload_arg = -v\n"
+        "post_upload_command7 = true\n"
+    )
+    assert unused(read(MINIMAL + text), "up", "up") == [
+        "[up] upload-arg: nothing uses this key. Did you mean upload-args?"
+    ]
+
+
+ARCHITECTURES = {
+    "plain": ("arch = x86_64\nkey = a\nkey@aarch64 = b", "a"),
+    "other": ("arch = aarch64\nkey = a\nkey@aarch64 = b", "b"),
+    "another name": ("arch = arm64\nkey = a\nkey@aarch64 = b", "b"),
+    "another name of the suffix": ("arch = amd64\nkey = a\nkey@X86_64 = b", "b"),
+    "a variable": ("arch = ${mine}\nmine = arm64\nkey = a\nkey@arm64 = b", "b"),
+    "of the base": ("based_on = base\narch = aarch64", "base-b"),
+    "base of another architecture": ("based_on = arm\narch = x86_64", "base-a"),
+    "own wins": ("based_on = base\narch = aarch64\nkey = a", "a"),
+    "of the defaults": ("arch = aarch64\nkey = ${general}", "arm"),
+    "own wins over the defaults": ("arch = aarch64\nkey = ${general}\ngeneral = own", "own"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_keys_of_an_architecture(read: Read, text: str, expected: str) -> None:
+    general = "[DEFAULT]\ngeneral = all\ngeneral@aarch64 = arm\n"
+    base = "[base]\nlinux = /l\ninitrd = /i\nkey = base-a\nkey@aarch64 = base-b\n[arm]\nbased_on = base\narch = arm64\n"
+    image = read(f"{general}{base}[x]\nlinux = /l\ninitrd = /i\nappend = ${{key}}\n{text}\n").image("x", {})
+    assert image.append == expected
+
+
+def test_wrong_architecture_is_told_once(read: Read) -> None:
+    configuration = read(f"{MINIMAL}arch = arm46\nappend@arm64 = a\n")
+    error = error_of(lambda: configuration.image("x", {}))
+    assert error.message == "[x] arch: 'arm46' is not accepted, only x86_64 or aarch64."
+    assert error.hint == "Did you mean arm64?"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    {
+        "http://a/dists/trixie/main/installer-amd64/current/images/linux": {"x86_64"},
+        "https://a/releases/44/Everything/aarch64/os/vmlinuz": {"aarch64"},
+        "/srv/ubuntu-26.04-live-server-arm64.iso": {"aarch64"},
+        "/srv/installer-riscv64/linux": {"riscv64"},
+        "/boot/linux": set(),
+        "/srv/farm64/x": set(),
+    }.items(),
+)
+def test_named_architectures(text: str, expected: set[str]) -> None:
+    assert settings.named_architectures(text) == expected
 
 
 INTERPOLATIONS = [

@@ -69,12 +69,19 @@ def keys_asked_for(path: Path) -> set[str] | None:
     return found
 
 
-def declared_keys(plan: Plan) -> dict[str, forms.Key]:
-    """Return the keys that the answer file of *plan* declares, by name with dashes; none if it is no template."""
-    path = plan.settings.answer_file
-    if not path or not is_template(path):
+def declared_keys(path: Path, arch: str) -> dict[str, forms.Key]:
+    """Return the keys that the answer file *path* declares, by name with dashes; none if it is no template."""
+    if not is_template(path):
         return {}
-    return _declared(plan, path, _read(plan, path).decode(errors="replace"))
+    try:
+        return forms.declared(path.read_bytes().decode(errors="replace"), arch)
+    except OSError as error:
+        raise ConfigurationError(f"{path} can't be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{path}, line {error}: that is no line of the table of keys.",
+            hint="It has KEY | DEFAULT | WHAT IS ACCEPTED | WHAT IT IS; the default is accepted, or empty.",
+        ) from None
 
 
 def content(plan: Plan) -> bytes:
@@ -214,8 +221,10 @@ def _rendered(plan: Plan, path: Path, data: bytes) -> str:
 
 def _variables(plan: Plan, names: set[str]) -> dict[str, str]:
     """Return the keys that a template with *names* asks for or declares: an error in another is no concern of it."""
-    variables = {name: plan.variables[name] for name in sorted(names) if name in plan.variables}
-    variables |= {key.name.replace("-", "_"): _checked(plan, key) for key in declared_keys(plan).values()}
+    declared = declared_keys(_path(plan), plan.settings.arch)
+    others = (name for name in sorted(names) if name.replace("_", "-") not in declared)
+    variables = {name: plan.variables[name] for name in others if name in plan.variables}
+    variables |= {key.name.replace("-", "_"): _checked(plan, key) for key in declared.values()}
     # These as they are understood, also where they are not given.
     return variables | {"arch": plan.settings.arch, "firmware": plan.settings.firmware}
 
@@ -246,16 +255,6 @@ def _has_value(plan: Plan, name: str) -> bool:
     except ConfigurationError:
         return False
     return True
-
-
-def _declared(plan: Plan, path: Path, source: str) -> dict[str, forms.Key]:
-    try:
-        return forms.declared(source, plan.settings.arch)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"{where(plan, path)}, line {error}: that is no line of the table of keys.",
-            hint="It has KEY | DEFAULT | WHAT IS ACCEPTED | WHAT IT IS; the default is accepted, or empty.",
-        ) from None
 
 
 def _checked(plan: Plan, key: forms.Key) -> str:

@@ -34,7 +34,7 @@ from . import (
 from .errors import BuildError, ConfigurationError, ImageFactoryError, reason_of
 from .model import Artifact, Plan
 from .release import released
-from .settings import Configuration, ImageSettings, check_image_name, declarations
+from .settings import Configuration, ImageSettings, accepted_by, check_image_name, declarations
 from .units import format_size
 
 
@@ -128,6 +128,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the answer file as the installer gets it, secrets too, and stop",
     )
+    parser.add_argument(
+        "--keys",
+        action="store_true",
+        help="list the keys of the image with what they are, what they may be and their values, secrets too, and stop",
+    )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
     parser.add_argument(
         "--json",
@@ -171,6 +176,45 @@ def _show_answers(plan: Plan) -> None:
     except OSError as error:
         raise _unwritten("The answer file", error) from error
     _say("", "The answer file")
+
+
+def keys_listing(configuration: Configuration, image: str, flags: Mapping[str, str]) -> str:
+    """Return the keys of *image* with what they are, what they may be and their values, as a configuration file."""
+    configuration.check_image(image)
+    variables = configuration.variables(image, flags)
+    answer_file = configuration.answer_file(image)
+    declared = answers.declared_keys(answer_file, configuration.arch(image)) if answer_file else {}
+    parts = [f"[{image}]"]
+    if declared:
+        parts.append(f"# Keys of its answer file {answer_file}:")
+    elif answer_file:
+        parts.append(f"# {answer_file} is no template that declares keys.")
+    for key in declared.values():
+        parts.append(_entry(variables, key.name, key.help, key.accepted, key.default))
+    parts.append("# Variables of its values:")
+    named = [key for key in configuration.variables_named(image) if key not in declared]
+    parts.append("\n".join(_line(variables, key) for key in named) or "# none")
+    parts.append("# Settings of image-factory:")
+    for name, declaration in declarations(ImageSettings):
+        default = declaration.default_text() or ""
+        parts.append(_entry(variables, name, declaration.help, accepted_by(declaration), default))
+    return "\n\n".join(parts) + "\n"
+
+
+def _entry(variables: Mapping[str, str], key: str, what: str, accepted: str, default: str) -> str:
+    shown = f"; default: {default}" if default else ""
+    return f"# {what}\n# Accepted: {accepted}{shown}\n{_line(variables, key, default)}"
+
+
+def _line(variables: Mapping[str, str], key: str, default: str = "") -> str:
+    """Return the line of *key* in a configuration file, behind a # if it is not set."""
+    name = key.replace("-", "_")
+    try:
+        text = variables.get(name, default).strip()
+    except ConfigurationError as error:
+        return f"# {key}: {_one_line(error.message)}"
+    written = "\n    ".join(log.printable(line.strip()) for line in text.replace("$", "$$").splitlines())
+    return f"{'' if name in variables or default else '# '}{key} = {written}".rstrip()
 
 
 def listing(configuration: Configuration) -> str:
@@ -284,7 +328,7 @@ def _run(argv: Sequence[str]) -> None:
     if any(other.startswith("-") for other in others):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     images = [*arguments.images, *others] or [os.environ.get("IMAGE") or ""]
-    modes = ("list", "list_json", "check", "dry_run", "show_answers", "cleanup")
+    modes = ("list", "list_json", "check", "dry_run", "show_answers", "keys", "cleanup")
     only_checks = any(getattr(arguments, mode) for mode in modes)
     for mode in modes:
         if arguments.json is not None and getattr(arguments, mode):
@@ -302,6 +346,9 @@ def _run(argv: Sequence[str]) -> None:
         return
     if arguments.list_json:
         _say(f"{json.dumps(Configuration(os.environ).descriptions(), indent=2)}\n", "The list")
+        return
+    if arguments.keys and any(images) and not images[1:]:
+        _say(keys_listing(Configuration(os.environ), images[0], _flag_texts(arguments)), "The list")
         return
     if not any(images):
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
@@ -333,6 +380,8 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
     resume = arguments.resume
     with ExitStack() as stack:
         kept = stack.enter_context(_recorded(arguments, image)) if arguments.json is not None else None
+        warnings: list[str] = []
+        stack.enter_context(log.noting_warnings(warnings))
         plan = pipeline.make_plan(Configuration(os.environ), image, _flag_texts(arguments), resume=resume)
         if kept:
             kept.plan_made(plan)
@@ -345,9 +394,15 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
         if arguments.dry_run:
             _print_steps(plan)
         elif arguments.check:
-            _say(f"{plan.image} can be built.\n")
+            _say(f"{_verdict(plan.image, warnings)}\n")
         else:
             _build(plan, arguments, live=live)
+
+
+def _verdict(image: str, warnings: Sequence[str]) -> str:
+    """Return the last line of --check."""
+    count = {0: "", 1: ", with a warning"}.get(len(warnings), f", with {len(warnings)} warnings")
+    return f"{image} can be built{count}."
 
 
 def _check_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
@@ -357,7 +412,7 @@ def _check_several(arguments: argparse.Namespace, images: Sequence[str]) -> None
         check_image_name(image)
         if images.count(image) > 1:
             raise ConfigurationError(f"{image} is named twice.")
-    for mode in ("show_answers", "shell_on_error"):
+    for mode in ("show_answers", "keys", "shell_on_error"):
         if getattr(arguments, mode):
             raise ConfigurationError(f"--{mode.replace('_', '-')} is for one image.")
     if arguments.json is not None and not Path(arguments.json).is_dir():
@@ -374,7 +429,7 @@ def _run_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
             record.prepared(_record_path(arguments, image))
     # Each build checks once more what it needs, and logs that: much may change until it begins.
     with nullcontext() if only_checks else log.only(logging.ERROR):
-        plans = _checked_plans(arguments, images)
+        plans, warnings = _checked_plans(arguments, images)
     if not only_checks:
         _build_several(arguments, images)
         return
@@ -383,19 +438,21 @@ def _run_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
             _say(f"# {plan.image}:\n")
             _print_steps(plan)
         else:
-            _say(f"{plan.image} can be built.\n")
+            _say(f"{_verdict(plan.image, warnings[plan.image])}\n")
 
 
-def _checked_plans(arguments: argparse.Namespace, images: Sequence[str]) -> list[Plan]:
-    """Return the plans of *images*; ConfigurationError says what is wrong with any of them."""
+def _checked_plans(arguments: argparse.Namespace, images: Sequence[str]) -> tuple[list[Plan], dict[str, list[str]]]:
+    """Return the plans of *images*, and what each is warned of; ConfigurationError says what is wrong with any."""
+    warnings: dict[str, list[str]] = {image: [] for image in images}
     configuration = Configuration(os.environ)
     plans: list[Plan] = []
     errors: dict[str, list[str]] = {}
     hints: dict[str, None] = {}
     for image in images:
         try:
-            plan = pipeline.make_plan(configuration, image, _flag_texts(arguments), resume=arguments.resume)
-            plan = pipeline.check_plan(plan, resume=arguments.resume)
+            with log.noting_warnings(warnings[image]):
+                plan = pipeline.make_plan(configuration, image, _flag_texts(arguments), resume=arguments.resume)
+                plan = pipeline.check_plan(plan, resume=arguments.resume)
             for other in plans:
                 if plan.log_path is not None and plan.log_path == other.log_path:
                     raise ConfigurationError(
@@ -411,7 +468,7 @@ def _checked_plans(arguments: argparse.Namespace, images: Sequence[str]) -> list
             " ".join(f"{', '.join(which)}: {message}" for message, which in errors.items()),
             hint=" ".join(f"{hint.removesuffix('.')}." for hint in hints) or None,
         )
-    return plans
+    return plans, warnings
 
 
 def _record_path(arguments: argparse.Namespace, image: str) -> str:

@@ -293,11 +293,8 @@ def _packages(pattern: str, text: str) -> str:
 
 
 def _kernel_arguments(text: str) -> str:
-    words = text.split()
-    if not text.isprintable() and "\n" not in text:
-        raise ValueError
     # Boot loaders' configuration is read by shells.
-    return _matching(r"[A-Za-z0-9 !#%()*+,./:<=>?@\[\]^_{|}~-]+", " ".join(words))
+    return _matching(r"[A-Za-z0-9 !#%()*+,./:<=>?@\[\]^_{|}~-]+", " ".join(text.split()))
 
 
 def _text(text: str) -> str:
@@ -335,7 +332,7 @@ FORMS = {
     ),
     "debian-packages": Form(
         "names of packages with blanks between them",
-        partial(_packages, r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9]+)?([=/][A-Za-z0-9.+:~-]+)?\^?"),
+        partial(_packages, r"[a-z0-9][a-z0-9+.-]*(:[a-z0-9]+)?([=/][A-Za-z0-9.+:~-]+)?\^?"),
     ),
     "rpm-packages": Form(
         "names of packages with blanks between them", partial(_packages, r"[A-Za-z0-9_][A-Za-z0-9_+.:~-]*")

@@ -12,6 +12,7 @@ import shlex
 import signal
 import stat
 import time
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ from .installers import POWER_OFF
 from .log import logger, step
 from .model import VM_PREFIX, WORK_PREFIX, Build, Plan, libvirt_uri
 from .release import released
-from .settings import ImageSettings
-from .units import parse_duration
+from .settings import ImageSettings, Source, named_architectures
+from .units import format_size, parse_duration
 from .watch import Limits, Watcher
 
 # What a progress bar writes over.
@@ -276,6 +277,41 @@ def check_machine(plan: Plan) -> None:
         raise ConfigurationError(
             f"[{plan.image}] virt-type: KVM runs no {settings.arch} on {platform.machine()}.", hint="Use qemu or auto."
         )
+    for doubt in _doubts(settings):
+        logger.warning("[%s] %s", plan.image, doubt)
+
+
+def _doubts(settings: ImageSettings) -> list[str]:
+    """Return sentences on what fits neither this machine nor the architecture of *settings*."""
+    doubts = []
+    for key in ("linux", "initrd", "installer_image"):
+        source: Source | None = getattr(settings, key)
+        if not source:
+            continue
+        # The name of a host says nothing.
+        path = str(source.path or urllib.parse.urlsplit(source.uri).path)
+        named = named_architectures(path)
+        if named and settings.arch not in named:
+            doubts.append(
+                f"{key}: {path} is of {' and '.join(sorted(named))} by its name, but arch is {settings.arch}. "
+                f"Name that of {settings.arch}, or set arch = {min(named)}."
+            )
+    own = arch.ARCHITECTURES[settings.arch].console
+    consoles = re.findall(r"\bconsole=(tty[A-Z]+[0-9]+)", settings.append)
+    for other in arch.ARCHITECTURES.values():
+        if other.console != own and other.console in consoles and own not in consoles:
+            doubts.append(f"append: {settings.arch} has no console {other.console}. Write console={own}.")
+    processors, memory = os.cpu_count() or 1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if settings.cores > processors:
+        doubts.append(
+            f"cores: {settings.cores} are more than the {processors} of this machine, which makes nothing faster. "
+            f"Set at most {processors}."
+        )
+    if settings.ram > memory:
+        doubts.append(
+            f"ram: {format_size(settings.ram)} is more than the {format_size(memory)} of this machine. Set less."
+        )
+    return doubts
 
 
 def uefi_firmware(architecture: str) -> list[Firmware]:

@@ -104,6 +104,27 @@ def only(level: int) -> Iterator[None]:
         stderr.setLevel(before)
 
 
+class _Warnings(logging.Handler):
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__()
+        self._texts = texts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:
+            self._texts.append(printable(record.getMessage()))
+
+
+@contextmanager
+def noting_warnings(texts: list[str]) -> Iterator[None]:
+    """Add to *texts* what is warned of inside."""
+    handler = _Warnings(texts)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 @contextmanager
 def shown_by(show: Callable[[int, str], None]) -> Iterator[None]:
     """Give *show* the level and the message of what would go to stderr."""

@@ -64,7 +64,8 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     }
     audit.check(plan)
     seal.check(plan)
-    for sentence in configuration.unused_keys(image, settings.upload_destinations, answers.keys_asked_for):
+    doubts = configuration.unused_keys(image, settings.upload_destinations, answers.keys_asked_for)
+    for sentence in (*doubts, *configuration.idle_keys(image, settings, flags)):
         logger.warning("%s", sentence)
     return dataclasses.replace(plan, destinations=destinations)
 

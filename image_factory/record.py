@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import os
 import platform
@@ -66,16 +65,6 @@ class _Span:
         }
 
 
-class _Warnings(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno == logging.WARNING:
-            self.texts.append(log.printable(record.getMessage()))
-
-
 class Record:
     """An observer that notes what happens in the build of *image*, and makes a document of it.
 
@@ -98,18 +87,14 @@ class Record:
         self._artifacts: list[dict[str, Any]] = []
         self._test_boots: list[events.BootTested] = []
         self._difference: dict[str, Any] | None = None
-        self._warnings = _Warnings()
+        self._warnings: list[str] = []
         self._failure: dict[str, Any] | None = None
 
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Note the events and warnings inside."""
-        log.logger.addHandler(self._warnings)
-        try:
-            with events.observed(self):
-                yield
-        finally:
-            log.logger.removeHandler(self._warnings)
+        with log.noting_warnings(self._warnings), events.observed(self):
+            yield
 
     def plan_made(self, plan: Plan) -> None:
         """Note what is to be built."""
@@ -214,7 +199,7 @@ class Record:
             "test_boots": [dataclasses.asdict(boot) | {"seconds": _rounded(boot.seconds)} for boot in self._test_boots],
             "artifacts": self._artifacts,
             "difference": self._difference,
-            "warnings": self._warnings.texts,
+            "warnings": self._warnings,
             "failure": self._failure,
         }
         # In ASCII no control character reaches a terminal.

@@ -534,6 +534,31 @@ class Destination:
     commands: tuple[tuple[str, ...], ...]
 
 
+# Keys that do nothing unless the settings are such, and how a user says that.
+_DEPENDENT: dict[str, tuple[str, Callable[[ImageSettings], bool]]] = {
+    "test-boot-timeout": ("test-boot = yes", lambda settings: settings.test_boot),
+    "kernel-errors-allowed": ("test-boot = yes", lambda settings: settings.test_boot),
+    "audit-skip": ("audit = yes", lambda settings: settings.audit),
+    "seal-only": ("seal = yes", lambda settings: settings.seal),
+    "seal-skip": ("seal = yes", lambda settings: settings.seal),
+    "log-filename": ("log-file = yes", lambda settings: settings.log_file),
+    "compression": ("format = qcow2", lambda settings: "qcow2" in settings.format),
+    "linux-sha256": ("linux", lambda settings: not settings.installer_image),
+    "initrd-sha256": ("initrd", lambda settings: not settings.installer_image),
+    "installer-image-sha256": ("installer-image", lambda settings: bool(settings.installer_image)),
+    "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
+}
+
+
+def accepted_by(declaration: Declaration) -> str:
+    """Return what *declaration* accepts, for people, as the error of its parser has it."""
+    try:
+        declaration.parse("\0")
+    except ValueError as error:
+        return str(error.args[0])
+    return "any text"
+
+
 def declarations(kind: type[Any]) -> Iterator[tuple[str, Declaration]]:
     """Give the key and the declaration of each setting of *kind*, keys with dashes."""
     for entry in fields(kind):
@@ -702,13 +727,14 @@ class Configuration:
         # Not by set(), which refuses what is to be refused when it is used, with a better message.
         for level in levels:
             texts.update(level)
-        arch = self._arch(section)
+        arch = self.arch(section)
         texts.clear()
         texts.update(_of_arch(self._parser.defaults(), arch))
         for level in levels:
             texts.update({**level, **_of_arch(level, arch)})
 
-    def _arch(self, section: str) -> str:
+    def arch(self, section: str) -> str:
+        """Return the architecture of *section*, empty if it is none."""
         try:
             return parse_arch(self._text(section, "arch")) if "arch" in self._parser[section] else default_arch()
         except (ConfigurationError, ValueError):
@@ -769,6 +795,15 @@ class Configuration:
 
     def image(self, name: str, flags: Mapping[str, str]) -> ImageSettings:
         """Return the settings of image *name*; *flags* (key -> text) win over the files."""
+        self.check_image(name)
+        values = self._values(name, ImageSettings, flags)
+        values["firmware"] = values["firmware"] or default_firmware(values["arch"])
+        settings = ImageSettings(**values)
+        _check_sources(name, settings)
+        return settings
+
+    def check_image(self, name: str) -> None:
+        """Raise ConfigurationError unless there is an image *name*."""
         if name not in self._parser or name == self._parser.default_section:
             raise ConfigurationError(
                 f"No image {name!r} is configured in {', '.join(map(str, self.files)) or 'any file'}.",
@@ -776,11 +811,6 @@ class Configuration:
             )
         if name in self._broken:
             raise self._broken[name]
-        values = self._values(name, ImageSettings, flags)
-        values["firmware"] = values["firmware"] or default_firmware(values["arch"])
-        settings = ImageSettings(**values)
-        _check_sources(name, settings)
-        return settings
 
     def variables(self, name: str, flags: Mapping[str, str]) -> Variables:
         """Return the texts of the keys of image *name*, for its answer file: flags, files and defaults."""
@@ -827,7 +857,7 @@ class Configuration:
             return f"Did you mean {' or '.join(near)}? 'image-factory --list' lists them all."
         return "'image-factory --list' lists the configured images."
 
-    def _answer_file(self, name: str) -> Path | None:
+    def answer_file(self, name: str) -> Path | None:
         """Return the answer file of section *name*, None if it has none or does not name it well."""
         known = dict(declarations(ImageSettings))
         for key in ANSWER_FILE_KEYS:
@@ -842,7 +872,7 @@ class Configuration:
 
         *asked* gives the keys that an answer file asks for, with dashes; None for any key.
         """
-        answer_file = self._answer_file(image)
+        answer_file = self.answer_file(image)
         template = asked(answer_file) if answer_file else set()
         settings = {key for key, _ in declarations(ImageSettings)} | {"based-on"}
         used = settings | (template or set()) | self._references(image)
@@ -851,7 +881,7 @@ class Configuration:
             others = used
             if section != image and template and self._unused(section, used):
                 # The section is an image itself, and this one has another template.
-                its_own = self._answer_file(section)
+                its_own = self.answer_file(section)
                 others = used | self._references(section) | ((asked(its_own) if its_own else None) or set())
             sentences += [_unused_key(section, key, used, answer_file) for key in self._unused(section, others)]
         for section in dict.fromkeys(destinations):
@@ -859,6 +889,23 @@ class Configuration:
             unused = [key for key in self._unused(section, known) if not _COMMAND_KEY.fullmatch(key)]
             sentences += [_unused_key(section, key, known) for key in unused]
         return sentences + self._unused_defaults(asked) + self._unused_sections(image)
+
+    def idle_keys(self, image: str, settings: ImageSettings, flags: Iterable[str]) -> list[str]:
+        """Return a sentence on each key of *flags* and the user's files that does nothing beside *settings*."""
+        sentences = []
+        for key, (needed, is_there) in _DEPENDENT.items():
+            if is_there(settings):
+                continue
+            written = [section for section in self._bases(image) if key in self._written.get(section, ())]
+            if key in flags or written:
+                where = f"--{key}" if key in flags else f"[{written[0]}] {key}"
+                sentences.append(f"{where} does nothing without {needed}.")
+        return sentences
+
+    def variables_named(self, image: str) -> list[str]:
+        """Return the variables that the values of *image* name, in their order."""
+        known = {key for key, _ in declarations(ImageSettings)} | {"based-on", "data-dir"}
+        return [key for key in self._parser[image] if key in self._references(image) - known]
 
     def _unused(self, section: str, used: set[str]) -> list[str]:
         """Return the keys of *section* in the user's files that are not among *used*, in their order."""
@@ -879,7 +926,7 @@ class Configuration:
         if not unused:
             return []
         # Any image's template may ask for it.
-        for path in dict.fromkeys(filter(None, map(self._answer_file, self.images()))):
+        for path in dict.fromkeys(filter(None, map(self.answer_file, self.images()))):
             keys = asked(path)
             if keys is None:
                 return []

@@ -207,6 +207,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "size -1G, apart": (["x", "--image-size", "-1G"], "--image-size"),
     "size 0": (["x", "--image-size", "0"], "--image-size: '0' is not accepted"),
     "size G": (["x", "--image-size", "G"], "--image-size: 'G' is not accepted"),
+    "size without a unit": (["x", "--image-size", "2"], "--image-size: '2' is not accepted, only a size of at least"),
     "size 1e9": (["x", "--image-size", "1e9"], "--image-size: '1e9' is not accepted"),
     "size 2 GX": (["x", "--image-size", "2 GX"], "--image-size: '2 GX' is not accepted"),
     "empty size": (["x", "--image-size", ""], "--image-size: '' is not accepted"),
@@ -251,6 +252,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "Debian-12: It would log into ",
     ),
     "shell of two": (["x", "Debian-12", "--shell-on-error"], "--shell-on-error is for one image."),
+    "keys of two": (["x", "Debian-12", "--keys"], "--keys is for one image."),
+    "keys of none": (["--keys"], "No image is named."),
+    "keys of an unknown image": (["--keys", "zzz"], "No image 'zzz' is configured"),
     "answers of two": (["x", "Debian-12", "--show-answers"], "--show-answers is for one image."),
     "flag without its value": (["x", "-f"], "Argument -f/--format: expected one argument."),
     "escape sequence": (["x", "--\x1b[2Jcolour"], "Unrecognized arguments: --colour."),
@@ -266,8 +270,79 @@ def test_refused(place: Place, row: str, mode: tuple[str, ...]) -> None:
     assert len(error) < 6000
 
 
+@pytest.mark.parametrize(
+    ("flags", "move"),
+    [
+        (("--image-size", "2"), "2 is 2 bytes. Did you mean 2G?"),
+        (("--format", "qcow"), "Did you mean qcow2?"),
+    ],
+)
+def test_near_values_are_in_the_hint(place: Place, flags: tuple[str, str], move: str) -> None:
+    assert place.refused("x", *flags)[1] == move
+
+
 def test_near_names_are_in_the_hint(place: Place) -> None:
     assert place.refused("debian-12")[1] == "Did you mean Debian-12? 'image-factory --list' lists them all."
+
+
+# What is built all the same, but not as it was meant; each with the line that says so.
+DOUBTS = {
+    "misspelt key": ("pakages = nginx", "[y] pakages: nothing uses this key. Did you mean packages?"),
+    "singular": ("package = nginx", "[y] package: nothing uses this key. Did you mean packages?"),
+    "misspelt setting": ("image_sise = 3G", "[y] image-sise: nothing uses this key. Did you mean image-size?"),
+    "key beside an own answer file": (
+        "preseed = answer.cfg\npackages = nginx",
+        "[y] packages: nothing uses this key, as answer.cfg is no template.",
+    ),
+    "processors": ("cores = 200", "[y] cores: 200 are more than the "),
+    "memory": ("ram = 900T", "[y] ram: 900.0 TiB is more than the "),
+    "kernel of another architecture": (
+        "linux = a/installer-arm64/linux\narch = amd64",
+        "[y] linux: a/installer-arm64/linux is of aarch64 by its name, but arch is x86_64.",
+    ),
+    "console of another architecture": (
+        "append = console=ttyAMA0\narch = amd64",
+        "[y] append: x86_64 has no console ttyAMA0. Write console=ttyS0.",
+    ),
+    "sealing without it": ("seal_skip = logs\nseal = no", "[y] seal-skip does nothing without seal = yes."),
+}
+
+
+@pytest.mark.parametrize(("text", "warning"), DOUBTS.values(), ids=DOUBTS)
+def test_doubts(place: Place, text: str, warning: str) -> None:
+    shipped = (REPOSITORY / "data/image-factory.conf").read_text()
+    own = f"[y]\nbased_on = Debian-13-server\nimage_size = 2G\nlinux = linux\ninitrd = initrd\n{text}\n"
+    own = own.replace("linux = linux\n", "") if "\nlinux = a/" in own else own
+    (place.path / "own.conf").write_text(shipped + own)
+    (place.path / "a/installer-arm64").mkdir(parents=True)
+    (place.path / "a/installer-arm64/linux").touch()
+    done = place.run("--check", "y")
+    assert done.returncode == 0, done.stderr
+    lines = [line.partition(" WARNING: ")[2] for line in done.stderr.splitlines() if " WARNING: " in line]
+    count = "a warning" if len(lines) == 1 else f"{len(lines)} warnings"
+    assert done.stdout == f"y can be built, with {count}.\n"
+    assert [line for line in lines if line.startswith(warning)]
+
+
+def test_several_with_doubts(place: Place) -> None:
+    with (place.path / "own.conf").open("a") as file:
+        file.write("[y]\nlinux = linux\ninitrd = initrd\ncolour = red\nlog_filename = a\n")
+    done = place.run("--check", "y", "Debian-12", "--image-size", "1M")
+    assert done.stdout == "y can be built, with 2 warnings.\nDebian-12 can be built.\n", done.stderr
+    assert "[y] log-filename does nothing without log-file = yes." in done.stderr
+    # A flag is one of all images.
+    done = place.run("--check", "x", "--image-size", "1M", "--log-filename", "a")
+    assert "WARNING: --log-filename does nothing without log-file = yes." in done.stderr
+
+
+def test_keys(place: Place) -> None:
+    existing = place.files()
+    done = place.run("--keys", "x", "--image-size", "3G")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("[x]\n\n# Variables of its values:\n")
+    assert "\n# size of the disk\n# Accepted: a size" in done.stdout
+    assert "\nimage-size = 3G\n" in done.stdout
+    assert place.files() == existing
 
 
 FILES: dict[str, tuple[bytes, str]] = {

@@ -13,6 +13,7 @@ from .conftest import REPOSITORY, run
     {
         "image-factory --dry": ["--dry-run"],
         "image-factory Rocky-10-": ["Rocky-10-server", "Rocky-10-minimal"],
+        "image-factory --ke": ["--keys"],
         "image-factory --check Rocky-10-s": ["Rocky-10-server"],
         "image-factory --format ": ["raw", "qcow2"],
         "image-factory -f raw,": ["raw,qcow2"],

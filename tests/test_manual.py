@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import image_factory
-from image_factory import audit, cli, pipeline, seal, settings
+from image_factory import audit, cli, forms, pipeline, seal, settings
 from image_factory.settings import Configuration, ImageSettings, UploadSettings, declarations
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -101,6 +101,26 @@ def test_the_manual_has_each_operation_of_sealing_with_its_sentence() -> None:
         operation.name: operation.help for operation in seal.OPERATIONS
     }
     assert all(operation.help.endswith(".") for operation in seal.OPERATIONS)
+
+
+def test_the_manual_has_each_form_of_a_template_key() -> None:
+    found = entries(MANUAL, "TEMPLATE KEYS")
+    assert {name: text.replace("\\", "") for name, text in found.items()} == {
+        name: f"{form.accepted[:1].upper()}{form.accepted[1:]}." for name, form in forms.FORMS.items()
+    }
+
+
+def test_readme_and_the_manual_have_keys_that_templates_declare() -> None:
+    """README names the usual ones; all of a shipped template are listed by --keys."""
+    declared = {
+        key for path in (REPOSITORY / "data").glob("*.j2") for key in forms.declared(path.read_text(), "x86_64")
+    }
+    sentence = re.search(r"The keys\n(.*?) change\s+what a template makes", README.read_text(), re.DOTALL)
+    assert sentence is not None
+    named = set(re.findall("`([a-z-]+)`", sentence[1]))
+    assert len(named) > 8
+    assert named <= declared
+    assert "--keys IMAGE" in " ".join(README.read_text().split())
 
 
 def test_the_manual_has_the_exit_statuses() -> None:

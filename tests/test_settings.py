@@ -398,6 +398,34 @@ def test_bad_flag_names_the_flag(read: Read, key: str, flag: str) -> None:
     assert error.message.startswith(f"{flag}: '' is not accepted, only ")
 
 
+# Of the others any text is accepted, but for what no argument of a program can have.
+ABSURD = {
+    "linux": "ftp://a/b", "initrd": "ftp://a/b", "installer-image": "ftp://a/b", "linux-sha256": "abc",
+    "initrd-sha256": "abc", "installer-image-sha256": "abc", "verify": "maybe", "keyring": "", "offline": "maybe",
+    "preseed": "a b", "kickstart": "a b", "yast": "a b", "autoinstall": "a b", "agama": "a.yaml", "cores": "none",
+    "ram": "4", "image-size": "2", "format": "vmdk", "mac": "a", "cache-dir": "", "installer-logs": "maybe",
+    "log-file": "maybe", "log-filename": "a/", "output-dir": "", "mount-via": "nbd",
+    "require-single-partition": "maybe", "answer-files": "a:/b", "audit": "maybe",
+    "seal": "maybe", "keep-raw": "maybe", "compression": "xz", "vnc": "a b", "osinfo": "",
+    "arch": "vax", "firmware": "efi", "cpu": "", "virt-type": "xen", "network": "", "max-parallel": "-1",
+    "install-timeout": "2", "stall-timeout": "2", "test-boot": "maybe", "test-script": "a/", "test-boot-timeout": "2",
+    "kernel-errors-allowed": "(", "manifest": "maybe", "sign-key": "", "post-build-command": "'a",
+    "upload-type": "ftp", "upload-target": "", "upload-args": "'a",
+}  # fmt: skip
+ANY_TEXT = {"distribution", "release", "append", "audit-skip", "seal-only", "seal-skip", "upload-destinations"}
+
+
+@pytest.mark.parametrize(
+    ("key", "declaration"),
+    [*declarations(ImageSettings), *declarations(UploadSettings)],
+    ids=lambda each: str(each)[:30],
+)
+def test_every_setting_refuses_something(key: str, declaration: settings.Declaration) -> None:
+    assert (key in ABSURD) != (key in ANY_TEXT)
+    error = error_of(lambda: settings._parsed(key, ABSURD.get(key, "\0"), declaration.parse))
+    assert "is not accepted, only " in error.message
+
+
 @pytest.mark.parametrize("name", ["a", "Debian-13-server", "_x", "a.b_c+d~e@f-1", "9", "a" * 200])
 def test_image_name(name: str) -> None:
     check_image_name(name)

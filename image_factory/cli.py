@@ -24,6 +24,7 @@ from . import (
     estimates,
     events,
     fleet,
+    guest,
     interrupts,
     log,
     manifest,
@@ -394,6 +395,7 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
         if arguments.dry_run:
             _print_steps(plan)
         elif arguments.check:
+            guest.warn_of_slow_libvirt(plan)
             _say(f"{_verdict(plan.image, warnings)}\n")
         else:
             _build(plan, arguments, live=live)
@@ -433,6 +435,9 @@ def _run_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
     if not only_checks:
         _build_several(arguments, images)
         return
+    if arguments.check:
+        with log.noting_warnings(warnings[plans[0].image]):
+            guest.warn_of_slow_libvirt(plans[0])
     for plan in plans:
         if arguments.dry_run:
             _say(f"# {plan.image}:\n")

@@ -68,6 +68,8 @@ _DISK_OPTIONS = ("bus=virtio", "format=raw", "cache=unsafe", "discard=unmap", "e
 _DISPLAY_SECONDS = 60.0
 # Of a machine that is off, libvirt loses the reason where the guest was faster than its start, or a libvirtd ended.
 _REASON_LOST = ("unknown", "crashed", "daemon", "failed")
+# In less time libvirt starts no QEMU.
+_SLOW_QUERY_SECONDS = 1.0
 # A kernel's last words; ``--noreboot`` makes a restart the end too.  Those before 3.11 don't say "reboot:".
 _POWERED_OFF = re.compile(r"^(?:\[ *[0-9]+\.[0-9]+\] )?(?:reboot: )?(?:Power down|Restarting system)\b")
 # virtlogd writes what comes from QEMU through a pipe.
@@ -236,27 +238,58 @@ def check_output_dir(plan: Plan) -> None:
             f"[{plan.image}] output-dir: virt-install can't use {plan.output_dir}.",
             hint=f"Use a path without {' '.join(sorted(_NOT_IN_PATHS))}",
         )
-    if not plan.as_root or _QEMU_USER_CHANGED.search(_text_of(_QEMU_CONFIGURATION)):
-        return
-    try:
-        account = pwd.getpwnam(_QEMU_USER)
-    except KeyError:
-        return
     for directory in (plan.output_dir, *plan.output_dir.parents):
-        if not directory.exists():
-            continue
-        status = directory.stat()
-        if status.st_uid == account.pw_uid:
-            enter = status.st_mode & stat.S_IXUSR
-        elif status.st_gid in os.getgrouplist(_QEMU_USER, account.pw_gid):
-            enter = status.st_mode & stat.S_IXGRP
-        else:
-            enter = status.st_mode & stat.S_IXOTH
-        if not enter:
+        if directory.exists() and plan.as_root and not _qemu_may(directory, stat.S_IXOTH):
             raise ConfigurationError(
                 f"QEMU, which libvirt runs as user {_QEMU_USER}, can't enter {directory}.",
                 hint="Build in another directory with --output-dir, or as an ordinary user.",
             )
+
+
+def _qemu_may(path: Path, mode: int) -> bool:
+    """Whether the QEMU of the system's libvirt has *mode*, bits as those of S_IRWXO, at *path*; OSError from stat."""
+    if _QEMU_USER_CHANGED.search(_text_of(_QEMU_CONFIGURATION)):
+        return True
+    try:
+        account = pwd.getpwnam(_QEMU_USER)
+    except KeyError:
+        return True
+    status = path.stat()
+    if status.st_uid == account.pw_uid:
+        shift = 6
+    elif status.st_gid in os.getgrouplist(_QEMU_USER, account.pw_gid):
+        shift = 3
+    else:
+        shift = 0
+    return status.st_mode >> shift & mode == mode
+
+
+def warn_of_slow_libvirt(plan: Plan) -> None:
+    """Warn where root's libvirt starts each QEMU anew for a query of what it can do, and measure how long that takes.
+
+    libvirt does so as long as QEMU's user may open /dev/kvm and it does not work, and the other way round.
+    """
+    if not plan.as_root or plan.settings.virt_type != "auto" or not KVM_DEVICE.exists():
+        return
+    seconds = 0.0
+    # The first one after libvirtd's start takes its time everywhere.
+    for _ in range(2):
+        start = time.monotonic()
+        try:
+            command.run(["virsh", "--connect", plan.libvirt_uri, "capabilities"], capture=True, timeout=_VIRSH_SECONDS)
+        except BuildError as error:
+            logger.warning("libvirt does not say what QEMU can do: %s", _said(error))
+            return
+        seconds = time.monotonic() - start
+        if seconds < _SLOW_QUERY_SECONDS:
+            return
+    logger.warning(
+        "libvirt takes %.0f s for each query of what QEMU can do, of which an installation needs about ten: it tries "
+        "%s each time. Where KVM works, let group kvm open it: chgrp kvm %s; chmod 660 %s. Where it does not, remove "
+        "it: rm %s.",
+        seconds,
+        *[KVM_DEVICE] * 4,
+    )
 
 
 def check_machine(plan: Plan) -> None:
@@ -579,7 +612,7 @@ def choose_virt_type(plan: Plan, kernel: Path | None) -> str:
         logger.info("KVM runs no %s on %s: it is emulated.", plan.settings.arch, platform.machine())
         return "qemu"
     with step("Probing KVM"):
-        reason = why_not_kvm(kernel, plan.settings.arch)
+        reason = why_libvirt_has_no_kvm(kernel, plan.settings.arch, as_root=plan.as_root)
     if reason is None:
         return "kvm"
     logger.warning(
@@ -605,6 +638,14 @@ def probe_argv(kernel: Path, architecture: str) -> list[str]:
         "-kernel", str(kernel),
         "-append", f"console={machine.console} earlyprintk=serial,{machine.console} panic=-1",
     ]  # fmt: skip
+
+
+def why_libvirt_has_no_kvm(kernel: Path | None, architecture: str, *, as_root: bool) -> str | None:
+    """Return what is wrong with KVM as ``why_not_kvm`` does, for QEMU as the libvirt of root or the user runs it."""
+    with contextlib.suppress(OSError):
+        if as_root and not _qemu_may(KVM_DEVICE, stat.S_IROTH | stat.S_IWOTH):
+            return f"{KVM_DEVICE}: {_QEMU_USER}, as whom libvirt runs QEMU, may not open it"
+    return why_not_kvm(kernel, architecture)
 
 
 def why_not_kvm(kernel: Path | None, architecture: str) -> str | None:

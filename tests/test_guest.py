@@ -2,6 +2,8 @@
 
 import datetime
 import math
+import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,75 @@ class TestProbe:
     @pytest.mark.parametrize("chosen", ["kvm", "qemu"])
     def test_settings_decide(self, tmp_path: Path, chosen: str) -> None:
         assert guest.choose_virt_type(plan(tmp_path, f"virt-type = {chosen}"), None) == chosen
+
+
+@pytest.mark.parametrize(
+    ("uid", "gid", "mode", "may"),
+    [
+        (0, 0, 0o660, False),
+        (0, 0, 0o664, False),
+        (0, 0, 0o666, True),
+        (0, "kvm", 0o660, True),
+        (0, "kvm", 0o606, False),
+        (0, "kvm", 0o640, False),
+        ("libvirt-qemu", 0, 0o600, True),
+        ("libvirt-qemu", "kvm", 0o066, False),
+    ],
+)
+def test_kvm_that_the_qemu_of_libvirt_may_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int | str, gid: int | str, mode: int, may: bool
+) -> None:
+    device = tmp_path / "kvm"
+    device.touch()
+    shutil.chown(device, uid, gid)
+    device.chmod(mode)
+    monkeypatch.setattr(guest, "KVM_DEVICE", device)
+    reasons = [guest.why_libvirt_has_no_kvm(None, "x86_64", as_root=as_root) for as_root in (True, False)]
+    other = "there is no kernel to probe it with"
+    assert reasons == [
+        other if may else f"{device}: libvirt-qemu, as whom libvirt runs QEMU, may not open it",
+        other,
+    ]
+
+
+SLOW = r"libvirt takes [0-9]+ s for each query of what QEMU can do, .*: rm /"
+
+
+@pytest.mark.parametrize(
+    ("text", "at_least", "device", "status", "calls", "warning"),
+    [
+        # The second one tells: the first may have come just after libvirtd's start.
+        ("", 0, True, 0, 2, SLOW),
+        ("", 1000, True, 0, 1, None),
+        ("", 0, False, 0, 0, None),
+        ("virt-type = qemu", 0, True, 0, 0, None),
+        ("", 0, True, 1, 1, "libvirt does not say what QEMU can do: error: it is gone"),
+    ],
+)
+def test_check_of_a_slow_libvirt(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    text: str,
+    at_least: float,
+    device: bool,
+    status: int,
+    calls: int,
+    warning: str | None,
+) -> None:
+    monkeypatch.setattr(guest, "KVM_DEVICE", tmp_path / ("image-factory.conf" if device else "none"))
+    monkeypatch.setattr(guest, "_SLOW_QUERY_SECONDS", at_least)
+    program = tmp_path / "bin/virsh"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\necho "error: it is gone" >&2\nexit {status}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    (tmp_path / "calls").touch()
+    guest.warn_of_slow_libvirt(plan(tmp_path, text))
+    assert (tmp_path / "calls").read_text() == "--connect qemu:///system capabilities\n" * calls
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (warning is not None)
+    assert not warning or re.match(warning, warnings[0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""`make demo` as root, beside a /dev/kvm that may be useless: what a new user runs first."""
+
+import re
+import shutil
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+
+from ..conftest import REPOSITORY, run
+
+OWN_MACHINE = REPOSITORY / "tests/with-own-machine"
+
+
+def test_demo(machine: None, prefix: Path) -> None:
+    """On a machine where nothing of libvirt runs."""
+    done = run(OWN_MACHINE, "make", "--silent", "-C", REPOSITORY, "demo")
+    said = f"{done.stdout}\n{done.stderr}"
+    image = re.search(
+        r"^==> The image is (/var/tmp/image-factory-demo\.\w+)/(stand-in-[-0-9]+\.qcow2)$", said, re.MULTILINE
+    )
+    assert image
+    try:
+        assert {image[2], f"{image[2]}.sha256sum"} <= {path.name for path in Path(image[1]).iterdir()}
+    finally:
+        shutil.rmtree(image[1])
+    assert "==> Starting libvirtd for the time of the demo" in said
+    # With it in sight, libvirt would start each QEMU anew at each query.
+    assert "==> libvirt gets no KVM: /dev/kvm: " in said
+    assert "--virt-type qemu" in said
+
+
+def test_daemon_without_kvm(machine: None, tmp_path: Path) -> None:
+    """It has all other devices; and each mount is there once, as libvirt wants it."""
+    loader = SourceFileLoader("demo", str(REPOSITORY / "tests/demo"))
+    spec = spec_from_loader("demo", loader)
+    assert spec
+    demo = module_from_spec(spec)
+    loader.exec_module(demo)
+    look = "[ -e /dev/kvm ] || echo none; ls /dev; ls /dev/pts/ptmx; grep -c ' /dev ' /proc/mounts"
+    inside = ["unshare", "--mount", "sh", "-c", demo.WITHOUT_KVM, tmp_path, "sh", "-c", look]
+    script = f'{look}; echo; "$@"'
+    outside, within = run(OWN_MACHINE, "sh", "-c", script, "sh", *inside).stdout.split("\n\n")
+    assert "none" not in outside.splitlines()
+    assert within.splitlines() == ["none", *(line for line in outside.splitlines() if line != "kvm")]
+    assert within.splitlines()[-1] == "1"

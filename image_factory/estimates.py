@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from . import events, turns
+from . import events, trust, turns
 from .model import Plan
 
 FILE_NAME = ".durations.json"
@@ -58,7 +58,7 @@ def _part(step: str, phase: str, seconds: float) -> Part:
 
 
 def _save(path: Path, builds: dict[str, list[list[Part]]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    trust.make(path.parent)
     # The name is one that a later download takes for a temporary file of a build that was killed.
     descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     try:

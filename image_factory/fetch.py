@@ -1,6 +1,7 @@
 """URI -> a file in the cache that is whole and up to date."""
 
 import base64
+import errno
 import fcntl
 import glob
 import hashlib
@@ -10,7 +11,6 @@ import os
 import re
 import shutil
 import ssl
-import stat
 import tempfile
 import time
 import urllib.parse
@@ -23,7 +23,7 @@ from typing import IO, Any, TypeVar
 
 import httplib2
 
-from . import command, events, interrupts, scratch
+from . import command, events, interrupts, locks, scratch, trust
 from .errors import BuildError, CommandError, ConfigurationError, CrashError
 from .log import logger, waiting
 from .settings import Source
@@ -45,8 +45,10 @@ LIST_SIZE = 16 << 20
 _FILE_SIZE = 2 << 30
 _ISO_SIZE = 64 << 30
 _LONGEST_REASON = 300
+_LONGEST_NOTE = 64 << 10
 _RSYNC_STATUS_TRANSIENT = (5, 10, 11, 12, 30, 35)  # rsync(1): protocol start, socket, file and stream I/O, timeouts
 
+_LOCK = ".lock"
 _TEMPORARY = re.compile(r"\..+\.(?:[a-z0-9_]{8}|[A-Za-z0-9]{6})")
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
@@ -157,11 +159,13 @@ def fetch_from_mirrors(source: Source, directory: Path, expect: Expect) -> Fetch
 def _bring(uri: str, target: Path, expected: Expected | None) -> bool:
     """Make *target* what is at *uri*, which is *expected*; return whether the mirror was asked for it."""
     if expected is None:
-        if not target.is_file():
+        if not trust.own(target):
+            # rsync would take one of the same size and time for what it is to bring.
+            target.unlink(missing_ok=True)
             _borrow(uri, target)
         _fetch(uri, target, partial(_refuse_web_page, uri))
         return True
-    cached = target.is_file() and expected.is_that_of(target)
+    cached = trust.own(target) and expected.is_that_of(target)
     if not cached and _borrow_verified(uri, target, expected):
         cached = True
     elif cached:
@@ -179,10 +183,8 @@ def _others(target: Path) -> Iterator[Path]:
         directories += target.parent.parent.iterdir()
     for directory in directories:
         path = directory / target.name
-        with suppress(OSError):
-            status = path.lstat()
-            if directory != target.parent and stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid()):
-                yield path
+        if directory != target.parent and trust.own(path) and not trust.why_not(directory):
+            yield path
 
 
 def _borrow_verified(uri: str, target: Path, expected: Expected) -> bool:
@@ -190,7 +192,7 @@ def _borrow_verified(uri: str, target: Path, expected: Expected) -> bool:
     for other in _others(target):
         # It may have changed meanwhile, or be gone: then it is fetched.
         with suppress(OSError, BuildError, ValueError, KeyError, TypeError):
-            if json.loads(_verified_path(other).read_text(encoding="utf-8"))["checksum"] == expected.checksum:
+            if _note(_verified_path(other))["checksum"] == expected.checksum:
                 _take_over(other, target, partial(_check_checksum, uri, expected))
                 return True
     return False
@@ -274,10 +276,18 @@ def write_whole(path: Path, data: bytes) -> None:
         raise BuildError(f"Can't write {path}: {error.strerror or error}.", hint="See --cache-dir.") from error
 
 
+def _note(path: Path) -> Any:
+    """Return what is noted in the file at *path*; OSError or ValueError if there is none to believe."""
+    if not trust.own(path):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+    with path.open("rb") as file:
+        return json.loads(file.read(_LONGEST_NOTE))
+
+
 def known_verified(target: Path, uris: Sequence[str]) -> str | None:
     """Return who vouched for *target*, as it is now, when it came from one of *uris*, else None."""
     try:
-        known = json.loads(_verified_path(target).read_text(encoding="utf-8"))
+        known = _note(_verified_path(target))
         expected = Expected(str(known["checksum"]), "", str(known["by"]))
         return expected.by if known["uri"] in uris and expected.is_that_of(target) else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -308,33 +318,72 @@ def _read_by_http(uri: str, *, secure: bool) -> bytes:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Let no other build write to the cache *directory* inside; the lock ends with its process.
+    """Let no other build of this user write to the cache *directory* inside; the lock ends with its process.
 
-    The directory is made where there is none; BuildError if that can't be.
+    The directory is made where there is none; BuildError if that can't be.  The file that is locked can be opened by
+    its user only, as whoever can open a file can keep others waiting.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        trust.make(directory)
     except OSError as error:
         raise BuildError(f"The cache {directory} can't be made: {error.strerror}.", hint="See --cache-dir.") from error
-    try:
-        _lock(descriptor, directory)
+    if not os.access(directory, os.W_OK):
+        # What one can only read is changed by its owner, each file in one piece.
+        yield
+        return
+    with _lock(directory / _LOCK):
         _remove_left_files(directory)
         yield
-    finally:
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Have the lock file at *path* inside, which goes at the end."""
+    while True:
+        descriptor = _open_lock(path)
+        try:
+            _take_lock(descriptor, path)
+            if not _is_at(descriptor, path):
+                # The holder before us has just removed it.
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    hint = "Remove it when no build runs."
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise BuildError(f"The lock {path} can't be opened: {error.strerror}.", hint=hint) from error
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         os.close(descriptor)
+        raise BuildError(f"The lock {path} is not yours alone.", hint=hint)
+    return descriptor
 
 
-def _lock(descriptor: int, directory: Path) -> None:
+def _take_lock(descriptor: int, path: Path) -> None:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with waiting(f"Waiting for another build that writes to {directory}."), interrupts.interruptible():
+            reason = f"Waiting for another build that writes to {path.parent}{locks.by_whom(path)}."
+            with waiting(reason), interrupts.interruptible():
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-        # NFS locks nothing that is open for reading only, as directories are.
-        logger.warning("%s can't be locked (%s): let no other build use it now.", directory, error.strerror)
+        logger.warning("%s can't be locked (%s): let no other build use it now.", path.parent, error.strerror)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    return False
 
 
 def take(path: Path, target: Path) -> None:
@@ -452,6 +501,7 @@ def rsync_argv(uri: str, target: Path, limit: int | None = None) -> list[str]:
         "--copy-links",
         "-ii",
         "--info=skip1",
+        "--chmod=F644",
         "--min-size=1",
         f"--max-size={limit or _limit_of(target)}",
         f"--contimeout={_CONNECT_SECONDS:.0f}",
@@ -505,8 +555,8 @@ def _validators_path(target: Path) -> Path:
 def _known_validators(uri: str, target: Path) -> dict[str, str]:
     """Return the request headers that ask whether *target* is still what is at *uri*."""
     try:
-        known = json.loads(_validators_path(target).read_text(encoding="utf-8"))
-        if known["uri"] == uri and known["size"] == target.stat().st_size:
+        known = _note(_validators_path(target))
+        if trust.own(target) and known["uri"] == uri and known["size"] == target.stat().st_size:
             headers: dict[str, str] = known["headers"]
             return headers
     except (OSError, ValueError, KeyError, TypeError):

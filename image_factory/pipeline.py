@@ -115,8 +115,9 @@ def programs(plan: Plan) -> list[str]:
 def _check_files(plan: Plan, *, resume: bool) -> None:
     if not resume:
         SOURCES["installer"].check(plan)
-    for where, path in (("output-dir", plan.output_dir), ("cache-dir", plan.cache_dir)):
-        _check_writable(f"[{plan.image}] {where}", path)
+    _check_writable(f"[{plan.image}] output-dir", plan.output_dir)
+    if not resume and SOURCES["installer"].downloads(plan):
+        _check_writable(f"[{plan.image}] cache-dir", plan.cache_dir)
     if plan.log_path is not None and not os.access(plan.log_path.parent, os.W_OK) and plan.log_path.parent.exists():
         raise ConfigurationError(f"[{plan.image}] log-filename: {plan.log_path.parent} is not writable.")
 

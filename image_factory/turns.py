@@ -7,7 +7,6 @@ directory that everybody may write to, and nothing is left to be cleaned up.
 
 import errno
 import os
-import pwd
 import re
 import secrets
 import socket
@@ -17,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import events, interrupts
+from . import events, interrupts, trust
 from .errors import reason_of
 from .log import logger, step, waiting
 from .units import format_size
@@ -45,10 +44,7 @@ class _Installation:
 
     @property
     def owner(self) -> str:
-        try:
-            return pwd.getpwuid(self.uid).pw_name
-        except KeyError:
-            return f"user {self.uid}"
+        return trust.name_of(self.uid)
 
 
 @contextmanager

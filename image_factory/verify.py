@@ -12,6 +12,7 @@ import difflib
 import email.utils
 import hashlib
 import lzma
+import os
 import re
 import shutil
 import urllib.parse
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import command, fetch, scratch
+from . import command, fetch, scratch, trust
 from .errors import BuildError, CommandError, ConfigurationError
 from .fetch import Expected, Fetched
 from .log import logger
@@ -34,6 +35,8 @@ KEYRINGS = Path("/usr/share/keyrings")
 _UNPACKED_SIZE = 64 << 20
 _UNPACKING_MEMORY = 128 << 20
 _GPGV_SECONDS = 60.0
+
+_BELIEVED = "Only root and you may be able to write to it: chmod go-w, or another --cache-dir."
 
 # x86's boot protocol (Documentation/arch/x86/boot.rst): a magic number, and where the version's text is.
 _KERNEL_MAGIC = slice(0x202, 0x206)
@@ -80,7 +83,9 @@ class Verifier:
     def __init__(self, plan: Plan) -> None:
         self._image = plan.image
         self._settings = plan.settings
-        self._directory = plan.cache_dir
+        # What a link leads to: who could change the link could choose another directory after it was looked at.
+        self._directory = Path(os.path.realpath(plan.cache_dir))
+        self._own_directory = plan.work_path / "downloads"
         # What a list says holds for the whole build: kernel and initrd are of one version.
         self._texts: dict[str, bytes] = {}
         self._releases: dict[str, _Release] = {}
@@ -94,7 +99,14 @@ class Verifier:
 
         So files that are fetched in one go belong together, and the lists that vouch for them too.
         """
-        with fetch.locked(self._directory) if any(s.path is None for s in sources) else contextlib.nullcontext():
+        if all(source.path is not None for source in sources):
+            yield
+            return
+        doubt = trust.why_not(self._directory)
+        if doubt:
+            logger.warning("The cache is not used: %s. %s", doubt, _BELIEVED)
+            self._directory = self._own_directory
+        with fetch.locked(self._directory):
             yield
 
     def fetch(self, key: str, source: Source) -> Fetched:
@@ -122,6 +134,11 @@ class Verifier:
         """Raise ConfigurationError, naming all of *sources* that a build without a network lacks."""
         if not self._settings.offline:
             return
+        doubt = trust.why_not(self._directory)
+        if doubt and any(source.path is None for source in sources.values()):
+            raise ConfigurationError(
+                f"--offline: what is in {self._directory} is not believed: {doubt}.", hint=_BELIEVED
+            )
         missing = [
             f"{key} ({source.uri})"
             for key, source in sources.items()
@@ -141,7 +158,7 @@ class Verifier:
     def _usable(self, key: str, source: Source) -> Fetched | None:
         """Return *source* as it is in the cache, None if a build without a network can't have that."""
         target = self._directory / source.name
-        if not source.name or not target.is_file():
+        if not source.name or not trust.own(target):
             return None
         pinned = self._pinned(key)
         if pinned:
@@ -224,7 +241,8 @@ class Verifier:
     def _newest_before(self, suite: str) -> datetime.datetime | None:
         """Return the date of the newest InRelease that builds before have taken files by."""
         try:
-            found = datetime.datetime.fromisoformat(self._date_path(suite).read_text(encoding="ascii"))
+            path = self._date_path(suite)
+            found = datetime.datetime.fromisoformat(path.read_text(encoding="ascii") if trust.own(path) else "")
             return found if found.tzinfo else None
         except (OSError, ValueError):
             return None

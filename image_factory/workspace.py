@@ -1,7 +1,6 @@
 """The build's own directory, its lock, and what a killed build has left in it and elsewhere."""
 
 import os
-import pwd
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from . import checkpoint, guest, locks, loop, publish, scratch, sign
+from . import checkpoint, guest, locks, loop, publish, scratch, sign, trust
 from .errors import BuildError, ConfigurationError
 from .log import logger
 from .model import VM_PREFIX, WORK_PREFIX, Build, Plan
@@ -81,25 +80,20 @@ def _locked_directory(plan: Plan) -> Iterator[Path]:
     if descriptor is None:
         raise ConfigurationError(
             f"Another build of {plan.image} is under way in {plan.output_dir}.",
-            hint="Wait for it to end, or build into another directory with --output-dir.",
+            hint=f"Wait for it to end{locks.by_whom(path)}, or build into another directory with --output-dir.",
         )
     try:
         owner = os.fstat(descriptor).st_uid
         if owner != os.geteuid():
             # Root could clear it, but what it says of a machine to remove is not to be believed.
-            raise ConfigurationError(f"The working directory {path} belongs to {_name(owner)}.", hint=_IN_ITS_PLACE)
+            raise ConfigurationError(
+                f"The working directory {path} belongs to {trust.name_of(owner)}.", hint=_IN_ITS_PLACE
+            )
         with released(partial(_remove, path)):
             os.fchmod(descriptor, mode)
             yield path
     finally:
         os.close(descriptor)
-
-
-def _name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
 
 
 def _records(directory: Path) -> list[Path]:

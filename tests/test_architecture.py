@@ -34,7 +34,7 @@ LEVELS = [
     {"console", "installers"},
     {"log"},
     {"events"},
-    {"units", "errors"},
+    {"units", "errors", "trust"},
     # The version.
     {""},
 ]

@@ -40,6 +40,9 @@ image-size = 1G
 append = quiet
 [half]
 linux = linux
+[remote]
+linux = http://127.0.0.1:9/linux
+initrd = initrd
 [answers]
 linux = linux
 initrd = initrd
@@ -233,7 +236,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "space": (["x", "--image-size", "7E"], "free, the disk may grow to 7.0 EiB."),
     "output is a file": (["x", "--image-size", "1M", "-o", "linux"], "[x] output-dir: "),
     "output below a file": (["x", "--image-size", "1M", "-o", "linux/a"], "linux is not a directory."),
-    "cache is a file": (["x", "--image-size", "1M", "-c", "linux"], "[x] cache-dir: "),
+    "cache is a file": (["remote", "--image-size", "1M", "-c", "linux"], "[remote] cache-dir: "),
     "empty output": (["x", "-o", ""], "--output-dir: '' is not accepted"),
     "empty log file": (["x", "--log-filename", ""], "--log-filename: '' is not accepted"),
     "value with a line break": (["two-lines"], "[two-lines] preseed: a value of several lines is not accepted"),
@@ -468,14 +471,22 @@ class _Ordinary(Place):
         return [*user, "/usr/bin/python3", str(program), *arguments]
 
 
-@pytest.mark.parametrize("flags", [("-o", "closed"), ("-o", "closed/new"), ("-c", "closed/cache"), ("-o", "/")])
+@pytest.mark.parametrize(
+    "flags", [("-o", "closed"), ("-o", "closed/new"), ("-c", "closed/cache"), ("-o", "/")], ids=str
+)
 def test_directory_not_writable(ordinary: Place, flags: tuple[str, str]) -> None:
     (ordinary.path / "closed").mkdir()
-    error, hint = ordinary.refused("x", "--image-size", "1M", *flags)
+    error, hint = ordinary.refused("remote", "--image-size", "1M", *flags)
     key = "output-dir" if flags[0] == "-o" else "cache-dir"
     where = ordinary.path / "closed" if flags[1] != "/" else "/"
-    assert error == f"[x] {key}: {where} is not writable."
+    assert error == f"[remote] {key}: {where} is not writable."
     assert hint == "Give another with a flag; see --help."
+
+
+def test_cache_that_is_not_needed_need_not_be_writable(ordinary: Place) -> None:
+    (ordinary.path / "closed").mkdir()
+    done = ordinary.run("x", "--image-size", "1M", "-c", "closed/cache", "--check")
+    assert "closed" not in done.stderr
 
 
 def test_log_file_not_writable(ordinary: Place) -> None:

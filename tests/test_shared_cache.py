@@ -1,9 +1,11 @@
 """Several builds share one cache: real processes at once, a mirror that changes under them, and one that is old."""
 
 import datetime
+import grp
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -12,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import checkpoint, events, fetch
-from image_factory.errors import BuildError
+from image_factory import checkpoint, events, fetch, trust
+from image_factory.errors import BuildError, ConfigurationError
 from image_factory.model import Build
 from image_factory.sources import installer
 
+from .conftest import REPOSITORY, User, run
 from .test_verify import (
     DAY,
     INITRD,
@@ -43,7 +46,7 @@ WORKER = """
 import hashlib, json, sys
 from pathlib import Path
 from image_factory import pipeline, settings
-from image_factory.errors import BuildError
+from image_factory.errors import BuildError, ConfigurationError
 from image_factory.model import Build
 from image_factory.sources import installer
 
@@ -212,3 +215,237 @@ def test_cache_that_cannot_be_used(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file/x"):
         with pytest.raises(BuildError, match=f"The cache {path} can.t be made: "), fetch.locked(path):
             pass
+
+
+# Other users.
+
+
+NOBODY = 65534
+
+
+def as_nobody(*words: str | Path) -> list[str]:
+    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *map(str, words)]
+
+
+def others_make(cache: Path, what: str) -> None:
+    """Let another user be able to change what is in the full cache, in one way."""
+    match what:
+        case "directory for all":
+            cache.chmod(0o777)
+        case "directory for all, sticky":
+            cache.chmod(0o1777)
+        case "directory of a group":
+            os.chown(cache, 0, grp.getgrnam("users").gr_gid)
+            cache.chmod(0o2775)
+        case "list of users":
+            subprocess.run(["setfacl", "-m", f"u:{NOBODY}:rwx", cache], check=True)
+        case "directory of another user":
+            os.chown(cache, NOBODY, NOBODY)
+        case "directory above for all":
+            cache.parent.chmod(0o777)
+        case "directory above of another user":
+            os.chown(cache.parent, NOBODY, NOBODY)
+        case "link above":
+            cache.rename(cache.parent / "real")
+            cache.symlink_to(cache.parent / "real")
+            (cache.parent / "real").chmod(0o777)
+        case "note of another user":
+            os.chown(cache / ".linux.verification", NOBODY, NOBODY)
+        case "file of another user":
+            os.chown(cache / "linux", NOBODY, NOBODY)
+        case "file for all":
+            (cache / "linux").chmod(0o666)
+        case "note for all":
+            (cache / ".linux.verification").chmod(0o646)
+        case "link to a file":
+            (cache / "linux").rename(cache / "real")
+            (cache / "linux").symlink_to("real")
+        case "link to a note":
+            (cache / ".linux.verification").rename(cache / ".real")
+            (cache / ".linux.verification").symlink_to(".real")
+
+
+OF_THE_DIRECTORY = [
+    "directory for all", "directory for all, sticky", "directory of a group", "list of users",
+    "directory of another user", "directory above for all", "directory above of another user", "link above",
+]  # fmt: skip
+OF_A_FILE = [
+    "note of another user", "file of another user", "file for all", "note for all", "link to a file", "link to a note",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [*OF_THE_DIRECTORY, *OF_A_FILE])
+def test_what_others_can_change_is_not_believed(
+    mirrors: tuple[Mirror, Mirror],
+    builder: Builder,
+    keys: Keys,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+) -> None:
+    """Without a network it is refused; with one, another file is fetched, and is what the build gets."""
+    mirror, _ = mirrors
+    mirror.files = Archive(keys).files()
+    builder.fetch(mirror.debian(), verify="required")
+    builder.fetch(mirror.debian(), verify="required", offline="yes")
+    others_make(builder.cache, what)
+    error = builder.fails(mirror.debian(), verify="required", offline="yes")
+    assert isinstance(error, ConfigurationError)
+    if what in OF_THE_DIRECTORY:
+        assert re.search(r"--offline: what is in \S+ is not believed: \S+ (can be written|belongs) ", error.message)
+    else:
+        assert f"--offline: {builder.cache} lacks linux" in error.message
+    mirror.requests.clear()
+    builder.fetch(mirror.debian(), verify="required")
+    where = builder.fetched.path
+    assert where.read_bytes() == Archive(keys).linux
+    if what in OF_THE_DIRECTORY:
+        assert "The cache is not used: " in caplog.text
+        assert not where.is_relative_to(os.path.realpath(builder.cache.parent))
+    if "note" not in what:
+        assert any(request.path.endswith("/linux") for request in mirror.requests)
+    assert trust.own(where)
+
+
+@pytest.mark.parametrize("what", ["own group", "sticky directory above"])
+def test_what_others_can_not_change_is_believed(
+    mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys, what: str
+) -> None:
+    """Debian gives each user a group, and a umask of 002 is common with that."""
+    mirror, _ = mirrors
+    mirror.files = Archive(keys).files()
+    builder.fetch(mirror.debian(), verify="required")
+    if what == "own group":
+        builder.cache.chmod(0o775)
+        (builder.cache / "linux").chmod(0o664)
+    else:
+        builder.cache.parent.chmod(0o1777)
+    builder.fetch(mirror.debian(), verify="required", offline="yes")
+
+
+def test_group_with_other_members(users: dict[str, User], tmp_path: Path) -> None:
+    """A group of one's own is no longer so when somebody is put into it."""
+    first, second = users["a"], users["b"]
+    program = "import sys, pathlib; from image_factory import trust; print(trust.why_not(pathlib.Path(sys.argv[1])))"
+    cache = first.directory("group-cache")
+    cache.chmod(0o775)
+    run("chgrp", first.name, cache)
+    argv = ("env", f"PYTHONPATH={REPOSITORY}", "/usr/bin/python3", "-c", program, cache)
+    assert first.run(*argv).stdout == "None\n"
+    run("usermod", "-a", "-G", first.name, second.name)
+    try:
+        assert first.run(*argv).stdout == f"{cache} can be written by the group {first.name}\n"
+        assert second.run(*argv).stdout == f"{cache} belongs to {first.name}\n"
+    finally:
+        run("gpasswd", "-d", second.name, first.name)
+
+
+def test_release_date_of_another_user_is_not_believed(
+    mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys
+) -> None:
+    """Else all mirrors would be out of date."""
+    mirror, _ = mirrors
+    mirror.files = Archive(keys).files()
+    builder.cache.mkdir(parents=True)
+    note = builder.cache / ".trixie.release-date"
+    note.write_text("2999-01-01T00:00:00+00:00")
+    assert "is out of date" in builder.fails(mirror.debian()).message
+    os.chown(note, NOBODY, NOBODY)
+    builder.fetch(mirror.debian())
+
+
+@pytest.mark.parametrize("umask", [0, 0o002, 0o077])
+def test_cache_is_for_its_user_to_write_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with fetch.locked(tmp_path / "new/cache/x"):
+            fetch.write_whole(tmp_path / "new/cache/x/linux", b"1")
+    finally:
+        os.umask(before)
+    assert trust.why_not(tmp_path / "new/cache/x") is None
+    assert trust.own(tmp_path / "new/cache/x/linux")
+
+
+def test_other_user_who_locks_what_there_is_stops_no_build(tmp_path: Path) -> None:
+    """Whoever may read a directory can lock it; the file that builds lock is opened by nobody else."""
+    cache = tmp_path / "x"
+    tmp_path.chmod(0o755)
+    with fetch.locked(cache):
+        done = subprocess.run(as_nobody("flock", "-n", cache / ".lock", "true"), capture_output=True, text=True)
+        assert "Permission denied" in done.stderr
+    with subprocess.Popen(as_nobody("flock", cache, "sh", "-c", "echo; sleep 60"), stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout
+            holder.stdout.readline()
+            with fetch.locked(cache):
+                pass
+        finally:
+            holder.kill()
+            subprocess.run(["pkill", "-u", str(NOBODY), "-f", "^sleep 60$"], check=False)
+    assert list(cache.iterdir()) == []
+
+
+def test_waiting_names_who_has_the_lock(tmp_path: Path) -> None:
+    program = "import sys; from pathlib import Path; from image_factory import fetch\n"
+    program += "with fetch.locked(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        ["/usr/bin/python3", "-c", program, tmp_path],
+        cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as holder:  # fmt: skip
+        assert holder.stdin and holder.stdout
+        holder.stdout.readline()
+        told: list[events.Event] = []
+
+        class Observer:
+            def notice(self, event: events.Event) -> None:
+                told.append(event)
+                # It ends when it is known who has it.
+                if isinstance(event, events.Waiting) and event.reason:
+                    holder.stdin.close()  # type: ignore[union-attr]
+
+        with events.observed(Observer()), fetch.locked(tmp_path):
+            pass
+    (reason, _) = [event.reason for event in told if isinstance(event, events.Waiting)]
+    assert reason == f"Waiting for another build that writes to {tmp_path} (process {holder.pid} of root)."
+
+
+@pytest.mark.parametrize("what", ["link", "another user's", "open to all"])
+def test_lock_that_is_another_users(tmp_path: Path, what: str) -> None:
+    lock = tmp_path / ".lock"
+    lock.touch(mode=0o600)
+    if what == "link":
+        lock.rename(tmp_path / "elsewhere")
+        lock.symlink_to("elsewhere")
+    elif what == "open to all":
+        lock.chmod(0o644)
+    else:
+        os.chown(lock, NOBODY, NOBODY)
+    with pytest.raises(BuildError, match=r"The lock .* (can't be opened|is not yours alone)"), fetch.locked(tmp_path):
+        pass
+
+
+def test_cache_that_one_may_only_read_serves_without_a_network(
+    mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys, users: dict[str, User]
+) -> None:
+    """What root has brought there and verified, for other users."""
+    mirror, _ = mirrors
+    mirror.files = Archive(keys).files()
+    user = users["a"]
+    cache = Path(tempfile.mkdtemp(prefix="if-test-cache.", dir="/var/tmp"))
+    try:
+        cache.chmod(0o755)
+        builder.fetch(mirror.debian(), verify="required", cache_dir=str(cache))
+        own = user.directory(f"offline{os.urandom(2).hex()}")
+        (own / "x.conf").write_text(
+            f"[x]\nlinux = {mirror.debian()}\ninitrd = /dev/null\n"
+            f"cache-dir = {cache}\noffline = yes\nverify = required\n"
+        )
+        program = (
+            "from image_factory import pipeline, settings, verify\n"
+            "plan = pipeline.make_plan(settings.Configuration({'IMAGE_FACTORY_CONFIG': 'x.conf'}), 'x', {})\n"
+            "verifier = verify.Verifier(plan)\n"
+            "with verifier.locked([plan.settings.linux]): print(verifier.fetch('linux', plan.settings.linux).path)\n"
+        )
+        done = user.run("env", f"PYTHONPATH={REPOSITORY}", "/usr/bin/python3", "-c", program, cwd=own)
+        assert done.stdout.strip() == str(cache / "x/linux")
+    finally:
+        shutil.rmtree(cache)

@@ -15,6 +15,9 @@ class Source(Protocol):
     def check(self, plan: Plan) -> None:
         """Raise ConfigurationError if it is known already that the disk can't be made."""
 
+    def downloads(self, plan: Plan) -> bool:
+        """Return whether making it brings files into the cache."""
+
     def describe(self, build: Build) -> list[tuple[str, list[list[str]]]]:
         """Return its steps, each with the commands it will run."""
 

@@ -30,6 +30,14 @@ def _sources(settings: ImageSettings) -> dict[str, Source]:
     return {key: getattr(settings, key) for key in keys}
 
 
+def downloads(plan: Plan) -> bool:
+    """Whether a build of *plan* brings files into the cache."""
+    settings = plan.settings
+    if settings.offline or (settings.installer_image and is_tree(settings.installer_image)):
+        return False
+    return any(source.path is None for source in _sources(settings).values())
+
+
 def is_tree(source: Source) -> bool:
     """Whether *source* is an installation tree, which virt-install reads itself, and no ISO file."""
     if source.path is not None:

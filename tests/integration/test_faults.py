@@ -81,7 +81,7 @@ REAL = ["signal-TERM", "signal-KILL", "killed-child", "killed-machine", "libvirt
 
 
 # The last one has the durations of builds that have come to their end.
-CACHED = {"linux", "initrd.gz", ".linux.validators", ".initrd.gz.validators", ".durations.json"}
+CACHED = {"linux", "initrd.gz", ".linux.validators", ".initrd.gz.validators", ".durations.json", ".lock"}
 
 
 @dataclass(frozen=True)

@@ -310,12 +310,12 @@ def check_machine(plan: Plan) -> None:
         raise ConfigurationError(
             f"[{plan.image}] virt-type: KVM runs no {settings.arch} on {platform.machine()}.", hint="Use qemu or auto."
         )
-    for doubt in _doubts(settings):
+    for doubt in _doubts(settings, plan.variables.get("arch", "")):
         logger.warning("[%s] %s", plan.image, doubt)
 
 
-def _doubts(settings: ImageSettings) -> list[str]:
-    """Return sentences on what fits neither this machine nor the architecture of *settings*."""
+def _doubts(settings: ImageSettings, arch_text: str) -> list[str]:
+    """Return sentences on what fits neither this machine nor the architecture of *settings*, given as *arch_text*."""
     doubts = []
     for key in ("linux", "initrd", "installer_image"):
         source: Source | None = getattr(settings, key)
@@ -324,6 +324,8 @@ def _doubts(settings: ImageSettings) -> list[str]:
         # The name of a host says nothing.
         path = str(source.path or urllib.parse.urlsplit(source.uri).path)
         named = named_architectures(path)
+        if re.fullmatch("i[356]86", arch_text.strip()) and re.search("amd64|x86_64", path):
+            doubts.append(f"{key}: {path} is of 64 bits by its name, but arch is {arch_text.strip()}.")
         if named and settings.arch not in named:
             doubts.append(
                 f"{key}: {path} is of {' and '.join(sorted(named))} by its name, but arch is {settings.arch}. "

@@ -342,9 +342,9 @@ def is_arch(name: str, arch: str) -> bool:
 
 def named_architectures(text: str) -> set[str]:
     """Return the architectures that the words of *text*, a path or a URI, name."""
-    words = re.findall(r"[a-z0-9_]+", text.lower())
     names = _ARCHITECTURE_NAMES | {name: name for name in (*ARCHITECTURES, *_OTHER_ARCHITECTURES)}
-    return {names[word] for word in words if word in names}
+    found = re.findall(rf"(?<![a-z0-9])({'|'.join(names)})(?![a-z0-9])", text.lower())
+    return {names[name] for name in found}
 
 
 def default_cache_dir() -> str:
@@ -993,8 +993,11 @@ class Configuration:
         except configparser.InterpolationDepthError as error:
             raise ConfigurationError(f"{where}: its ${{...}} go round in a circle.") from error
         except configparser.InterpolationSyntaxError as error:
+            raw = self._parser.get(section, key, raw=True)
+            # Nobody is to find the hash of a password in a log.
+            shown = "what is there" if re.search(r"\$[0-9a-z]{1,4}\$", raw) else repr(raw)
             raise ConfigurationError(
-                f"{where}: {self._parser.get(section, key, raw=True)!r} has a '$' that begins no ${{...}}.",
+                f"{where}: {shown} has a '$' that begins no ${{...}}.",
                 hint="Write $$ for a dollar sign.",
             ) from error
 

@@ -303,6 +303,10 @@ DOUBTS = {
         "linux = a/installer-arm64/linux\narch = amd64",
         "[y] linux: a/installer-arm64/linux is of aarch64 by its name, but arch is x86_64.",
     ),
+    "system of 64 bits": (
+        "linux = a/installer-amd64/linux\narch = i386",
+        "[y] linux: a/installer-amd64/linux is of 64 bits by its name, but arch is i386.",
+    ),
     "console of another architecture": (
         "append = console=ttyAMA0\narch = amd64",
         "[y] append: x86_64 has no console ttyAMA0. Write console=ttyS0.",
@@ -317,8 +321,9 @@ def test_doubts(place: Place, text: str, warning: str) -> None:
     own = f"[y]\nbased_on = Debian-13-server\nimage_size = 2G\nlinux = linux\ninitrd = initrd\n{text}\n"
     own = own.replace("linux = linux\n", "") if "\nlinux = a/" in own else own
     (place.path / "own.conf").write_text(shipped + own)
-    (place.path / "a/installer-arm64").mkdir(parents=True)
-    (place.path / "a/installer-arm64/linux").touch()
+    for name in ("amd64", "arm64"):
+        (place.path / f"a/installer-{name}").mkdir(parents=True)
+        (place.path / f"a/installer-{name}/linux").touch()
     done = place.run("--check", "y")
     assert done.returncode == 0, done.stderr
     lines = [line.partition(" WARNING: ")[2] for line in done.stderr.splitlines() if " WARNING: " in line]

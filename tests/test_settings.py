@@ -753,6 +753,7 @@ def test_wrong_architecture_is_told_once(read: Read) -> None:
         "https://a/releases/44/Everything/aarch64/os/vmlinuz": {"aarch64"},
         "/srv/ubuntu-26.04-live-server-arm64.iso": {"aarch64"},
         "/srv/installer-riscv64/linux": {"riscv64"},
+        "/srv/linux_amd64.x86_64": {"x86_64"},
         "/boot/linux": set(),
         "/srv/farm64/x": set(),
     }.items(),
@@ -768,6 +769,7 @@ INTERPOLATIONS = [
     ("${append}", "[x] append: its ${...} go round in a circle.", ""),
     ("${other}\nother = ${append}", "[x] append: its ${...} go round in a circle.", ""),
     ("5$", "[x] append: '5$' has a '$' that begins no ${...}.", "Write $$"),
+    ("$6$salt$hunter2", "[x] append: what is there has a '$' that begins no ${...}.", "Write $$"),
     ("$HOME", "[x] append: '$HOME' has a '$' that begins no ${...}.", "Write $$"),
     ("${HOME", "[x] append: '${HOME' has a '$' that begins no ${...}.", "Write $$"),
 ]

@@ -25,5 +25,5 @@ setup(
         ("bin", ["image-factory-sudo-helper"]),
         ("share/image-factory", sorted(str(path.relative_to(HERE)) for path in (HERE / "data").iterdir())),
     ],
-    install_requires=["httplib2", "jinja2", "pyparted", "rich"],
+    install_requires=["httplib2", "jinja2", "pyparted", "pyyaml", "rich"],
 )

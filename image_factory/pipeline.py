@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from . import (
+    answercheck,
     answers,
     audit,
     checkpoint,
@@ -89,6 +90,9 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     mounts.check(plan)
     sign.check(plan)
     guest.check_libvirt(plan)
+    if not resume:
+        # Last, so that an error stands alone.
+        answercheck.warn(plan)
     return plan
 
 

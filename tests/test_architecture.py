@@ -21,7 +21,7 @@ LEVELS = [
     {"sign"},
     {"verify"},
     {"clean", "seal", "shrink", "checksum", "publish", "mounts", "testboot", "manifest"},
-    {"loop", "appliance", "guest", "fetch", "rsync"},
+    {"loop", "appliance", "guest", "fetch", "rsync", "answercheck"},
     {"inventory", "scratch"},
     {"tree", "search"},
     {"rpmdb", "layout", "fstab", "privileged", "watch", "delivery", "leftovers", "bootreport", "junit", "media"},
@@ -136,7 +136,7 @@ def test_only_cli_prints_and_exits(name: str) -> None:
 
 def test_packages_beside_the_standard_library() -> None:
     names = {found.split(".")[0] for name in MODULES for found in imports(name)}
-    needed = {"httplib2", "jinja2", "parted", "_ped", "rich"}
+    needed = {"httplib2", "jinja2", "parted", "_ped", "rich", "yaml"}
     assert names - sys.stdlib_module_names == {"image_factory", "argcomplete", *needed}
 
 

@@ -182,6 +182,7 @@ def test_defaults(read: Read) -> None:
         linux=Source("/boot/linux", Path("/boot/linux")),
         initrd=Source("/boot/initrd", Path("/boot/initrd")),
         append="",
+        answer_files=(),
         cores=1,
         ram=1 << 30,
         image_size=2 << 30,

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from .. import answers, arch, command, delivery, events, fetch, guest, turns, verify
+from .. import answercheck, answers, arch, command, delivery, events, fetch, guest, turns, verify
 from ..errors import BuildError, ConfigurationError
 from ..log import step
 from ..model import Build, Disk, Plan
@@ -60,11 +60,10 @@ def check(plan: Plan) -> None:
             )
     if plan.settings.answer_file:
         _check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
-        if answers.is_template(plan.settings.answer_file):
-            answers.content(plan)
     delivery.check(plan)
     for file in plan.settings.answer_files:
         _check_readable(f"[{plan.image}] answer-files", file.path)
+    answercheck.check(plan)
     verify.Verifier(plan).check_offline(_sources(plan.settings))
 
 

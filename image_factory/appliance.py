@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import command, layout, tree
+from . import assembly, command, layout
 from .command import Conversation
 from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, step
-from .model import Build, Change, Disk, Entry, Plan, Volume
+from .model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
 from .tree import Branch, Tree
 
 STEP = "Mounting the filesystems"
@@ -50,9 +50,6 @@ _LABEL = "security.selinux"
 
 # So many entries of a top directory are measured.
 _USAGES = 256
-
-# So many subvolumes of btrfs are looked into.
-_TOPS = 64
 
 
 def programs(plan: Plan) -> list[str]:
@@ -164,7 +161,7 @@ class ApplianceFilesystem:
     guestfish: Conversation
     place: str
     volume: Volume
-    tops: tuple[str, ...] = ("",)
+    subvolumes: tuple[Subvolume, ...] = ()
 
     def has(self, path: str) -> bool:
         """Return whether *path* is there, without a link on the way."""
@@ -326,6 +323,13 @@ class ApplianceFilesystem:
                 found["."] += size
         return found
 
+    def delete_subvolumes(self, paths: Sequence[str]) -> None:
+        """Remove the subvolumes at *paths*."""
+        for path in paths:
+            self.guestfish.do(f"btrfs-subvolume-delete {self._word(path)}")
+        # Their blocks are given back some time later, and no command of libguestfs waits for that.
+        self.guestfish.do(f'debug sh "btrfs subvolume sync /sysroot{self.place}"')
+
     def trim(self) -> int | None:
         """Free the unused blocks."""
         # QEMU doesn't say it when the filesystem that the disk is on can't free blocks.
@@ -475,17 +479,38 @@ def _logical_volumes(guestfish: Conversation, volumes: Sequence[Volume]) -> list
         lines = guestfish.ask(f"-{verb} {quoted(name)}")
         return "" if any("error:" in line for line in lines) else "".join(lines[-1:])
 
-    return [
+    origins = _origins(guestfish)
+    names = [*guestfish.do("lvs"), *(name for name in origins)]
+    found = [
         Volume(
             name,
             int(ask("blockdev-getsize64", name) or 0),
             ask("vfs-type", name) or None,
             ask("vfs-uuid", name) or None,
             ask("vfs-label", name) or None,
+            origin=origins.get(name),
         )
-        for name in guestfish.do("lvs")
+        for name in dict.fromkeys(names)
         if re.fullmatch(r"/dev/[^/]+/[^/]+", name)
     ]
+    # A snapshot has the UUID of what it is of, so that not both can be mounted.
+    return sorted(found, key=lambda volume: volume.origin is not None)
+
+
+def _origins(guestfish: Conversation) -> dict[str, str]:
+    """Return the logical volumes that are snapshots, with the names of what they are of."""
+    groups = {
+        uuid.replace("-", ""): group
+        for group in guestfish.do("vgs")
+        for uuid in guestfish.do(f"vglvuuids {quoted(group)}")
+    }
+    text = "\n".join(guestfish.do("lvs-full"))
+    found = re.findall(r"lv_name: (\S+)\n *lv_uuid: (\S+)\n(?: .*\n)*? *origin: (\S*)\n", text)
+    return {
+        f"/dev/{groups[uuid.replace('-', '')]}/{name}": origin
+        for name, uuid, origin in found
+        if origin and uuid.replace("-", "") in groups
+    }
 
 
 def _mount_all(build: Build, guestfish: Conversation, volumes: Sequence[Volume]) -> Tree:
@@ -502,16 +527,23 @@ def _mount_all(build: Build, guestfish: Conversation, volumes: Sequence[Volume])
             logger.warning("%s (%s) can't be mounted: its unused blocks stay.", volume.name, volume.filesystem)
             failures[volume.name] = BuildError(f"{volume.name} can't be mounted: {said[-1]}")
             continue
-        tops = _tops(guestfish, place) if volume.filesystem == "btrfs" else ("",)
-        filesystems.append(ApplianceFilesystem(build, guestfish, place, volume, tops))
+        subvolumes = _subvolumes(guestfish, place) if volume.filesystem == "btrfs" else ()
+        filesystems.append(ApplianceFilesystem(build, guestfish, place, volume, subvolumes))
     logical = ApplianceLogicalVolumes(guestfish, {found.volume.name: found.place for found in filesystems})
-    return tree.assemble(filesystems, volumes, failures, logical)
+    return assembly.assemble(filesystems, volumes, failures, logical)
 
 
-def _tops(guestfish: Conversation, place: str) -> tuple[str, ...]:
-    """Return the directories of the subvolumes of btrfs, the default one first, and the top among them."""
+def _subvolumes(guestfish: Conversation, place: str) -> tuple[Subvolume, ...]:
+    """Return the subvolumes of btrfs, the default one first and the top among them."""
     text = "\n".join(guestfish.ask(f"-btrfs-subvolume-list {place}"))
-    found = re.findall(r"btrfssubvolume_id: ([0-9]+)\n.*\n *btrfssubvolume_path: (.*)", text)
-    paths = {"5": ""} | {number: path for number, path in found if tree.is_top(path)}
-    default = paths.get("".join(guestfish.ask(f"-btrfs-subvolume-get-default {place}")[-1:]), "")
-    return tuple(dict.fromkeys((default, *paths.values())))[:_TOPS]
+    paths = {5: ""} | {
+        int(number): path
+        for number, path in re.findall(r"btrfssubvolume_id: ([0-9]+)\n.*\n *btrfssubvolume_path: (.*)", text)
+    }
+    default = "".join(guestfish.ask(f"-btrfs-subvolume-get-default {place}")[-1:])
+    found = []
+    for number in sorted(paths, key=lambda number: (str(number) != default, number)):
+        shown = "\n".join(guestfish.ask(f"-btrfs-subvolume-show {quoted(os.path.join(place, paths[number]))}"))
+        uuids = dict(re.findall(r"^(UUID|Parent UUID): ([0-9a-f-]{8,})$", shown, re.MULTILINE))
+        found.append(Subvolume(number, paths[number], uuids.get("UUID", ""), uuids.get("Parent UUID")))
+    return tuple(found)

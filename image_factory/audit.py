@@ -214,6 +214,11 @@ CHECKS = (
         leftovers.registered,
     ),
     Check(
+        "copies",
+        "What else on the disk has a system or was one: snapshots of btrfs and LVM, subvolumes, partitions and logical "
+        "volumes with a root of their own, and files below what is mounted on them.",
+    ),
+    Check(
         "leftovers",
         "A file with image-factory's name, and the text of the seed disk's files anywhere on the disk.",
         leftovers.own_files,
@@ -423,6 +428,9 @@ def audit_artifacts(build: Build, disk: Disk, artifacts: Sequence[Artifact]) -> 
             logger.info("Searched %s of data.", format_size(size))
         with mounts.mounted(build, Disk(copy, disk.virt_type)) as tree, step(f"Auditing {artifact.path.name}"):
             findings += audit_files(tree, asked, checks)
+            findings += [
+                Finding(check.name, what) for check in checks if check.name == "copies" for what in tree.copies
+            ]
     _tell(plan, artifact, checks, sorted(findings, key=lambda found: NAMES.index(found.check)))
 
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from .model import Volume
 
 # The types that can be on a disk of the guest's own.
-_LOCAL_KINDS = ("auto", "btrfs", "ext2", "ext3", "ext4", "vfat", "xfs")
+_LOCAL_KINDS = (
+    "auto", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "msdos", "nilfs2", "ntfs", "ntfs3",
+    "reiserfs", "vfat", "xfs", "zfs",
+)  # fmt: skip
 
 # Longer ones are nobody's fstab.
 _LINES = 4096
@@ -19,12 +22,17 @@ _REMOVABLE = re.compile(r"/dev/(?:sr|fd|scd)[0-9]+|/dev/(?:cdrom|dvd|floppy)[0-9
 _TAGS = {"UUID": "uuid", "LABEL": "label", "PARTUUID": "part_uuid", "PARTLABEL": "part_label"}
 # The disk is the guest's first one, whatever its bus.
 _PARTITION = re.compile(r"/dev/(?:[hsv]da|xvda|nvme0n1p|mmcblk0p)([0-9]{1,5})")
-_PARTITION_LINK = re.compile(r"/dev/disk/by-(?:id|path)/[^/]+-part([0-9]{1,5})")
+_PARTITION_LINK = re.compile(r"/dev/disk/by-(?:id|path|dname)/[^/]+-part(?:/by-partnum/)?([0-9]{1,5})")
+_LINK = re.compile(r"/dev/disk/(?:by-path/[^/]+-part/)?by-(uuid|label|partuuid|partlabel)/([^/]+)")
+_MAPPER_LINK = "/dev/disk/by-id/dm-name-"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line: *spec* is to be mounted at *point*, which is below the root and empty for the root itself."""
+    """A line, or a unit of systemd that says the same: *spec* is to be mounted at *point*.
+
+    The point is a path below the root, empty for the root itself.
+    """
 
     spec: str
     point: str
@@ -35,6 +43,17 @@ class Entry:
         """Return the value of option *name*, the last one; None if there is none."""
         values = [value for key, sign, value in (text.partition("=") for text in self.options) if sign and key == name]
         return values[-1] if values else None
+
+    @property
+    def bound(self) -> str | None:
+        """The path below the root that is to be seen at the point, too, None if it is no such mount."""
+        return _normal(self.spec) if {"bind", "rbind"} & set(self.options) else None
+
+    @property
+    def file(self) -> bool:
+        """Whether it is a file with a filesystem."""
+        is_path = self.spec.startswith("/") and not self.spec.startswith(("/dev/", "//"))
+        return is_path and self.bound is None and self.kind in (*_LOCAL_KINDS, "erofs", "squashfs")
 
     def is_of_this_disk(self) -> bool:
         """Return whether something is amiss if the disk has no such filesystem."""
@@ -53,9 +72,25 @@ def parse(text: str) -> list[Entry]:
             continue
         point = _normal(fields[1])
         options = tuple((fields[3] if len(fields) > 3 else "").split(","))
-        if point is not None and not {"bind", "rbind"} & set(options):
+        if point is not None:
             found.append(Entry(fields[0], point, fields[2], options))
     return found[:_ENTRIES]
+
+
+def parse_unit(text: str) -> Entry | None:
+    """Return what *text*, a mount unit of systemd, mounts; None if it says no such thing."""
+    section, values = "", {"Type": "auto", "Options": ""}
+    for line in text.replace("\\\n", " ").split("\n", _LINES)[:_LINES]:
+        line = line.strip()
+        if line.startswith("["):
+            section = line
+        elif section == "[Mount]" and not line.startswith(("#", ";")):
+            key, _, value = line[:_LONGEST_LINE].partition("=")
+            values[key.strip()] = re.sub(r"\\x([0-9a-f]{2})", _character, value.strip()).replace("%%", "%")
+    point = _normal(values.get("Where", ""))
+    if point is None or not values.get("What"):
+        return None
+    return Entry(values["What"], point, values["Type"], tuple(values["Options"].split(",")))
 
 
 def _unescaped(field: str) -> str:
@@ -72,26 +107,40 @@ def _normal(point: str) -> str | None:
 
 def find(spec: str, volumes: Sequence[Volume]) -> Volume | None:
     """Return which of *volumes* the first field of an entry names, None if it is none of them."""
+    return next(iter(find_all(spec, volumes)), None)
+
+
+def find_all(spec: str, volumes: Sequence[Volume]) -> list[Volume]:
+    """Return those of *volumes* that the first field of an entry names: copies have the same UUID.
+
+    A snapshot is meant only where nothing else is.
+    """
+    found = _found(spec, volumes)
+    return [volume for volume in found if volume.origin is None] or found
+
+
+def _found(spec: str, volumes: Sequence[Volume]) -> list[Volume]:
     tag, sign, value = spec.partition("=")
-    link = re.fullmatch(r"/dev/disk/by-(uuid|label|partuuid|partlabel)/([^/]+)", spec)
+    link = _LINK.fullmatch(spec)
     if link:
         # As udev names them.
         tag, sign, value = link[1].upper(), "=", re.sub(r"\\x([0-9a-f]{2})", _character, link[2])
     if sign and tag in _TAGS:
-        return _tagged(_TAGS[tag], value.strip('"'), volumes)
+        return _tagged(_TAGS[tag], re.sub(r"""^(["'])(.*)\1$""", r"\2", value), volumes)
     number = _PARTITION.fullmatch(spec) or _PARTITION_LINK.fullmatch(spec)
     if number:
-        numbered = (volume for volume in volumes if volume.partition and volume.partition.number == int(number[1]))
-        return next(numbered, None)
-    return next((volume for volume in volumes if spec in _paths(volume)), None)
+        return [volume for volume in volumes if volume.partition and volume.partition.number == int(number[1])]
+    if spec.startswith(_MAPPER_LINK):
+        spec = f"/dev/mapper/{spec.removeprefix(_MAPPER_LINK)}"
+    return [volume for volume in volumes if spec in _paths(volume)]
 
 
 def _character(match: re.Match[str]) -> str:
     return chr(int(match[1], 16))
 
 
-def _tagged(field: str, value: str, volumes: Sequence[Volume]) -> Volume | None:
-    """Return the volume whose *field* is *value*; UUIDs are the same in capitals."""
+def _tagged(field: str, value: str, volumes: Sequence[Volume]) -> list[Volume]:
+    """Return the volumes whose *field* is *value*; UUIDs are the same in capitals."""
 
     def form(text: str) -> str:
         return text.lower() if field.endswith("uuid") else text
@@ -100,7 +149,7 @@ def _tagged(field: str, value: str, volumes: Sequence[Volume]) -> Volume | None:
         own: str | None = getattr(volume, field)
         return bool(own) and form(own or "") == form(value)
 
-    return next((volume for volume in volumes if has_it(volume)), None)
+    return [volume for volume in volumes if has_it(volume)]
 
 
 def _paths(volume: Volume) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Partition tables, and what the partitions hold, read from a disk image with no root and no device."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +21,23 @@ MOUNTED_FILESYSTEMS = (*ROOT_FILESYSTEMS, "vfat")
 SWAP = "swap"
 LVM = "LVM2_member"
 
-# What a root may be in, and is not reached then.
-_CONTAINERS = {"crypto_LUKS": "encrypted", "linux_raid_member": "a part of a RAID"}
+# What filesystems may be in, and are not reached then.
+CONTAINERS = {
+    "crypto_LUKS": "encrypted",
+    "BitLocker": "encrypted",
+    "linux_raid_member": "a part of a RAID",
+    "isw_raid_member": "a part of a RAID",
+    "ddf_raid_member": "a part of a RAID",
+    "bcache": "a part of bcache",
+}
+
+# Those that can hold a root, and that nothing here knows.
+_UNSUPPORTED_ROOTS = ("bcachefs", "erofs", "f2fs", "jfs", "nilfs2", "reiserfs", "squashfs", "ubifs", "zfs_member")
 
 # A root filesystem has one of these.
 ROOT_MARKS = ("etc/fstab", "etc/os-release", "usr/lib/os-release")
+
+SUPPORTED_ROOT = "Have the answer file put the root filesystem on ext4, xfs or btrfs."
 
 # Of blkid: nothing that it knows, or several things at once.
 _NOTHING_FOR_SURE = (2, 8)
@@ -45,9 +58,17 @@ def read_partitions(image: Path) -> list[Partition]:
 
 def _read_partitions(image: Path) -> list[Partition]:
     try:
+        with image.open("rb") as file:
+            tables = [os.pread(file.fileno(), 8, size) == b"EFI PART" for size in (512, 4096)]
+        # A GUID partition table begins in the second sector.
+        if tables == [False, True]:
+            raise NoSystemError(
+                "The disk has sectors of 4 KiB, which are not supported: its partition table begins at byte 4096.",
+                hint="Have it installed on a disk with sectors of 512 bytes.",
+            )
         device = parted.getDevice(str(image))
         disk = parted.newDisk(device)
-    except (parted.DeviceException, parted.IOException) as error:
+    except (parted.DeviceException, parted.IOException, OSError) as error:
         raise NoSystemError(f"The disk can't be read: {_one_line(error)}") from error
     except (parted.DiskException, _ped.PartedException) as error:
         raise NoSystemError(f"The disk has no partition table that can be read: {_one_line(error)}") from error
@@ -69,11 +90,11 @@ def read_volumes(image: Path) -> list[Volume]:
     """Return the partitions of *image* with what they hold; NoSystemError if there is no table."""
     partitions = read_partitions(image)
     names = _names(image)
-    return [_volume(image, partition, *names.get(partition.number, (None, None))) for partition in partitions]
+    return [_volume(image, partition, *names.get(partition.number, (None, None, None))) for partition in partitions]
 
 
 def table_argv(image: Path) -> list[str]:
-    """Return the command that tells the UUIDs and names of partitions, which libparted doesn't."""
+    """Return the command that tells the UUIDs, names and types of partitions, which libparted doesn't."""
     return ["sfdisk", "--json", str(image)]
 
 
@@ -82,8 +103,8 @@ def probe_argv(image: Path, offset: int | str, size: int | str) -> list[str]:
     return ["blkid", "-p", "-o", "export", "-O", str(offset), "-S", str(size), str(image)]
 
 
-def _names(image: Path) -> dict[int, tuple[str | None, str | None]]:
-    """Return UUID and name of each partition, by its number; nothing of a table that sfdisk doesn't take."""
+def _names(image: Path) -> dict[int, tuple[str | None, str | None, str | None]]:
+    """Return UUID, name and type of each partition, by its number; nothing of a table that sfdisk doesn't take."""
     try:
         table: dict[str, Any] = json.loads(command.run(table_argv(image), capture=True, timeout=_SECONDS))
         table = table["partitiontable"]
@@ -92,13 +113,15 @@ def _names(image: Path) -> dict[int, tuple[str | None, str | None]]:
             number = int(entry["node"].removeprefix(str(image)).lstrip("p"))
             # As the kernel has it for a table whose partitions have none.
             uuid = entry.get("uuid") or f"{table['id'].removeprefix('0x')}-{number:02x}"
-            found[number] = uuid, entry.get("name")
+            found[number] = uuid, entry.get("name"), entry.get("type")
         return found
     except (BuildError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _volume(image: Path, partition: Partition, part_uuid: str | None, part_label: str | None) -> Volume:
+def _volume(
+    image: Path, partition: Partition, part_uuid: str | None, part_label: str | None, part_type: str | None
+) -> Volume:
     try:
         argv = probe_argv(image, partition.offset, partition.size)
         text = command.run(argv, capture=True, timeout=_SECONDS)
@@ -116,16 +139,24 @@ def _volume(image: Path, partition: Partition, part_uuid: str | None, part_label
         part_uuid,
         part_label,
         partition,
+        part_type,
     )
 
 
 def no_root(volumes: Sequence[Volume]) -> NoSystemError:
     """Return the error that none of *volumes* has a root filesystem."""
     for volume in volumes:
-        if volume.filesystem in _CONTAINERS:
+        if volume.filesystem in CONTAINERS:
             return NoSystemError(
-                f"No root filesystem can be reached: {volume.name} is {_CONTAINERS[volume.filesystem]}.",
+                f"No root filesystem can be reached: {volume.name} is {CONTAINERS[volume.filesystem]}.",
                 hint="Have the root filesystem on a partition or on LVM, without encryption or RAID.",
+            )
+    for volume in volumes:
+        if volume.filesystem in _UNSUPPORTED_ROOTS:
+            return NoSystemError(
+                f"The root filesystem seems to be on {volume.name}: {volume.filesystem.removesuffix('_member')}, which "
+                "is not supported.",
+                hint=SUPPORTED_ROOT,
             )
     if not any(volume.filesystem in ROOT_FILESYSTEMS for volume in volumes):
         return NoSystemError(f"The disk has no root filesystem, only {describe(volumes)}.")

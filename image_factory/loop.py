@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import command, layout, locks, privileged, tree
+from . import assembly, command, layout, locks, privileged
 from .errors import BuildError, CommandError
 from .log import logger, step
-from .model import Build, Change, Disk, Entry, Plan, Volume
+from .model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
 from .release import released
 from .tree import Tree
 
@@ -25,11 +25,12 @@ STEP = "Mounting the filesystems"
 MOUNT_DIRECTORY = Path("/tmp")
 MOUNT_PREFIX = "image-factory."
 
+# What this machine's kernel can mount by now, and what it can load for that.
+FILESYSTEMS = Path("/proc/filesystems")
+MODULES = Path("/lib/modules")
+
 # Something such as an indexer may hold a mount for a moment.
 _UMOUNT_SECONDS = 5.0
-
-# So many directories at the top of a btrfs filesystem are taken for subvolumes.
-_TOPS = 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LoopFilesystem:
     path: Path
     volume: Volume
     mount: Callable[[], None]
-    tops: tuple[str, ...] = ("",)
+    subvolumes: tuple[Subvolume, ...] = ()
 
     def has(self, path: str) -> bool:
         """Return whether *path* is there."""
@@ -89,6 +90,10 @@ class LoopFilesystem:
         """Return what the entries of the directory *top* take."""
         return privileged.usage(self.path, top)
 
+    def delete_subvolumes(self, paths: Sequence[str]) -> None:
+        """Remove the subvolumes at *paths*."""
+        privileged.delete_subvolumes(self.path, paths)
+
     def trim(self) -> int | None:
         """Free the unused blocks."""
         if self.volume.filesystem == "btrfs":
@@ -101,6 +106,21 @@ class LoopFilesystem:
     def block_size(self) -> int:
         """Return the size of a block."""
         return os.statvfs(self.path).f_bsize
+
+
+def lacks_driver(filesystem: str | None) -> bool:
+    """Return whether *filesystem* is one that could be mounted if this machine's kernel had its driver."""
+    if filesystem not in layout.MOUNTED_FILESYSTEMS:
+        return False
+    # The driver of ext4 is the one of all three.
+    kind = "ext4" if filesystem.startswith("ext") else filesystem
+    known = {line.split()[-1] for line in FILESYSTEMS.read_text(encoding="ascii").splitlines()}
+    modules = MODULES / os.uname().release
+    return kind not in known and not any(
+        re.search(rf"/{kind}\.ko\b", path.read_text(encoding="utf-8", errors="replace"))
+        for path in (modules / "modules.dep", modules / "modules.builtin")
+        if path.is_file()
+    )
 
 
 def programs(plan: Plan) -> list[str]:
@@ -121,7 +141,7 @@ def describe(
     helper = privileged.helper_argv
     mount = helper("mount-image", str(build.disk_path), "OFFSET", "SIZE", place)
     return [
-        (STEP, [mount, helper("show", place, "etc/fstab")]),
+        (STEP, [mount, helper("read", place, "etc/fstab")]),
         *([("Showing installer logs", [helper("show", place, *shown)])] if shown else []),
         ("Removing installer logs", [helper("remove", place, *removed)]),
         *([("Sealing", [helper(verb, place, *words) for verb, words in sealed.items()])] if sealed else []),
@@ -165,8 +185,15 @@ def _mount_all(disk: Disk, volumes: Sequence[Volume], directory: Path) -> Tree:
             filesystems.append(_mount(disk, volume, directory))
         except BuildError as error:
             logger.warning("%s (%s) can't be mounted: its unused blocks stay.", volume.name, volume.filesystem)
-            failures[volume.name] = error
-    return tree.assemble(filesystems, volumes, failures)
+            failures[volume.name] = _without_driver(volume) if lacks_driver(volume.filesystem) else error
+    return assembly.assemble(filesystems, volumes, failures)
+
+
+def _without_driver(volume: Volume) -> BuildError:
+    return BuildError(
+        f"{volume.name} has {volume.filesystem}, for which this machine's kernel has no driver.",
+        hint="With mount-via = guestfs the kernel of libguestfs' appliance is used.",
+    )
 
 
 def _mount(disk: Disk, volume: Volume, directory: Path) -> LoopFilesystem:
@@ -175,27 +202,13 @@ def _mount(disk: Disk, volume: Volume, directory: Path) -> LoopFilesystem:
     path = directory / f"partition-{partition.number}"
     path.mkdir(mode=0o700)
     # The helper takes no path with a link in it.
-    mount = partial(privileged.mount_image, disk.path.resolve(), partition.offset, partition.size, path)
+    # Of btrfs the top, which all subvolumes are below.
+    top = volume.filesystem == "btrfs"
+    mount = partial(
+        privileged.mount_image, disk.path.resolve(), partition.offset, partition.size, path, top=top
+    )  # fmt: skip
     mount()
-    if volume.filesystem != "btrfs":
-        return LoopFilesystem(path, volume, mount)
-    default = _mounted_subvolume(path)
-    if default:
-        # The others are not below it.
-        umount(path)
-        mount = partial(mount, top=True)
-        mount()
-    names: list[str] = []
-    # The guest decides who may look into it.
-    with contextlib.suppress(PermissionError):
-        names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))[:_TOPS]
-    tops = dict.fromkeys(name for name in (default, "", *names) if tree.is_top(name))
-    return LoopFilesystem(path, volume, mount, tuple(tops))
-
-
-def _mounted_subvolume(path: Path) -> str:
-    """Return the path of the subvolume that is mounted at *path*, below the top of its filesystem."""
-    return next((root for _, point, root in _loop_mounts() if point == path), "/").strip("/")
+    return LoopFilesystem(path, volume, mount, tuple(privileged.subvolumes(path)) if top else ())
 
 
 def mount_record(directory: Path) -> Path:
@@ -351,19 +364,19 @@ def remove_left_mount_points() -> Iterator[Path]:
 def image_mounts() -> list[tuple[Path, Path]]:
     """Return what is mounted of loop devices here: the mount points, and the images' paths."""
     found = []
-    for device, mount_point, _ in _loop_mounts():
+    for device, mount_point in _loop_mounts():
         with contextlib.suppress(OSError):
             backing_file = Path("/sys/block", device, "loop/backing_file").read_text(encoding="utf-8")
             found.append((mount_point, Path(backing_file.rstrip("\n"))))
     return found
 
 
-def _loop_mounts() -> list[tuple[str, Path, str]]:
-    """Return the loop devices that are mounted here, with their mount points, and what of them is mounted."""
+def _loop_mounts() -> list[tuple[str, Path]]:
+    """Return the loop devices that are mounted here, with their mount points."""
     found = []
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        (root, mount_point), source = line.split()[3:5], line.partition(" - ")[2].split()[1]
+        mount_point, source = line.split()[4], line.partition(" - ")[2].split()[1]
         match = re.fullmatch(r"/dev/(loop[0-9]+)", source)
         if match:
-            found.append((match[1], Path(mount_point), root))
+            found.append((match[1], Path(mount_point)))
     return found

@@ -37,7 +37,7 @@ class Plan:
 
     *output_dir* is absolute.  *destinations* has the upload destinations of each format's file, in
     the order of the formats.  *variables* has the texts of the section's keys, for a template.
-    *guestfs_for_lvm* is whether a disk with LVM may be mounted in another way than the one chosen.
+    *guestfs_allowed* is whether a disk that the chosen way can't reach may be mounted by guestfs.
     """
 
     image: str
@@ -47,7 +47,7 @@ class Plan:
     destinations: dict[str, tuple[Destination, ...]]
     # It may have secrets, which are nobody's business who sees a plan in a message.
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
-    guestfs_for_lvm: bool = False
+    guestfs_allowed: bool = False
 
     @property
     def base_name(self) -> str:
@@ -147,7 +147,8 @@ class Volume:
     """What can hold a filesystem: a partition, or a logical volume, whose *name* is /dev/GROUP/NAME.
 
     *filesystem* is named as blkid does, None where nothing is known.  *partition* is None for a logical
-    volume.
+    volume, which is a snapshot of the one that *origin* names in its group, if that is not None.  *part_type* is
+    the type in the partition table: a UUID, or hexadecimal digits.
     """
 
     name: str
@@ -158,6 +159,21 @@ class Volume:
     part_uuid: str | None = None
     part_label: str | None = None
     partition: Partition | None = None
+    part_type: str | None = None
+    origin: str | None = None
+
+
+@dataclass(frozen=True)
+class Subvolume:
+    """A subvolume of btrfs: *path* is below the top, which itself is number 5 and has the path ``""``.
+
+    *source* is the UUID of what it is a snapshot of, None if it is none.
+    """
+
+    number: int
+    path: str
+    uuid: str
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,8 +209,11 @@ class Filesystem(Protocol):
         """What it is on."""
 
     @property
-    def tops(self) -> tuple[str, ...]:
-        """The directories that can be mounted as a root: the default one first, ``""`` for its top."""
+    def subvolumes(self) -> tuple[Subvolume, ...]:
+        """All subvolumes of btrfs, the default one first and the top among them; none of another filesystem."""
+
+    def delete_subvolumes(self, paths: Sequence[str]) -> None:
+        """Remove the subvolumes at *paths*, and have nothing of them be left; others must not lie in them."""
 
     def has(self, path: str) -> bool:
         """Return whether *path* is there."""

@@ -90,12 +90,31 @@ def _way(plan: Plan) -> Way:
 
 
 def _way_to(volumes: Sequence[Volume], plan: Plan) -> Way:
-    """Return the way of *plan*, or guestfs for logical volumes: the guest's LVM must not meet this machine's."""
+    """Return the way of *plan*, or guestfs for what this machine's kernel must not or can't mount."""
     way = _way(plan)
-    group = next((volume for volume in volumes if volume.filesystem == layout.LVM), None)
-    if way is not loop or group is None:
+    if way is not loop:
         return way
-    if not plan.guestfs_for_lvm:
+    # The guest's LVM must not meet this machine's.
+    group = next((volume for volume in volumes if volume.filesystem == layout.LVM), None)
+    if group is not None:
+        return _guestfs_for_lvm(group, plan)
+    lacking = next((volume for volume in volumes if loop.lacks_driver(volume.filesystem)), None)
+    if lacking is None or not plan.guestfs_allowed:
+        return way
+    what = f"{lacking.name} has {lacking.filesystem}, for which this machine's kernel has no driver"
+    try:
+        command.require(appliance.programs(plan))
+        appliance.check(plan)
+    except ConfigurationError as error:
+        # Perhaps nothing there is of any interest.
+        logger.warning("%s, and guestfs can't be used: %s", what, error.message)
+        return way
+    logger.info("%s: the disk is mounted by way of guestfs.", what)
+    return appliance
+
+
+def _guestfs_for_lvm(group: Volume, plan: Plan) -> Way:
+    if not plan.guestfs_allowed:
         raise BuildError(
             f"The disk has LVM on {group.name}, which mount-via = loop can't reach.",
             hint="Set mount-via to guestfs or auto.",
@@ -125,4 +144,4 @@ def chosen(plan: Plan) -> Plan:
             name, reason = "guestfs", f"{error.message.rstrip('.')}. {error.hint}"
     logger.info("mount-via = %s is chosen: %s", name, reason)
     settings = dataclasses.replace(plan.settings, mount_via=name)
-    return dataclasses.replace(plan, settings=settings, guestfs_for_lvm=True)
+    return dataclasses.replace(plan, settings=settings, guestfs_allowed=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import __version__, command
 from .errors import BuildError, CommandError, ConfigurationError
-from .model import Change, Entry
+from .model import Change, Entry, Subvolume
 
 HELPER = "image-factory-sudo-helper"
 
@@ -142,6 +142,17 @@ def usage(directory: Path, top: str) -> dict[str, int]:
     """
     lines = (line.split(" ", 1) for line in _run("usage", str(directory), *([top] if top else [])).splitlines())
     return {name: int(size) for size, name in lines}
+
+
+def subvolumes(directory: Path) -> list[Subvolume]:
+    """Return the subvolumes of the btrfs at *directory*, the default one first and its top among them."""
+    lines = map(json.loads, _run("subvolumes", str(directory)).splitlines())
+    return [Subvolume(number, path, uuid, source) for number, path, uuid, source, _ in lines]
+
+
+def delete_subvolumes(directory: Path, paths: Sequence[str]) -> None:
+    """Remove the subvolumes at *paths* below the tree at *directory*, and wait for their end."""
+    _run("delete-subvolume", str(directory), *paths)
 
 
 def trim(directory: Path) -> int | None:

@@ -96,13 +96,15 @@ class System:
     """What sealing looks at, as it was before any change.
 
     *files* are the contents of those that operations read, *kinds* what those are that they look at.
-    *homes* are the directories of people, *chosen* the names of the operations.
+    *homes* are the directories of people, *chosen* the names of the operations, *snapshots* those of the system
+    that can be removed.
     """
 
     files: Mapping[str, bytes]
     kinds: Mapping[str, str]
     homes: tuple[str, ...]
     chosen: tuple[str, ...]
+    snapshots: tuple[str, ...] = ()
 
     @property
     def machine_id(self) -> bytes | None:
@@ -121,12 +123,13 @@ class System:
 
 @dataclass
 class Actions:
-    """What an operation does: patterns to remove and to empty, files to write, paths to name anew."""
+    """What an operation does: patterns to remove and to empty, files to write, paths to rename, snapshots that go."""
 
     remove: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     write: dict[str, bytes] = field(default_factory=dict)
     rename: dict[str, str] = field(default_factory=dict)
+    snapshots: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,10 @@ class Operation:
 
 
 # What the operations plan
+
+
+def _remove_snapshots(system: System) -> Actions:
+    return Actions(snapshots=system.snapshots)
 
 
 def _reset_machine_id(system: System) -> Actions:
@@ -465,6 +472,12 @@ def _drop_lines(
 # The table
 
 OPERATIONS = (
+    Operation(
+        "snapshots",
+        "Snapshots of the system's subvolumes of btrfs go, such as those of snapper, Timeshift and installers, and "
+        "what the system's own are snapshots of. What *fstab* names and the default subvolume stay.",
+        plan=_remove_snapshots,
+    ),
     Operation(
         "machine-id",
         "*/etc/machine-id* becomes *uninitialized*, so that systemd makes a new one at the first boot, and "
@@ -807,7 +820,8 @@ def look_at(tree: Tree, chosen: Sequence[Operation]) -> System:
     below = _read_in_homes(chosen, filter(_is_path, homes))
     for start in range(0, len(below), _AT_ONCE):
         files |= tree.read(below[start:][:_AT_ONCE])
-    return System(files, kinds, homes, tuple(found.name for found in chosen))
+    snapshots = tuple(snapshot.name for snapshot in tree.snapshots)
+    return System(files, kinds, homes, tuple(found.name for found in chosen), snapshots)
 
 
 def _looked_at(chosen: Sequence[Operation]) -> list[str]:
@@ -850,6 +864,8 @@ def _carry_out(tree: Tree, planned: Sequence[Actions]) -> tuple[list[Change], li
         tree.write(path, data, 0o644)
     remove = list(dict.fromkeys(pattern for actions in planned for pattern in actions.remove))
     empty = list(dict.fromkeys(pattern for actions in planned for pattern in actions.empty))
+    if any(actions.snapshots for actions in planned):
+        tree.delete_snapshots()
     removed = [gone for start in range(0, len(remove), _AT_ONCE) for gone in tree.remove(remove[start:][:_AT_ONCE])]
     emptied = [gone for start in range(0, len(empty), _AT_ONCE) for gone in tree.truncate(empty[start:][:_AT_ONCE])]
     # The machine ID last: a build that fails here and is resumed needs it again.
@@ -880,6 +896,8 @@ def _tell(name: str, actions: Actions, removed: Sequence[Change], emptied: Seque
         for change in changes:
             interrupts.check()
             logger.info("%s /%s", verb, change.path)
+    for snapshot in actions.snapshots:
+        logger.info("Removed %s", snapshot)
     for path in actions.write:
         logger.info("%s /%s", "Changed" if path in system.files else "Made", path)
     for path, new in actions.rename.items():
@@ -888,8 +906,10 @@ def _tell(name: str, actions: Actions, removed: Sequence[Change], emptied: Seque
     files = sum(change.files for change in (*removed, *emptied))
     size = sum(change.size for change in (*removed, *emptied)) + sum(less for less in shorter if less > 0)
     changed = len(actions.write) + len(actions.rename)
-    told = [f"{files} {'file' if files == 1 else 'files'}"] if files else []
+    count = len(actions.snapshots)
+    told = [f"{count} {'snapshot' if count == 1 else 'snapshots'}"] if count else []
+    told += [f"{files} {'file' if files == 1 else 'files'}"] if files else []
     told += [format_size(size)] if files or size else []
     told += [f"{changed} changed"] if changed else []
     logger.info("%s: %s: %s", STEP, name, ", ".join(told) or "nothing")
-    events.tell(events.Sealed(name, files, size, changed))
+    events.tell(events.Sealed(name, files + count, size, changed))

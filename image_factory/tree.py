@@ -5,13 +5,13 @@ places for mounts stay the ones that image-factory-sudo-helper allows.
 """
 
 import dataclasses
+import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from . import fstab, interrupts, layout
+from . import interrupts
 from .errors import BuildError
-from .log import logger
 from .model import Change, Entry, Filesystem, LogicalVolumes, Volume
 from .units import format_size
 
@@ -19,8 +19,8 @@ from .units import format_size
 _PART = r"\.?[A-Za-z0-9_@][A-Za-z0-9._@-]{0,254}"
 _TOP = re.compile(rf"(?:{_PART}/){{0,7}}{_PART}")
 
-# Of a guest's text in a message.
-_LONGEST_QUOTE = 100
+# What programs keep snapshots in, beside what they know of each: snapper, Timeshift.
+_OF_SNAPSHOT = re.compile(r"(?:.*/)?\.snapshots/[0-9]+|(?:.*/)?timeshift-btrfs/snapshots/[^/]+")
 
 # So much is read of one system in all: rpm's database of a large one has 200 MiB.
 _MOST_BYTES = 2 << 30
@@ -72,18 +72,48 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Unreached:
+    """What is *point* of the system and on its disk, but can't be looked into; *error* says why."""
+
+    point: str
+    error: BuildError
+
+    def has(self, path: str) -> bool:
+        """Return whether *path* of the system is there, or is it."""
+        return path == self.point or path.startswith(f"{self.point}/")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A subvolume of *filesystem* that is a snapshot of the system's, or of a snapshot of it."""
+
+    filesystem: Filesystem
+    path: str
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"subvolume {self.path} of {self.filesystem.volume.name}"
+
+
+@dataclass(frozen=True)
 class Tree:
     """An installed system: *branches* has the root last, and what is mounted deeper before.
 
     *filesystems* are all that are mounted, those that the system's fstab doesn't name among them.
-    Patterns are paths below the root, and the operations those of ``Filesystem``.  *logical* is there
-    where the disk has logical volumes.  All that reads the guest does so here, within one *budget*.
+    Patterns are paths below the root, and the operations those of ``Filesystem``; they raise the error of what of
+    *unreached* they lead to.  *logical* is there where the disk has logical volumes.  *copies* are phrases for
+    what else on the disk is a system or a snapshot, and *snapshots* those that can be removed.  All that reads the
+    guest does so here, within one *budget*.
     """
 
     branches: tuple[Branch, ...]
     filesystems: tuple[Filesystem, ...]
     volumes: tuple[Volume, ...]
     logical: LogicalVolumes | None = None
+    unreached: tuple[Unreached, ...] = ()
+    copies: tuple[str, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
     budget: Budget = field(default_factory=Budget, compare=False)
 
     @property
@@ -94,7 +124,7 @@ class Tree:
     def show(self, patterns: Sequence[str]) -> str:
         """Return the regular files that *patterns* match, and those below directories, with headings."""
         texts = []
-        for branch, inner in self._routed(patterns):
+        for branch, inner in self._routed(self._with_mounts_below(patterns)):
             texts.append(_with_paths_of(branch, branch.filesystem.show(inner)))
             self.budget.spend(size=len(texts[-1]))
         return "".join(texts)
@@ -129,11 +159,13 @@ class Tree:
 
     def remove(self, patterns: Sequence[str]) -> list[Change]:
         """Remove what *patterns* match, a link itself; return what is gone."""
-        return self._changes((branch, branch.filesystem.remove(inner)) for branch, inner in self._routed(patterns))
+        routed = self._routed(self._with_mounts_below(patterns))
+        return self._changes((branch, branch.filesystem.remove(inner)) for branch, inner in routed)
 
     def truncate(self, patterns: Sequence[str]) -> list[Change]:
         """Empty the regular files that *patterns* match, and those below directories; return what is gone."""
-        return self._changes((branch, branch.filesystem.truncate(inner)) for branch, inner in self._routed(patterns))
+        routed = self._routed(self._with_mounts_below(patterns))
+        return self._changes((branch, branch.filesystem.truncate(inner)) for branch, inner in routed)
 
     def _changes(self, gone: Iterable[tuple[Branch, list[Change]]]) -> list[Change]:
         changes = []
@@ -181,7 +213,44 @@ class Tree:
 
     def _branch_of(self, pattern: str) -> Branch:
         directory = pattern.rpartition("/")[0]
-        return next(branch for branch in self.branches if branch.has(directory))
+        branch = next(branch for branch in self.branches if branch.has(directory))
+        for place in self.unreached:
+            deeper = len(place.point) > len(branch.point)
+            if place.point == pattern or (deeper and place.has(directory)):
+                raise place.error
+        return branch
+
+    def _with_mounts_below(self, patterns: Sequence[str]) -> list[str]:
+        """Return *patterns*, and those for what is mounted in the directories that they match."""
+        found = list(patterns)
+        places: list[Branch | Unreached] = [*self.branches, *self.unreached]
+        for place in places:
+            parts = place.point.split("/")
+            for pattern in patterns:
+                parent, _, name = pattern.rpartition("/")
+                level = pattern.count("/")
+                inside = len(parts) > level and "/".join(parts[:level]) == parent
+                if place.point and inside and fnmatch.fnmatchcase(parts[level], name):
+                    found.append(f"{place.point}/*")
+                    break
+        return list(dict.fromkeys(found))
+
+    def delete_snapshots(self) -> None:
+        """Remove *snapshots*, with what the program that made one knows of it."""
+        for filesystem in self.filesystems:
+            paths = [snapshot.path for snapshot in self.snapshots if snapshot.filesystem is filesystem]
+            if not paths:
+                continue
+            # Those that lie in others come first.
+            filesystem.delete_subvolumes(sorted(paths, key=lambda path: path.count("/"), reverse=True))
+            left = [subvolume.path for subvolume in filesystem.subvolumes if subvolume.path not in paths]
+            directories = [
+                directory
+                for directory in dict.fromkeys(path.rpartition("/")[0] for path in paths)
+                if _OF_SNAPSHOT.fullmatch(directory) and not any(path.startswith(f"{directory}/") for path in left)
+            ]
+            if directories:
+                filesystem.remove(directories)
 
 
 def _with_paths_of(branch: Branch, text: str) -> str:
@@ -189,84 +258,3 @@ def _with_paths_of(branch: Branch, text: str) -> str:
     if not branch.top and not branch.point:
         return text
     return re.sub(r"^==> /(.*) <==$", lambda match: f"==> /{branch.outer(match[1])} <==", text, flags=re.MULTILINE)
-
-
-def assemble(
-    filesystems: Sequence[Filesystem],
-    volumes: Sequence[Volume],
-    failures: Mapping[str, BuildError],
-    logical: LogicalVolumes | None = None,
-) -> Tree:
-    """Return the system on *filesystems*: the root is found by what is in it, the rest by its fstab.
-
-    *failures* are the reasons why filesystems are not mounted, by the names of their *volumes*: one of
-    them is raised if the system needs that filesystem.  NoSystemError if there is no root.
-    """
-    root = _find_root(filesystems)
-    if root is None:
-        candidates = [volume.name for volume in volumes if volume.filesystem in layout.ROOT_FILESYSTEMS]
-        raise next((failures[name] for name in candidates if name in failures), None) or layout.no_root(volumes)
-    branches = {"": root}
-    _say(root)
-    mounted = {filesystem.volume.name: filesystem for filesystem in filesystems}
-    for entry in fstab.parse(_text_of_fstab(root)):
-        # The root is the one that was found.
-        if not entry.point:
-            continue
-        volume = fstab.find(entry.spec, volumes)
-        if volume is None:
-            if entry.is_of_this_disk():
-                logger.warning("The disk has no %s, which its fstab names for %s.", *_quoted(entry.spec, entry.point))
-            continue
-        if volume.name not in mounted:
-            # No installer writes its logs to a filesystem that is not Linux's own.
-            if volume.name in failures and volume.filesystem in layout.ROOT_FILESYSTEMS:
-                raise failures[volume.name]
-            continue
-        top = _top_of(entry, mounted[volume.name])
-        if top is None:
-            logger.warning("The subvolume that fstab names for %s is not looked into.", *_quoted(entry.point))
-            continue
-        branches[entry.point] = Branch(mounted[volume.name], top, entry.point)
-        _say(branches[entry.point])
-    deepest_first = sorted(branches.values(), key=lambda branch: len(branch.point), reverse=True)
-    return Tree(tuple(deepest_first), tuple(filesystems), tuple(volumes), logical)
-
-
-def _find_root(filesystems: Iterable[Filesystem]) -> Branch | None:
-    """Return the largest filesystem that is a root, None if there is none."""
-    candidates = [found for found in filesystems if found.volume.filesystem in layout.ROOT_FILESYSTEMS]
-    for filesystem in sorted(candidates, key=lambda found: found.volume.size, reverse=True):
-        for top in filesystem.tops:
-            branch = Branch(filesystem, top, "")
-            if any(filesystem.has(branch.inner(mark)) for mark in layout.ROOT_MARKS):
-                return branch
-    return None
-
-
-def _text_of_fstab(root: Branch) -> str:
-    # Its first line is the heading.  The text is not the whole one of a fstab that is too long.
-    return root.filesystem.show([root.inner("etc/fstab")]).partition("\n")[2]
-
-
-def _top_of(entry: fstab.Entry, filesystem: Filesystem) -> str | None:
-    """Return the directory of *filesystem* that *entry* mounts, None if it can't be told."""
-    if filesystem.volume.filesystem != "btrfs":
-        return ""
-    subvolume, number = entry.option("subvol"), entry.option("subvolid")
-    if subvolume is None and number is None:
-        return filesystem.tops[0]
-    top = "" if subvolume is None else subvolume.strip("/")
-    # The number of the top itself.
-    return top if is_top(top) and (subvolume is not None or number in ("0", "5")) else None
-
-
-def _say(branch: Branch) -> None:
-    [point] = _quoted(branch.point)
-    volume = branch.filesystem.volume
-    subvolume = f", subvolume {branch.top}" if branch.top else ""
-    logger.info("/%s is on %s (%s%s).", point, volume.name, volume.filesystem, subvolume)
-
-
-def _quoted(*texts: str) -> list[str]:
-    return [text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..." for text in texts]

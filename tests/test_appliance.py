@@ -319,7 +319,7 @@ def test_logical_volumes_are_not_for_loop(tmp_path: Path) -> None:
 def test_logical_volumes_without_guestfish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
     """Where auto has chosen loop, guestfs is taken; the error says what that needs."""
     build = make_build(tmp_path / "build", "loop")
-    build = dataclasses.replace(build, plan=dataclasses.replace(build.plan, guestfs_for_lvm=True))
+    build = dataclasses.replace(build, plan=dataclasses.replace(build.plan, guestfs_allowed=True))
     disk = lvm_disk(build)
     if lacking == "kernel":
         monkeypatch.setattr(appliance, "BOOT", tmp_path)

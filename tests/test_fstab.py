@@ -69,8 +69,8 @@ def test_options() -> None:
         ("UUID=1 /var", []),
         ("UUID=1", []),
         ("#UUID=1 /var ext4", []),
-        ("/var /mnt none bind", []),
-        ("/var /mnt none rw,rbind", []),
+        ("/var /mnt none bind", ["mnt"]),
+        ("/../var /mnt none rw,rbind", ["mnt"]),
         ("UUID=1\u00a0/var\u2028ext4 x", []),
         ("UUID=1 /" + "x" * 5000 + " ext4", []),
         ("\0\0\0 \0 \0", []),
@@ -124,6 +124,8 @@ def test_garbage(seed: int) -> None:
         ("UUID=1234-abcd", "partition 1"),
         ('UUID="0A3407DE-014B"', "partition 2"),
         ("LABEL=EFI SYSTEM", "partition 1"),
+        ("UUID='0A3407DE-014B'", "partition 2"),
+        ("UUID='0A3407DE-014B\"", None),
         ('LABEL=a"b', "partition 2"),
         ("LABEL=efi system", None),
         ("PARTUUID=aaaa-02", "partition 2"),
@@ -144,6 +146,10 @@ def test_garbage(seed: int) -> None:
         ("/dev/disk/by-partlabel/EFI\\x20System\\x20Partition", "partition 1"),
         ("/dev/disk/by-path/pci-0000:04:00.0-part2", "partition 2"),
         ("/dev/disk/by-id/virtio-x-part5", "partition 5"),
+        ("/dev/disk/by-dname/vda-part5", "partition 5"),
+        ("/dev/disk/by-path/pci-0000:04:00.0-part/by-partnum/2", "partition 2"),
+        ("/dev/disk/by-path/pci-0000:04:00.0-part/by-uuid/1234-ABCD", "partition 1"),
+        ("/dev/disk/by-id/dm-name-vg-root--a", "/dev/vg/root-a"),
         ("/dev/disk/by-id/virtio-x", None),
         ("/dev/mapper/debian--vg-var", "/dev/debian-vg/var"),
         ("/dev/debian-vg/var", "/dev/debian-vg/var"),
@@ -171,6 +177,8 @@ def test_specs(spec: str, name: str | None) -> None:
         ("/dev/sdb1 /srv auto nofail", True),
         ("LABEL=data /srv xfs", True),
         ("UUID=1 /srv ext4 defaults,noauto", False),
+        ("UUID=1 /srv jfs", True),
+        ("UUID=1 /srv f2fs x-systemd.automount", True),
         ("UUID=1 /srv nfs", False),
         ("server:/export /srv nfs defaults", False),
         ("//server/share /srv cifs guest", False),
@@ -185,3 +193,76 @@ def test_specs(spec: str, name: str | None) -> None:
 def test_what_should_be_on_the_disk(line: str, expected: bool) -> None:
     [entry] = fstab.parse(line)
     assert entry.is_of_this_disk() is expected
+
+
+def test_copies_have_the_same_uuid() -> None:
+    """A snapshot is meant only where nothing else is."""
+    snapshot = Volume("/dev/vg/before", 1, "ext4", "00ff", origin="root")
+    whole, other = (Volume(f"/dev/vg/{name}", 1, "ext4", "00ff") for name in ("root", "var"))
+    assert fstab.find_all("UUID=00FF", [snapshot, whole, other]) == [whole, other]
+    assert fstab.find("UUID=00FF", [snapshot, whole]) == whole
+    assert fstab.find("UUID=00FF", [snapshot]) == snapshot
+    assert fstab.find("/dev/vg/before", [snapshot, whole]) == snapshot
+
+
+@pytest.mark.parametrize(
+    ("line", "bound"),
+    [
+        ("/srv/var /var none bind", "srv/var"),
+        ("/srv//var/ /var none rw,rbind 0 0", "srv/var"),
+        ("/srv/a\\040b /var none bind", "srv/a b"),
+        ("/ /all none bind", ""),
+        ("/srv/../etc /var none bind", None),
+        ("srv /var none bind", None),
+        ("UUID=1 /var ext4 defaults", None),
+    ],
+)
+def test_what_is_seen_twice(line: str, bound: str | None) -> None:
+    [entry] = fstab.parse(line)
+    assert entry.bound == bound
+
+
+@pytest.mark.parametrize(
+    ("line", "is_file"),
+    [
+        ("/srv/disk.img /var ext4 loop", True),
+        ("/srv/disk.img /var auto", True),
+        ("/dev/vda1 /var ext4", False),
+        ("//server/share /var cifs", False),
+        ("/srv/a:/srv/b /var fuse.mergerfs", False),
+        ("/srv/var /var none bind", False),
+        ("LABEL=/ /var ext4", False),
+    ],
+)
+def test_files_with_a_filesystem(line: str, is_file: bool) -> None:
+    [entry] = fstab.parse(line)
+    assert entry.file is is_file
+
+
+UNIT = """\
+[Unit]
+Where=/not/this/one
+
+[Mount]
+# What=/dev/sdb1
+What = /dev/disk/by-label/my\\x20data
+Where=/var/lib/a\\
+Type=ext4
+Options=noatime,nofail
+"""
+
+
+def test_units_of_systemd() -> None:
+    expected = Entry("/dev/disk/by-label/my data", "var/lib/a", "ext4", ("noatime", "nofail"))
+    assert fstab.parse_unit(UNIT.replace("a\\\n", "a\n")) == expected
+    assert fstab.parse_unit("[Mount]\nWhat=/srv/var\nWhere=/var\nOptions=bind\n") == Entry(
+        "/srv/var", "var", "auto", ("bind",)
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[Mount]\nWhere=/var\n", "[Mount]\nWhat=/dev/vda1\nWhere=../x\n", "What=x\nWhere=/var\n", "\0[[=\n" * 9000],
+)
+def test_units_that_mount_nothing(text: str) -> None:
+    assert fstab.parse_unit(text) is None

@@ -182,7 +182,8 @@ def test_each_operation_says_what_it_has_removed(done: Done) -> None:
         planted = [leftover for leftover in LEFTOVERS if leftover.operation == told.name]
         assert f"Sealing: {told.name}: " in done.log
         assert told.files + told.changed >= len([left for left in planted if left.renamed is None]), told
-        assert f"Sealing: {told.name}: nothing" not in done.log
+        # Those of btrfs are in test_assembly_mounted.
+        assert (f"Sealing: {told.name}: nothing" in done.log) is (told.name == "snapshots")
     [keys] = [told for told in done.told if told.name == "ssh-host-keys"]
     size = sum(len(left.content) for left in LEFTOVERS if left.operation == "ssh-host-keys")
     assert keys == events.Sealed("ssh-host-keys", 5, size, 0)
@@ -197,7 +198,8 @@ def test_no_secret_is_in_the_log(done: Done) -> None:
 
 
 def test_leftovers_are_of_all_operations() -> None:
-    assert {leftover.operation for leftover in LEFTOVERS} == {operation.name for operation in seal.OPERATIONS}
+    operations = {operation.name for operation in seal.OPERATIONS} - {"snapshots"}
+    assert {leftover.operation for leftover in LEFTOVERS} == operations
     assert len(LEFTOVERS) >= 40
     paths = [leftover.path for leftover in (*LEFTOVERS, *SURVIVORS)]
     assert len(paths) == len(set(paths))

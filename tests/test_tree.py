@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from image_factory import clean, seal, tree
+from image_factory import assembly, clean, seal, tree
 from image_factory.errors import BuildError, NoSystemError
-from image_factory.model import Change, Entry, Partition, Volume
+from image_factory.model import Change, Entry, Partition, Subvolume, Volume
 
 
 @dataclass
@@ -18,8 +18,9 @@ class Filesystem:
 
     volume: Volume
     files: dict[str, str]
-    tops: tuple[str, ...] = ("",)
+    subvolumes: tuple[Subvolume, ...] = ()
     removed: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
 
     def has(self, path: str) -> bool:
         return path in self.files
@@ -27,11 +28,18 @@ class Filesystem:
     def show(self, patterns: Sequence[str]) -> str:
         return "".join(f"==> /{path} <==\n{self.files[path]}\n" for path in patterns if path in self.files)
 
+    def matching(self, pattern: str) -> list[str]:
+        """Return what *pattern* matches of the files, and of the directories that they are in."""
+        every = {"/".join(path.split("/")[:end]) for path in self.files for end in range(1, path.count("/") + 2)}
+        return sorted(path for path in every if re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"), path))
+
     def entries(self, patterns: Sequence[str]) -> list[Entry]:
-        return [Entry(path, "file") for path in patterns if path in self.files]
+        found = [path for pattern in patterns for path in self.matching(pattern)]
+        return [Entry(path, "file" if path in self.files else "directory") for path in found]
 
     def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
-        return {path: self.files[path].encode() for path in patterns if path in self.files}
+        found = [path for pattern in patterns for path in self.matching(pattern)]
+        return {path: self.files[path].encode() for path in found if path in self.files}
 
     def write(self, path: str, data: bytes, mode: int) -> None:
         self.files[path] = data.decode()
@@ -54,6 +62,9 @@ class Filesystem:
     def usage(self, top: str) -> dict[str, int]:
         return {".": 1, **{path.split("/")[0]: len(text) for path, text in self.files.items()}}
 
+    def delete_subvolumes(self, paths: Sequence[str]) -> None:
+        self.deleted += paths
+
     def trim(self) -> int | None:
         return None
 
@@ -67,11 +78,17 @@ def volume(number: int, kind: str = "ext4", size: int = 1) -> Volume:
 
 def root(text: str, kind: str = "ext4", top: str = "", **files: str) -> Filesystem:
     inner = f"{top}/" if top else ""
-    return Filesystem(volume(1, kind), {f"{inner}etc/fstab": text, **files}, tuple(dict.fromkeys((top, ""))))
+    return Filesystem(volume(1, kind), {f"{inner}etc/fstab": text, **files}, subvolumes(top) if kind == "btrfs" else ())
+
+
+def subvolumes(*paths: str, **sources: str) -> tuple[Subvolume, ...]:
+    """Return those at *paths*, the default one first, each with its path for UUID; *sources* are those by paths."""
+    found = [Subvolume(256 + number, path, path, sources.get(path)) for number, path in enumerate(paths) if path]
+    return (*found, Subvolume(5, "", "top")) if paths[:1] != ("",) else (Subvolume(5, "", "top"), *found)
 
 
 def assembled(*filesystems: Filesystem) -> tree.Tree:
-    return tree.assemble(filesystems, [found.volume for found in filesystems], {})
+    return assembly.assemble(filesystems, [found.volume for found in filesystems], {})
 
 
 def paths(changes: Sequence[Change]) -> list[str]:
@@ -110,6 +127,7 @@ def test_other_operations_go_to_the_filesystem_of_the_path() -> None:
     found.write("var/lib/new", b"new", 0o644)
     found.write("etc/new", b"new", 0o644)
     found.rename("var/log/x", "z")
+    assert found.read(["var/lib/*"]) == {"var/lib/y": b"1", "var/lib/new": b"new"}
     assert found.truncate(["var/log/z", "etc/new", "etc/none"]) == [Change("var/log/z", 1, 4), Change("etc/new", 1, 3)]
     assert var.files == {"log/z": "", "lib/y": "1", "lib/new": "new"}
     assert top.files["@/etc/new"] == ""
@@ -167,12 +185,8 @@ def test_default_subvolume() -> None:
 @pytest.mark.parametrize(
     ("options", "removed"),
     [
-        ("subvol=../../etc", None),
-        ("subvol=@/../x", None),
-        ("subvol=a*", None),
-        ("subvol=" + "a/" * 20 + "b", None),
-        ("subvol=a b", None),
-        ("subvolid=257", None),
+        ("subvolid=256", "@rootfs/installer"),
+        ("subvolid=257", "@log/installer"),
         ("subvolid=5", "installer"),
         ("subvolid=0", "installer"),
         ("subvolid=257,subvol=@log", "@log/installer"),
@@ -180,17 +194,24 @@ def test_default_subvolume() -> None:
         ("subvol=.snapshots/1/snapshot", ".snapshots/1/snapshot/installer"),
     ],
 )
-def test_names_of_subvolumes(caplog: pytest.LogCaptureFixture, options: str, removed: str | None) -> None:
-    found = root(f"UUID=u1 /var/log btrfs {options.replace(' ', chr(92) + '040')}\n", "btrfs", "@rootfs")
+def test_names_of_subvolumes(options: str, removed: str) -> None:
+    found = root(f"UUID=u1 /var/log btrfs {options}\n", "btrfs", "@rootfs")
+    found.subvolumes = subvolumes("@rootfs", "@log")
     assembled(found).remove(["var/log/installer"])
-    assert found.removed == [removed or "@rootfs/var/log/installer"]
-    assert ("The subvolume that fstab names for var/log is not looked into." in caplog.text) is (removed is None)
+    assert found.removed == [removed]
 
 
-def test_largest_root_is_taken() -> None:
-    small, large = root(""), Filesystem(volume(2, size=2), {"usr/lib/os-release": ""})
-    esp = Filesystem(volume(3, "vfat", size=3), {"etc/fstab": ""})
-    assert assembled(small, large, esp).root.filesystem is large
+@pytest.mark.parametrize(
+    "options", ["subvol=../../etc", "subvol=@/../x", "subvol=a*", f"subvol={'a/' * 20}b", "subvol=a b", "subvolid=999"]
+)
+def test_subvolume_that_can_not_be_looked_into(caplog: pytest.LogCaptureFixture, options: str) -> None:
+    found = root(f"UUID=u1 /var/log btrfs {options.replace(' ', chr(92) + '040')}\n", "btrfs", "@rootfs")
+    system = assembled(found)
+    said = "/var/log can't be looked into: its subvolume of partition 1 is unknown, or has an odd name."
+    assert said in caplog.text
+    with pytest.raises(BuildError, match=re.escape(said)):
+        system.remove(["root/x", "var/log/installer"])
+    assert found.removed == []
 
 
 def test_no_root() -> None:
@@ -198,25 +219,67 @@ def test_no_root() -> None:
         assembled(Filesystem(volume(1), {}))
 
 
+@pytest.mark.parametrize(
+    ("points", "pattern", "removed"),
+    [
+        (["var/log/audit"], "var/log/*", ["*"]),
+        (["var/log/audit"], "var/log/audit", ["*"]),
+        (["var/log/audit"], "var/log/aud*", ["*"]),
+        (["var/log/apt/old"], "var/log/*", ["*"]),
+        (["var/log/audit"], "var/log/audit/*", ["*"]),
+        (["var/log/audit"], "var/log/a", []),
+        (["var/log"], "var/log/*", ["*"]),
+        (["var/log"], "var/log/x", ["x"]),
+        (["srv"], "var/*", []),
+    ],
+)
+def test_what_is_mounted_below_what_matches(points: list[str], pattern: str, removed: list[str]) -> None:
+    """A directory and all that is in it are meant, on whatever filesystem."""
+    whole = root("".join(f"UUID=u2 /{point} ext4\n" for point in points))
+    below = Filesystem(volume(2), {})
+    assembled(whole, below).remove([pattern])
+    assert below.removed == removed
+
+
+def test_snapshots_are_removed_with_what_their_program_has_of_them() -> None:
+    found = root("", "btrfs", "@")
+    paths = {
+        "@/.snapshots/1/snapshot": True,
+        "@/.snapshots/2/snapshot": True,
+        "@/.snapshots/2/more": False,
+        "timeshift-btrfs/snapshots/2026-01-31_00-00-01/@": True,
+        "timeshift-btrfs/snapshots/2026-01-31_00-00-01/@home": True,
+        "by-hand": True,
+        "by-hand/inner": True,
+    }
+    found.subvolumes = subvolumes("@", *paths)
+    gone = tuple(tree.Snapshot(found, path) for path, goes in paths.items() if goes)
+    assert gone[0].name == "subvolume @/.snapshots/1/snapshot of partition 1"
+    tree.Tree((tree.Branch(found, "@", ""),), (found,), (), snapshots=gone).delete_snapshots()
+    assert set(found.deleted) == {path for path, goes in paths.items() if goes}
+    assert found.deleted.index("by-hand/inner") < found.deleted.index("by-hand")
+    assert found.removed == ["@/.snapshots/1", "timeshift-btrfs/snapshots/2026-01-31_00-00-01"]
+
+
 def test_why_there_may_be_no_root() -> None:
     """The one that could not be mounted may have been it."""
     reason = BuildError("partition 2 can't be mounted")
     with pytest.raises(BuildError, match=r"^partition 2 can't be mounted$"):
-        tree.assemble([Filesystem(volume(1), {})], [volume(1), volume(2)], {"partition 2": reason})
+        assembly.assemble([Filesystem(volume(1), {})], [volume(1), volume(2)], {"partition 2": reason})
 
 
 def test_esp_that_is_not_mounted_is_no_reason() -> None:
     with pytest.raises(NoSystemError, match="The disk has no root filesystem, only partition 1"):
-        tree.assemble([], [volume(1, "vfat")], {"partition 1": BuildError("no FAT here")})
+        assembly.assemble([], [volume(1, "vfat")], {"partition 1": BuildError("no FAT here")})
 
 
 def test_filesystem_that_is_needed_and_not_mounted() -> None:
     failures = {"partition 2": BuildError("no var"), "partition 3": BuildError("no ESP")}
     volumes = [volume(1), volume(2), volume(3, "vfat"), volume(4, "ntfs")]
     others = "UUID=u3 /boot/efi vfat\nUUID=u4 /win ntfs\n"
-    assert len(tree.assemble([root(others)], volumes, failures).branches) == 1
+    assert len(assembly.assemble([root(others)], volumes, failures).branches) == 1
     with pytest.raises(BuildError, match="no var"):
-        tree.assemble([root(others + "UUID=u2 /var ext4\n")], volumes, failures)
+        assembly.assemble([root(others + "UUID=u2 /var ext4\n")], volumes, failures)
 
 
 def test_what_is_not_there_is_said_in_one_short_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -231,7 +294,7 @@ def test_what_is_not_there_is_said_in_one_short_line(caplog: pytest.LogCaptureFi
 
 def test_last_line_wins_and_the_root_is_the_one_that_was_found() -> None:
     top, other, third = (
-        root("UUID=u2 / ext4\nUUID=u2 /var ext4\nUUID=u3 /var ext4\n"),
+        root("UUID=u9 / ext4\nUUID=u2 /var ext4\nUUID=u3 /var ext4\n"),
         *(Filesystem(volume(number), {}) for number in (2, 3)),
     )
     found = assembled(top, other, third)

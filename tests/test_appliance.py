@@ -15,7 +15,7 @@ from typing import cast
 
 import pytest
 
-from image_factory import appliance, interrupts, inventory, mounts, pipeline
+from image_factory import appliance, interrupts, inventory, loop, mounts, pipeline
 from image_factory.command import Conversation
 from image_factory.errors import BuildError, CommandError, ConfigurationError, Interrupted, NoSystemError
 from image_factory.model import Build, Disk, Partition, Plan, Volume
@@ -330,6 +330,38 @@ def test_logical_volumes_without_guestfish(tmp_path: Path, monkeypatch: pytest.M
     assert raised.value.exit_status == 1
     assert raised.value.message.startswith("The disk has LVM on partition 1, which only guestfish can reach: ")
     assert "apt-get install guestfish linux-image-cloud-amd64" in (raised.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "modules", "allowed", "way"),
+    [
+        ("nodev\tproc\n\text4\n", "", True, appliance),
+        (
+            "nodev\tproc\n\text4\n",
+            "kernel/fs/fat/fat.ko:\nkernel/fs/fat/msdos.ko: kernel/fs/fat/fat.ko\n",
+            True,
+            appliance,
+        ),
+        ("nodev\tproc\n\text4\n", "", False, loop),
+        ("nodev\tproc\n\text4\n\tvfat\n", "", True, loop),
+        ("\text4\n", "kernel/fs/fat/vfat.ko.xz: kernel/fs/fat/fat.ko.xz\n", True, loop),
+    ],
+)
+def test_filesystem_that_the_kernel_can_not_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, modules: str, allowed: bool, way: mounts.Way
+) -> None:
+    """Where auto has chosen loop, guestfs is taken if there is no driver, nor a module of one."""
+    (tmp_path / "filesystems").write_text(kernel)
+    (tmp_path / os.uname().release).mkdir()
+    (tmp_path / os.uname().release / "modules.dep").write_text(modules)
+    monkeypatch.setattr(loop, "FILESYSTEMS", tmp_path / "filesystems")
+    monkeypatch.setattr(loop, "MODULES", tmp_path)
+    plan = dataclasses.replace(make_build(tmp_path / "build", "loop").plan, guestfs_allowed=allowed)
+    volumes = [Volume("partition 1", 1, "vfat"), Volume("partition 2", 1, "ext3"), Volume("partition 3", 1, "jfs")]
+    assert mounts._way_to(volumes, plan) is way
+    assert mounts._way_to(volumes[1:], plan) is loop
+    monkeypatch.setattr(appliance, "_ARGV", ["guestfish-that-is-not-there"])
+    assert mounts._way_to(volumes, plan) is loop
 
 
 @pytest.mark.parametrize(("table", "fits"), [("start=1MiB", True), ("size=4MiB\nsize=4MiB", False)])

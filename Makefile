@@ -10,7 +10,13 @@ TARBALL := image-factory-$(VERSION).tar.xz
 PACKAGE := $(DESTDIR)$(PREFIX)/share/image-factory
 COMPLETIONS := $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 
+# What a program that is missing was to write is not there.
+.DELETE_ON_ERROR:
+
 all: doc $(COMPLETION)
+
+# $(call need,PROGRAM,PACKAGE) says what to install for targets that install nothing themselves.
+need = @command -v $(1) >/dev/null || { echo 'make: $(1) is missing: apt-get install $(2)' >&2; exit 1; }
 
 # Install the Debian packages that a target needs; nothing happens where they are there.
 packages-%:
@@ -62,9 +68,11 @@ acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid: packages-
 doc: $(MANUALS)
 
 %.1: %.1.md image_factory/__init__.py
+	$(call need,pandoc,pandoc)
 	pandoc --standalone --to man --variable footer="image-factory $(VERSION)" $< --output $@
 
 $(COMPLETION):
+	$(call need,register-python-argcomplete,python3-argcomplete)
 	register-python-argcomplete image-factory > $@
 
 install: doc $(COMPLETION)
@@ -81,10 +89,15 @@ dist: $(TARBALL)
 
 # What is committed, with the times of the commit: made twice, it is the same.
 $(TARBALL): .FORCE
-	git archive --format tar --prefix image-factory-$(VERSION)/ HEAD | xz -9 > $@
+	$(call need,git,git)
+	$(call need,xz,xz-utils)
+	@# Of a pipe, make sees how the last program has ended.
+	git archive --format tar --prefix image-factory-$(VERSION)/ --output $@.new HEAD || { rm -f $@.new; exit 1; }
+	xz -9 < $@.new > $@ && rm $@.new
 
 # The Debian package, in the directory above.
 deb: packages-deb
+	@[ -w .. ] || { echo "make: the package's directory $$(dirname "$$PWD") is not writable" >&2; exit 1; }
 	dpkg-buildpackage --unsigned-source --unsigned-changes
 
 # The package on Debian 12 and 13, in chroots: built, checked by lintian, used by autopkgtest and piuparts.

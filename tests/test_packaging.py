@@ -1,7 +1,9 @@
 """The ways to install the program, and its release."""
 
+import ast
 import os
 import re
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -92,3 +94,87 @@ def test_python_is_debians() -> None:
     """pyparted and libvirt's tools are of Debian's Python, whatever comes first on PATH."""
     assert sys.version_info >= (3, 11)
     assert (REPOSITORY / "image-factory").read_text().startswith("#!/usr/bin/python3\n")
+
+
+def modules(script: Path) -> dict[Path, set[str]]:
+    """Return the Python files of this repository that *script* is made of, each with what it imports."""
+    found: dict[Path, set[str]] = {}
+    new = [script, *([REPOSITORY / "tests/conftest.py"] if script.suffix else [])]
+    while new:
+        path = new.pop()
+        if path in found:
+            continue
+        found[path] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                above = ".".join(path.relative_to(REPOSITORY).parent.parts[: -node.level + 1 or None])
+                base = ".".join(filter(None, (above if node.level else "", node.module)))
+                names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            for name in names:
+                file = REPOSITORY / name.replace(".", "/")
+                own = [file.with_suffix(".py"), file / "__init__.py"]
+                new += [path for path in own if path.is_file()]
+                found[path].add(name.partition(".")[0])
+    return found
+
+
+def packages(target: str, directory: Path) -> set[str]:
+    """Return the packages that *target* of the Makefile installs where they are missing."""
+    for name in ("dpkg-query", "apt-cache"):
+        (directory / name).write_text(f'#!/bin/sh\neval echo \\"\\$$#\\" >>{directory}/asked\necho -n installed\n')
+        (directory / name).chmod(0o755)
+    run(REPOSITORY / "tests/install-packages", target, env={"PATH": f"{directory}:/usr/bin:/bin"})
+    return set((directory / "asked").read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("target", "script", "least"),
+    [
+        ("demo", "tests/demo", 1),
+        ("demo", "image-factory", 3),
+        ("bench", "tests/bench", 3),
+        ("bench", "tests/bench_fleet.py", 2),
+    ],
+)
+def test_target_installs_what_its_scripts_import(target: str, script: str, least: int, tmp_path: Path) -> None:
+    """Only those of Debian's packages count that the target names, not what this machine happens to have."""
+    imported = (
+        set().union(*modules(REPOSITORY / script).values()) - sys.stdlib_module_names - {"image_factory", "tests"}
+    )
+    wanted = {f"python3-{name.removeprefix('_ped') or 'parted'}" for name in imported}
+    assert len(wanted) >= least
+    assert wanted - packages(target, tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("target", "missing", "package"),
+    [
+        ("doc", "pandoc", "pandoc"),
+        ("all", "register-python-argcomplete", "python3-argcomplete"),
+        ("dist", "git", "git"),
+        ("dist", "xz", "xz-utils"),
+    ],
+)
+def test_missing_program(copy: Path, tmp_path: Path, target: str, missing: str, package: str) -> None:
+    """It is named with its package; and nothing half is left, which make would take for made the next time."""
+    fresh = tmp_path / "fresh"
+    shutil.copytree(copy, fresh, ignore=shutil.ignore_patterns("*.tar.xz"))
+    for made in (*fresh.glob("*.1"), *fresh.glob("*.bash-completion")):
+        made.unlink()
+    for program in ("sed", "sh", "pandoc", "git", "xz", "echo", "rm"):
+        if program != missing:
+            (tmp_path / program).symlink_to(f"/usr/bin/{program}")
+    done = run("/usr/bin/make", "-C", fresh, target, check=False, env={"PATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert f"make: {missing} is missing: apt-get install {package}\n" in done.stderr
+    assert not [*fresh.glob("*.bash-completion"), *fresh.glob("*.tar.xz*")]
+
+
+def test_release_of_no_repository(copy: Path, tmp_path: Path) -> None:
+    """What git refuses makes no empty release."""
+    fresh = tmp_path / "fresh"
+    shutil.copytree(copy, fresh, ignore=shutil.ignore_patterns(".git", "*.tar.xz"))
+    done = run("make", "-C", fresh, "dist", check=False)
+    assert done.returncode == 2
+    assert not [*fresh.glob("*.tar*")]

@@ -17,7 +17,15 @@ pytestmark = pytest.mark.usefixtures("machine")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "tests/data"
-ANSWER_FILES = ("debian server.d/bullseye.cfg", "ubuntu-server.cfg", "fedora-server.ks", "opensuse.xml")
+_PRESEED = "d-i debian-installer/exit/poweroff boolean true\n"
+ANSWER_FILES = {
+    "debian server.d/bullseye.cfg": _PRESEED,
+    "ubuntu-server.cfg": _PRESEED,
+    "fedora-server.ks": "poweroff\n",
+    "opensuse.xml": (
+        "<profile><general><mode><confirm>false</confirm><final_halt>true</final_halt></mode></general></profile>\n"
+    ),
+}
 IMAGES = ["Debian-11-server", "Ubuntu-20.04-server", "Fedora-36-server", "openSUSE-15.4-server"]
 
 
@@ -33,10 +41,10 @@ def configuration() -> Iterator[Path]:
         path = directory / "image-factory.conf"
         text = (DATA / "image-factory-1.0.2.conf").read_text()
         path.write_text(text.replace("@HERE@", str(directory)))
-        for name in ANSWER_FILES:
+        for name, answers in ANSWER_FILES.items():
             answer = directory / "answers" / name
             answer.parent.mkdir(parents=True, exist_ok=True)
-            answer.write_text("# an answer file\n")
+            answer.write_text(answers)
         yield path
 
 

@@ -146,7 +146,8 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
     described = {f"{path}/{name}" for path, schema in objects(SCHEMA) for name in schema.get("properties", {})}
     assert described == {path for path in properties(found) if not re.match("/(settings|programs)/", path)}
     assert "s3cret" not in text
-    assert found["warnings"] == ["red tape"]
+    unused = "[x] sizee: nothing uses this key. Remove it, or name it in a value: ${sizee}."
+    assert found["warnings"] == [unused, "red tape"]
     origin = "https://example.com:8443/linux"
     assert found["inputs"][-1] == {"key": "linux", "origin": origin, "sha256": None, "verified_by": "linux-sha256"}
     (boot,) = found["test_boots"]

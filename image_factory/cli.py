@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 def _say(text: str, what: str = "The output") -> None:
     """Write *text*, which is *what*, to stdout now; BuildError if that can't be, OSError if its reader has gone."""
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(log.masked(text))
         sys.stdout.flush()
     except BrokenPipeError:
         raise

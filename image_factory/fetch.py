@@ -25,7 +25,7 @@ import httplib2
 
 from . import command, events, interrupts, locks, scratch, trust
 from .errors import BuildError, CommandError, ConfigurationError, CrashError
-from .log import logger, waiting
+from .log import logger, masked, waiting
 from .settings import Source
 from .units import format_size
 
@@ -263,7 +263,7 @@ def _verified_path(target: Path) -> Path:
 
 def _remember_verified(uri: str, target: Path, expected: Expected) -> None:
     """Write down what *target* is known to be, for builds without a network."""
-    known = {"uri": uri, "checksum": expected.checksum, "by": expected.by}
+    known = {"uri": masked(uri), "checksum": expected.checksum, "by": expected.by}
     write_whole(_verified_path(target), json.dumps(known).encode())
 
 
@@ -289,7 +289,7 @@ def known_verified(target: Path, uris: Sequence[str]) -> str | None:
     try:
         known = _note(_verified_path(target))
         expected = Expected(str(known["checksum"]), "", str(known["by"]))
-        return expected.by if known["uri"] in uris and expected.is_that_of(target) else None
+        return expected.by if known["uri"] in map(masked, uris) and expected.is_that_of(target) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -556,7 +556,7 @@ def _known_validators(uri: str, target: Path) -> dict[str, str]:
     """Return the request headers that ask whether *target* is still what is at *uri*."""
     try:
         known = _note(_validators_path(target))
-        if trust.own(target) and known["uri"] == uri and known["size"] == target.stat().st_size:
+        if trust.own(target) and known["uri"] == masked(uri) and known["size"] == target.stat().st_size:
             headers: dict[str, str] = known["headers"]
             return headers
     except (OSError, ValueError, KeyError, TypeError):
@@ -575,7 +575,10 @@ def _remember_validators(uri: str, target: Path, answer: _Answer) -> None:
 
 
 def _write_validators(uri: str, target: Path, headers: dict[str, str]) -> None:
-    known = {"uri": uri, "size": target.stat().st_size, "headers": headers}
+    if "?" in uri:
+        # It may be another file's next time, and the note has no secrets to tell that by.
+        return
+    known = {"uri": masked(uri), "size": target.stat().st_size, "headers": headers}
     with _new_file(_validators_path(target)) as file:
         file.write(json.dumps(known).encode())
 

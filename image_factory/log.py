@@ -23,13 +23,46 @@ _ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]?|\][^\x07\x1b]*(?:\x0
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def printable(text: str) -> str:
-    """Return *text* without terminal escape sequences and with other control characters as ``?``.
+# What is secret of a URI: its login, of which the user's name is none but to web servers, and the values of its query.
+# A password with a slash makes no URI, but an error message.
+_LOGIN = re.compile(
+    r"(?i)\b(?P<scheme>[a-z][a-z0-9+.-]*)://"
+    r"(?P<login>[^\s/?#\\'\"<>]*|[^\s/:@]*:(?![0-9]*(?:[/?#]|$))[^\s\\'\"<>]*)@"
+)
+_QUERY = re.compile(r"(?i)\b(?P<uri>[a-z][a-z0-9+.-]*://[^\s?\\'\"<>]*\?)(?P<query>[^\s\\'\"<>]*[^\s\\'\"<>.,:;)])")
+_VALUE = re.compile(r"(?P<key>[^&=#;]*=)?[^&#;]+")
+# The same where a part of a URI stands alone, and in arguments of programs.
+_SECRETS = (
+    re.compile(r"(?i)([?&][\w.-]*(?:auth|credential|key|password|secret|sig|signature|token)=)[^\s&#\\'\"]+"),
+    re.compile(r"(?i)((?:password|passwd|passphrase|token|secret)=)[^\s&,;\\'\"]+"),
+    re.compile(r"(?i)(authorization: *\w+ +)[^\s\\'\"]+"),
+    re.compile(r"(\bsshpass +-p *)(?:\"[^\"]*\"|\\?'[^']*'|\S+)"),
+)
+_MASK = "***"
 
-    Newlines and tabs stay.  What a guest or a program prints reaches a user's terminal only
-    through this.
+
+def masked(text: str) -> str:
+    """Return *text* with ``***`` for the passwords and tokens of URIs and of programs' arguments."""
+    text = _LOGIN.sub(_masked_login, text)
+    text = _QUERY.sub(lambda match: match["uri"] + _VALUE.sub(rf"\g<key>{_MASK}", match["query"]), text)
+    for pattern in _SECRETS:
+        text = pattern.sub(rf"\g<1>{_MASK}", text)
+    return text
+
+
+def _masked_login(match: re.Match[str]) -> str:
+    user, colon, _ = match["login"].partition(":")
+    if match["scheme"].lower() in ("http", "https"):
+        return f"{match['scheme']}://{_MASK}@"
+    return f"{match['scheme']}://{user}{colon}{_MASK if colon else ''}@"
+
+
+def printable(text: str) -> str:
+    """Return *text* without secrets of URIs and terminal escape sequences, and with other control characters as ``?``.
+
+    Newlines and tabs stay.  What a guest or a program prints, and what is logged, is shown only through this.
     """
-    return _CONTROL.sub("?", _ESCAPE_SEQUENCE.sub("", text))
+    return masked(_CONTROL.sub("?", _ESCAPE_SEQUENCE.sub("", text)))
 
 
 def drop_output(stream: TextIO) -> None:

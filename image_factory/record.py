@@ -203,7 +203,7 @@ class Record:
             "failure": self._failure,
         }
         # In ASCII no control character reaches a terminal.
-        return json.dumps(_without_surrogates(document), indent=2) + "\n"
+        return json.dumps(_shown(document), indent=2) + "\n"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -311,15 +311,15 @@ def _without_secrets(origin: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def _without_surrogates(value: Any) -> Any:
-    """Return *value* with each byte that was no UTF-8 as ``\\xNN``: not all readers take a lone surrogate."""
+def _shown(value: Any) -> Any:
+    """Return *value* without secrets, and with each byte that was no UTF-8 as ``\\xNN``, as some readers need it."""
     match value:
         case str():
-            return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            return log.masked(value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
         case list():
-            return [_without_surrogates(item) for item in value]
+            return [_shown(item) for item in value]
         case dict():
-            return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+            return {_shown(key): _shown(item) for key, item in value.items()}
     return value
 
 

@@ -232,3 +232,26 @@ def test_observers_of_inner_steps() -> None:
             pass
     assert [step.name for step in inner.ended] == ["b", "a"]
     assert [step.name for step in outer.ended] == ["b", "a", "c"]
+
+
+MASKED = {
+    "At https://me:p@ss@h/x?token=abc&b=c: timed out.": "At https://***@h/x?token=***&b=***: timed out.",
+    "https://token@h/x": "https://***@h/x",
+    "'https://me:pa/ss@h/x' is not accepted": "'https://***@h/x' is not accepted",
+    "rsync rsync://me:s3cret@h/x": "rsync rsync://me:***@h/x",
+    "rsync://me@h/x me@h:x": "rsync://me@h/x me@h:x",
+    "'http://h/x?X-Amz-Signature=1%20a&X-Amz-Date=2' now": "'http://h/x?X-Amz-Signature=***&X-Amz-Date=***' now",
+    "http://h/x?s3cret.": "http://h/x?***.",
+    "InvalidURL: '/a?x=1&token=s3cret b'": "InvalidURL: '/a?x=1&token=*** b'",
+    "-e 'sshpass -p s3cret ssh'": "-e 'sshpass -p *** ssh'",
+    "--password=s3cret --password-file=/etc/p": "--password=*** --password-file=/etc/p",
+    "Authorization: Bearer s3cret": "Authorization: Bearer ***",
+    "http://h:80/a@b http://h/x": "http://h:80/a@b http://h/x",
+}
+
+
+@pytest.mark.parametrize("text", MASKED)
+def test_masked(text: str) -> None:
+    assert log.masked(text) == MASKED[text]
+    assert log.masked(MASKED[text]) == MASKED[text]
+    assert log.printable(text) == MASKED[text]

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from .conftest import User, run
+from .test_fetch import File, Server, server
+
+__all__ = ["server"]
 
 pytestmark = pytest.mark.usefixtures("machine")
 
@@ -194,3 +197,44 @@ def test_copies_are_private(site: Site) -> None:
     found = {re.sub(r"(tmp|virtinst-)\w+", r"\1X", name) for name in files if not name.endswith("vm-name")}
     copies = {"answers/answers.cfg", "tmpX/answers.cfg", "virtinst-X-initrd", "virtinst-X-linux"}
     assert found == {f"600 {name}" for name in {*copies, "disk.raw"}}
+
+
+# Logins and tokens of URIs.
+
+
+def test_uris_are_shown_and_kept_without_their_secrets(site: Site, server: Server) -> None:
+    """Neither by what is printed nor by what is written, whether the download succeeds or fails."""
+    server.script = File(b"no kernel\n")
+    login = f"me:{PASSWORD}@"
+    there = server.uri(f"/netboot/linux?token={PASSWORD}&x=1").replace("//", f"//{login}")
+    missing = f"http://{login}127.0.0.1:1/initrd?X-Amz-Signature={PASSWORD}"
+    site.write(
+        extra=f"linux = {there}\ncache-dir = {site.directory}/cache\nverify = none\n"
+        "upload_destinations = up\nmanifest = yes\n"
+        f"[y]\nbased-on = x\ninitrd = {missing} rsync://{login}127.0.0.1:1/pub/initrd\n"
+        f"[up]\nupload_type = rsync\nupload_target = rsync://{login}127.0.0.1:1/up\n"
+        f"upload_args = --rsh 'sshpass -p {PASSWORD} ssh'\n"
+    )
+    configuration = site.directory / "own.conf"
+    # The second of two keys is an error.
+    configuration.write_text(configuration.read_text().replace("linux = linux\n", ""))
+    program = site.directory / "bin/sshpass"
+    program.parent.mkdir()
+    program.symlink_to("/bin/true")
+    path = f"{program.parent}:/usr/bin:/bin"
+    builds = [("x", "--json=x.json"), ("y", "--json=y.json")]
+    for image, flag in [("x", "--check"), ("x", "--dry-run"), ("x", "--list-json"), *builds]:
+        argv = site.user.argv(
+            site.user.program, image, flag, *(["--log-file", "--debug"] if "json=" in flag else []),
+            IMAGE_FACTORY_CONFIG=str(configuration), PATH=path,
+        )  # fmt: skip
+        done = run(*argv, check=False, cwd=site.directory)
+        assert PASSWORD not in done.stdout + done.stderr
+        assert "Internal error" not in done.stderr
+        assert done.returncode == ("json=" in flag), done.stderr
+    assert "127.0.0.1:1/initrd?X-Amz-Signature=***" in done.stderr
+    assert (site.directory / "cache/x/linux").exists() and (site.directory / "x.json").exists()
+    assert server.requests
+    found = run("grep", "-rlF", "-e", PASSWORD, site.user.home, check=False).stdout.splitlines()
+    assert set(found) == {str(configuration), str(site.answer_file)}
+    configuration.unlink()

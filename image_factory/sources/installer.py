@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import answercheck, answers, arch, command, delivery, events, fetch, guest, turns, verify
 from ..errors import BuildError, ConfigurationError
-from ..log import step
+from ..log import masked, step
 from ..model import Build, Disk, Plan
 from ..settings import ImageSettings, Source
 from ..watch import InstalledError
@@ -182,7 +182,7 @@ def prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
     sources = _sources(settings)
     if settings.installer_image and is_tree(settings.installer_image):
         path = settings.installer_image.path
-        events.tell(events.InputUsed("installer-image", settings.installer_image.uri, None))
+        events.tell(events.InputUsed("installer-image", masked(settings.installer_image.uri), None))
         arguments = "--location", str(path.absolute() if path else settings.installer_image.uri)
         return guest.Media(arguments, arguments), _kernel_of_tree(build, path)
     verifier = verify.Verifier(build.plan)
@@ -203,7 +203,7 @@ def _fetch(key: str, source: Source, verifier: verify.Verifier, own: Path) -> fe
     """Fetch *source*, and make *own* a name of it that no other build touches."""
     found = verifier.fetch(key, source)
     found = dataclasses.replace(found, path=found.path.absolute())
-    events.tell(events.InputUsed(key, found.uri, found.path, found.verified_by))
+    events.tell(events.InputUsed(key, masked(found.uri), found.path, found.verified_by))
     if source.path is None:
         fetch.take(found.path, own)
     else:

@@ -28,6 +28,7 @@ from . import (
     interrupts,
     log,
     manifest,
+    online,
     pipeline,
     record,
     workspace,
@@ -53,10 +54,10 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def _say(text: str, what: str = "The output") -> None:
+def _say(text: str, what: str = "The output", *, masked: bool = True) -> None:
     """Write *text*, which is *what*, to stdout now; BuildError if that can't be, OSError if its reader has gone."""
     try:
-        sys.stdout.write(log.masked(text))
+        sys.stdout.write(log.masked(text) if masked else text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -112,6 +113,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--list-json", action="store_true", help="list the configured images with what is known of them, in JSON"
     )
     parser.add_argument("--check", action="store_true", help="check all that can be known before a build, and stop")
+    parser.add_argument(
+        "--online",
+        action="store_true",
+        help="with --check: ask the servers of downloads, of the guest's mirrors and of uploads whether they serve",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="--check, then print each step with its commands, and stop"
     )
@@ -338,6 +344,8 @@ def _run(argv: Sequence[str]) -> None:
     live = not (arguments.quiet or only_checks or arguments.shell_on_error or images[1:]) and _has_display(sys.stderr)
     # The display stands for what is logged below a warning.
     log.set_up(logging.WARNING if arguments.quiet or (live and not arguments.verbose) else logging.INFO)
+    if arguments.online and not arguments.check:
+        raise ConfigurationError("--online goes with --check.")
     if arguments.cleanup:
         with interrupts.handled(), command.reaping():
             _clean_up(Path(arguments.output_dir or ".").absolute())
@@ -349,7 +357,9 @@ def _run(argv: Sequence[str]) -> None:
         _say(f"{json.dumps(Configuration(os.environ).descriptions(), indent=2)}\n", "The list")
         return
     if arguments.keys and any(images) and not images[1:]:
-        _say(keys_listing(Configuration(os.environ), images[0], _flag_texts(arguments)), "The list")
+        listed = keys_listing(Configuration(os.environ), images[0], _flag_texts(arguments))
+        # What is listed is a configuration, so whole.
+        _say(listed, "The list", masked=False)
         return
     if not any(images):
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
@@ -396,6 +406,8 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
             _print_steps(plan)
         elif arguments.check:
             guest.warn_of_slow_libvirt(plan)
+            if arguments.online:
+                online.check(plan)
             _say(f"{_verdict(plan.image, warnings)}\n")
         else:
             _build(plan, arguments, live=live)
@@ -438,12 +450,26 @@ def _run_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
     if arguments.check:
         with log.noting_warnings(warnings[plans[0].image]):
             guest.warn_of_slow_libvirt(plans[0])
+    if arguments.online:
+        _check_online(plans)
     for plan in plans:
         if arguments.dry_run:
             _say(f"# {plan.image}:\n")
             _print_steps(plan)
         else:
             _say(f"{_verdict(plan.image, warnings[plan.image])}\n")
+
+
+def _check_online(plans: Sequence[Plan]) -> None:
+    """Raise ConfigurationError if servers of one of *plans* don't serve, when all are asked."""
+    failures = []
+    for plan in plans:
+        try:
+            online.check(plan)
+        except ConfigurationError as error:
+            failures.append(error.message)
+    if failures:
+        raise ConfigurationError(" ".join(failures))
 
 
 def _checked_plans(arguments: argparse.Namespace, images: Sequence[str]) -> tuple[list[Plan], dict[str, list[str]]]:

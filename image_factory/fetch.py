@@ -36,6 +36,7 @@ _TIMEOUT_SECONDS = 25.0
 _LEAST_RATE = 4 << 10
 # For the connection to one address of a server.
 _CONNECT_SECONDS = 10.0
+_PROBE_SECONDS = 15.0
 _REDIRECTIONS = 5
 # Servers that break off large answers give parts, and what has come of a part is what is asked for once more.
 _PART_SIZE = 8 << 20
@@ -45,6 +46,7 @@ LIST_SIZE = 16 << 20
 _FILE_SIZE = 2 << 30
 _ISO_SIZE = 64 << 30
 _LONGEST_REASON = 300
+_SAYS = "the server says "
 _LONGEST_NOTE = 64 << 10
 _RSYNC_STATUS_TRANSIENT = (5, 10, 11, 12, 30, 35)  # rsync(1): protocol start, socket, file and stream I/O, timeouts
 
@@ -434,9 +436,10 @@ def _persist(uri: str, attempt: Callable[[], _Result]) -> _Result:
 class _Pace:
     """Whether a download comes fast enough, and is not too large; tells observers how far it is."""
 
-    def __init__(self, uri: str, limit: int) -> None:
+    def __init__(self, uri: str, limit: int, seconds: float | None = None) -> None:
         self._uri = uri
         self._limit = limit
+        self._seconds = seconds or _TIMEOUT_SECONDS
         self._meter = events.Meter()
         self._done = self._mark = 0
         self._since = time.monotonic()
@@ -449,11 +452,11 @@ class _Pace:
             self._meter.at(*message)
         if self._done > self._limit:
             raise _too_large(self._uri, self._limit)
-        if self._done - self._mark >= _LEAST_RATE * _TIMEOUT_SECONDS:
+        if self._done - self._mark >= _LEAST_RATE * self._seconds:
             self._mark, self._since = self._done, now
-        elif now - self._since > _TIMEOUT_SECONDS:
+        elif now - self._since > self._seconds:
             came = self._done - self._mark
-            raise _Transient(f"timed out: {came} bytes came in {_TIMEOUT_SECONDS:.0f} s")
+            raise _Transient(f"timed out: {came} bytes came in {self._seconds:.0f} s")
 
 
 def _too_large(uri: str, limit: int) -> BuildError:
@@ -632,6 +635,39 @@ def _receive(
         raise BuildError(f"Can't fetch {uri}: the process that fetches it {error.message}.") from error
 
 
+@dataclass(frozen=True)
+class Probe:
+    """How a URI is asked for: whether a file is to be there, *any_answer* will do, and no proxy is to be used."""
+
+    is_file: bool = False
+    any_answer: bool = False
+    direct: bool = False
+
+
+def probe(uri: str, how: Probe) -> None:
+    """Raise BuildError unless what is at *uri* is served, which is asked for as a download does, and not fetched."""
+    try:
+        if uri.lower().startswith("rsync:"):
+            _probe_by_rsync(uri)
+            return
+
+        def ask(send: _Send) -> None:
+            with open(os.devnull, "wb") as nothing:
+                _Client(uri, _ISO_SIZE, nothing, send, secure=False).probe(how)
+
+        command.call_watched(ask, _Pace(uri, _ISO_SIZE, _PROBE_SECONDS).watch)
+    except (_Transient, CrashError) as error:
+        raise BuildError(f"Can't fetch {uri}: {error}.") from error
+
+
+def _probe_by_rsync(uri: str) -> None:
+    argv = ["rsync", "--no-motd", "--list-only", f"--contimeout={_CONNECT_SECONDS:.0f}", uri]
+    try:
+        command.run(argv, quiet=True, timeout=_PROBE_SECONDS)
+    except CommandError as error:
+        raise BuildError(f"Can't fetch {uri}: {error.message}") from error
+
+
 class _Client:
     """Gets the file at *uri* by HTTP, in parts where the server can, and writes it to *file*."""
 
@@ -654,11 +690,34 @@ class _Client:
         except (BuildError, _Transient, _NotWritten):
             raise
         except Exception as error:
-            reason = " ".join([type(error).__name__, *str(error).split()])[:_LONGEST_REASON]
-            may_pass = isinstance(error, OSError | httplib2.HttpLib2Error | http.client.HTTPException)
-            if may_pass and not isinstance(error, ssl.SSLCertVerificationError):
-                raise _Transient(reason) from error
-            raise self._refused(f"{reason}") from error
+            raise self._failure(error) from error
+
+    def probe(self, how: Probe) -> None:
+        """Ask for the first byte, and leave it there; BuildError or _Transient if it is not to be had."""
+        try:
+            _, _, answer = self._follow({"range": "bytes=0-0"}, (), direct=how.direct)
+        except BuildError:
+            raise
+        except _Transient as error:
+            if how.any_answer and str(error).startswith(_SAYS):
+                return
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
+        if how.any_answer or answer.status in (200, 206):
+            page = answer.headers.get("content-type", "").lower().startswith("text/html")
+            if how.is_file and page:
+                raise _web_page(self._uri)
+        elif how.is_file or answer.status in (404, 410):
+            raise self._refused(f"{_SAYS}{answer.status} {answer.reason}")
+
+    def _failure(self, error: Exception) -> Exception:
+        """Return what *error*, of whatever library, means for the download."""
+        reason = " ".join([type(error).__name__, *str(error).split()])[:_LONGEST_REASON]
+        may_pass = isinstance(error, OSError | httplib2.HttpLib2Error | http.client.HTTPException)
+        if may_pass and not isinstance(error, ssl.SSLCertVerificationError):
+            return _Transient(reason)
+        return self._refused(reason)
 
     def _refused(self, reason: str, hint: str | None = None) -> BuildError:
         return BuildError(f"Can't fetch {self._uri}: {reason}.", hint=hint)
@@ -681,7 +740,9 @@ class _Client:
             self._rest(client, where, answer)
         return answer
 
-    def _follow(self, headers: dict[str, str]) -> tuple[httplib2.Http, str, _Answer]:
+    def _follow(
+        self, headers: dict[str, str], wanted: tuple[int, ...] = (200, 206), *, direct: bool = False
+    ) -> tuple[httplib2.Http, str, _Answer]:
         """Follow redirections; return a client, where they end, and the answer there.
 
         httplib2 itself would drop the validators on the way, and not say where it has come to.
@@ -689,9 +750,10 @@ class _Client:
         where = self._uri
         for _ in range(_REDIRECTIONS):
             # A new one for each: what comes with a redirection stays unread.
-            client = httplib2.Http(timeout=_CONNECT_SECONDS)
+            proxy_info = None if direct else httplib2.proxy_info_from_environment
+            client = httplib2.Http(timeout=_CONNECT_SECONDS, proxy_info=proxy_info)
             client.follow_redirects = False
-            answer = self._ask(client, where, headers, (200, 206))
+            answer = self._ask(client, where, headers, wanted)
             if answer.status not in (301, 302, 303, 307, 308) or "location" not in answer.headers:
                 return client, where, answer
             where = self._redirected(where, answer.headers["location"])
@@ -752,7 +814,7 @@ class _Client:
         self._wanted = wanted
         response, _ = client.request(uri, headers=headers, connection_type=_connection_type(parts.scheme, self._take))
         if response.status >= 500 or response.status in (408, 429):
-            raise _Transient(f"the server says {response.status} {response.reason}")
+            raise _Transient(f"{_SAYS}{response.status} {response.reason}")
         return _Answer(response.status, response.reason, dict(response.items()))
 
     def _take(self, response: http.client.HTTPResponse) -> None:

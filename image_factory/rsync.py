@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import command, interrupts
+from . import command, interrupts, scratch
 from .errors import BuildError, CommandError
 from .log import logger
 from .model import Artifact
@@ -23,6 +23,8 @@ STALL_SECONDS = 180
 _LOGIN_SECONDS = 180.0
 _SECONDS_PER_BYTE = 1e-7
 _REMOVAL_SECONDS = 30.0
+PROBE_SECONDS = 15.0
+_PROBE_FILE = "image-factory-check"
 
 # Where rsync has, with --delay-updates, what is not complete.
 _PARTIAL_DIR = ".~tmp~"
@@ -210,6 +212,24 @@ def upload(destination: Destination, artifact: Artifact) -> None:
             )  # fmt: skip
         with interrupts.interruptible():
             time.sleep(pause)
+
+
+def probe(destination: Destination, directory: Path) -> None:
+    """Raise BuildError with the reason unless rsync could upload to *destination* from beside *directory*'s files.
+
+    Nothing is uploaded, and nothing changed there.
+    """
+    with scratch.directory() as scrap:
+        file = scrap / _PROBE_FILE
+        file.touch()
+        options = ["--dry-run", f"--timeout={PROBE_SECONDS:.0f}"]
+        argv = ["rsync", *destination.arguments, *options, str(file), destination.target]
+        cwd = directory if directory.is_dir() else None
+        try:
+            command.run(argv, quiet=True, cwd=cwd, env=_environment(), timeout=PROBE_SECONDS)
+        except CommandError as error:
+            failed = _failed_try(error, destination)
+            raise BuildError(f"{failed.reason}.", hint=failed.hint or None) from error
 
 
 def _tries(failure: _FailedTry, pause: float | None) -> str:

@@ -14,7 +14,7 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 # A module may import those of the levels below its own, not those beside it.
 LEVELS = [
     {"cli"},
-    {"pipeline", "display", "record", "completion", "fleet"},
+    {"pipeline", "display", "record", "completion", "fleet", "online"},
     {"sources", "outputs"},
     {"sources.installer", "outputs.raw", "outputs.qcow2"},
     {"workspace", "audit"},

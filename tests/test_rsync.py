@@ -525,3 +525,20 @@ def test_timeout_of_a_daemons_connection() -> None:
     ):
         options = rsync._own_options(Destination("up", "rsync", target, arguments, ()))
         assert ("--contimeout=60" in options) == expected
+
+
+# --check --online.
+
+
+def test_probe(far: Far, tmp_path: Path) -> None:
+    """Real logins, and nothing is there afterwards."""
+    rsync.probe(far.destination(), tmp_path)
+    rsync.probe(far.destination(far.shell("rrsync"), path="/"), tmp_path)
+    assert list(far.directory.iterdir()) == []
+    for shell, reason in [
+        (far.shell("nobody"), "Permission denied"),
+        (far.shell(known="none"), "Host key verification failed"),
+        (far.shell(port=free_port()), "Connection refused"),
+    ]:
+        with pytest.raises(BuildError, match=reason):
+            rsync.probe(far.destination(shell), tmp_path)

@@ -18,6 +18,9 @@ class Source(Protocol):
     def downloads(self, plan: Plan) -> bool:
         """Return whether making it brings files into the cache."""
 
+    def remote(self, plan: Plan) -> list[tuple[str, str, bool]]:
+        """Return the settings and URIs of what it needs from elsewhere, each with whether that is a file."""
+
     def describe(self, build: Build) -> list[tuple[str, list[list[str]]]]:
         """Return its steps, each with the commands it will run."""
 

@@ -38,6 +38,16 @@ def downloads(plan: Plan) -> bool:
     return any(source.path is None for source in _sources(settings).values())
 
 
+def remote(plan: Plan) -> list[tuple[str, str, bool]]:
+    """Return the settings and URIs of what the installer is fetched from, each with whether that is a file."""
+    return [
+        (key.replace("_", "-"), uri, not (key == "installer_image" and is_tree(source)))
+        for key, source in _sources(plan.settings).items()
+        if source.path is None and not plan.settings.offline
+        for uri in source.uris
+    ]
+
+
 def is_tree(source: Source) -> bool:
     """Whether *source* is an installation tree, which virt-install reads itself, and no ISO file."""
     if source.path is not None:

@@ -55,6 +55,11 @@ initrd = initrd
 linux = linux
 initrd = initrd
 preseed = absent.cfg
+[no-keyring]
+linux = linux
+initrd = initrd
+image-size = 1M
+keyring = absent.gpg
 [directory]
 linux = .
 initrd = initrd
@@ -204,6 +209,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "two answer files": (["answers"], "[answers] has 'preseed' and 'kickstart'."),
     "no kernel file": (["no-file"], "[no-file] linux: absent is not there."),
     "no answer file": (["no-answer"], "[no-answer] preseed: absent.cfg is not there."),
+    "no keyring": (["no-keyring"], "[no-keyring] keyring: absent.gpg is not there."),
     "directory for a kernel": (["directory"], "[directory] linux: . is not a file."),
     "size in the file": (["bad-size"], "[bad-size] image-size: '-1G' is not accepted, only a size above zero"),
     "size -1G": (["x", "--image-size=-1G"], "--image-size: '-1G' is not accepted, only a size above zero"),

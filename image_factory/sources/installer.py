@@ -68,6 +68,8 @@ def check(plan: Plan) -> None:
             raise ConfigurationError(
                 f"[{plan.image}] {key}: virt-install reads no tree by rsync.", hint="Give its http or https URL."
             )
+    if plan.settings.keyring and plan.settings.verify != "none":
+        _check_readable(f"[{plan.image}] keyring", plan.settings.keyring)
     if plan.settings.answer_file:
         _check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
     delivery.check(plan)

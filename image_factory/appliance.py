@@ -450,7 +450,8 @@ def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tre
 def shell(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
     """Open guestfish, which has a shell's commands, on the system on *disk*."""
     with mounted(build, disk, volumes) as found:
-        root, *others = [_mount_words(branch) for branch in reversed(found.branches)]
+        # What is bound to another place is in the first one, too.
+        root, *others = [_mount_words(branch) for branch in reversed(found.branches) if not branch.is_bound]
     for device, point, *options in others:
         # Not at once: where the mount point is a link of the guest's, it would be mounted somewhere else.
         logger.info("For %s: mount-options %s %s %s", point, ",".join(options) or '""', device, point)

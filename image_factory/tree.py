@@ -40,6 +40,12 @@ class Branch:
     top: str
     point: str
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether it is a directory that the system shows a second time."""
+        subvolumes = [subvolume.path for subvolume in self.filesystem.subvolumes]
+        return bool(self.point and self.top) and self.top not in subvolumes
+
     def has(self, path: str) -> bool:
         """Return whether *path* of the system is on it."""
         return not self.point or path == self.point or path.startswith(f"{self.point}/")
@@ -187,10 +193,10 @@ class Tree:
     def usage(self) -> dict[str, int]:
         """Return the bytes that each directory at the top of the system takes; ``.`` is what lies there itself.
 
-        A filesystem that fstab names for several places counts once.
+        A filesystem that fstab names for several places counts once, and so does what is bound to another place.
         """
         found: dict[str, int] = {}
-        once = {(branch.filesystem.volume.name, branch.top): branch for branch in self.branches}
+        once = {(branch.filesystem.volume.name, branch.top): branch for branch in self.branches if not branch.is_bound}
         for branch in once.values():
             self.budget.spend()
             for name, size in branch.filesystem.usage(branch.top).items():

@@ -197,12 +197,15 @@ def test_units_of_systemd_name_places_too() -> None:
 
 
 def test_bind_mount_is_followed() -> None:
-    found = root("/srv/var /var none bind 0 0\n", **{"srv/var/log/x": "1", "var/kept": ""})
+    found = root("/srv/var /var none bind 0 0\n", **{"srv/var/log/x": "1", "var/kept": "22"})
     whole = assembled(found)
     assert [entry.path for entry in whole.entries(["var/log/x"])] == ["var/log/x"]
     whole.remove(["var/log/*"])
     assert found.removed == ["srv/var/log/*"]
     assert whole.copies == ("/var on partition 1 has files below what is mounted there",)
+    # Once, where it is.
+    assert whole.usage()["var"] == len(found.files["var/kept"])
+    assert [branch.is_bound for branch in whole.branches] == [True, False]
 
 
 def test_bind_mount_of_another_filesystem() -> None:

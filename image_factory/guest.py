@@ -23,7 +23,7 @@ from . import arch, command, delivery, interrupts
 from .console import Console
 from .errors import BuildError, CommandError, ConfigurationError
 from .installers import POWER_OFF
-from .log import logger, step
+from .log import logger, step, waiting
 from .model import VM_PREFIX, WORK_PREFIX, Build, Plan, libvirt_uri
 from .release import released
 from .settings import ImageSettings, Source, named_architectures
@@ -380,6 +380,14 @@ def remove_vm(name: str) -> None:
     it goes on without libvirt, and BuildError says what is left.
     """
     deadline = time.monotonic() + _LIBVIRT_SECONDS
+    try:
+        _remove_vm(name)
+    except BuildError as error:
+        with waiting(f"Waiting for libvirt, to remove {name}: {_said(error)}"):
+            _remove_vm_until(name, deadline)
+
+
+def _remove_vm_until(name: str, deadline: float) -> None:
     while True:
         try:
             _remove_vm(name)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import assembly, command, layout, locks, privileged
 from .errors import BuildError, CommandError
-from .log import logger, step
+from .log import logger, step, waiting
 from .model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
 from .release import released
 from .tree import Tree
@@ -288,6 +288,15 @@ def _umount_all(directory: Path) -> None:
 def umount(path: Path) -> None:
     """Unmount *path* if something is mounted there, and try again for a short while if it is busy."""
     deadline = time.monotonic() + _UMOUNT_SECONDS
+    with contextlib.suppress(BuildError):
+        if os.path.ismount(path):
+            privileged.umount(path)
+        return
+    with waiting(f"Waiting for {path} to be unmounted; it is held by {_holders(path)}."):
+        _umount_until(path, deadline)
+
+
+def _umount_until(path: Path, deadline: float) -> None:
     while os.path.ismount(path):
         try:
             privileged.umount(path)

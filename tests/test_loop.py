@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from image_factory import layout, loop
+from image_factory import events, layout, loop
 from image_factory.errors import BuildError, NoSystemError
 from image_factory.model import Build, Change, Disk
 from image_factory.tree import Tree
@@ -260,6 +260,18 @@ def held(path: Path) -> Iterator[None]:
 
 
 def test_mount_that_is_busy_for_a_moment(tmp_path: Path) -> None:
-    with mounted(make_disk(tmp_path, "ext4")) as tree:
-        holder = subprocess.Popen(["sleep", "0.3"], cwd=path_of(tree))
-    holder.wait()
+    """The wait is shown, with who holds it."""
+    reasons = []
+
+    class Observer:
+        def notice(self, event: events.Event) -> None:
+            if isinstance(event, events.Waiting):
+                reasons.append(event.reason)
+                holder.kill()
+                holder.wait()
+
+    with events.observed(Observer()), mounted(make_disk(tmp_path, "ext4")) as tree:
+        holder = subprocess.Popen(["sleep", "600"], cwd=path_of(tree))
+    assert len(reasons) == 2
+    assert reasons[0].endswith(f" to be unmounted; it is held by process {holder.pid} (sleep).")
+    assert reasons[1] == ""

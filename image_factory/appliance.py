@@ -351,6 +351,15 @@ class ApplianceFilesystem:
         """Return the size of a block."""
         return self._statvfs("bsize")
 
+    def discard_size(self) -> int:
+        """Return what a logical volume frees at once: one in a thin pool whole chunks, 64 KiB at least."""
+        if self.volume.partition is not None:
+            return 0
+        name = f"$(basename $(readlink -f {self.volume.name}))"
+        # libguestfs has no call that tells it.
+        lines = self.guestfish.ask(f"-debug sh {quoted(f'cat /sys/class/block/{name}/queue/discard_granularity')}")
+        return next((int(line) for line in lines if line.isdigit()), 0)
+
     def _statvfs(self, field: str) -> int:
         return self._fields(f"statvfs {self.place}")[field]
 
@@ -419,6 +428,22 @@ class ApplianceLogicalVolumes:
         self.guestfish.do(f"umount {self.places[volume.name]}")
         if self.guestfish.do(f"-zerofree {quoted(volume.name)}"):
             logger.warning("The unused blocks of %s are not zeroed.", volume.name)
+
+    def fill_unused_blocks(self, volume: Volume) -> bool:
+        """Fill the filesystem with zeros, and free its blocks again; not where a thin pool could run full."""
+        if self._room() < 0:
+            return False
+        place = self.places[volume.name]
+        self.guestfish.do(f"zero-free-space {place}")
+        self.guestfish.do("sync")
+        self.guestfish.do(f"-fstrim {place}")
+        return True
+
+    def _room(self) -> int:
+        """Return how much larger the thin pools are than the volumes in them: less than 0 if they can run full."""
+        text = "\n".join(self.guestfish.ask("lvs-full"))
+        volumes = re.findall(r"lv_attr: (.).*\n(?:.*\n)*? *lv_size: ([0-9]+)", text)
+        return sum(int(size) * {"t": 1, "V": -1}.get(kind, 0) for kind, size in volumes)
 
     def zero_swap(self, volume: Volume) -> None:
         """Zero the swap space on *volume*, and make it anew with its UUID and its label."""

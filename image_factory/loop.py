@@ -107,6 +107,10 @@ class LoopFilesystem:
         """Return the size of a block."""
         return os.statvfs(self.path).f_bsize
 
+    def discard_size(self) -> int:
+        """Return 0: a loop device frees what its file can."""
+        return 0
+
 
 def lacks_driver(filesystem: str | None) -> bool:
     """Return whether *filesystem* is one that could be mounted if this machine's kernel had its driver."""

@@ -261,12 +261,18 @@ class Filesystem(Protocol):
     def block_size(self) -> int:
         """Return the bytes of a block."""
 
+    def discard_size(self) -> int:
+        """Return the bytes that what it is on frees at once, where that can be more than a block; else 0."""
+
 
 class LogicalVolumes(Protocol):
     """What can be done to logical volumes, which only a kernel finds in their partitions."""
 
     def zero_unused_blocks(self, volume: Volume) -> None:
         """Unmount the ext filesystem on *volume*, and zero its unused blocks."""
+
+    def fill_unused_blocks(self, volume: Volume) -> bool:
+        """Write zeros to the unused blocks of the mounted *volume*, and free them; return whether there is room."""
 
     def zero_swap(self, volume: Volume) -> None:
         """Zero the swap space on *volume*, and keep its UUID and its label."""

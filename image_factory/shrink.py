@@ -24,7 +24,7 @@ def trim_filesystems(build: Build, disk: Disk, tree: Tree) -> list[Volume]:
     """Give the unused blocks of the mounted filesystems back; return those that are not all zeros then.
 
     They are holes of the disk's file then.  A file has no holes that are smaller than a block of
-    the filesystem that it is on.
+    the filesystem that it is on, and a thin pool of LVM frees no less than a chunk.
     """
     unfreed = []
     with step("Freeing unused blocks"):
@@ -35,7 +35,8 @@ def trim_filesystems(build: Build, disk: Disk, tree: Tree) -> list[Volume]:
                 logger.info("%s can't free blocks, or what the disk is on can't.", _name(volume))
             else:
                 logger.info("%s had %s unused.", _name(volume), format_size(freed))
-            if freed is None or filesystem.block_size() < os.statvfs(disk.path).f_bsize:
+            at_once = max(os.statvfs(disk.path).f_bsize, filesystem.discard_size())
+            if freed is None or filesystem.block_size() < at_once:
                 unfreed.append(volume)
     return unfreed
 
@@ -74,13 +75,16 @@ def zero_unused_blocks(build: Build, disk: Disk, unfreed: Sequence[Volume]) -> N
 
 def zero_logical_volumes(build: Build, tree: Tree, unfreed: Sequence[Volume]) -> None:
     """Do to the logical volumes of *tree* what the other two do to partitions, while it is mounted."""
-    blocks = [volume for volume in unfreed if not volume.partition and volume.filesystem in _ZEROFREE_FILESYSTEMS]
+    blocks = [volume for volume in unfreed if not volume.partition]
     swap = [volume for volume in tree.volumes if not volume.partition and volume.filesystem == layout.SWAP]
     if tree.logical is None or not (blocks or swap):
         return
     with step("Zeroing logical volumes"):
         for volume in blocks:
-            tree.logical.zero_unused_blocks(volume)
+            if volume.filesystem in _ZEROFREE_FILESYSTEMS:
+                tree.logical.zero_unused_blocks(volume)
+            elif not tree.logical.fill_unused_blocks(volume):
+                logger.warning("The unused blocks of %s are not zeroed: its thin pool is too small.", volume.name)
         for volume in swap:
             tree.logical.zero_swap(volume)
 

@@ -287,6 +287,57 @@ def test_logical_volume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "Removed /var/log/installer" in caplog.messages
 
 
+def test_nothing_is_left_in_the_chunks_of_a_thin_pool(tmp_path: Path) -> None:
+    """A pool frees whole chunks of 64 KiB alone; here each one has blocks of files that stay, too.
+
+    The unused blocks of ext4 are zeroed, and btrfs is filled with zeros.
+    """
+    build = make_build(tmp_path / "build")
+    disk = Disk(build.disk_path)
+    tree = tmp_path / "tree"
+    names = [f"var/log/installer/{number}" for number in range(64)]
+    others = [f"var/lib/kept/{number}" for number in range(64)]
+    for name, data in [(name, b"a secret of the build") for name in names] + [(name, b"kept") for name in others]:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(data.ljust(4096, b"."))
+    (tree / "etc").mkdir()
+    (tree / "etc/fstab").write_text("/dev/vg/root / ext4 defaults 0 1\n/dev/vg/var /var btrfs defaults 0 2\n")
+    (tree / "root").mkdir()
+    mixed = [name for pair in zip(names, others, strict=True) for name in pair]
+    run("tar", "-C", tree / "var", "-cf", tmp_path / "var.tar", *(name.removeprefix("var/") for name in mixed))
+    old = "root/install.log"
+    for number in range(64):
+        for name, data in ((f"{old}.{number}", b"a secret of the build"), (f"root/{number}", b"kept")):
+            (tree / name).write_bytes(data.ljust(4096, b"."))
+    mixed = [name for number in range(64) for name in (f"{old}.{number}", f"root/{number}")]
+    run("tar", "-C", tree, "-cf", tmp_path / "root.tar", "etc/fstab", *mixed)
+    run("truncate", "-s", "900M", disk.path)
+    lines = [
+        f"add {appliance.quoted(str(disk.path))} format:raw",
+        "run",
+        "part-disk /dev/sda mbr",
+        "pvcreate /dev/sda1",
+        "vgcreate vg /dev/sda1",
+        # The appliance lacks a program that lvm wants to check pools with.
+        'debug sh "ln -s /bin/true /usr/sbin/thin_check; lvm lvcreate -q -L 640M -T vg/pool"',
+        'debug sh "lvm lvcreate -q -V 200M -T vg/pool -n root; lvm lvcreate -q -V 320M -T vg/pool -n var"',
+        'debug sh "lvm vgchange -q -ay; udevadm settle"',
+        *("mkfs ext4 /dev/vg/root", "mkfs btrfs /dev/vg/var"),
+        *("mount /dev/vg/root /", f"tar-in {tmp_path}/root.tar /", "umount /"),
+        *("mount /dev/vg/var /", f"tar-in {tmp_path}/var.tar /", "umount /"),
+    ]
+    script = tmp_path / "script"
+    script.write_text("\n".join(lines) + "\n")
+    run("guestfish", "-f", script, env=appliance.environment(build, disk))
+    assert disk.path.read_bytes().count(b"a secret of the build") >= 128
+    pipeline.clean_disk(build, disk)
+    data = disk.path.read_bytes()
+    assert data.count(b"kept....") >= 128
+    assert data.count(b"a secret of the build") == 0
+    # What btrfs was filled with is no data any more.
+    assert disk.path.stat().st_blocks * 512 < 200 << 20
+
+
 def lvm_disk(build: Build) -> Disk:
     disk = Disk(build.disk_path)
     run("truncate", "-s", "16M", disk.path)

@@ -71,6 +71,9 @@ class Filesystem:
     def block_size(self) -> int:
         return 4096
 
+    def discard_size(self) -> int:
+        return 0
+
 
 def volume(number: int, kind: str = "ext4", size: int = 1) -> Volume:
     return Volume(f"partition {number}", size, kind, f"u{number}", partition=Partition(number, number << 20, size))

@@ -48,6 +48,9 @@ _LARGEST_ANSWER = 65 << 20
 _LOST_AND_FOUND = "lost+found"
 _LABEL = "security.selinux"
 
+_KEY_MARK = "PRIVATE KEY"
+_KEY_STORES = (".der", ".jks", ".keystore", ".p12", ".p8", ".pfx", ".pk8")
+
 # So many entries of a top directory are measured.
 _USAGES = 256
 
@@ -329,6 +332,22 @@ class ApplianceFilesystem:
             self.guestfish.do(f"btrfs-subvolume-delete {self._word(path)}")
         # Their blocks are given back some time later, and no command of libguestfs waits for that.
         self.guestfish.do(f'debug sh "btrfs subvolume sync /sysroot{self.place}"')
+
+    def key_files(self, top: str) -> dict[str, bytes]:
+        """Return the files in the directory *top* that may have a private key, as the helper does."""
+        # libguestfs has no call that searches a tree.  guestfish takes single quotes for its own.
+        files = "find . -type f -size -1025k"
+        names = " -o ".join(f'-iname "*{suffix}"' for suffix in _KEY_STORES)
+        grep = f'{files} -print0 | xargs -0 -r grep -laF -e "{_KEY_MARK}"'
+        place = os.path.join(f"/sysroot{self.place}", top)
+        script = f'cd "{place}" && {{ {grep}; {files} "(" {names} ")"; }} 2>&-; true'
+        lines = self.guestfish.ask(f"debug sh {quoted(script)}")
+        found = [line.removeprefix("./") for line in lines if line.startswith("./")]
+        paths = [os.path.join(top, path) for path in sorted(set(found))]
+        # A name with the end of a line is none that can be asked for.
+        return {
+            path: self._into_file("download", path) for path in paths if self.has(path) and self._is_file(path, _WHOLE)
+        }
 
     def trim(self) -> int | None:
         """Free the unused blocks."""

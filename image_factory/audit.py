@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import os
 import re
 import urllib.parse
 import urllib.request
@@ -11,13 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from . import answers, command, delivery, events, interrupts, layout, leftovers, mounts, search
+from . import answers, command, delivery, events, interrupts, keys, layout, leftovers, mounts, search
 from .errors import BuildError, CommandError, ConfigurationError
 from .leftovers import Asked, Files, Look
 from .log import logger, step
 from .model import Artifact, Build, Disk, Partition, Plan
 from .release import released
-from .search import Needle
+from .search import Hit, Needle
+from .tree import Tree
 from .units import format_size
 
 # So many findings are in the error; the log has all.
@@ -106,7 +108,13 @@ _SHADOW_AFTER = re.compile(rb"(?::[0-9]*){0,3}\Z|:[0-9]*:[0-9]*:[0-9]*:")
 
 # ssh-keygen(1) writes "openssh-key-v1\0" in base64 after it.
 _PRIVATE_KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEA"
+_PEM_BEGINS = tuple(
+    f"-----BEGIN {kind}PRIVATE KEY-----\n".encode() for kind in ("", "RSA ", "EC ", "DSA ", "ENCRYPTED ")
+)
 _SECTOR = 512
+
+# The check that looks into all files.
+KEYS = "private-keys"
 
 
 def _parts_of_answers(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
@@ -149,6 +157,11 @@ def _private_keys(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
     yield "a file with a private ssh key, or what is left of one,", _PRIVATE_KEY
 
 
+def _pem_keys(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
+    for begin in _PEM_BEGINS:
+        yield "a private key, or what is left of one,", begin
+
+
 def _seeds(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
     for text in secrets.seed:
         yield "a file of the seed disk", text.encode()
@@ -162,6 +175,13 @@ CHECKS = (
         "the beginning of a private key at the beginning of a block of the disk.",
         leftovers.host_keys,
         _private_keys,
+    ),
+    Check(
+        KEYS,
+        "A private key in any file of at most 1 MiB, in PEM (RSA, EC, DSA, PKCS #8, OpenSSH, or encrypted), DER, "
+        "PKCS #12, JKS or OpenPGP, unless the database of dpkg or rpm has the file as it is; and the beginning of one "
+        "in PEM at the beginning of a block of the disk that is in no file.",
+        needles=_pem_keys,
     ),
     Check(
         "machine-id",
@@ -311,7 +331,7 @@ def needles(checks: Iterable[Check], secrets: Secrets) -> list[Needle]:
     found = []
     for check in checks:
         for what, data in dict.fromkeys(check.needles(secrets)):
-            alignment = _SECTOR if data == _PRIVATE_KEY else 1
+            alignment = _SECTOR if data in (_PRIVATE_KEY, *_PEM_BEGINS) else 1
             is_wanted = _is_in_shadow if data in secrets.hashes else None
             found.append(Needle(check.name, what, data, alignment, is_wanted))
     return found
@@ -340,9 +360,31 @@ def audit_files(files: Files, asked: Asked, checks: Iterable[Check] = CHECKS) ->
         ]
 
 
-def audit_bytes(disk: Path, secrets: Secrets, checks: Iterable[Check] = CHECKS) -> list[Finding]:
-    """Return what *checks* find on the raw *disk*, in whatever files or between them."""
-    hits = search.search(disk, needles(checks, secrets))
+def audit_keys(tree: Tree, directory: Path, found: Sequence[Finding]) -> tuple[list[Finding], list[bytes]]:
+    """Return the private keys in files of *tree* that are not among what is *found*, and the contents of all.
+
+    *directory* is for files of its own.
+    """
+    paths, known = keys.search(tree, directory)
+    names = [f"/{leftovers.quoted(path)}" for path in paths]
+    told = [name for name in names if any(finding.what.startswith(f"{name} ") for finding in found)]
+    new = [Finding(KEYS, f"{name} has a private key") for name in names if name not in told]
+    return new[: leftovers.MOST], known
+
+
+def audit_bytes(
+    disk: Path, secrets: Secrets, checks: Iterable[Check] = CHECKS, known: Sequence[bytes] = ()
+) -> list[Finding]:
+    """Return what *checks* find on the raw *disk*, in whatever files or between them.
+
+    Private keys are not told of that *known*, the contents of files, have at a block's beginning.
+    """
+    return describe_hits(disk, search.search(disk, needles(checks, secrets)), known)
+
+
+def describe_hits(disk: Path, hits: Sequence[Hit], known: Sequence[bytes] = ()) -> list[Finding]:
+    """Return the findings that *hits* on the raw *disk* are."""
+    hits = [hit for hit in hits if not _is_in_file(disk, hit, known)]
     partitions = layout.read_partitions(disk) if hits else []
     found: dict[tuple[str, str, Partition | None], list[int]] = {}
     for hit in hits:
@@ -352,6 +394,15 @@ def audit_bytes(disk: Path, secrets: Secrets, checks: Iterable[Check] = CHECKS) 
         Finding(check, f"{what} is at byte {offsets[0]} of the disk ({_named(place)}){_and_more(len(offsets) - 1)}")
         for (check, what, place), offsets in found.items()
     ]
+
+
+def _is_in_file(disk: Path, hit: Hit, known: Sequence[bytes]) -> bool:
+    """Return whether *hit* is a private key with which a file of *known* contents begins."""
+    if hit.needle.data not in (_PRIVATE_KEY, *_PEM_BEGINS):
+        return False
+    with disk.open("rb") as file:
+        block = os.pread(file.fileno(), _SECTOR, hit.offset)
+    return any(data.startswith(block.rstrip(b"\0")) for data in known)
 
 
 def _partition_of(offset: int, partitions: Sequence[Partition]) -> Partition | None:
@@ -424,13 +475,18 @@ def audit_artifacts(build: Build, disk: Disk, artifacts: Sequence[Artifact]) -> 
         # Before it is mounted: what is in a journal would be written.
         with step(f"Searching {artifact.path.name}"):
             size = copy.stat().st_blocks * 512
-            findings = audit_bytes(copy, secrets, checks)
+            hits = search.search(copy, needles(checks, secrets))
             logger.info("Searched %s of data.", format_size(size))
         with mounts.mounted(build, Disk(copy, disk.virt_type)) as tree, step(f"Auditing {artifact.path.name}"):
-            findings += audit_files(tree, asked, checks)
+            findings = audit_files(tree, asked, checks)
             findings += [
                 Finding(check.name, what) for check in checks if check.name == "copies" for what in tree.copies
             ]
+            known: list[bytes] = []
+            if any(check.name == KEYS for check in checks):
+                more, known = audit_keys(tree, build.directory, findings)
+                findings += more
+        findings += describe_hits(copy, hits, known)
     _tell(plan, artifact, checks, sorted(findings, key=lambda found: NAMES.index(found.check)))
 
 

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -302,20 +303,31 @@ def _rpm_packages(read: Read, directory: Path) -> Iterator[Package]:
         yield Package("rpm", header.name, header.version, header.architecture, source, licenses)
 
 
+@contextmanager
+def rpm_database(read: Read, directory: Path) -> Iterator[Path | None]:
+    """Give a copy of the database of rpm in *directory*, None if the system has none of a form that can be read."""
+    places = ((place, names) for place in _RPM_PLACES for names in ((rpmdb.SQLITE, rpmdb.SQLITE_WAL), (rpmdb.NDB,)))
+    place, names = next(((place, names) for place, names in places if read(f"{place}/{names[0]}", 1)), ("", ()))
+    if not names:
+        yield None
+        return
+    copies = directory / "rpm"
+    copies.mkdir(mode=0o700)
+    try:
+        for name in names:
+            # An empty log is as good as none.
+            if read(f"{place}/{name}", 1):
+                _copy(read, f"{place}/{name}", copies / name)
+        yield copies / names[0]
+    finally:
+        shutil.rmtree(copies)
+
+
 def _rpm_headers(read: Read, directory: Path) -> list[rpmdb.Header]:
+    with rpm_database(read, directory) as database:
+        if database is not None:
+            return rpmdb.read(database)
     for place in _RPM_PLACES:
-        for names in ((rpmdb.SQLITE, rpmdb.SQLITE_WAL), (rpmdb.NDB,)):
-            if read(f"{place}/{names[0]}", 1):
-                copies = directory / "rpm"
-                copies.mkdir(mode=0o700)
-                try:
-                    for name in names:
-                        # An empty log is as good as none.
-                        if read(f"{place}/{name}", 1):
-                            _copy(read, f"{place}/{name}", copies / name)
-                    return rpmdb.read(copies / names[0])
-                finally:
-                    shutil.rmtree(copies)
         if read(f"{place}/Packages", 1):
             logger.warning("The packages of rpm are not listed: /%s/Packages is of a form before that of today.", place)
     return []

@@ -94,6 +94,10 @@ class LoopFilesystem:
         """Remove the subvolumes at *paths*."""
         privileged.delete_subvolumes(self.path, paths)
 
+    def key_files(self, top: str) -> dict[str, bytes]:
+        """Return the files in the directory *top* that may have a private key."""
+        return privileged.keys(self.path, top)
+
     def trim(self) -> int | None:
         """Free the unused blocks."""
         if self.volume.filesystem == "btrfs":

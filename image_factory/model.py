@@ -255,6 +255,9 @@ class Filesystem(Protocol):
     def usage(self, top: str) -> dict[str, int]:
         """Return the bytes that each entry of the directory *top*, with all below it, takes on the disk."""
 
+    def key_files(self, top: str) -> dict[str, bytes]:
+        """Return the regular files of at most 1 MiB in and below the directory *top* that may have a private key."""
+
     def trim(self) -> int | None:
         """Free the unused blocks; return their bytes, None where this is not possible."""
 

@@ -155,6 +155,12 @@ def delete_subvolumes(directory: Path, paths: Sequence[str]) -> None:
     _run("delete-subvolume", str(directory), *paths)
 
 
+def keys(directory: Path, top: str) -> dict[str, bytes]:
+    """Return the regular files in *top*, below the tree at *directory*, that may have a private key, by their paths."""
+    lines = map(json.loads, _run("keys", str(directory), *([top] if top else [])).splitlines())
+    return {path: base64.b64decode(data) for path, data in lines}
+
+
 def trim(directory: Path) -> int | None:
     """Free the unused blocks of the filesystem at *directory*.
 

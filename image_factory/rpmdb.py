@@ -8,12 +8,16 @@ import contextlib
 import mmap
 import sqlite3
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from . import command
 from .errors import BuildError, CrashError
+
+_T = TypeVar("_T")
 
 # rpm's lib/backend: SQLite has one file, and beside it one with what is not in it yet.
 SQLITE = "rpmdb.sqlite"
@@ -29,7 +33,8 @@ _TEXTS = 64 << 20
 
 # include/rpm/rpmtag.h
 _TAGS = {1000: "name", 1001: "version", 1002: "release", 1003: "epoch", 1014: "license", 1022: "arch", 1044: "source"}
-_INT32, _STRING, _I18N_STRING = 4, 6, 9
+_FILE_DIGESTS = 1035
+_INT32, _STRING, _STRING_ARRAY, _I18N_STRING = 4, 6, 8, 9
 _LONGEST_STRING = 1024
 
 # lib/backend/ndb/rpmpkg.c
@@ -55,8 +60,17 @@ def read(database: Path) -> list[Header]:
 
     SQLite may change the copy, and what is beside it.
     """
+    return _apart(_headers_of, database)
+
+
+def known_digests(database: Path, wanted: Set[str]) -> set[str]:
+    """Return which of *wanted*, digests in hexadecimal, files of the packages in *database* have, as read has it."""
+    return _apart(partial(_known_digests, wanted=frozenset(wanted)), database)
+
+
+def _apart(function: Callable[[Path], _T], database: Path) -> _T:
     try:
-        return command.call_apart(_read_ndb if database.name == NDB else _read_sqlite, database, _SECONDS)
+        return command.call_apart(function, database, _SECONDS)
     except CrashError as error:
         raise BuildError(f"Reading the image's rpm database {error.message}.") from error
     except (ValueError, struct.error, sqlite3.Error, MemoryError) as error:
@@ -65,16 +79,43 @@ def read(database: Path) -> list[Header]:
         raise BuildError(f"The image's rpm database is damaged: {error}.") from error
 
 
-def _read_sqlite(path: Path) -> list[Header]:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
+def _headers_of(database: Path) -> list[Header]:
+    with _blobs(database) as blobs:
+        return _parsed(blobs)
+
+
+def _known_digests(database: Path, wanted: frozenset[str]) -> set[str]:
+    found: set[str] = set()
+    size = 0
+    with _blobs(database) as blobs:
+        for blob in blobs:
+            size += len(blob)
+            if size > _HEADERS:
+                raise ValueError("it has more than any system has")
+            found |= wanted.intersection(_strings(blob, _FILE_DIGESTS))
+    return found
+
+
+def _strings(blob: bytes, wanted: int) -> list[str]:
+    """Return the strings that tag *wanted* of a header has."""
+    entries, _ = struct.unpack_from(">II", blob)
+    start = 8 + 16 * entries
+    for tag, kind, offset, count in struct.iter_unpack(">IIII", blob[8:start]):
+        if tag == wanted and kind == _STRING_ARRAY:
+            return [text.decode("ascii", "replace") for text in blob[start + offset :].split(b"\0", count)[:count]]
+    return []
+
+
+@contextlib.contextmanager
+def _blobs(database: Path) -> Iterator[Iterator[bytes]]:
+    if database.name == NDB:
+        with database.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield _ndb_blobs(data)
+        return
+    with contextlib.closing(sqlite3.connect(database)) as connection:
         query = "SELECT blob FROM Packages WHERE length(blob) <= ? LIMIT ?"
         rows = connection.execute(query, (_LARGEST_HEADER, _MOST_HEADERS))
-        return _parsed(data for (data,) in rows if isinstance(data, bytes))
-
-
-def _read_ndb(path: Path) -> list[Header]:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _parsed(_ndb_blobs(data))
+        yield (data for (data,) in rows if isinstance(data, bytes))
 
 
 def _ndb_blobs(data: mmap.mmap) -> Iterator[bytes]:

@@ -190,6 +190,14 @@ class Tree:
         self.budget.spend(size=len(data or b""), names=1)
         return data
 
+    def key_files(self) -> dict[str, bytes]:
+        """Return the regular files of at most 1 MiB that may have a private key, by their paths."""
+        return {
+            branch.outer(path): data
+            for branch in self.branches
+            for path, data in branch.filesystem.key_files(branch.top).items()
+        }
+
     def usage(self) -> dict[str, int]:
         """Return the bytes that each directory at the top of the system takes; ``.`` is what lies there itself.
 

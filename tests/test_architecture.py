@@ -22,6 +22,7 @@ LEVELS = [
     {"verify"},
     {"clean", "seal", "shrink", "checksum", "publish", "mounts", "testboot", "manifest"},
     {"loop", "appliance", "guest", "fetch", "rsync", "answercheck"},
+    {"keys"},
     {"inventory", "scratch", "assembly"},
     {"tree", "search"},
     {"rpmdb", "layout", "fstab", "privileged", "watch", "delivery", "leftovers", "bootreport", "junit", "media"},

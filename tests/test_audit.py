@@ -237,6 +237,7 @@ KINDS = {
     "answer-file": SECRETS.answers,
     "proxy-password": b'Acquire::http::Proxy "http://build:s;cret-pw@proxy:3128/";\n',
     "ssh-host-keys": PRIVATE_KEY,
+    "private-keys": b"-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\n",
     "leftovers": b"instance-id: image-factory\n",
 }
 

@@ -184,6 +184,18 @@ REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("usage: a pattern", ["usage", "<MOUNTED>", "va*"]),
     ("usage: nothing", ["usage", "<MOUNTED>", ""]),
     ("usage: two directories", ["usage", "<MOUNTED>", "var", "etc"]),
+    ("keys: outside of a mount", ["keys", "<OWN>"]),
+    ("keys: another user's mount", ["keys", "<THEIRS>"]),
+    ("keys: the machine's root", ["keys", "/"]),
+    ("keys: through a link", ["keys", "<MOUNTED>", "var/lib"]),
+    ("keys: a file", ["keys", "<MOUNTED>", "root/install.log"]),
+    ("keys: what isn't there", ["keys", "<MOUNTED>", "none"]),
+    ("keys: absolute", ["keys", "<MOUNTED>", "/etc"]),
+    ("keys: with ..", ["keys", "<MOUNTED>", "../etc"]),
+    ("keys: with .. at the end", ["keys", "<MOUNTED>", "var/.."]),
+    ("keys: a pattern", ["keys", "<MOUNTED>", "va*"]),
+    ("keys: nothing", ["keys", "<MOUNTED>", ""]),
+    ("keys: two directories", ["keys", "<MOUNTED>", "var", "etc"]),
     ("subvolumes: outside of a mount", ["subvolumes", "<OWN>"]),
     ("subvolumes: another user's mount", ["subvolumes", "<THEIRS>"]),
     ("subvolumes: of no btrfs", ["subvolumes", "<MOUNTED>"]),
@@ -353,6 +365,23 @@ def test_trim_frees_blocks(scene: Scene) -> None:
         done = scene.helper("trim", str(point))
         assert done.returncode == 0
         assert 1 << 20 < int(done.stdout) < IMAGE_SIZE
+
+
+def test_keys_are_searched_for(scene: Scene) -> None:
+    with own_mount(scene) as point:
+        directory = point / "usr/share/k"
+        directory.mkdir(parents=True)
+        (directory / "a.pem").write_text("text\n-----BEGIN EC PRIVATE KEY-----\n")
+        (directory / "b.P12").write_bytes(b"\x30")
+        (directory / "long").write_bytes(b"-----BEGIN PRIVATE KEY-----".ljust((1 << 20) + 1))
+        (directory / "c.txt").write_text("no key")
+        (directory / "link.pem").symlink_to("a.pem")
+        done = scene.helper("keys", str(point))
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [path for path, _ in lines] == ["usr/share/k/a.pem", "usr/share/k/b.P12"]
+        assert base64.b64decode(lines[0][1]) == (directory / "a.pem").read_bytes()
+        assert scene.helper("keys", str(point), "usr/share").stdout == done.stdout
+        assert scene.helper("keys", str(point), "etc").stdout == ""
 
 
 def test_usage_counts_what_is_inside(scene: Scene) -> None:

@@ -95,6 +95,7 @@ def test_link_in_the_way_to_the_image(scene: Scene, image: Path, point: Path, fr
         "write",
         "trim",
         "usage",
+        "keys",
         "chmod",
     ],
 )
@@ -113,6 +114,7 @@ def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Pa
         "write": ["write", str(path), "0644", "root/install.log"],
         "trim": ["trim", str(path)],
         "usage": ["usage", str(path)],
+        "keys": ["keys", str(path)],
         "chmod": ["chmod", "o+r", f"{path}/root/install.log"],
     }
     if not verb.startswith("mount"):
@@ -406,6 +408,7 @@ def test_image_changes_while_mounted(scene: Scene, image: Path, point: Path, nam
         ("remove", str(point), "var/log", "root"),
         ("chmod", "-R", "o+rwx", f"{point}/usr"),
         ("usage", str(point)),
+        ("keys", str(point)),
         ("trim", str(point)),
     ):
         refused(scene.helper(*call))

@@ -1,5 +1,6 @@
 """What is read of an installed system: this machine's dpkg, databases that rpm makes, and damaged ones."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -227,6 +228,28 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rpm(*argv: str) -> str:
     return subprocess.run(argv, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
+
+
+def test_digests_of_files(tmp_path: Path, database: Path) -> None:
+    """Those of the files of a package that rpm has, and of no others."""
+    spec = tmp_path / "x.spec"
+    text = SPEC.format(name="keys", version="1", more="", license="MIT")
+    files = "/usr/share/keys/a.pem\n%ghost /etc/b.pem\n"
+    install = "%install\nmkdir -p %{buildroot}/usr/share/keys\nprintf key >%{buildroot}/usr/share/keys/a.pem\n"
+    spec.write_text(f"{text.replace('%files', f'{install}%files')}{files}")
+    rpm("rpmbuild", "-bb", "--quiet", "--define", f"_topdir {tmp_path}", str(spec))
+    copy = tmp_path / "root/usr/lib/sysimage/rpm"
+    shutil.copytree(database, copy)
+    [package] = map(str, tmp_path.glob("RPMS/noarch/*.rpm"))
+    options = ["--dbpath", str(copy), "--define", "_db_backend sqlite", "--justdb", "--nodeps", "--ignoreos"]
+    rpm("rpm", *options, "--install", package)
+    digests = {hashlib.new(name, b"key").hexdigest() for name in ("md5", "sha1", "sha256", "sha512")}
+    with inventory.rpm_database(reader(tmp_path / "root"), tmp_path) as found:
+        assert found is not None
+        assert len(rpmdb.known_digests(found, digests | {"0" * 64})) == 1
+        assert rpmdb.known_digests(found, {"0" * 64}) == set()
+    with inventory.rpm_database(having({}), tmp_path) as found:
+        assert found is None
 
 
 def test_packages_are_those_that_rpm_lists(database: Path, tmp_path: Path) -> None:

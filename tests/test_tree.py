@@ -65,6 +65,10 @@ class Filesystem:
     def delete_subvolumes(self, paths: Sequence[str]) -> None:
         self.deleted += paths
 
+    def key_files(self, top: str) -> dict[str, bytes]:
+        found = {path: text.encode() for path, text in self.files.items() if path.endswith(".key")}
+        return {path: data for path, data in found.items() if path.startswith(top)}
+
     def trim(self) -> int | None:
         return None
 

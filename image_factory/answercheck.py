@@ -138,12 +138,12 @@ def _encoding(given: _Answers, *, fatal: bool) -> Iterator[Finding]:
 
 
 def _absent(line: int, name: str, what: str = "includes") -> Finding:
-    return Finding(
-        line,
-        f"it {what} {name}, which the installer will not find",
-        "Give the file to the installer with answer-files.",
-        fatal=True,
-    )
+    hint = "Give the file to the installer with answer-files"
+    # virt-install puts files into the root of an initrd, and nowhere else.
+    last = name.rpartition("/")[2]
+    if what == "includes" and name.removeprefix("file://").lstrip("/") != last:
+        hint += f", where it lies beside the answer file, so that its name here is {last}"
+    return Finding(line, f"it {what} {name}, which the installer will not find", f"{hint}.", fatal=True)
 
 
 def _unsupported(line: int, what: str) -> Finding:

@@ -274,17 +274,19 @@ def secrets_of(build: Build) -> tuple[Asked, Secrets]:
     """Return what the user of *build* asked for, and what is not to be on its image."""
     plan = build.plan
     data = _answers(build)
+    # They are part of the answers; as scripts they may belong on the disk, so that no part of them is looked for.
+    everything = b"\n".join([data, *delivery.further_contents(build)])
     texts = {key: text for key in plan.variables if (text := _text(plan, key))}
-    hashes = set(_HASH.findall(data))
+    hashes = set(_HASH.findall(everything))
     own_hash = texts.get("root_password_hash", "").strip().encode()
     # A star or an exclamation mark is none.
     if len(own_hash) >= 13 and own_hash[:1] not in b"*!":
         hashes.add(own_hash)
-    keys = {*leftovers.blobs(texts.get("authorized_keys", "").encode()), *_BLOB.findall(data)}
+    keys = {*leftovers.blobs(texts.get("authorized_keys", "").encode()), *_BLOB.findall(everything)}
     environment = urllib.request.getproxies_environment()
     credentials = {
         pair
-        for text in (*texts.values(), *environment.values(), data.decode("utf-8", "replace"))
+        for text in (*texts.values(), *environment.values(), everything.decode("utf-8", "replace"))
         for pair in _pairs(text)
     }
     credentials |= {("", text.strip()) for key, text in texts.items() if _PASSWORD_KEY.fullmatch(key)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import answers, command
 from .errors import ConfigurationError, reason_of
-from .log import step
+from .log import logger, step
 from .model import Build, Plan
 from .release import released
 from .settings import ImageSettings
@@ -154,6 +154,18 @@ def write_further(build: Build) -> list[tuple[Path, Path]]:
             raise ConfigurationError(f"[{build.plan.image}] answer-files: {reason_of(error)}.") from error
         written.append((file.path, copy))
     return written
+
+
+def further_contents(build: Build) -> list[bytes]:
+    """Return what the installer got as further files; a user's own file may be another one by now, or gone."""
+    found = []
+    for file in build.plan.settings.answer_files:
+        copy = copy_path(build).parent / file.name
+        try:
+            found.append((copy if copy.exists() else file.path).read_bytes())
+        except OSError as error:
+            logger.warning("answer-files: nothing of %s is looked for: %s.", file.path, reason_of(error))
+    return found
 
 
 def write_copy(build: Build) -> Path:

@@ -353,6 +353,14 @@ def test_further_file_of_kickstart(tmp_path: Path) -> None:
     )
 
 
+def test_include_in_a_directory(tmp_path: Path) -> None:
+    """An initrd has none but its own, so that the name has to change."""
+    plan = make_plan(tmp_path, "preseed", "d-i preseed/include string common/locale.cfg\n")
+    with pytest.raises(ConfigurationError) as caught:
+        installer.check(plan)
+    assert str(caught.value.hint).endswith("so that its name here is locale.cfg.")
+
+
 def test_entities_are_no_way_to_other_files(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(SECRET)
     profile = f'<!DOCTYPE profile [<!ENTITY x SYSTEM "file://{tmp_path}/secret">]>\n<profile>&x;</profile>'

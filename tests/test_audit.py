@@ -116,6 +116,20 @@ def test_credentials_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert secrets.credentials == {("a", "first"), ("c", "third")}
 
 
+def test_further_files_of_the_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their secrets are the answers' secrets; they themselves may be on the disk."""
+    (tmp_path / "own.ks").write_text("%include /part.ks\n")
+    (tmp_path / "part.ks").write_text(f"url --url=https://a:first@m/\nuser --password={OTHER_HASH}\n" * 40)
+    build = build_of(tmp_path, f"kickstart = {tmp_path}/own.ks\nanswer-files = {tmp_path}/part.ks")
+    asked, secrets = audit.secrets_of(build)
+    assert secrets.credentials == {("a", "first")}
+    assert asked.hashes == secrets.hashes == {OTHER_HASH.encode()}
+    assert needles_of(build, "answer-file") == []
+    (tmp_path / "part.ks").unlink()
+    assert audit.secrets_of(build)[1].credentials == set()
+    assert "part.ks is looked for: No such file or directory" in caplog.text
+
+
 def test_forms_of_credentials(tmp_path: Path) -> None:
     found = needles_of(build_of(tmp_path, f"proxy = {PROXY}"), "proxy-password")
     basic = base64.b64encode(b"build:s;cret-pw").rstrip(b"=")

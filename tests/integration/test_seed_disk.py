@@ -54,9 +54,10 @@ def said(build: Build) -> str:
     return text
 
 
-def delivered(key: str, digest: str) -> str:
-    """Return what the installer says of the disk and the answer file."""
-    return f"stand-in: seed disk: {FILES[key]} \nstand-in: answer file: {FILES[key].split()[-1][1:]}, sha256 {digest}\n"
+def delivered(key: str, digest: str, *further: str) -> str:
+    """Return what the installer says of the disk, with *further* files, and the answer file."""
+    files = " ".join(sorted([*FILES[key].split(), *further]))
+    return f"stand-in: seed disk: {files} \nstand-in: answer file: {FILES[key].split()[-1][1:]}, sha256 {digest}\n"
 
 
 def make_iso(build: Build, key: str) -> Path:
@@ -73,12 +74,16 @@ def test_installation_from_an_iso(build: Build) -> None:
     """The installer has read the answer file, and nothing of its disk is in the image."""
     key = "autoinstall" if build.user.is_root else "agama"
     iso = make_iso(build, key)
-    digest = configure(build, key, extra=f"format = raw\ninstaller_image = {iso}")
+    further = build.directory / "script.sh"
+    further.write_text(f"# {SECRET}\n")
+    digest = configure(
+        build, key, extra=f"format = raw\ninstaller_image = {iso}\nanswer-files = {further}:late/script.sh"
+    )
     dry = build.run("--dry-run")
     assert not seed(build).exists()
     build.run()
     text = said(build)
-    assert delivered(key, digest) in text
+    assert delivered(key, digest, "/seed/late/script.sh") in text
     # Neither as a file nor in a block.
     assert run("grep", "-c", SECRET, build.directory / f"stand-in-{TODAY}.raw", check=False).stdout == "0\n"
 

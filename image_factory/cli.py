@@ -303,6 +303,7 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
         )
         if plan.log_path is not None:
             try:
+                workspace.make_output_dir(plan)
                 plan.log_path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(log.also_to_file(plan.log_path, append=arguments.resume))
             except OSError as error:
@@ -611,6 +612,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The shell gave no arguments, and IMAGE in the environment would be built.
         return 1
     _set_up_stdout()
+    # Whatever the user's own files may be for, no one else is to change an image, its checksum or what it is made of.
+    os.umask(os.umask(0o077) | 0o022)
     return _status_of(partial(_run, argv), debug="--debug" in argv)
 
 

@@ -574,8 +574,8 @@ def conversation(
 ) -> Iterator[Conversation]:
     """Give a conversation with the program *argv*, which ends at the end of its input.
 
-    It has *timeout* seconds for each answer, and *stop_seconds* to end after an exception.  When
-    image-factory is killed the program sees the end of its input; a signal would keep it from removing
+    Its files are the user's alone.  It has *timeout* seconds for each answer, and *stop_seconds* to end after an
+    exception.  When image-factory is killed the program sees the end of its input; a signal would keep it from removing
     its files.
     """
     logger.info("Running: %s", shlex.join(argv))
@@ -588,6 +588,7 @@ def conversation(
             env=dict(env) | {"LC_ALL": "C.UTF-8"},
             bufsize=0,
             start_new_session=True,
+            umask=0o077,
         )
     except OSError as error:
         hint = f"Install it: apt-get install {PACKAGES[argv[0]]}" if argv[0] in PACKAGES else None

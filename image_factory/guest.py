@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import arch, command, delivery, interrupts
+from . import arch, command, delivery, fuse, interrupts
 from .console import Console
 from .errors import BuildError, CommandError, ConfigurationError
 from .installers import POWER_OFF
@@ -233,10 +233,18 @@ def check_output_dir(plan: Plan) -> None:
     QEMU of the system's libvirt runs as a user of its own, libvirt-qemu on Debian, unless qemu.conf
     says otherwise.
     """
-    if set(str(plan.output_dir)) & _NOT_IN_PATHS:
+    # Of control characters and bytes that are no UTF-8, no XML can tell libvirt, and the helper takes none.
+    if set(str(plan.output_dir)) & _NOT_IN_PATHS or not str(plan.output_dir).isprintable():
         raise ConfigurationError(
             f"[{plan.image}] output-dir: virt-install can't use {plan.output_dir}.",
-            hint=f"Use a path without {' '.join(sorted(_NOT_IN_PATHS))}",
+            hint=f"Use a path of UTF-8 without control characters and {' '.join(sorted(_NOT_IN_PATHS))}",
+        )
+    # Only who has mounted it is let in by FUSE, not even root.
+    if plan.as_root and (found := fuse.mount_of(plan.output_dir)) and "allow_other" not in found.options:
+        raise ConfigurationError(
+            f"QEMU, which libvirt runs as user {_QEMU_USER}, can't enter {found.point}: it is {found.kind} without "
+            "allow_other.",
+            hint="Build in another directory with --output-dir, or as an ordinary user.",
         )
     for directory in (plan.output_dir, *plan.output_dir.parents):
         if directory.exists() and plan.as_root and not _qemu_may(directory, stat.S_IXOTH):

@@ -1,5 +1,6 @@
 """Log lines that are safe to show, and the steps of a build."""
 
+import errno
 import logging
 import os
 import re
@@ -7,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 from . import events
 from .errors import BuildError, Interrupted, reason_of
@@ -95,7 +97,23 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 
 class _FileHandler(_Handler, logging.FileHandler):
-    pass
+    def _open(self) -> TextIOWrapper:
+        return cast(
+            TextIOWrapper,
+            open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_open_own),
+        )
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Open *path*; OSError for a link of another user's, who would choose which of root's files has the log."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        if os.lstat(path).st_uid not in (0, os.geteuid()):
+            raise OSError(errno.ELOOP, "it is another user's link") from None
+        return os.open(path, flags, 0o666)
 
 
 class _ShownHandler(logging.Handler):

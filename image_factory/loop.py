@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import assembly, command, layout, locks, privileged
-from .errors import BuildError, CommandError
+from . import assembly, command, fuse, layout, locks, privileged
+from .errors import BuildError, CommandError, ConfigurationError
 from .log import logger, step, waiting
 from .model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
 from .release import released
@@ -137,8 +137,21 @@ def programs(plan: Plan) -> list[str]:
 
 
 def check(plan: Plan) -> None:
-    """Raise ConfigurationError unless the helper can be run as root."""
+    """Raise ConfigurationError unless the helper can be run as root, and mounts what is in the output directory."""
+    if reason := unsuited(plan):
+        raise ConfigurationError(
+            reason, hint="Build in another directory with --output-dir, or set mount-via to guestfs or auto."
+        )
     privileged.check()
+
+
+def unsuited(plan: Plan) -> str | None:
+    """Return why the helper mounts no images in the output directory of *plan*, None if it does."""
+    found = fuse.mount_of(plan.output_dir)
+    # See check_filesystem in the helper.
+    if found is None or "user_id=0" in found.options:
+        return None
+    return f"{plan.output_dir} is on {found.kind}, which a user has mounted: the helper mounts no image from there."
 
 
 def describe(

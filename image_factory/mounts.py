@@ -136,7 +136,9 @@ def chosen(plan: Plan) -> Plan:
     if plan.settings.mount_via != "auto":
         return plan
     name, reason = "loop", "root may"
-    if not plan.as_root:
+    if (unsuited := loop.unsuited(plan)) is not None:
+        name, reason = "guestfs", unsuited
+    elif not plan.as_root:
         try:
             privileged.check()
             reason = f"sudo allows {privileged.HELPER}"

@@ -87,6 +87,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     if not resume:
         _check_space(plan)
     guest.check_output_dir(plan)
+    workspace.warn_of_others(plan)
     mounts.check(plan)
     sign.check(plan)
     guest.check_libvirt(plan)

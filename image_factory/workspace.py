@@ -1,8 +1,10 @@
 """The build's own directory, its lock, and what a killed build has left in it and elsewhere."""
 
+import contextlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -59,7 +61,8 @@ def _locked_directory(plan: Plan) -> Iterator[Path]:
     mode = 0o711 if plan.as_root else 0o700
     while True:
         try:
-            path.mkdir(parents=True, exist_ok=True, mode=mode)
+            make_output_dir(plan)
+            path.mkdir(exist_ok=True, mode=mode)
         except FileExistsError as error:
             raise ConfigurationError(
                 f"The working directory {path} can't be made: {error.strerror}.", hint=_IN_ITS_PLACE
@@ -94,6 +97,26 @@ def _locked_directory(plan: Plan) -> Iterator[Path]:
             yield path
     finally:
         os.close(descriptor)
+
+
+def warn_of_others(plan: Plan) -> None:
+    """Warn where others than root can exchange the files that root's build works on."""
+    # As one that is not there yet: where all may make files but remove only their own, nobody exchanges them.
+    doubt = trust.why_not(plan.work_path / "x") if plan.as_root else None
+    if doubt:
+        logger.warning("Root builds in %s, where others can exchange what it works on: %s.", plan.output_dir, doubt)
+
+
+def make_output_dir(plan: Plan) -> None:
+    """Make the output directory where it is missing; of root's, whatever the umask, one that QEMU gets through."""
+    for directory in (*reversed(plan.output_dir.parents), plan.output_dir):
+        if os.path.lexists(directory):
+            continue
+        # Another build may make it at this moment.
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir()
+            if plan.as_root:
+                directory.chmod(stat.S_IMODE(directory.stat().st_mode) | 0o011)
 
 
 def _records(directory: Path) -> list[Path]:

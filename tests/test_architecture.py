@@ -35,7 +35,7 @@ LEVELS = [
     {"console", "installers"},
     {"log"},
     {"events"},
-    {"units", "errors", "trust"},
+    {"units", "errors", "trust", "fuse"},
     # The version.
     {""},
 ]

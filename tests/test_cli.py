@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -451,6 +452,60 @@ def test_libvirt_not_reachable(place: Place) -> None:
     assert hint == "Start it: systemctl start libvirtd (package libvirt-daemon-system)."
 
 
+@contextmanager
+def bound(place: Place, *before: str, option: str = "--no-allow-other") -> Iterator[Path]:
+    """Have a filesystem of FUSE at a directory in *place*, which a command after *before* has mounted."""
+    directories = place.path / "behind", place.path / "fuse"
+    for directory in directories:
+        subprocess.run([*before, "mkdir", directory], check=True)
+    subprocess.run([*before, "bindfs", option, *directories], check=True)
+    try:
+        yield directories[1]
+    finally:
+        subprocess.run([*before, "fusermount3", "-u", directories[1]], check=True)
+
+
+def test_fuse_of_root_s(place: Place) -> None:
+    with bound(place) as directory:
+        error, hint = place.refused("x", "--check", "--image-size", "1M", "-o", "fuse/new")
+        assert error == (
+            f"QEMU, which libvirt runs as user libvirt-qemu, can't enter {directory}: it is fuse without allow_other."
+        )
+        assert "--output-dir" in hint
+
+
+def test_fuse_that_root_lets_all_into(place: Place) -> None:
+    """The helper mounts images there: root answers for it."""
+    with bound(place, option="--resolve-symlinks") as directory:
+        done = place.run("x", "--check", "--image-size", "1M", "-o", str(directory))
+        assert (done.returncode, done.stdout) == (0, "x can be built.\n"), done.stderr
+        assert "mount-via = loop is chosen: root may" in done.stderr
+
+
+def test_fuse_of_an_ordinary_user_s(ordinary: Place) -> None:
+    with bound(ordinary, "/usr/sbin/runuser", "-u", "nobody", "--") as directory:
+        why = f"{directory} is on fuse, which a user has mounted: the helper mounts no image from there."
+        # Root can't even look into it, so the files are not compared.
+        done = ordinary.run("loop", "--check", "--image-size", "1M", "-o", "fuse")
+        assert done.returncode == 2
+        assert done.stderr.splitlines() == [
+            f"image-factory: error: {why}",
+            "image-factory: hint: Build in another directory with --output-dir, or set mount-via to guestfs or auto.",
+        ]
+        done = ordinary.run("x", "--check", "--image-size", "1M", "-o", "fuse/new")
+        assert f"mount-via = guestfs is chosen: {directory}/new is on fuse, which a user has mounted" in done.stderr
+
+
+def test_root_builds_where_another_user_can_exchange_its_files(place: Place) -> None:
+    done = place.run("x", "--check", "--image-size", "1M", "-o", "images")
+    assert (done.returncode, "others can exchange" in done.stderr) == (0, False), done.stderr
+    (place.path / "images").mkdir()
+    shutil.chown(place.path / "images", NOBODY)
+    done = place.run("x", "--check", "--image-size", "1M", "-o", "images/new")
+    assert done.returncode == 0
+    assert f"others can exchange what it works on: {place.path}/images belongs to nobody.\n" in done.stderr
+
+
 # An ordinary user.
 
 
@@ -767,10 +822,10 @@ def test_debug_shows_the_traceback(place: Place) -> None:
 
 
 def test_path_that_is_no_text(place: Place) -> None:
-    directory = os.fsdecode(b"caf\xe9")
-    done = place.run("x", "--dry-run", "--image-size", "1M", "-o", directory)
-    assert done.returncode == 0, done.stderr
-    assert "caf\\udce9/.image-factory-x/disk.raw" in done.stdout
+    error, _ = place.refused("x", "--dry-run", "--image-size", "1M", "-o", os.fsdecode(b"caf\xe9"))
+    assert error == f"[x] output-dir: virt-install can't use {place.path}/caf\\udce9."
+    error, _ = place.refused("x", "--check", "--image-size", "1M", "-o", "a\nb")
+    assert error == f"[x] output-dir: virt-install can't use {place.path}/a b."
 
 
 @pytest.mark.parametrize("arguments", ["--list", "--list-json", "--help", "--version"])

@@ -1,6 +1,7 @@
 """The log: safe to show, with the steps and their seconds, on stderr and in a file."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -255,3 +256,18 @@ def test_masked(text: str) -> None:
     assert log.masked(text) == MASKED[text]
     assert log.masked(MASKED[text]) == MASKED[text]
     assert log.printable(text) == MASKED[text]
+
+
+def test_link_in_the_place_of_the_log_file(tmp_path: Path) -> None:
+    """One's own is followed, another user's is not: root's log would destroy a file of root's."""
+    victim, link = tmp_path / "victim", tmp_path / "log"
+    victim.write_text("whole\n")
+    link.symlink_to(victim)
+    os.lchown(link, 65534, 65534)
+    with pytest.raises(OSError, match="it is another user's link"), log.also_to_file(link):
+        pass
+    assert victim.read_text() == "whole\n"
+    os.lchown(link, 0, 0)
+    with log.also_to_file(link):
+        pass
+    assert victim.read_text() == ""

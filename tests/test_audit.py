@@ -22,7 +22,7 @@ from image_factory.errors import BuildError, ConfigurationError
 from image_factory.model import Artifact, Build, Disk, Plan
 from image_factory.settings import Configuration
 
-from .test_leftovers import HASH, KEY, OTHER_HASH, OTHER_KEY
+from .test_leftovers import HASH, KEY, OTHER_HASH
 
 M = 1 << 20
 PROXY = "http://build:s%3Bcret-pw@proxy.example.com:3128"
@@ -55,7 +55,7 @@ def test_build_without_an_answer_file(tmp_path: Path) -> None:
     asked, secrets = audit.secrets_of(build_of(tmp_path, ""))
     assert (asked.hashes, asked.keys, asked.answer_name) == (frozenset(), frozenset(), None)
     assert secrets == Secrets()
-    assert audit.needles(audit.CHECKS, secrets) == audit.needles(audit.CHECKS[:1], secrets)
+    assert audit.needles(audit.CHECKS, secrets) == audit.needles(audit.CHECKS[:2], secrets)
 
 
 @pytest.mark.parametrize("text", ["*", "!", "!locked-and-long-enough", "", "short"])
@@ -169,9 +169,15 @@ SHIPPED = {
 }
 
 
+# As long as one of RSA is: type, exponent and modulus, each after its length.
+LONG_KEY = base64.b64encode(
+    b"".join(len(part).to_bytes(4, "big") + part for part in (b"ssh-rsa", b"\1\0\1", b"\0" + bytes(range(1, 256))))
+).decode()
+
+
 def shipped_build(directory: Path, key: str) -> Build:
     hidden = HASH.replace("$", "$$")
-    keys = f"\n    ssh-rsa {OTHER_KEY * 4} one@example.com\n    ssh-ed25519 {KEY} two@example.com"
+    keys = f"\n    ssh-rsa {LONG_KEY} one@example.com\n    ssh-ed25519 {KEY} two@example.com"
     text = f"[own]\nbased_on = {SHIPPED[key]}\nroot_password_hash = {hidden}\nauthorized_keys = {keys}\nproxy = {PROXY}"
     return build_of(directory, text, name="own", shipped=True)
 
@@ -183,7 +189,7 @@ def test_parts_of_shipped_answer_files(tmp_path: Path, key: str) -> None:
     assert build.plan.settings.answer_file_key == key
     asked, secrets = audit.secrets_of(build)
     assert HASH.encode() in asked.hashes
-    assert asked.keys == {(OTHER_KEY * 4).encode(), KEY.encode()}
+    assert asked.keys == {LONG_KEY.encode(), KEY.encode()}
     assert asked.answer_name == delivery.name_of(build.plan.settings)
     data = answers.content(build.plan)
     parts = needles_of(build, "answer-file")
@@ -192,7 +198,7 @@ def test_parts_of_shipped_answer_files(tmp_path: Path, key: str) -> None:
     assert parts[0] in data[:400]
     wanted = (
         f"root:{HASH}:19000:0:99999:7:::\n",
-        f"ssh-rsa {OTHER_KEY * 4} one@example.com\nssh-ed25519 {KEY} two@example.com\n",
+        f"ssh-rsa {LONG_KEY} one@example.com\nssh-ed25519 {KEY} two@example.com\n",
     )
     for needle in audit.needles(audit.CHECKS, secrets):
         path = tmp_path / "disk"
@@ -487,8 +493,8 @@ def test_nothing_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     observer = Told()
     with events.observed(observer):
         audit._tell(build_of(tmp_path, "").plan, Artifact(tmp_path / "x", "raw", 1), audit.CHECKS[:2], [])
-    assert caplog.messages == ["The audit has found nothing: ssh-host-keys, machine-id."]
-    assert observer.events == [events.Audited("x", ("ssh-host-keys", "machine-id"), ())]
+    assert caplog.messages == ["The audit has found nothing: ssh-host-keys, private-keys."]
+    assert observer.events == [events.Audited("x", ("ssh-host-keys", "private-keys"), ())]
 
 
 def test_checks_that_there_are_none_of(tmp_path: Path) -> None:

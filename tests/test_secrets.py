@@ -106,7 +106,8 @@ MISTAKES = {
     "a variable that is not there": "append = ${absent}\n",
     "a bad size": "cores = none\n",
     "the answer file for a directory": "output-dir = answers.cfg\n",
-    "the answer file for the cache": "cache-dir = answers.cfg\n",
+    # The cache matters only where something is fetched.
+    "the answer file for the cache": "cache-dir = answers.cfg\nlinux = http://127.0.0.1:9/linux\n",
     "an upload that is not there": "upload_destinations = absent\n",
 }
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from . import events, interrupts
-from .errors import BuildError, CommandError, ConfigurationError, CrashError
+from .errors import BuildError, CommandError, ConfigurationError, CrashError, command_hint
 from .log import logger
 
 _Argument = TypeVar("_Argument")
@@ -326,11 +326,11 @@ def run(
             raise
         if not finished:
             _stop(process, stop_signal, stop_seconds)
-            raise BuildError(
-                f"{argv[0]} did not end within {timeout:.0f} s", hint=f"The command was: {shlex.join(argv)}"
-            )
+            raise BuildError(f"{argv[0]} did not end within {timeout:.0f} s", hint=command_hint(argv))
     if process.returncode:
         _heed_our_signal(process.returncode)
+        if quiet:
+            logger.info("Running failed: %s", shlex.join(argv))
         raise CommandError(argv, process.returncode, last_lines)
     return captured.decode("utf-8", errors="replace")
 
@@ -615,6 +615,10 @@ def _stop(process: subprocess.Popen[bytes], stop_signal: signal.Signals, seconds
         try:
             os.killpg(process.pid, number)
         except PermissionError:
+            # The helper ends a mount when nobody reads what it prints.
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
             patience = max(patience, _ROOTS_PATIENCE_SECONDS)
         except ProcessLookupError:
             pass

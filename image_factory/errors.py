@@ -56,6 +56,12 @@ def _reason(status: int) -> str:
 _ERROR_LINE = re.compile(r"(?:\*stdin\*:\d+: )?(?:libguestfs: )?error\b", re.IGNORECASE)
 
 
+def command_hint(argv: Sequence[str]) -> str:
+    """Return the hint that shows the command *argv*; the log has the whole of a long one."""
+    shown = shlex.join(argv)
+    return f"The command was: {shown if len(shown) <= _LONGEST_QUOTE else f'{shown[:_LONGEST_QUOTE]}... (see the log)'}"
+
+
 class CommandError(BuildError):
     """A program that the build needs failed.
 
@@ -68,7 +74,7 @@ class CommandError(BuildError):
         # Many programs, virt-install among them, say the reason first and good advice after it.
         errors = [line for line in last_lines if _ERROR_LINE.match(line)]
         said = "".join(f": {line[:_LONGEST_QUOTE]}" for line in (errors or list(last_lines))[-1:])
-        super().__init__(f"{argv[0]} {reason}{said}", hint=f"The command was: {shlex.join(argv)}")
+        super().__init__(f"{argv[0]} {reason}{said}", hint=command_hint(argv))
         self.argv = list(argv)
         self.status = status
         self.last_lines = list(last_lines)

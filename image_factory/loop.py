@@ -1,19 +1,20 @@
 """Mount the root filesystem of a disk on this machine, with a loop device, through the privileged helper."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from . import assembly, command, fuse, layout, locks, privileged
-from .errors import BuildError, CommandError, ConfigurationError
+from .errors import BuildError, ConfigurationError
 from .log import logger, step, waiting
 from .model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
 from .release import released
@@ -28,6 +29,15 @@ MOUNT_PREFIX = "image-factory."
 # What this machine's kernel can mount by now, and what it can load for that.
 FILESYSTEMS = Path("/proc/filesystems")
 MODULES = Path("/lib/modules")
+
+# In the working directory.
+READ_ONLY_RECORD = "read-only-subvolumes"
+
+# The installer's mkfs may know features that this machine's kernel doesn't.
+_NEWER_KERNEL = (
+    "A newer kernel may mount it, on this machine or, with mount-via = guestfs, in /boot; "
+    "else have the answer file make the filesystem without what is new."
+)
 
 # Something such as an indexer may hold a mount for a moment.
 _UMOUNT_SECONDS = 5.0
@@ -178,7 +188,8 @@ def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tre
     with _mount_directory(mount_record(disk.path.parent)) as directory, released(partial(_umount_all, directory)):
         with step(STEP):
             found = _mount_all(disk, volumes, directory)
-        yield found
+        with _writable(found, disk.path.parent / READ_ONLY_RECORD):
+            yield found
 
 
 def shell(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
@@ -188,6 +199,31 @@ def shell(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
         for point, path in paths[1:]:
             logger.info("/%s is in %s.", point, path)
         command.interact([os.environ.get("SHELL", "/bin/sh")], cwd=paths[0][1])
+
+
+@contextmanager
+def _writable(tree: Tree, record: Path) -> Iterator[None]:
+    """Have the system's subvolumes writable inside, and those read-only again that were, as of openSUSE MicroOS.
+
+    *record* names them meanwhile: a build that goes on after a killed one makes them read-only at its end.
+    """
+    known: list[list[str]] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
+    changed: list[tuple[LoopFilesystem, str]] = []
+    for branch in tree.branches:
+        filesystem, top = branch.filesystem, branch.top
+        assert isinstance(filesystem, LoopFilesystem)
+        is_read_only = any(found.path == top and found.read_only for found in filesystem.subvolumes)
+        if is_read_only or [filesystem.volume.name, top] in known:
+            changed.append((filesystem, top))
+    if changed:
+        record.write_text(json.dumps([[found.volume.name, top] for found, top in changed]), encoding="utf-8")
+    with ExitStack() as stack:
+        for filesystem, top in changed:
+            logger.info("Subvolume %s is read-only, and made writable for a while.", top or "/")
+            stack.enter_context(released(partial(privileged.set_read_only, filesystem.path, top, True)))
+            privileged.set_read_only(filesystem.path, top, False)
+        yield
+    record.unlink(missing_ok=True)
 
 
 def _path_of(filesystem: object, top: str) -> Path:
@@ -200,13 +236,9 @@ def _mount_all(disk: Disk, volumes: Sequence[Volume], directory: Path) -> Tree:
     filesystems: list[LoopFilesystem] = []
     failures: dict[str, BuildError] = {}
     for volume in volumes:
-        if volume.filesystem not in layout.MOUNTED_FILESYSTEMS:
-            continue
-        try:
-            filesystems.append(_mount(disk, volume, directory))
-        except BuildError as error:
-            logger.warning("%s (%s) can't be mounted: its unused blocks stay.", volume.name, volume.filesystem)
-            failures[volume.name] = _without_driver(volume) if lacks_driver(volume.filesystem) else error
+        if volume.filesystem in layout.MOUNTED_FILESYSTEMS:
+            with _failure_noted(volume, failures):
+                filesystems.append(_mount(disk, volume, directory))
     return assembly.assemble(filesystems, volumes, failures)
 
 
@@ -215,6 +247,17 @@ def _without_driver(volume: Volume) -> BuildError:
         f"{volume.name} has {volume.filesystem}, for which this machine's kernel has no driver.",
         hint="With mount-via = guestfs the kernel of libguestfs' appliance is used.",
     )
+
+
+@contextmanager
+def _failure_noted(volume: Volume, failures: dict[str, BuildError]) -> Iterator[None]:
+    try:
+        yield
+    except BuildError as error:
+        logger.warning("%s (%s) can't be mounted: its unused blocks stay.", volume.name, volume.filesystem)
+        if "doesn't mount" in error.message:
+            error.hint = _NEWER_KERNEL
+        failures[volume.name] = _without_driver(volume) if lacks_driver(volume.filesystem) else error
 
 
 def _mount(disk: Disk, volume: Volume, directory: Path) -> LoopFilesystem:
@@ -324,9 +367,8 @@ def _umount_until(path: Path, deadline: float) -> None:
             return
         except BuildError as error:
             if time.monotonic() > deadline:
-                said = error.last_lines[-1] if isinstance(error, CommandError) and error.last_lines else error.message
                 raise BuildError(
-                    f"{path} can't be unmounted: {said} It is held by {_holders(path)}.",
+                    f"{path} can't be unmounted: {error.message} It is held by {_holders(path)}.",
                     hint="End what holds it, then run image-factory --cleanup.",
                 ) from error
             time.sleep(0.5)

@@ -288,7 +288,9 @@ def difference_lines(difference: Mapping[str, Any] | None) -> list[str]:
     lines += _named("+", (f"{_name(entry)} {entry['version']}" for entry in packages["added"]))
     lines += _named("-", (f"{_name(entry)} {entry['version']}" for entry in packages["removed"]))
     lines += _named("*", (f"{_name(entry)} {entry['before']} -> {entry['after']}" for entry in packages["changed"]))
-    lines.append(f"  installed     {_change(difference['directories'])}")
+    # The sizes of one of the two are not known where it is 0.
+    if all(difference["directories"].values()):
+        lines.append(f"  installed     {_change(difference['directories'])}")
     lines += [f"  {entry['format']:<12}  {_change(entry)}" for entry in difference["artifacts"]]
     return lines
 

@@ -174,6 +174,7 @@ class Subvolume:
     path: str
     uuid: str
     source: str | None = None
+    read_only: bool = False
 
 
 @dataclass(frozen=True)

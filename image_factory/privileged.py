@@ -7,6 +7,7 @@ filesystem; an ordinary user runs it through sudo, which never asks for a passwo
 import base64
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -18,6 +19,9 @@ from .errors import BuildError, CommandError, ConfigurationError
 from .model import Change, Entry, Subvolume
 
 HELPER = "image-factory-sudo-helper"
+
+# What it prints when it fails: the reason, and the call, which the log has already.
+_REFUSAL = re.compile(rf"{HELPER}: (.*)\. The call was .*\.")
 
 # A trim or an umount may have much to write to a slow disk, but nothing is waited for for ever.
 _SECONDS = 1800.0
@@ -52,9 +56,16 @@ def _run(*arguments: str, stdin: bytes | None = None) -> str:
     # helper would take for its caller.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
     argv = helper_argv(*arguments)
-    return command.run(
-        argv, capture=True, env=environment, timeout=_SECONDS, new_session=False, stdin=stdin
-    )  # fmt: skip
+    try:
+        return command.run(
+            argv, capture=True, env=environment, timeout=_SECONDS, new_session=False, stdin=stdin
+        )  # fmt: skip
+    except CommandError as error:
+        said = _REFUSAL.fullmatch(error.last_lines[-1]) if error.last_lines else None
+        if said is not None:
+            error.message = f"{HELPER} failed with status {error.status}: {said[1]}."
+            error.args = (error.message,)
+        raise
 
 
 def check() -> None:
@@ -147,7 +158,12 @@ def usage(directory: Path, top: str) -> dict[str, int]:
 def subvolumes(directory: Path) -> list[Subvolume]:
     """Return the subvolumes of the btrfs at *directory*, the default one first and its top among them."""
     lines = map(json.loads, _run("subvolumes", str(directory)).splitlines())
-    return [Subvolume(number, path, uuid, source) for number, path, uuid, source, _ in lines]
+    return [Subvolume(*fields) for fields in lines]
+
+
+def set_read_only(directory: Path, path: str, value: bool) -> None:
+    """Make the subvolume *path* below the tree at *directory* read-only, or writable."""
+    _run("set-read-only", str(directory), "true" if value else "false", *([path] if path else []))
 
 
 def delete_subvolumes(directory: Path, paths: Sequence[str]) -> None:

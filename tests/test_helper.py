@@ -169,6 +169,16 @@ REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("write: outside of a mount", ["write", "<OWN>", "0644", "file"]),
     ("write: in another user's mount", ["write", "<THEIRS>", "0644", "etc/fstab"]),
     ("write: through a link", ["write", "<OWN>/link", "0644", "shadow"]),
+    ("set-read-only: without a value", ["set-read-only", "<MOUNTED>"]),
+    ("set-read-only: another value", ["set-read-only", "<MOUNTED>", "yes"]),
+    ("set-read-only: two subvolumes", ["set-read-only", "<MOUNTED>", "true", "etc", "var"]),
+    ("set-read-only: what is no btrfs", ["set-read-only", "<MOUNTED>", "true"]),
+    ("set-read-only: a directory of what is no btrfs", ["set-read-only", "<MOUNTED>", "false", "etc"]),
+    ("set-read-only: outside of a mount", ["set-read-only", "<OWN>", "false"]),
+    ("set-read-only: in another user's mount", ["set-read-only", "<THEIRS>", "false"]),
+    ("set-read-only: the machine's root", ["set-read-only", "/", "true"]),
+    ("set-read-only: through a link", ["set-read-only", "<OWN>/link", "true"]),
+    ("set-read-only: with ..", ["set-read-only", "<MOUNTED>", "true", "../x"]),
     ("show: outside of a mount", ["show", "<OWN>", "file"]),
     ("show: in another user's mount", ["show", "<THEIRS>", "root/install.log"]),
     ("show: through a link", ["show", "<OWN>/link", "shadow"]),
@@ -234,7 +244,7 @@ def test_refused(scene: Scene, name: str, words: list[str | bytes]) -> None:
     done = scene.helper(*(scene.fill_in(word) if isinstance(word, str) else word for word in words))
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("image-factory-sudo-helper: Command ")
+    assert done.stderr.startswith("image-factory-sudo-helper: ")
     assert done.stderr.count("\n") == 1
     assert done.stderr.strip().isprintable()
     assert scene.outside() == before
@@ -665,3 +675,35 @@ def test_subvolumes_are_told_and_removed(scene: Scene, tmp_path: Path) -> None:
     scene.helper("trim", str(point))
     assert scene.helper("umount", str(point)).returncode == 0
     assert b"in the snapshot alone" not in image.read_bytes()
+
+
+def test_subvolume_is_made_writable_and_read_only_again(scene: Scene, tmp_path: Path) -> None:
+    """A subvolume or what is mounted, and no directory, by the one who has mounted it alone."""
+    user, point = scene.users["a"], scene.directories["a"] / "empty"
+    image, mounted = user.home / "read-only.raw", tmp_path / "mnt"
+    run("truncate", "-s", "128M", image)
+    run("mkfs.btrfs", "-q", image)
+    mounted.mkdir()
+    run("mount", "-o", "loop", image, mounted)
+    try:
+        run("btrfs", "subvolume", "create", mounted / "@")
+        (mounted / "@/etc").mkdir()
+        run("btrfs", "subvolume", "set-default", mounted / "@")
+        run("btrfs", "property", "set", mounted / "@", "ro", "true")
+    finally:
+        run("umount", mounted)
+    run("chown", user.name, image)
+    for more, path in (([], []), (["subvolid=5"], ["@"])):
+        assert scene.helper("mount-image", str(image), "0", str(128 << 20), str(point), *more).returncode == 0
+        file = "/".join([*path, "etc/new"])
+        assert scene.helper("write", str(point), "0644", file).returncode == 1
+        assert scene.helper("set-read-only", str(point), "false", *path, user="b").returncode == 1
+        assert scene.helper("set-read-only", str(point), "false", *path, "etc").returncode == 1
+        assert scene.helper("set-read-only", str(point), "false", *path).returncode == 0
+        assert scene.helper("write", str(point), "0644", file).returncode == 0
+        assert scene.helper("remove", str(point), file).returncode == 0
+        assert scene.helper("set-read-only", str(point), "false", "/".join([*path, "etc"])).returncode == 1
+        assert scene.helper("set-read-only", str(point), "true", *path).returncode == 0
+        assert scene.helper("write", str(point), "0644", file).returncode == 1
+        assert "true" in run("btrfs", "property", "get", "/".join([str(point), *path]), "ro").stdout
+        assert scene.helper("umount", str(point)).returncode == 0

@@ -8,8 +8,10 @@ import hashlib
 import os
 import pty
 import random
+import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import termios
@@ -32,7 +34,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> bool:
         assert done.stderr == ""
         return False
     assert done.returncode == 1
-    assert done.stderr.startswith("image-factory-sudo-helper: Command ")
+    assert done.stderr.startswith("image-factory-sudo-helper: ")
     assert (done.stderr.count("\n"), done.stderr.strip().isprintable()) == (1, True)
     return True
 
@@ -604,3 +606,200 @@ def test_journal_on_another_device(scene: Scene, image: Path, point: Path, disk:
     assert refused(done)
     assert "its journal is on another device" in done.stderr
     assert digest(disk[0]) == before
+
+
+# Of an ext filesystem's superblock: where it is, and the bytes that reach out of the image, or have the kernel wait.
+SUPERBLOCK = 1024
+FEATURES, JOURNAL, OPTIONS = 0x60, 0xE4, 0x200
+REACHING_OUT = {
+    "journal by its number": (OPTIONS, b"journal_dev=DEVICE", "mount options"),
+    "journal by its path": (OPTIONS, b"journal_path=/dev/loop0", "mount options"),
+    "harmless option": (OPTIONS, b"nodelalloc", "mount options"),
+    "option after an empty one": (OPTIONS, b",journal_dev=DEVICE", "mount options"),
+    "option after the end": (OPTIONS, b"\0journal_dev=DEVICE", "mount options"),
+    "journal's number": (JOURNAL, b"NUMBER", "its journal is on another device"),
+    "journal device": (FEATURES, b"\x08", "its journal is on another device"),
+    "multiple mount protection": (FEATURES + 1, b"\x01", "multiple mount protection"),
+}
+
+
+@pytest.fixture
+def with_journal_elsewhere(image: Path, disk: tuple[Path, str]) -> Path:
+    """The image has a filesystem whose journal is on root's disk, but it does not say so."""
+    run("mke2fs", "-q", "-F", "-O", "journal_dev", disk[1])
+    run("mke2fs", "-q", "-F", "-J", f"device={disk[1]}", image)
+    change(image, JOURNAL, bytes(4))
+    return image
+
+
+def change(image: Path, offset: int, data: bytes) -> None:
+    with image.open("r+b") as file:
+        file.seek(SUPERBLOCK + offset)
+        file.write(data)
+
+
+def filled_in(data: bytes, device: str) -> bytes:
+    """Return *data* with the number of *device*, as text and as the superblock has it."""
+    number = os.stat(device).st_rdev
+    return data.replace(b"DEVICE", f"{number:#x}".encode()).replace(b"NUMBER", struct.pack("<I", number))
+
+
+@pytest.mark.parametrize("name", REACHING_OUT)
+def test_superblock_that_reaches_out(
+    scene: Scene, with_journal_elsewhere: Path, point: Path, disk: tuple[Path, str], name: str
+) -> None:
+    offset, data, reason = REACHING_OUT[name]
+    change(with_journal_elsewhere, offset, filled_in(data, disk[1]))
+    before, outside = digest(disk[0]), scene.outside()
+    done = scene.helper(*big_words(with_journal_elsewhere, point))
+    assert refused(done)
+    assert reason in done.stderr
+    assert (digest(disk[0]), scene.outside()) == (before, outside)
+
+
+@pytest.mark.parametrize("name", ["log", "realtime"])
+def test_xfs_with_another_device(scene: Scene, image: Path, point: Path, disk: tuple[Path, str], name: str) -> None:
+    run("truncate", "-s", "400M", image)
+    option = ["-l", f"logdev={disk[1]}"] if name == "log" else ["-r", f"rtdev={disk[1]}"]
+    run("mkfs.xfs", "-q", "-f", *option, image)
+    before = digest(disk[0])
+    done = scene.helper(*big_words(image, point))
+    assert refused(done)
+    assert {"log": "its log is on another device", "realtime": "it has a realtime device"}[name] in done.stderr
+    assert digest(disk[0]) == before
+
+
+def test_btrfs_that_others_grow_from(scene: Scene, image: Path, point: Path) -> None:
+    run("truncate", "-s", "128M", image)
+    run("mkfs.btrfs", "-q", "-f", image)
+    run("btrfstune", "-S", "1", image)
+    done = scene.helper(*big_words(image, point))
+    assert refused(done)
+    assert "doesn't mount its btrfs" in done.stderr
+
+
+def changed_helper(scene: Scene, changes: dict[str, str]) -> list[str]:
+    """Return the command of a copy of the helper with *changes* of its text, as root in the name of user a."""
+    user = scene.users["a"]
+    text = user.helper.read_text()
+    for old, new in changes.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path = scene.users["root"].home / "image-factory-sudo-helper"
+    path.write_text(text)
+    path.chmod(0o755)
+    return ["env", "-i", "PATH=/usr/bin", f"SUDO_UID={user.uid}", f"SUDO_GID={user.uid}", str(path)]
+
+
+@pytest.mark.parametrize("end", ["signal", "reader", "deadline", "killed"])
+def test_mount_that_the_kernel_does_not_end(scene: Scene, image: Path, point: Path, end: str) -> None:
+    """It goes with its caller: here the kernel waits for another machine for 22 s, as it is not refused before."""
+    run("mke2fs", "-q", "-F", "-b", "1024", "-O", "mmp", "-E", "mmp_update_interval=1", image)
+    with image.open("r+b") as file:
+        # s_mmp_block; the number there says that another machine has it mounted.
+        file.seek(SUPERBLOCK + 0x168)
+        block = int.from_bytes(file.read(8), "little")
+        file.seek(1024 * block + 4)
+        file.write(b"\1")
+    helper = changed_helper(
+        scene, {"EXT_MMP = 0x100": "EXT_MMP = 0"} | ({"= 120.0": "= 0.5"} if end == "deadline" else {})
+    )
+    process = subprocess.Popen(
+        [*helper, *big_words(image, point)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    if end != "deadline":
+        wait_for(lambda: waits_in_the_kernel(process.pid), 20, "the mount")
+    if end == "signal":
+        process.terminate()
+    elif end == "reader":
+        process.stdout.close()
+    elif end == "killed":
+        process.kill()
+    said = process.stderr.read()
+    assert process.wait() == (-9 if end == "killed" else 1)
+    reason = {
+        "signal": "it was stopped by SIGTERM",
+        "reader": "nobody waits for it any more",
+        "deadline": "the kernel did not mount it in 0 s",
+        "killed": "",
+    }
+    assert reason[end] in said
+    wait_for(lambda: not calls(point), 5, "the end of the mount")
+    process.stdout.close()
+    process.stderr.close()
+    if end == "killed":
+        # See the manual: what it took is the user's to remove.
+        scene.users["a"].run("rmdir", point)
+
+
+def waits_in_the_kernel(parent: int) -> bool:
+    """Return whether a child of *parent* sleeps in the call with which it mounts."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return any(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "S" for child in children)
+
+
+def test_directories_that_are_linked_into_each_other(scene: Scene, image: Path, point: Path) -> None:
+    """There are 2**30 ways to the last one; each is counted once."""
+    run("mke2fs", "-q", "-F", "-b", "1024", image)
+    lines = [f"mkdir d{number}" for number in range(31)]
+    lines += [f"link d{number + 1} d{number}/{name}" for number in range(30) for name in "ab"]
+    script = image.with_name("script")
+    script.write_text("\n".join(lines))
+    run("debugfs", "-w", "-f", script, image)
+    assert not refused(scene.helper(*big_words(image, point)))
+    done = scene.helper("usage", str(point))
+    sizes = {name: int(size) for size, name in map(str.split, done.stdout.splitlines())}
+    assert (done.returncode, sizes.pop("lost+found")) == (0, 12 << 10)
+    assert sizes == {".": 0, "d0": 31 << 10} | {f"d{number}": 0 for number in range(1, 31)}
+    assert not refused(scene.helper("umount", str(point)))
+
+
+def test_more_entries_than_are_looked_at(scene: Scene) -> None:
+    """The limit is on all that a call looks at, in whatever directories they are; a name costs nothing."""
+    helper = changed_helper(scene, {"ENTRIES = 1 << 20": "ENTRIES = 20"})
+    with own_mount(scene) as mounted:
+        for directory in ("one", "two", "two/three"):
+            (mounted / "var/log/installer" / directory).mkdir()
+            for number in range(8):
+                (mounted / "var/log/installer" / directory / f"{number}").write_text("text\n")
+        for words in (
+            ("list", str(mounted), *(["var/log/installer/one/*"] * 3)),
+            ("show", str(mounted), "var/log/installer"),
+            ("read", str(mounted), *(["var/log/installer/two/*"] * 3)),
+            ("truncate", str(mounted), "var/log/installer"),
+            ("usage", str(mounted), "var"),
+            ("chmod", "-R", "o+r", f"{mounted}/var/log/installer"),
+            ("remove", str(mounted), "var/log/installer"),
+        ):
+            done = subprocess.run([*helper, *words], capture_output=True, text=True)
+            assert done.returncode == 1
+            assert "it has more than 20 entries" in done.stderr
+        names = [f"var/log/installer/two/three/{number}" for number in range(8)]
+        done = subprocess.run([*helper, "read", str(mounted), *names * 5], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_images_that_a_namespace_holds(scene: Scene, image: Path, point: Path) -> None:
+    """They count, and the refusal names who holds them."""
+    helper = changed_helper(scene, {"LOOP_DEVICES = 256": "LOOP_DEVICES = 2"})
+    with own_mount(scene):
+        holder = subprocess.Popen(
+            scene.users["b"].argv("unshare", "-Urm", "sh", "-c", "echo; read go"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert holder.stdout is not None
+        holder.stdout.readline()
+    try:
+        done = subprocess.run([*helper, *scene.mount_words(image, point)], capture_output=True, text=True)
+        assert refused(done)
+        assert re.search(
+            r"2 images attached already, held by mounts here: 1, the namespace of process [0-9]+ \(sh\): 2\.",
+            done.stderr,
+        )
+    finally:
+        holder.communicate(b"go\n")
+    assert not refused(subprocess.run([*helper, *scene.mount_words(image, point)], capture_output=True, text=True))
+    assert not refused(scene.helper("umount", str(point)))

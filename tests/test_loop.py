@@ -275,3 +275,74 @@ def test_mount_that_is_busy_for_a_moment(tmp_path: Path) -> None:
     assert len(reasons) == 2
     assert reasons[0].endswith(f" to be unmounted; it is held by process {holder.pid} (sleep).")
     assert reasons[1] == ""
+
+
+@pytest.fixture
+def micro(tmp_path: Path) -> Disk:
+    """A disk as openSUSE MicroOS has it: the root is a read-only subvolume of btrfs."""
+    path, place = tmp_path / "disk.raw", tmp_path / "place"
+    run("truncate", "-s", "130M", path)
+    subprocess.run(["sfdisk", "--quiet", path], input="label: gpt\nstart=1MiB, size=128MiB\n", text=True, check=True)
+    device = run("losetup", "-f", "--show", "-o", str(1 << 20), "--sizelimit", str(128 << 20), path).stdout.strip()
+    try:
+        run("mkfs.btrfs", "-q", device)
+        place.mkdir()
+        run("mount", device, place)
+        try:
+            run("btrfs", "subvolume", "create", place / "system")
+            (place / "system/etc").mkdir()
+            (place / "system/etc/fstab").write_text("")
+            (place / "system/etc/log").write_text("text\n")
+            run("btrfs", "subvolume", "set-default", place / "system")
+            run("btrfs", "property", "set", "-ts", place / "system", "ro", "true")
+        finally:
+            run("umount", place)
+    finally:
+        run("losetup", "-d", device)
+    return Disk(path)
+
+
+def is_read_only(disk: Disk) -> bool:
+    with mounted(disk) as tree:
+        filesystem = tree.root.filesystem
+        assert isinstance(filesystem, loop.LoopFilesystem)
+        return any(found.read_only for found in filesystem.subvolumes)
+
+
+def test_root_that_is_read_only(micro: Disk, tmp_path: Path) -> None:
+    """It is writable while the system is worked on, and read-only again on each way out."""
+    with mounted(micro) as tree:
+        assert tree.remove(["etc/log"]) == [Change("etc/log", 1, 5)]
+        tree.write("etc/new", b"new", 0o644)
+    assert is_read_only(micro)
+    with pytest.raises(ZeroDivisionError), mounted(micro):
+        raise ZeroDivisionError
+    assert is_read_only(micro)
+    assert not (tmp_path / loop.READ_ONLY_RECORD).exists()
+
+
+def test_read_only_root_of_a_build_that_was_killed(micro: Disk, tmp_path: Path) -> None:
+    with building(micro) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != b"mounted\n":
+            pass
+        process.kill()
+        process.wait()
+    assert loop.release_left_mounts(tmp_path)
+    assert (tmp_path / loop.READ_ONLY_RECORD).exists()
+    with mounted(micro) as tree:
+        tree.write("etc/new", b"new", 0o644)
+    assert is_read_only(micro)
+    assert not (tmp_path / loop.READ_ONLY_RECORD).exists()
+
+
+def test_filesystem_newer_than_the_kernel(tmp_path: Path) -> None:
+    """The error has the kernel's reason and version, and the hint what helps."""
+    disk = make_disk(tmp_path, "ext4")
+    # s_feature_incompat with a bit that no kernel knows.
+    run("debugfs", "-w", "-R", "ssv feature_incompat 0x400002c2", f"{disk.path}?offset={1 << 20}")
+    with pytest.raises(BuildError, match=r"Linux [0-9.]+\S* doesn't mount its ext4: ") as raised, mounted(disk):
+        pytest.fail("it was mounted")
+    assert "unsupported optional features (40000000)" in raised.value.message
+    assert raised.value.hint is not None
+    assert "A newer kernel may mount it" in raised.value.hint

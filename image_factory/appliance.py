@@ -8,6 +8,7 @@ import fnmatch
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ _KEY_STORES = (".der", ".jks", ".keystore", ".p12", ".p8", ".pfx", ".pk8")
 
 # So many entries of a top directory are measured.
 _USAGES = 256
+
+# A hostile filesystem has directories that are linked into each other, and any number of paths of a few names.
+_WALK_SECONDS = 600
+_ENTRIES = 1 << 20
 
 
 def programs(plan: Plan) -> list[str]:
@@ -174,7 +179,8 @@ class ApplianceFilesystem:
         """Return the files that *patterns* match; of a long one the end."""
         texts, left = [], _SHOWN
         found = (path for pattern in patterns for path in self._matching(pattern))
-        for path in (file for top in found for file in self._files(top)):
+        deadline = time.monotonic() + _WALK_SECONDS
+        for path in (file for top in found for file in self._files(top, deadline)):
             if left <= _HEADING:
                 texts.append("... The other files are not shown.\n")
                 break
@@ -183,10 +189,12 @@ class ApplianceFilesystem:
             left -= _HEADING + count
         return "".join(texts)
 
-    def _files(self, path: str, depth: int = 0) -> Iterator[str]:
+    def _files(self, path: str, deadline: float, depth: int = 0) -> Iterator[str]:
+        if time.monotonic() > deadline:
+            raise _endless(path)
         if self._is("dir", path):
             for name in self._names(path) if depth < _DEEPEST else []:
-                yield from self._files(f"{path}/{name}", depth + 1)
+                yield from self._files(f"{path}/{name}", deadline, depth + 1)
         elif self._is("file", path):
             yield path
 
@@ -261,23 +269,50 @@ class ApplianceFilesystem:
         for path in self._matching_any(patterns):
             gone = self._measured(path)
             if self.guestfish.do(f"-rm-rf {self._word(path)}"):
-                below = [f"{path}/{name}" for name in self._below(path)] if self._is("dir", path) else []
-                self._make_changeable(path.rpartition("/")[0], path, *below)
+                self._make_changeable(path.rpartition("/")[0], path)
+                if self._is("dir", path):
+                    self._walk(path, "chattr -R -f -i -a .")
                 self.guestfish.do(f"rm-rf {self._word(path)}")
             removed.append(gone)
         return removed
 
     def _measured(self, path: str) -> Change:
         if self._is("dir", path):
-            kibibytes = int(self.guestfish.ask(f"du {self._word(path)}")[-1])
-            return Change(_shown_name(path), 1 + len(self._below(path)), kibibytes << 10)
+            count = self._number(path, f"find . -printf . | head -c {_ENTRIES + 1} | wc -c")
+            if count > _ENTRIES:
+                raise BuildError(f"/{_shown_name(path)} of the guest has more than {_ENTRIES} entries.")
+            return Change(_shown_name(path), count, self._taken(path))
         return Change(_shown_name(path), 1, self._size(path) if self._is("file", path) else 0)
+
+    def _taken(self, path: str) -> int:
+        """Return the bytes that the directory *path*, with all below it, takes on the disk."""
+        # For names that it reads, du counts a directory with several names once, and doesn't go there again.
+        return self._number(path, 'printf ".\\0" | du -s -k --files0-from=-') << 10
+
+    def _number(self, directory: str, script: str) -> int:
+        """Return the number that the shell's *script* prints first; see _walk."""
+        lines = self._walk(directory, script)
+        if not lines:
+            raise BuildError(f"/{_shown_name(directory)} of the guest can't be looked into.")
+        return int(lines[0].split()[0])
+
+    def _walk(self, directory: str, script: str) -> list[str]:
+        """Return what the shell's *script* prints in *directory*; BuildError if it comes to no end."""
+        # libguestfs' calls for it know no limit.
+        inner = f"cd {_shell_word(f'/sysroot{self.place}/{directory}')} && {script}"
+        outer = f"timeout {_WALK_SECONDS} sh -c {_shell_word(inner)} 2>&-; echo $?"
+        *lines, status = self.guestfish.ask(f"debug sh {quoted(outer)}")
+        # See timeout(1).
+        if status == "124":
+            raise _endless(directory)
+        return lines
 
     def truncate(self, patterns: Sequence[str]) -> list[Change]:
         """Empty the files that *patterns* match."""
         emptied = []
+        deadline = time.monotonic() + _WALK_SECONDS
         for top in self._matching_any(patterns):
-            sizes = {path: self._size(path) for path in self._files(top)}
+            sizes = {path: self._size(path) for path in self._files(top, deadline)}
             files = [path for path, size in sizes.items() if size]
             self._make_changeable(*files)
             for path in files:
@@ -319,11 +354,10 @@ class ApplianceFilesystem:
         found = {".": 0}
         for name in self._names(top)[:_USAGES]:
             path = os.path.join(top, name)
-            size = int(self.guestfish.ask(f"du {self._word(path)}")[-1]) * 1024
             if self._is("dir", path):
-                found[_shown_name(name)] = size
+                found[_shown_name(name)] = self._taken(path)
             else:
-                found["."] += size
+                found["."] += int(self.guestfish.ask(f"du {self._word(path)}")[-1]) << 10
         return found
 
     def delete_subvolumes(self, paths: Sequence[str]) -> None:
@@ -333,15 +367,20 @@ class ApplianceFilesystem:
         # Their blocks are given back some time later, and no command of libguestfs waits for that.
         self.guestfish.do(f'debug sh "btrfs subvolume sync /sysroot{self.place}"')
 
+    def set_read_only(self, path: str, value: bool) -> None:
+        """Make the subvolume at *path* read-only, or writable."""
+        # libguestfs has no call for it.  One that was received is changed, too.
+        place = _shell_word(os.path.join(f"/sysroot{self.place}", path))
+        line = f"btrfs property set -f -t subvol {place} ro {'true' if value else 'false'}"
+        self.guestfish.do(f"debug sh {quoted(line)}")
+
     def key_files(self, top: str) -> dict[str, bytes]:
         """Return the files in the directory *top* that may have a private key, as the helper does."""
         # libguestfs has no call that searches a tree.  guestfish takes single quotes for its own.
         files = "find . -type f -size -1025k"
         names = " -o ".join(f'-iname "*{suffix}"' for suffix in _KEY_STORES)
         grep = f'{files} -print0 | xargs -0 -r grep -laF -e "{_KEY_MARK}"'
-        place = os.path.join(f"/sysroot{self.place}", top)
-        script = f'cd "{place}" && {{ {grep}; {files} "(" {names} ")"; }} 2>&-; true'
-        lines = self.guestfish.ask(f"debug sh {quoted(script)}")
+        lines = self._walk(top, f'{grep}; {files} "(" {names} ")"')
         found = [line.removeprefix("./") for line in lines if line.startswith("./")]
         paths = [os.path.join(top, path) for path in sorted(set(found))]
         # A name with the end of a line is none that can be asked for.
@@ -418,16 +457,21 @@ class ApplianceFilesystem:
     def _names(self, directory: str) -> list[str]:
         return sorted(os.fsdecode(name) for name in self._into_file("ls0", directory).split(b"\0") if name)
 
-    def _below(self, directory: str) -> list[str]:
-        """Return all paths below *directory*."""
-        return [os.fsdecode(name) for name in self._into_file("find0", directory).split(b"\0") if name]
-
     def _into_file(self, verb: str, path: str, *more: str) -> bytes:
         file = _scratch(self.build)
         self.guestfish.ask(" ".join([verb, self._word(path), quoted(str(file)), *more]))
         if file.stat().st_size > _LARGEST_ANSWER:
             raise BuildError(f"/{_shown_name(path)} of the guest has more than {_LARGEST_ANSWER >> 20} MiB of names.")
         return file.read_bytes()
+
+
+def _shell_word(text: str) -> str:
+    """Return *text* as one word for a shell, without single quotes, which guestfish takes for its own."""
+    return '"' + re.sub(r'(["$`\\])', r"\\\1", text) + '"'
+
+
+def _endless(path: str) -> BuildError:
+    return BuildError(f"/{_shown_name(path)} of the guest has too much below it to be looked at in {_WALK_SECONDS} s.")
 
 
 def _shown_name(path: str) -> str:
@@ -485,7 +529,8 @@ def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tre
             guestfish.do(_add_line(disk))
             guestfish.do("run")
             found = _mount_all(build, guestfish, [*volumes, *_logical_volumes(guestfish, volumes)])
-        yield found
+        with assembly.writable(found, disk.path.parent):
+            yield found
         with step("Unmounting"):
             guestfish.do("umount-all")
             guestfish.do("shutdown")
@@ -590,5 +635,6 @@ def _subvolumes(guestfish: Conversation, place: str) -> tuple[Subvolume, ...]:
     for number in sorted(paths, key=lambda number: (str(number) != default, number)):
         shown = "\n".join(guestfish.ask(f"-btrfs-subvolume-show {quoted(os.path.join(place, paths[number]))}"))
         uuids = dict(re.findall(r"^(UUID|Parent UUID): ([0-9a-f-]{8,})$", shown, re.MULTILINE))
-        found.append(Subvolume(number, paths[number], uuids.get("UUID", ""), uuids.get("Parent UUID")))
+        read_only = bool(re.search(r"^Flags:.*\breadonly\b", shown, re.MULTILINE))
+        found.append(Subvolume(number, paths[number], uuids.get("UUID", ""), uuids.get("Parent UUID"), read_only))
     return tuple(found)

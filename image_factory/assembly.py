@@ -4,14 +4,19 @@ All of the disk is published with it, so what else is a system there, or a snaps
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from . import fstab, layout
 from .errors import BuildError, NoSystemError
 from .log import logger
 from .model import Filesystem, LogicalVolumes, Subvolume, Volume
+from .release import released
 from .tree import Branch, Snapshot, Tree, Unreached, is_top
 
 # Of a guest's text in a message.
@@ -25,6 +30,9 @@ _CONTAINERS = re.compile(r"(?:^|/)(?:lib|share)/(?:containers|docker|incus|lxc|l
 
 # Where ostree keeps systems: what there is of a root lies deeper.
 _OSTREE = ("ostree/deploy", "ostree/repo")
+
+# In the working directory.
+READ_ONLY_RECORD = "read-only-subvolumes"
 
 _FSTAB = "etc/fstab"
 _UNITS = "etc/systemd/system/*.mount"
@@ -85,6 +93,32 @@ def assemble(
         tuple(sorted(unreached.values(), key=lambda place: len(place.point), reverse=True)),
     )
     return _with_copies(tree, candidates)
+
+
+@contextmanager
+def writable(tree: Tree, directory: Path) -> Iterator[None]:
+    """Have the system's subvolumes writable inside, and those read-only again that were, as of openSUSE MicroOS.
+
+    A file in the working *directory* names them meanwhile: a build that goes on after a killed one, with whatever
+    way to mount, makes them read-only at its end.
+    """
+    record = directory / READ_ONLY_RECORD
+    known: list[list[str]] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
+    changed: dict[tuple[str, str], Filesystem] = {}
+    for branch in tree.branches:
+        filesystem, top = branch.filesystem, branch.top
+        is_read_only = any(found.path == top and found.read_only for found in filesystem.subvolumes)
+        if is_read_only or [filesystem.volume.name, top] in known:
+            changed[filesystem.volume.name, top] = filesystem
+    if changed:
+        record.write_text(json.dumps(list(changed)), encoding="utf-8")
+    with ExitStack() as stack:
+        for (_, top), filesystem in changed.items():
+            logger.info("Subvolume %s is read-only, and made writable for a while.", top or "/")
+            stack.enter_context(released(partial(filesystem.set_read_only, top, True)))
+            filesystem.set_read_only(top, False)
+        yield
+    record.unlink(missing_ok=True)
 
 
 # The root

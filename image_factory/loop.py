@@ -1,14 +1,13 @@
 """Mount the root filesystem of a disk on this machine, with a loop device, through the privileged helper."""
 
 import contextlib
-import json
 import os
 import re
 import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,6 @@ MOUNT_PREFIX = "image-factory."
 FILESYSTEMS = Path("/proc/filesystems")
 MODULES = Path("/lib/modules")
 
-# In the working directory.
-READ_ONLY_RECORD = "read-only-subvolumes"
 
 # The installer's mkfs may know features that this machine's kernel doesn't.
 _NEWER_KERNEL = (
@@ -103,6 +100,10 @@ class LoopFilesystem:
     def delete_subvolumes(self, paths: Sequence[str]) -> None:
         """Remove the subvolumes at *paths*."""
         privileged.delete_subvolumes(self.path, paths)
+
+    def set_read_only(self, path: str, value: bool) -> None:
+        """Make the subvolume at *path* read-only, or writable."""
+        privileged.set_read_only(self.path, path, value)
 
     def key_files(self, top: str) -> dict[str, bytes]:
         """Return the files in the directory *top* that may have a private key."""
@@ -188,7 +189,7 @@ def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tre
     with _mount_directory(mount_record(disk.path.parent)) as directory, released(partial(_umount_all, directory)):
         with step(STEP):
             found = _mount_all(disk, volumes, directory)
-        with _writable(found, disk.path.parent / READ_ONLY_RECORD):
+        with assembly.writable(found, disk.path.parent):
             yield found
 
 
@@ -199,31 +200,6 @@ def shell(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
         for point, path in paths[1:]:
             logger.info("/%s is in %s.", point, path)
         command.interact([os.environ.get("SHELL", "/bin/sh")], cwd=paths[0][1])
-
-
-@contextmanager
-def _writable(tree: Tree, record: Path) -> Iterator[None]:
-    """Have the system's subvolumes writable inside, and those read-only again that were, as of openSUSE MicroOS.
-
-    *record* names them meanwhile: a build that goes on after a killed one makes them read-only at its end.
-    """
-    known: list[list[str]] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
-    changed: list[tuple[LoopFilesystem, str]] = []
-    for branch in tree.branches:
-        filesystem, top = branch.filesystem, branch.top
-        assert isinstance(filesystem, LoopFilesystem)
-        is_read_only = any(found.path == top and found.read_only for found in filesystem.subvolumes)
-        if is_read_only or [filesystem.volume.name, top] in known:
-            changed.append((filesystem, top))
-    if changed:
-        record.write_text(json.dumps([[found.volume.name, top] for found, top in changed]), encoding="utf-8")
-    with ExitStack() as stack:
-        for filesystem, top in changed:
-            logger.info("Subvolume %s is read-only, and made writable for a while.", top or "/")
-            stack.enter_context(released(partial(privileged.set_read_only, filesystem.path, top, True)))
-            privileged.set_read_only(filesystem.path, top, False)
-        yield
-    record.unlink(missing_ok=True)
 
 
 def _path_of(filesystem: object, top: str) -> Path:

@@ -216,6 +216,9 @@ class Filesystem(Protocol):
     def delete_subvolumes(self, paths: Sequence[str]) -> None:
         """Remove the subvolumes at *paths*, and have nothing of them be left; others must not lie in them."""
 
+    def set_read_only(self, path: str, value: bool) -> None:
+        """Make the subvolume at *path* of btrfs read-only, or writable."""
+
     def has(self, path: str) -> bool:
         """Return whether *path* is there."""
 

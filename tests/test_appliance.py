@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 import os
 import re
 import signal
@@ -15,14 +16,15 @@ from typing import cast
 
 import pytest
 
-from image_factory import appliance, interrupts, inventory, loop, mounts, pipeline
+from image_factory import appliance, assembly, interrupts, inventory, loop, mounts, pipeline
 from image_factory.command import Conversation
 from image_factory.errors import BuildError, CommandError, ConfigurationError, Interrupted, NoSystemError
-from image_factory.model import Build, Disk, Partition, Plan, Volume
+from image_factory.model import Build, Change, Disk, Partition, Plan, Volume
 from image_factory.settings import Configuration
 from image_factory.tree import Branch
 
 from .conftest import OWN, machine_state, run, wait_for
+from .test_loop import is_read_only, make_micro
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OFFSET = 1 << 20
@@ -450,6 +452,48 @@ def test_no_filesystem(tmp_path: Path) -> None:
         file.write(bytes(19 << 20))
     with pytest.raises(NoSystemError, match=r"only partition 1 \(no known"), mounts.mounted(build, disk):
         pytest.fail("it was mounted")
+
+
+def test_root_that_is_read_only(tmp_path: Path) -> None:
+    """It is writable while the system is worked on, and read-only again, also where the build before was killed."""
+    build = make_build(tmp_path / "build")
+    disk = make_micro(build.disk_path)
+    record = build.directory / assembly.READ_ONLY_RECORD
+    with mounts.mounted(build, disk) as tree:
+        assert json.loads(record.read_text()) == [["partition 1", "system"]]
+        assert tree.remove(["etc/log"]) == [Change("etc/log", 1, 5)]
+        tree.write("etc/new", b"new", 0o644)
+        tree.root.filesystem.trim()
+    assert not record.exists()
+    assert is_read_only(disk)
+    with pytest.raises(CommandError), mounts.mounted(build, disk):
+        run("pkill", "-KILL", "-f", f"^[^ ]*qemu.*{tmp_path}")
+    assert record.exists()
+    # It is so at the end of what goes on with it, in the other way, too.
+    assert not is_read_only(disk)
+    assert not record.exists()
+    assert is_read_only(disk)
+
+
+def test_directories_that_are_linked_into_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are 2**30 ways to the last one: the appliance gives them up, and answers what comes next."""
+    build = make_build(tmp_path / "build")
+    disk = make_disk(build, make_tree(tmp_path / "tree"), "ext4", "-b", "1024")
+    lines = ["cd /root", *(f"mkdir d{number}" for number in range(31))]
+    lines += [f"link d{number + 1} d{number}/{name}" for number in range(30) for name in "ab"]
+    script = tmp_path / "script"
+    script.write_text("\n".join(lines))
+    run("debugfs", "-w", "-f", script, f"{disk.path}?offset={OFFSET}")
+    with mounts.mounted(build, disk) as tree:
+        assert tree.root.filesystem.usage("root")["d0"] == 31 << 10
+        monkeypatch.setattr(appliance, "_ENTRIES", 1000)
+        with pytest.raises(BuildError, match=r"^/root/d0 of the guest has more than 1000 entries\.$"):
+            tree.remove(["root/d0"])
+        monkeypatch.setattr(appliance, "_WALK_SECONDS", 1)
+        for action in (tree.key_files, lambda: tree.remove(["root/d0"]), lambda: tree.truncate(["root/d0"])):
+            with pytest.raises(BuildError, match=r" of the guest has too much below it to be looked at in 1 s\.$"):
+                action()
+        assert tree.read(["root/.bashrc"]) == {"root/.bashrc": b"the text of 'root/.bashrc'\n"}
 
 
 def test_body_raises(tmp_path: Path) -> None:

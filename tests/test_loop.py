@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from image_factory import events, layout, loop
+from image_factory import assembly, events, layout, loop
 from image_factory.errors import BuildError, NoSystemError
 from image_factory.model import Build, Change, Disk
 from image_factory.tree import Tree
@@ -279,8 +279,13 @@ def test_mount_that_is_busy_for_a_moment(tmp_path: Path) -> None:
 
 @pytest.fixture
 def micro(tmp_path: Path) -> Disk:
-    """A disk as openSUSE MicroOS has it: the root is a read-only subvolume of btrfs."""
-    path, place = tmp_path / "disk.raw", tmp_path / "place"
+    """A disk as openSUSE MicroOS has it."""
+    return make_micro(tmp_path / "disk.raw")
+
+
+def make_micro(path: Path) -> Disk:
+    """Make a disk whose root is a read-only subvolume of btrfs."""
+    place = path.parent / "place"
     run("truncate", "-s", "130M", path)
     subprocess.run(["sfdisk", "--quiet", path], input="label: gpt\nstart=1MiB, size=128MiB\n", text=True, check=True)
     device = run("losetup", "-f", "--show", "-o", str(1 << 20), "--sizelimit", str(128 << 20), path).stdout.strip()
@@ -318,7 +323,7 @@ def test_root_that_is_read_only(micro: Disk, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), mounted(micro):
         raise ZeroDivisionError
     assert is_read_only(micro)
-    assert not (tmp_path / loop.READ_ONLY_RECORD).exists()
+    assert not (tmp_path / assembly.READ_ONLY_RECORD).exists()
 
 
 def test_read_only_root_of_a_build_that_was_killed(micro: Disk, tmp_path: Path) -> None:
@@ -329,11 +334,11 @@ def test_read_only_root_of_a_build_that_was_killed(micro: Disk, tmp_path: Path) 
         process.kill()
         process.wait()
     assert loop.release_left_mounts(tmp_path)
-    assert (tmp_path / loop.READ_ONLY_RECORD).exists()
+    assert (tmp_path / assembly.READ_ONLY_RECORD).exists()
     with mounted(micro) as tree:
         tree.write("etc/new", b"new", 0o644)
     assert is_read_only(micro)
-    assert not (tmp_path / loop.READ_ONLY_RECORD).exists()
+    assert not (tmp_path / assembly.READ_ONLY_RECORD).exists()
 
 
 def test_filesystem_newer_than_the_kernel(tmp_path: Path) -> None:

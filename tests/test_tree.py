@@ -21,6 +21,7 @@ class Filesystem:
     subvolumes: tuple[Subvolume, ...] = ()
     removed: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
+    read_only: dict[str, bool] = field(default_factory=dict)
 
     def has(self, path: str) -> bool:
         return path in self.files
@@ -64,6 +65,9 @@ class Filesystem:
 
     def delete_subvolumes(self, paths: Sequence[str]) -> None:
         self.deleted += paths
+
+    def set_read_only(self, path: str, value: bool) -> None:
+        self.read_only[path] = value
 
     def key_files(self, top: str) -> dict[str, bytes]:
         found = {path: text.encode() for path, text in self.files.items() if path.endswith(".key")}

@@ -24,7 +24,10 @@ _PEM = re.compile(
     # What is encrypted has headers.
     rb"(?:[A-Za-z-]+: [^\n]*\r?\n[ \t]*|\r?\n)*[A-Za-z0-9+/=]{16}"
 )
-_PGP = b"-----BEGIN PGP PRIVATE KEY BLOCK-----\n"
+# The first line alone is in the database of shared-mime-info, which no package has the digest of.
+_PGP = re.compile(
+    rb"-----BEGIN PGP PRIVATE KEY BLOCK-----\r?\n(?:[A-Za-z-]+: [^\n]*\r?\n)*(?:[ \t]*\r?\n)?[A-Za-z0-9+/=]{16}"
+)
 # A Java key store, whose first entry has the tag of a private key.
 _JKS = re.compile(rb"\A\xfe\xed\xfe\xed\x00{3}[\x01\x02].{4}\x00{3}\x01", re.DOTALL)
 # How PKCS #8, PKCS #1, SEC 1, PKCS #12 and PKCS #8 that is encrypted go on: a version and what follows it, but for
@@ -37,7 +40,7 @@ _DER_BODY = re.compile(
 
 def has_private_key(data: bytes) -> bool:
     """Return whether the file *data* is or has a private key, in PEM, DER, PKCS #12, JKS or OpenPGP."""
-    return bool(_PEM.search(data) or _PGP in data or _JKS.match(data)) or _is_der(data)
+    return bool(_PEM.search(data) or _PGP.search(data) or _JKS.match(data)) or _is_der(data)
 
 
 def _is_der(data: bytes) -> bool:

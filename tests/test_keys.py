@@ -58,6 +58,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "other-source.py": 'MARK = "-----BEGIN PRIVATE KEY-----"\nif MARK + "\\n" in text: pass\n',
         "other-manual": "-----BEGIN RSA PRIVATE KEY-----\n...\n-----END RSA PRIVATE KEY-----\n",
         "other-empty": "-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n",
+        "key-pgp.asc": "-----BEGIN PGP PRIVATE KEY BLOCK-----\nVersion: GnuPG v2\n\nlQOYBGXK1n0BCADN+2rPPKZLxOmWv5ZT\n",
+        # As update-mime-database writes it.
+        "other-magic": "[50:application/pgp-keys]\n>0=\0%-----BEGIN PGP PRIVATE KEY BLOCK-----\n[50:application/x-t]\n",
     }
     for name, text in texts.items():
         (directory / name).write_text(text, newline="")

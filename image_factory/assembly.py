@@ -36,6 +36,7 @@ READ_ONLY_RECORD = "read-only-subvolumes"
 
 _FSTAB = "etc/fstab"
 _UNITS = "etc/systemd/system/*.mount"
+MOUNT_LISTS = (_FSTAB, _UNITS)
 
 # Types of partitions that systemd-gpt-auto-generator(8) mounts without a line in fstab.  Firmware reads the
 # system partition in any case.
@@ -209,7 +210,7 @@ def _entries_of(roots: Sequence[Branch]) -> list[list[fstab.Entry]]:
     asked = {root.filesystem.volume.name: root.filesystem for root in roots}
     files = {
         name: filesystem.read(
-            [root.inner(pattern) for root in roots if root.filesystem is filesystem for pattern in (_FSTAB, _UNITS)]
+            [root.inner(pattern) for root in roots if root.filesystem is filesystem for pattern in MOUNT_LISTS]
         )
         for name, filesystem in asked.items()
     }

@@ -173,7 +173,7 @@ def describe(
     helper = privileged.helper_argv
     mount = helper("mount-image", str(build.disk_path), "OFFSET", "SIZE", place)
     return [
-        (STEP, [mount, helper("list", place, *layout.ROOT_MARKS), helper("read", place, "etc/fstab")]),
+        (STEP, [mount, helper("list", place, *layout.ROOT_MARKS), helper("read", place, *assembly.MOUNT_LISTS)]),
         *([("Showing installer logs", [helper("show", place, *shown)])] if shown else []),
         ("Removing installer logs", [helper("remove", place, *removed)]),
         *([("Sealing", [helper(verb, place, *words) for verb, words in sealed.items()])] if sealed else []),

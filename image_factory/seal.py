@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from . import events, fstab, interrupts, media, registrations
+from . import apt, events, fstab, interrupts, media, registrations
 from .errors import ConfigurationError
 from .log import logger, step
 from .model import Build, Change, Plan
@@ -424,32 +424,57 @@ def _rewrite(actions: Actions, path: str, data: bytes, text: bytes) -> None:
         actions.write[path] = text
 
 
-_APT_PROXY = re.compile(rb'\s*(?:Acquire::[A-Za-z]+::)?Proxy(?:::\S+)?\s+"[^"]*"\s*;\s*', re.IGNORECASE)
-_DNF_PROXY = re.compile(rb"proxy(?:_username|_password|_auth_method)?\s*=(?!\s*_none_\s*$).*")
-_ENVIRONMENT_PROXY = re.compile(
-    rb"\s*(?:export\s+)?(?:https?|ftp|rsync|gopher|socks|all|no)_proxy\s*=.*", re.IGNORECASE
+_DNF_FILES = (
+    "etc/distro.repos.d/*.repo",
+    "etc/dnf/dnf.conf",
+    "etc/dnf/libdnf5.conf.d/*.conf",
+    "etc/yum.conf",
+    "etc/yum.repos.d/*.repo",
+    "etc/zypp/repos.d/*.repo",
 )
-_CURL_PROXY = re.compile(rb"\s*-*proxy(?:-user)?(?:\s|=|:).*")
+_DNF_PROXY = re.compile(rb"proxy(?:_username|_password|_auth_method)?\s*[=:](?!\s*_none_\s*$).*", re.IGNORECASE)
+_VARIABLE = rb"(?:https?|ftp|rsync|gopher|socks|all|no)_proxy"
+_ENVIRONMENT_PROXY = re.compile(rb"\s*(?:export\s+)?" + _VARIABLE + rb"\s*=.*", re.IGNORECASE)
+_WGET_PROXY = re.compile(
+    rb"\s*(?:" + _VARIABLE + rb"|(?:https?|ftp|no)-?proxy|proxy[_-]?(?:user|password))\s*=.*", re.IGNORECASE
+)
+# Plain values alone: other lines belong to the logic of a script, as openSUSE's, which reads its sysconfig.
+_SCRIPT_PROXY = re.compile(
+    rb"(?:(?:export\s+)?(?:" + _VARIABLE + rb"=[^\s$`;&|()]*\s*)+(?:;\s*export(?:\s+\w+)+\s*)?;?"
+    rb"|setenv\s+" + _VARIABLE + rb"\s+[^\s$`;&|()]*;?|export(?:\s+" + _VARIABLE + rb")+)\s*",
+    re.IGNORECASE,
+)
+_CURL_PROXY = re.compile(rb"\s*(?:-*proxy(?:-user)?(?:\s|=|:)|-[xU]).*")
 _SYSCONFIG_PROXY = re.compile(rb"^((?:HTTPS?|FTP|GOPHER|SOCKS5?)_(?:PROXY|SERVER))=.*$", re.MULTILINE)
+_RHSM_PROXY = re.compile(
+    rb"^(proxy_(?:hostname|port|user|password)[ \t]*[=:])[ \t]*\S.*$", re.MULTILINE | re.IGNORECASE
+)
 
 
 def _forget_proxy(system: System) -> Actions:
     actions = Actions()
 
-    def files_in(directory: str, suffix: str = "") -> list[str]:
-        return [f"{directory}/{name}" for name in system.below(directory) if name.endswith(suffix)]
+    def files(*patterns: str) -> list[str]:
+        return [path for path in system.files if is_of(path, patterns)]
 
-    _drop_lines(system, actions, ["etc/apt/apt.conf", *files_in("etc/apt/apt.conf.d")], _APT_PROXY)
-    repositories = [*files_in("etc/yum.repos.d", ".repo"), *files_in("etc/zypp/repos.d", ".repo")]
-    _drop_lines(system, actions, ["etc/dnf/dnf.conf", "etc/yum.conf", *repositories], _DNF_PROXY)
-    _drop_lines(system, actions, ["etc/environment", "etc/wgetrc"], _ENVIRONMENT_PROXY, keep=True)
-    _drop_lines(system, actions, ["root/.curlrc"], _CURL_PROXY)
+    def in_homes(name: str) -> list[str]:
+        return [path for path in system.files if path.rpartition("/")[2] == name]
+
+    for path in files("etc/apt/apt.conf", "etc/apt/apt.conf.d/*"):
+        _rewrite(actions, path, system.files[path], apt.without_proxies(system.files[path]))
+    _drop_lines(system, actions, files(*_DNF_FILES), _DNF_PROXY)
+    _drop_lines(system, actions, ["etc/environment"], _ENVIRONMENT_PROXY, keep=True)
+    _drop_lines(system, actions, ["etc/wgetrc"], _WGET_PROXY, keep=True)
+    _drop_lines(system, actions, in_homes(".wgetrc"), _WGET_PROXY)
+    _drop_lines(system, actions, files("etc/profile.d/*"), _SCRIPT_PROXY)
+    _drop_lines(system, actions, in_homes(".curlrc"), _CURL_PROXY)
     path = "etc/sysconfig/proxy"
     if path in system.files:
         text = re.sub(rb"^PROXY_ENABLED=.*$", b'PROXY_ENABLED="no"', system.files[path], flags=re.MULTILINE)
-        text = _SYSCONFIG_PROXY.sub(rb'\1=""', text)
-        if text != system.files[path]:
-            actions.write[path] = text
+        _rewrite(actions, path, system.files[path], _SYSCONFIG_PROXY.sub(rb'\1=""', text))
+    path = "etc/rhsm/rhsm.conf"
+    if path in system.files:
+        _rewrite(actions, path, system.files[path], _RHSM_PROXY.sub(rb"\1", system.files[path]))
     return actions
 
 
@@ -624,20 +649,22 @@ OPERATIONS = (
     ),
     Operation(
         "proxy",
-        "Proxies go from the configuration of apt, dnf, zypp, curl, wget and snapd, and from */etc/environment*.",
+        "Proxies go from *apt.conf* and *apt.conf.d*, from *dnf.conf*, *libdnf5.conf.d*, *yum.conf* and the package "
+        "sources of dnf, yum and zypp, from */etc/sysconfig/proxy*, *rhsm.conf*, */etc/environment*, */etc/wgetrc* and "
+        "snapd's drop-in, from *.curlrc* and *.wgetrc* in home directories, and from scripts in */etc/profile.d* where "
+        "a line does nothing else. Comments stay.",
         removed=("etc/systemd/system/snapd.service.d/snap_proxy.conf",),
         read=(
             "etc/apt/apt.conf",
             "etc/apt/apt.conf.d/*",
-            "etc/dnf/dnf.conf",
-            "etc/yum.conf",
-            "etc/yum.repos.d/*.repo",
-            "etc/zypp/repos.d/*.repo",
+            *_DNF_FILES,
             "etc/sysconfig/proxy",
+            "etc/rhsm/rhsm.conf",
             "etc/environment",
             "etc/wgetrc",
-            "root/.curlrc",
+            "etc/profile.d/*",
         ),
+        in_homes=(".curlrc", ".wgetrc"),
         plan=_forget_proxy,
     ),
     Operation(

@@ -250,6 +250,37 @@ LEFTOVERS = (
         after=b"PATH=/usr/bin:/bin\n",
         attributes="i",
     ),
+    Leftover(
+        "etc/apt/apt.conf.d/98block",
+        "proxy",
+        b'# about\nAcquire {\n  Retries "3"; // Proxy { "x"; };\n  HTTP { Proxy "' + PROXY + b'"; };\n'
+        b'  https::Proxy { mirror.example "DIRECT"; };\n};\nAcquire::ftp::proxy ' + PROXY + b"; APT::Color 0;\n",
+        after=b'# about\nAcquire {\n  Retries "3"; // Proxy { "x"; };\n};\n APT::Color 0;\n',
+    ),
+    Leftover(
+        "etc/apt/apt.conf.d/99block", "proxy", b"Acquire { http { /* ; */ Proxy\n" + b'"' + PROXY + b'"; }; }\n'
+    ),
+    Leftover("etc/dnf/libdnf5.conf.d/50-proxy.conf", "proxy", b"[main]\nproxy: " + PROXY + b"\n", after=b"[main]\n"),
+    Leftover(
+        "etc/rhsm/rhsm.conf",
+        "proxy",
+        b"[server]\nproxy_hostname = proxy.build.example\nproxy_port=3128\nproxy_password =hunter2\nno_proxy =\n",
+        after=b"[server]\nproxy_hostname =\nproxy_port=\nproxy_password =\nno_proxy =\n",
+    ),
+    Leftover(
+        "etc/profile.d/proxy.sh",
+        "proxy",
+        b"export http_proxy=" + PROXY + b"\nHTTPS_PROXY='" + PROXY + b"'; export HTTPS_PROXY\n",
+    ),
+    Leftover("etc/profile.d/proxy.csh", "proxy", b"setenv http_proxy " + PROXY + b"\n"),
+    Leftover(
+        "etc/wgetrc",
+        "proxy",
+        b"# http_proxy = x\nhttps_proxy = " + PROXY + b"\nproxy_password = hunter2\ntries = 3\n",
+        after=b"# http_proxy = x\ntries = 3\n",
+    ),
+    Leftover("home/user/.wgetrc", "proxy", b"http-proxy = " + PROXY + b"\n"),
+    Leftover("home/user/.curlrc", "proxy", b"-x " + PROXY + b"\nsilent\n", after=b"silent\n"),
     Leftover("root/.curlrc", "proxy", b'--proxy-user "builder:hunter2"\n', mode=0o600),
     Leftover("etc/systemd/system/snapd.service.d/snap_proxy.conf", "proxy", b"[Service]\n"),
     Leftover(
@@ -365,6 +396,10 @@ SURVIVORS = (
     Leftover("etc/localtime", "", b"/usr/share/zoneinfo/Etc/UTC", "link"),
     Leftover("etc/apt/apt.conf.d/01autoremove", "", b'APT::NeverAutoRemove { "^firmware-linux.*"; };\n'),
     Leftover("etc/yum.repos.d/fedora.repo", "", b"[fedora]\nproxy=_none_\n"),
+    Leftover(
+        "etc/apt/apt.conf.d/20own", "", b'# Acquire::http::Proxy "x";\nAcquire::http::ProxyAutoDetect "/bin/x";\n'
+    ),
+    Leftover("etc/profile.d/own.sh", "", b'if x; then\n    http_proxy=x\nfi\nhttps_proxy="$HTTPS_PROXY"\n'),
     Leftover("boot/vmlinuz-6.12.43+deb13-amd64", "", b"a kernel"),
     Leftover("var/lib/dpkg/status", "", b"Package: hello\n"),
     Leftover("var/lib/wtmpdb/wtmp.db", "", b"../../log/wtmp.db", "link"),

@@ -26,7 +26,7 @@ LEVELS = [
     {"inventory", "scratch", "assembly"},
     {"tree", "search"},
     {"rpmdb", "layout", "fstab", "privileged", "watch", "delivery", "leftovers", "bootreport", "junit", "media"},
-    {"command", "registrations"},
+    {"command", "apt", "registrations"},
     {"release", "locks", "estimates", "checkpoint"},
     {"turns"},
     {"interrupts", "answers"},

@@ -696,11 +696,12 @@ class Configuration:
             raise ConfigurationError(f"{where}: {' '.join(str(error).split())}") from error
 
     def _note_keys(self, lines: list[str]) -> None:
-        parser = configparser.RawConfigParser()
+        # Without a section of defaults, [DEFAULT] is one like the others, which have their own keys alone.
+        parser = configparser.RawConfigParser(default_section="")
         parser.optionxform = _normal_key  # type: ignore[assignment,method-assign]
         parser.read_file(lines)
-        for section, keys in {parser.default_section: parser.defaults(), **parser._sections}.items():  # type: ignore[attr-defined]
-            self._written.setdefault(section, set()).update(keys)
+        for section in parser.sections():
+            self._written.setdefault(section, set()).update(parser.options(section))
 
     def _bases(self, section: str) -> list[str]:
         """Return *section* and those that it is based on, the nearest first."""

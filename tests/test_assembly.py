@@ -1,6 +1,7 @@
 """Which root is the system's, what belongs where, and what else the disk has."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,9 @@ def btrfs(fstabs: dict[str, str], *others: str, number: int = 1, **sources: str)
     return Filesystem(volume(number, "btrfs"), files, subvolumes(*fstabs, *others, **sources))
 
 
-def system(number: int, text: str, **values: object) -> Filesystem:
+def system(number: int, text: str, **values: Any) -> Filesystem:
     found = Filesystem(volume(number), {"etc/fstab": text, "usr/lib/os-release": ""})
-    found.volume = dataclasses.replace(found.volume, **values)  # type: ignore[arg-type]
+    found.volume = dataclasses.replace(found.volume, **values)
     return found
 
 

@@ -400,7 +400,7 @@ def test_waiting_names_who_has_the_lock(tmp_path: Path) -> None:
                 told.append(event)
                 # It ends when it is known who has it.
                 if isinstance(event, events.Waiting) and event.reason:
-                    holder.stdin.close()  # type: ignore[union-attr]
+                    holder.stdin.close()
 
         with events.observed(Observer()), fetch.locked(tmp_path):
             pass

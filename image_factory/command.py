@@ -841,25 +841,13 @@ def call_apart(function: Callable[[_Argument], _Result], argument: _Argument, se
     It is for a library that crashes, hangs or prints when its data is bad.  What *function* raises is
     raised here, MemoryError if it takes too much; CrashError if its process dies or takes longer than *seconds*.
     """
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = _fork(_answer, (sender, function, argument))
-    sender.close()
-    try:
-        with interrupts.interruptible():
-            if not receiver.poll(seconds):
-                raise CrashError(f"did not end within {seconds:.0f} s")
-            failure, result = receiver.recv()
-    except EOFError:
-        _joined(process)
-        raise CrashError.with_status(process.exitcode or 0) from None
-    finally:
-        process.kill()
-        _joined(process)
-        receiver.close()
-    if failure is not None:
-        raise failure
-    answer: _Result = result
-    return answer
+    deadline = time.monotonic() + seconds
+
+    def watch(_: None) -> None:
+        if time.monotonic() > deadline:
+            raise CrashError(f"did not end within {seconds:.0f} s")
+
+    return call_watched(partial(_within_memory, function, argument), watch)
 
 
 def call_watched(
@@ -871,7 +859,7 @@ def call_watched(
     that waits for.  What *function* raises is raised here; CrashError if its process dies.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = _fork(_answer_watched, (os.getpid(), sender, function))
+    process = _fork(_answer, (os.getpid(), sender, function))
     sender.close()
     told = time.monotonic()
     try:
@@ -900,7 +888,7 @@ def call_watched(
     return answer
 
 
-def _answer_watched(parent: int, sender: Connection, function: Callable[[Callable[[_Message], None]], _Result]) -> None:
+def _answer(parent: int, sender: Connection, function: Callable[[Callable[[_Message], None]], _Result]) -> None:
     # Ctrl-C reaches this process too, but its parent decides.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -915,15 +903,10 @@ def _answer_watched(parent: int, sender: Connection, function: Callable[[Callabl
     sender.send(answer)
 
 
-def _answer(sender: Connection, function: Callable[[_Argument], _Result], argument: _Argument) -> None:
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
+def _within_memory(
+    function: Callable[[_Argument], _Result], argument: _Argument, _send: Callable[[None], None]
+) -> _Result:
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     most = _MEMORY_APART if hard == resource.RLIM_INFINITY else min(hard, _MEMORY_APART)
     resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
-    try:
-        answer: tuple[Exception | None, _Result | None] = None, function(argument)
-    except Exception as error:
-        answer = error, None
-    sender.send(answer)
+    return function(argument)

@@ -42,11 +42,11 @@ class Installer:
     shows_login: bool = False
 
 
-# What the kernel, systemd, sysvinit and busybox say when the machine is to be switched off by hand; so do kernels
-# that can't do it themselves.
+# What the kernel says last when the machine is to be switched off by hand, whatever its log level, perhaps behind what
+# a program has left in the line.
 HALTED = re.compile(
-    r"(?:^|: |\] )(?:System halted\.?|Power off not available: System halted instead|Halting system\.|"
-    r"Requesting system halt|Will now halt\.?)$"
+    r"^(?:.*\[ *[0-9]+\.[0-9]+\](?:\[ *[CT][0-9]+\])? )?(?:reboot: )?"
+    r"(?:System halted\.?|Power off not available: System halted instead)$"
 )
 # A message of the kernel may come behind it.
 LOGIN_PROMPT = re.compile(r"^[\w.-]+ login:(?: \[ *[0-9]+\.[0-9]+\].*)?$")
@@ -291,7 +291,7 @@ AGAMA = Installer(
     "Agama",
     (
         ("agama-web-server|Started Agama", "Starting the installer"),
-        ("agama-auto|Probing|Fetching .* profile", "Reading the answers"),
+        ("agama-auto|^Probing(?! EDD)|Fetching .* profile", "Reading the answers"),
         ("Preparing disks|Partitioning", "Partitioning"),
         ("Installing software|Installing packages", "Installing packages"),
         ("Configuring the system|Writing ", "Configuring the system"),

@@ -138,12 +138,13 @@ class Watcher:
     def _count_boots(self, line: str, now: float) -> None:
         if installers.KERNEL_BANNER.search(line):
             self._boots += 1
-            # The installer's own kernel has started before any phase.
+            # The installer's own kernel has started before any phase, and has said so only if it was not quiet.
             self._booted_again = self._phase is not None
             if self._boots >= _BOOTS:
                 self._find(_REBOOTS, now)
 
     def _notice(self, line: str, now: float) -> None:
+        is_halt = bool(installers.HALTED.search(line))
         line = _FORWARDED.sub("", line)
         if not line or _STATUS_LINE.search(line):
             return
@@ -156,8 +157,11 @@ class Watcher:
         failure = installers.failure_of(() if is_kernels else self._installers, line)
         if failure is None and self._is_login(line):
             failure = _STARTED
-        if self._halted_at is None and installers.HALTED.search(line):
-            self._halted_at = now
+        if is_halt:
+            self._halted_at = now if self._halted_at is None else self._halted_at
+        elif not is_kernels and not self.switched_off:
+            # A program that runs says that nothing has halted.
+            self._halted_at = None
         if failure and failure.question:
             if self._question is None:
                 self._question, self._question_at = failure, now
@@ -176,7 +180,9 @@ class Watcher:
             self._seen.popitem(last=False)
         if not is_kernels or self._phase is None:
             self._alive = now
-        self._follow_phase(line)
+        # The words of a driver may be those of a phase.
+        if not is_kernels:
+            self._follow_phase(line)
 
     def _is_login(self, line: str) -> bool:
         """Whether *line* is the login prompt of the installed system."""

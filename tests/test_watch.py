@@ -353,11 +353,11 @@ def test_what_a_healthy_installation_prints(tmp_path: Path, answers: str, line: 
 HALTS = [
     "reboot: System halted",
     "[  812.345678] reboot: System halted",
+    "[  812.345678][    T1] reboot: System halted",
     "System halted.",
     "[ 12.1] reboot: Power off not available: System halted instead",
-    "[  812.3] systemd-shutdown[1]: Halting system.",
-    "Requesting system halt",
-    "[info] Will now halt.",
+    "Requesting system halt[  812.345678] reboot: System halted",
+    "[  812.3] reboot: System halted\r\n[  813.1] random: crng init done",
 ]
 
 
@@ -394,6 +394,15 @@ def test_libvirt_that_is_away_when_the_guest_halts(watched: Watched, tmp_path: P
         "Unpacking halt (System halted) ...",
         "reboot: Power down",
         "Setting up systemd-sysv: System halt is masked",
+        # Of programs, which may have more to say, and of services' logs.
+        "check: Will now halt.\r\nInstalling bar (2/3)",
+        "[  812.3] systemd-shutdown[1]: Halting system.",
+        "Requesting system halt",
+        "[info] Will now halt.",
+        "test: System halted\r\nInstalling bar (2/3)",
+        "[   33.5] check[99]: System halted",
+        "System halted\r\nInstalling bar (2/3)",
+        "reboot: System halted\r\n[   33.5] check[99]: it was only the word",
     ],
 )
 def test_what_is_no_halt(watched: Watched, line: str) -> None:
@@ -437,6 +446,13 @@ SECOND_START = "[    0.000000] Linux version 6.1\r\n"
         # Their live systems have such a prompt, from the start.
         ("autoinstall", SECOND_START, False),
         ("agama", SECOND_START + "Installing packages\r\n", False),
+        # Firmware and drivers have the words of phases.
+        ("agama", "Probing EDD (edd=off to disable)... ok\r\n" + SECOND_START, False),
+        (
+            "agama",
+            "[    0.0] ACPI: Probing\r\n" + SECOND_START + "[    1.0] fake: Installing packages\r\n" + SECOND_START,
+            False,
+        ),
         ("agama", SECOND_START + "Installing packages\r\n" + SECOND_START, True),
     ],
 )

@@ -41,6 +41,9 @@ def _machine(plan: Plan) -> str:
 
 def _load(path: Path) -> dict[str, list[list[Part]]]:
     """Return the builds in *path* by machine, none where it is not there or not ours."""
+    # What another user can put there may be a pipe, which is opened for ever.
+    if trust.why_not(path.parent) or not trust.own(path):
+        return {}
     try:
         with path.open("rb") as file:
             data = json.loads(file.read(_LONGEST_FILE))
@@ -64,7 +67,7 @@ def _save(path: Path, builds: dict[str, list[list[Part]]]) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(builds, file)
-        os.chmod(name, 0o644)
+            os.fchmod(file.fileno(), 0o644)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -87,7 +90,8 @@ class Timeline:
     """An observer that knows where the build is, since when, and, by the last builds, for how long still."""
 
     def __init__(self, plan: Plan) -> None:
-        self._path = plan.cache_dir / FILE_NAME
+        # What a link leads to, as in the look at who can change it.
+        self._path = Path(os.path.realpath(plan.cache_dir)) / FILE_NAME
         self._machine = _machine(plan)
         # The names of steps that have the date.
         self._dated, self._undated = plan.base_name, plan.image
@@ -187,6 +191,8 @@ class Timeline:
 
     def keep(self) -> None:
         """Keep the durations of this build, which has come to its end; it's no failure if that can't be."""
+        if trust.why_not(self._path.parent):
+            return
         builds = _load(self._path)
         builds[self._machine] = [*builds.get(self._machine, []), _joined(self._parts)][-_BUILDS:]
         with contextlib.suppress(OSError):

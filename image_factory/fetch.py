@@ -38,6 +38,7 @@ _LEAST_RATE = 4 << 10
 _CONNECT_SECONDS = 10.0
 _PROBE_SECONDS = 15.0
 _REDIRECTIONS = 5
+_POLL_SECONDS = 1.0
 # Servers that break off large answers give parts, and what has come of a part is what is asked for once more.
 _PART_SIZE = 8 << 20
 _PIECE_SIZE = 64 << 10
@@ -364,22 +365,40 @@ def _open_lock(path: Path) -> int:
     except OSError as error:
         raise BuildError(f"The lock {path} can't be opened: {error.strerror}.", hint=hint) from error
     status = os.fstat(descriptor)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    if status.st_uid != os.geteuid():
         os.close(descriptor)
-        raise BuildError(f"The lock {path} is not yours alone.", hint=hint)
+        raise BuildError(f"The lock {path} is another user's.", hint=hint)
+    if status.st_mode & 0o077:
+        # A filesystem without modes, such as CIFS, keeps its own.
+        with suppress(OSError):
+            os.fchmod(descriptor, 0o600)
     return descriptor
 
 
 def _take_lock(descriptor: int, path: Path) -> None:
+    def reason() -> str:
+        return f"Waiting for another build that writes to {path.parent}{locks.by_whom(path)}."
+
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            reason = f"Waiting for another build that writes to {path.parent}{locks.by_whom(path)}."
-            with waiting(reason), interrupts.interruptible():
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_taken(descriptor):
+            return
+        with waiting(reason()) as say:
+            while not _is_taken(descriptor):
+                say(reason())
+                with interrupts.interruptible():
+                    time.sleep(_POLL_SECONDS)
+                events.tell(events.TimePassed())
     except OSError as error:
         logger.warning("%s can't be locked (%s): let no other build use it now.", path.parent, error.strerror)
+
+
+def _is_taken(descriptor: int) -> bool:
+    """Take the lock of what is open as *descriptor*; return whether it was free."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -3,11 +3,13 @@
 import grp
 import os
 import pwd
+import re
 import stat
 from contextlib import suppress
 from pathlib import Path
 
 _ACL = "system.posix_acl_access"
+_NAME_SERVICES = Path("/etc/nsswitch.conf")
 
 
 def name_of(uid: int) -> str:
@@ -27,8 +29,10 @@ def why_not(directory: Path) -> str | None:
     for path in (directory, *directory.parents):
         try:
             status = path.lstat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError as error:
+            return f"{path} can't be looked at: {error.strerror}"
         if status.st_uid not in (0, os.geteuid()):
             return f"{path} belongs to {name_of(status.st_uid)}"
         writers = _other_writers(path, status)
@@ -66,11 +70,23 @@ def _other_writers(path: Path, status: os.stat_result) -> str | None:
 
 
 def _other_members(gid: int) -> str | None:
-    """Return a name of the group *gid* unless it is this user's own with nobody else in it, as Debian makes one."""
+    """Return a name of the group *gid* unless nobody else than root and this user is in it."""
     try:
         group = grp.getgrgid(gid)
         user = pwd.getpwuid(os.geteuid())
     except KeyError:
         return f"the group {gid}"
     members = {*group.gr_mem, *(other.pw_name for other in pwd.getpwall() if other.pw_gid == gid)}
-    return f"the group {group.gr_name}" if user.pw_gid != gid or members - {user.pw_name, "root"} else None
+    # A group of the user's name is the user's own, as Debian makes one.
+    all_known = group.gr_name == user.pw_name or _all_users_are_listed()
+    return None if all_known and not members - {user.pw_name, "root"} else f"the group {group.gr_name}"
+
+
+def _all_users_are_listed() -> bool:
+    """Whether all users are this machine's own: a directory of users in the network seldom lists those of a group."""
+    try:
+        text = _NAME_SERVICES.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    match = re.search(r"^[ \t]*passwd:([^#\n]*)", text, re.MULTILINE)
+    return match is not None and set(match[1].split()) <= {"files", "compat", "systemd"}

@@ -36,7 +36,10 @@ _UNPACKED_SIZE = 64 << 20
 _UNPACKING_MEMORY = 128 << 20
 _GPGV_SECONDS = 60.0
 
-_BELIEVED = "Only root and you may be able to write to it: chmod go-w, or another --cache-dir."
+_BELIEVED = (
+    "It and each directory above have to belong to root or you, with nobody else writing: "
+    "chown, chmod go-w, or another --cache-dir."
+)
 
 # x86's boot protocol (Documentation/arch/x86/boot.rst): a magic number, and where the version's text is.
 _KERNEL_MAGIC = slice(0x202, 0x206)
@@ -104,7 +107,8 @@ class Verifier:
             return
         doubt = trust.why_not(self._directory)
         if doubt:
-            logger.warning("The cache is not used: %s. %s", doubt, _BELIEVED)
+            # The check has warned of it.
+            logger.info("The cache is not used: %s.", doubt)
             self._directory = self._own_directory
         with fetch.locked(self._directory):
             yield
@@ -130,12 +134,20 @@ class Verifier:
         self._remember_dates()
         return found
 
-    def check_offline(self, sources: dict[str, Source]) -> None:
-        """Raise ConfigurationError, naming all of *sources* that a build without a network lacks."""
+    def check_cache(self, sources: dict[str, Source]) -> None:
+        """Warn if the cache is not used for *sources*.
+
+        Raises ConfigurationError, naming all of them that a build without a network lacks.
+        """
+        is_asked = any(source.path is None for source in sources.values())
+        doubt = trust.why_not(self._directory) if is_asked else None
         if not self._settings.offline:
+            if doubt:
+                logger.warning(
+                    "The cache is not used, all is downloaded for this build alone: %s. %s", doubt, _BELIEVED
+                )
             return
-        doubt = trust.why_not(self._directory)
-        if doubt and any(source.path is None for source in sources.values()):
+        if doubt:
             raise ConfigurationError(
                 f"--offline: what is in {self._directory} is not believed: {doubt}.", hint=_BELIEVED
             )

@@ -4,6 +4,7 @@ import datetime
 import grp
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import checkpoint, events, fetch, trust
+from image_factory import checkpoint, command, estimates, events, fetch, locks, trust
 from image_factory.errors import BuildError, ConfigurationError
 from image_factory.model import Build
 from image_factory.sources import installer
@@ -235,7 +236,8 @@ def others_make(cache: Path, what: str) -> None:
         case "directory for all, sticky":
             cache.chmod(0o1777)
         case "directory of a group":
-            os.chown(cache, 0, grp.getgrnam("users").gr_gid)
+            # The group's user is nobody; it is in no list of members.
+            os.chown(cache, 0, pwd.getpwuid(NOBODY).pw_gid)
             cache.chmod(0o2775)
         case "list of users":
             subprocess.run(["setfacl", "-m", f"u:{NOBODY}:rwx", cache], check=True)
@@ -299,14 +301,35 @@ def test_what_others_can_change_is_not_believed(
     where = builder.fetched.path
     assert where.read_bytes() == Archive(keys).linux
     if what in OF_THE_DIRECTORY:
-        assert "The cache is not used: " in caplog.text
+        (warned,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+        assert warned.startswith("The cache is not used, all is downloaded for this build alone: ")
+        assert "belong to root or you" in warned
         assert not where.is_relative_to(os.path.realpath(builder.cache.parent))
     if "note" not in what:
         assert any(request.path.endswith("/linux") for request in mirror.requests)
     assert trust.own(where)
 
 
-@pytest.mark.parametrize("what", ["own group", "sticky directory above"])
+@pytest.mark.parametrize("what", OF_THE_DIRECTORY)
+def test_durations_that_others_can_change(builder: Builder, what: str) -> None:
+    """They are not read, a pipe in their place for ever neither, and nothing is written there."""
+    plan = builder.plan("http://127.0.0.1/linux")
+    builder.cache.mkdir(parents=True)
+    estimates.Timeline(plan).keep()
+    kept = builder.cache / estimates.FILE_NAME
+    kept.write_text(kept.read_text().replace("[]", '[["a", "", 1]]'))
+    assert estimates.Timeline(plan)._order == [("a", "")]
+    others_make(builder.cache, what)
+    assert estimates.Timeline(plan)._order == []
+    kept.unlink()
+    os.mkfifo(kept, 0o666)
+    os.chown(kept, NOBODY, NOBODY)
+    command.call_apart(lambda _: estimates.Timeline(plan).keep(), None, 20)
+    assert list(builder.cache.iterdir()) == [kept]
+    assert kept.is_fifo()
+
+
+@pytest.mark.parametrize("what", ["own group", "group of nobody", "sticky directory above"])
 def test_what_others_can_not_change_is_believed(
     mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys, what: str
 ) -> None:
@@ -317,9 +340,22 @@ def test_what_others_can_not_change_is_believed(
     if what == "own group":
         builder.cache.chmod(0o775)
         (builder.cache / "linux").chmod(0o664)
+    elif what == "group of nobody":
+        os.chown(builder.cache, 0, grp.getgrnam("staff").gr_gid)
+        builder.cache.chmod(0o2775)
     else:
         builder.cache.parent.chmod(0o1777)
     builder.fetch(mirror.debian(), verify="required", offline="yes")
+
+
+def test_directory_that_can_not_be_looked_at(tmp_path: Path) -> None:
+    tmp_path.joinpath("file").touch()
+    assert trust.why_not(tmp_path / "file/x") is None
+    tmp_path.chmod(0o700)
+    program = "import sys, pathlib; from image_factory import trust; print(trust.why_not(pathlib.Path(sys.argv[1])))"
+    path = tmp_path / "cache"
+    argv = as_nobody("env", f"PYTHONPATH={REPOSITORY}", "/usr/bin/python3", "-c", program, path)
+    assert run(*argv, cwd="/").stdout == f"{path} can't be looked at: Permission denied\n"
 
 
 def test_group_with_other_members(users: dict[str, User], tmp_path: Path) -> None:
@@ -337,6 +373,24 @@ def test_group_with_other_members(users: dict[str, User], tmp_path: Path) -> Non
         assert second.run(*argv).stdout == f"{cache} belongs to {first.name}\n"
     finally:
         run("gpasswd", "-d", second.name, first.name)
+
+
+@pytest.mark.parametrize(
+    ("text", "believed"),
+    [("passwd: files systemd\n", True), ("passwd: files sss\n", False), ("group: files\n", False)],
+)
+def test_group_whose_users_a_directory_in_the_network_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, believed: bool
+) -> None:
+    """It seldom lists them; who has a group of the own name is alone in it all the same."""
+    services, cache = tmp_path / "nsswitch.conf", tmp_path / "cache"
+    services.write_text(text)
+    monkeypatch.setattr(trust, "_NAME_SERVICES", services)
+    cache.mkdir()
+    cache.chmod(0o775)
+    assert trust.why_not(cache) is None
+    os.chown(cache, 0, grp.getgrnam("staff").gr_gid)
+    assert trust.why_not(cache) == (None if believed else f"{cache} can be written by the group staff")
 
 
 def test_release_date_of_another_user_is_not_believed(
@@ -408,18 +462,55 @@ def test_waiting_names_who_has_the_lock(tmp_path: Path) -> None:
     assert reason == f"Waiting for another build that writes to {tmp_path} (process {holder.pid} of root)."
 
 
-@pytest.mark.parametrize("what", ["link", "another user's", "open to all"])
+def test_time_goes_on_while_a_build_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And who has the lock is asked again."""
+    holders = iter(["one", "one", "another"])
+    monkeypatch.setattr(locks, "by_whom", lambda path: f" ({next(holders, 'another')})")
+    monkeypatch.setattr(fetch, "_POLL_SECONDS", 0.05)
+    told: list[events.Event] = []
+    with subprocess.Popen(
+        ["flock", "-o", tmp_path / ".lock", "timeout", "20", "sh", "-c", "echo; read x"], stdin=-1, stdout=-1
+    ) as holder:
+        assert holder.stdin and holder.stdout
+        holder.stdout.readline()
+
+        class Observer:
+            def notice(self, event: events.Event) -> None:
+                told.append(event)
+                if told.count(events.TimePassed()) == 3:
+                    holder.stdin.close()
+
+        with events.observed(Observer()), fetch.locked(tmp_path):
+            pass
+    reasons = [event.reason for event in told if isinstance(event, events.Waiting)]
+    assert [reason.rpartition(" ")[2] for reason in reasons] == ["(one).", "(another).", ""]
+
+
+@pytest.mark.parametrize("has_modes", [True, False])
+def test_lock_where_files_have_no_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_modes: bool) -> None:
+    """As on CIFS, where all files may be open to all."""
+
+    def refuse(descriptor: int, mode: int) -> None:
+        raise PermissionError
+
+    if not has_modes:
+        monkeypatch.setattr(os, "fchmod", refuse)
+    lock = tmp_path / ".lock"
+    lock.touch(mode=0o644)
+    with fetch.locked(tmp_path):
+        assert lock.stat().st_mode & 0o777 == (0o600 if has_modes else 0o644)
+
+
+@pytest.mark.parametrize("what", ["link", "another user's"])
 def test_lock_that_is_another_users(tmp_path: Path, what: str) -> None:
     lock = tmp_path / ".lock"
     lock.touch(mode=0o600)
     if what == "link":
         lock.rename(tmp_path / "elsewhere")
         lock.symlink_to("elsewhere")
-    elif what == "open to all":
-        lock.chmod(0o644)
     else:
         os.chown(lock, NOBODY, NOBODY)
-    with pytest.raises(BuildError, match=r"The lock .* (can't be opened|is not yours alone)"), fetch.locked(tmp_path):
+    with pytest.raises(BuildError, match=r"The lock .* (can't be opened|is another user's)"), fetch.locked(tmp_path):
         pass
 
 

@@ -197,7 +197,7 @@ class Builder:
         plan = self.plan(linux, **keys)
         assert plan.settings.linux
         verifier = verify.Verifier(plan)
-        verifier.check_offline({"linux": plan.settings.linux})
+        verifier.check_cache({"linux": plan.settings.linux})
         with verifier.locked([plan.settings.linux]):
             self.fetched = verifier.fetch("linux", plan.settings.linux)
         if plan.settings.linux.path is None:

@@ -76,7 +76,7 @@ def check(plan: Plan) -> None:
     for file in plan.settings.answer_files:
         _check_readable(f"[{plan.image}] answer-files", file.path)
     answercheck.check(plan)
-    verify.Verifier(plan).check_offline(_sources(plan.settings))
+    verify.Verifier(plan).check_cache(_sources(plan.settings))
 
 
 def _check_tree(plan: Plan, tree: Source) -> None:

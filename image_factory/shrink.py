@@ -79,11 +79,12 @@ def zero_logical_volumes(build: Build, tree: Tree, unfreed: Sequence[Volume]) ->
     swap = [volume for volume in tree.volumes if not volume.partition and volume.filesystem == layout.SWAP]
     if tree.logical is None or not (blocks or swap):
         return
+    thin = {found.volume.name for found in tree.filesystems if found.discard_size() > found.block_size()}
     with step("Zeroing logical volumes"):
         for volume in blocks:
             if volume.filesystem in _ZEROFREE_FILESYSTEMS:
                 tree.logical.zero_unused_blocks(volume)
-            elif not tree.logical.fill_unused_blocks(volume):
+            elif volume.name in thin and not tree.logical.fill_unused_blocks(volume):
                 logger.warning("The unused blocks of %s are not zeroed: its thin pool is too small.", volume.name)
         for volume in swap:
             tree.logical.zero_swap(volume)

@@ -3,12 +3,14 @@
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 from image_factory import layout, shrink
 from image_factory.model import Build, Disk, Volume
+from image_factory.tree import Tree
 
 M = 1 << 20
 BUILD = cast(Build, None)
@@ -69,3 +71,15 @@ def test_swap_of_another_kind_stays(tmp_path: Path, caplog: pytest.LogCaptureFix
     shrink.zero_swap(BUILD, disk, volumes)
     assert disk.path.read_bytes() == data
     assert "The swap space on partition 2 is of an unknown kind, and stays as it is." in caplog.messages
+
+
+@pytest.mark.parametrize(("chunk", "filled"), [(0, []), (4096, []), (65536, ["/dev/a/root"])])
+def test_only_thin_volumes_are_filled(chunk: int, filled: list[str]) -> None:
+    """Others, whose blocks the host can't free, would only grow."""
+    volume = Volume("/dev/a/root", M, "xfs")
+    filesystem = SimpleNamespace(volume=volume, discard_size=lambda: chunk, block_size=lambda: 4096)
+    found: list[str] = []
+    logical = SimpleNamespace(fill_unused_blocks=lambda volume: found.append(volume.name) or True)
+    tree = SimpleNamespace(volumes=[volume], filesystems=[filesystem], logical=logical)
+    shrink.zero_logical_volumes(BUILD, cast(Tree, tree), [volume])
+    assert found == filled

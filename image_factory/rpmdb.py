@@ -73,9 +73,9 @@ def _apart(function: Callable[[Path], _T], database: Path) -> _T:
         return command.call_apart(function, database, _SECONDS)
     except CrashError as error:
         raise BuildError(f"Reading the image's rpm database {error.message}.") from error
-    except (ValueError, struct.error, sqlite3.Error, MemoryError) as error:
-        if isinstance(error, MemoryError):
-            raise BuildError("The image's rpm database takes too much memory to be read.") from error
+    except MemoryError as error:
+        raise BuildError("The image's rpm database takes too much memory to be read.") from error
+    except (ValueError, struct.error, sqlite3.Error) as error:
         raise BuildError(f"The image's rpm database is damaged: {error}.") from error
 
 

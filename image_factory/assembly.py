@@ -15,7 +15,7 @@ from pathlib import Path
 from . import fstab, layout
 from .errors import BuildError, NoSystemError
 from .log import logger
-from .model import Filesystem, LogicalVolumes, Subvolume, Volume
+from .model import READ_ONLY_NAME, Filesystem, LogicalVolumes, Subvolume, Volume
 from .release import released
 from .tree import Branch, Snapshot, Tree, Unreached, is_top
 
@@ -30,9 +30,6 @@ _CONTAINERS = re.compile(r"(?:^|/)(?:lib|share)/(?:containers|docker|incus|lxc|l
 
 # Where ostree keeps systems: what there is of a root lies deeper.
 _OSTREE = ("ostree/deploy", "ostree/repo")
-
-# In the working directory.
-READ_ONLY_RECORD = "read-only-subvolumes"
 
 _FSTAB = "etc/fstab"
 _UNITS = "etc/systemd/system/*.mount"
@@ -103,7 +100,7 @@ def writable(tree: Tree, directory: Path) -> Iterator[None]:
     A file in the working *directory* names them meanwhile: a build that goes on after a killed one, with whatever
     way to mount, makes them read-only at its end.
     """
-    record = directory / READ_ONLY_RECORD
+    record = directory / READ_ONLY_NAME
     known: list[list[str]] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
     changed: dict[tuple[str, str], Filesystem] = {}
     for branch in tree.branches:
@@ -112,7 +109,9 @@ def writable(tree: Tree, directory: Path) -> Iterator[None]:
         if is_read_only or [filesystem.volume.name, top] in known:
             changed[filesystem.volume.name, top] = filesystem
     if changed:
-        record.write_text(json.dumps(list(changed)), encoding="utf-8")
+        new = record.with_suffix(".new")
+        new.write_text(json.dumps(list(changed)), encoding="utf-8")
+        new.replace(record)
     with ExitStack() as stack:
         for (_, top), filesystem in changed.items():
             logger.info("Subvolume %s is read-only, and made writable for a while.", top or "/")
@@ -305,13 +304,17 @@ def _place(disk: _Disk, entry: fstab.Entry) -> Branch | Unreached | None:
     return None
 
 
-def _at(disk: _Disk, volume: Volume, point: str, entry: fstab.Entry | None = None) -> Branch | Unreached:
-    """Return what *volume* is at *point*."""
+def _at(disk: _Disk, volume: Volume, point: str, entry: fstab.Entry | None = None) -> Branch | Unreached | None:
+    """Return what *volume* is at *point*, None if it has no such subvolume."""
     filesystem = disk.mounted(volume)
     if filesystem is not None:
         top = _default(filesystem) if entry is None else _top_of(entry, filesystem)
         if top is None or not is_top(top):
             return _unreached(point, f"its subvolume of {volume.name} is unknown, or has an odd name")
+        if filesystem.subvolumes and top not in {found.path for found in filesystem.subvolumes}:
+            names = _quoted(top, point)
+            logger.warning("%s has no subvolume %s, which its fstab names for /%s.", volume.name, *names)
+            return None
         return Branch(filesystem, top, point)
     if volume.name in disk.failures:
         # The system does not start without what is on a filesystem of Linux' own.
@@ -346,7 +349,9 @@ def _discovered(
             # One of them is it.
             continue
         if is_esp or not root.filesystem.entries([f"{root.inner(point)}/*"]):
-            yield _at(disk, volume, point)
+            place = _at(disk, volume, point)
+            if place is not None:
+                yield place
 
 
 def _bound(
@@ -437,9 +442,10 @@ def _hidden(branches: Sequence[Branch]) -> list[str]:
         tops = {top: point for top, point in tops.items() if is_top(top)}
         entries = parent.filesystem.entries([f"{top}/*" for top in tops]) if tops else []
         directories = [entry.path for entry in entries if entry.kind == "directory" and is_top(entry.path)]
-        deeper = parent.filesystem.entries([f"{path}/*" for path in directories]) if directories else []
-        # Installers leave empty mount points, one in another.
-        files = [entry.path for entry in (*entries, *deeper) if entry.kind != "directory"]
+        looked_into, others = directories[:_SUBVOLUMES], directories[_SUBVOLUMES:]
+        deeper = parent.filesystem.entries([f"{path}/*" for path in looked_into]) if looked_into else []
+        # Installers leave empty mount points, one in another, but not so many.
+        files = [*others, *(entry.path for entry in (*entries, *deeper) if entry.kind != "directory")]
         found = [point for top, point in tops.items() if any(_is_in(path, top) for path in files)]
         phrases += [f"/{point} on {_place_of(parent)} has files below what is mounted there" for point in sorted(found)]
     return phrases

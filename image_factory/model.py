@@ -24,6 +24,8 @@ SIGNATURE_SUFFIX = ".asc"
 # In the working directory.
 DISK_NAME = "disk.raw"
 INVENTORY_NAME = "inventory.json"
+# What a system that is mounted has read-only, and is writable for a while.
+READ_ONLY_NAME = "read-only-subvolumes"
 
 
 def libvirt_uri() -> str:

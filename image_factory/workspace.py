@@ -13,7 +13,7 @@ from pathlib import Path
 from . import checkpoint, guest, locks, loop, publish, scratch, sign, trust
 from .errors import BuildError, ConfigurationError
 from .log import logger
-from .model import VM_PREFIX, WORK_PREFIX, Build, Plan
+from .model import READ_ONLY_NAME, VM_PREFIX, WORK_PREFIX, Build, Plan
 from .release import released
 
 _VM_FILE = "vm-name"
@@ -125,9 +125,9 @@ def _records(directory: Path) -> list[Path]:
 
 
 def _kept(directory: Path) -> list[Path]:
-    """Return what is to be resumed."""
+    """Return what is to be resumed, and what is to be made read-only then."""
     found = checkpoint.read(directory)
-    return [directory / name for name in found.kept] if found else []
+    return [directory / name for name in (*found.kept, READ_ONLY_NAME)] if found else []
 
 
 def _remove(directory: Path) -> None:

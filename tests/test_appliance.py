@@ -16,10 +16,10 @@ from typing import cast
 
 import pytest
 
-from image_factory import appliance, assembly, interrupts, inventory, loop, mounts, pipeline
+from image_factory import appliance, interrupts, inventory, loop, mounts, pipeline
 from image_factory.command import Conversation
 from image_factory.errors import BuildError, CommandError, ConfigurationError, Interrupted, NoSystemError
-from image_factory.model import Build, Change, Disk, Partition, Plan, Volume
+from image_factory.model import READ_ONLY_NAME, Build, Change, Disk, Partition, Plan, Volume
 from image_factory.settings import Configuration
 from image_factory.tree import Branch
 
@@ -458,7 +458,7 @@ def test_root_that_is_read_only(tmp_path: Path) -> None:
     """It is writable while the system is worked on, and read-only again, also where the build before was killed."""
     build = make_build(tmp_path / "build")
     disk = make_micro(build.disk_path)
-    record = build.directory / assembly.READ_ONLY_RECORD
+    record = build.directory / READ_ONLY_NAME
     with mounts.mounted(build, disk) as tree:
         assert json.loads(record.read_text()) == [["partition 1", "system"]]
         assert tree.remove(["etc/log"]) == [Change("etc/log", 1, 5)]

@@ -59,6 +59,12 @@ def test_root_among_subvolumes(fstabs: dict[str, str], top: str) -> None:
     assert top_of(btrfs(fstabs)) == ("partition 1", top)
 
 
+def test_subvolume_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    found = assembled(btrfs({"@": "UUID=u1 / btrfs subvol=@\nUUID=u1 /home btrfs subvol=@home,nofail"}))
+    assert ([branch.point for branch in found.branches], found.unreached) == ([""], ())
+    assert "partition 1 has no subvolume @home, which its fstab names for /home." in caplog.messages
+
+
 def test_root_among_partitions() -> None:
     """Not the largest."""
     large = system(2, "UUID=u9 / ext4", size=9 << 30)
@@ -207,6 +213,14 @@ def test_bind_mount_is_followed() -> None:
     # Once, where it is.
     assert whole.usage()["var"] == len(found.files["var/kept"])
     assert [branch.is_bound for branch in whole.branches] == [True, False]
+
+
+def test_keys_are_searched_for_once() -> None:
+    """A place that shows a part of another one is left out, and what is read is counted."""
+    found = assembled(root("/srv/var /var none bind 0 0\n", **{"srv/var/a.key": "1234"}))
+    left = found.budget.size
+    assert found.key_files() == {"srv/var/a.key": b"1234"}
+    assert left - found.budget.size == 4
 
 
 def test_bind_mount_of_another_filesystem() -> None:

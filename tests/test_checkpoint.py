@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_factory import checkpoint, events, pipeline
+from image_factory import checkpoint, events, pipeline, workspace
 from image_factory.checkpoint import Checkpoint
 from image_factory.errors import ConfigurationError
-from image_factory.model import Artifact, Build, Disk, Plan
+from image_factory.model import READ_ONLY_NAME, Artifact, Build, Disk, Plan
 from image_factory.outputs import raw
 from image_factory.settings import Configuration
 
@@ -49,6 +49,18 @@ def begin(build: Build) -> Checkpoint:
     used.notice(events.InputUsed("installer-image", "http://tree", None, "somebody"))
     used.notice(events.VirtTypeChosen("qemu"))
     return checkpoint.begin(build, Disk(build.disk_path, "qemu"), used)
+
+
+def test_what_is_to_be_read_only_again_is_known_to_who_goes_on(tmp_path: Path) -> None:
+    """Also when that one fails, too."""
+    build = build_in(tmp_path)
+    begin(build).write()
+    record = build.directory / READ_ONLY_NAME
+    record.write_text("[]")
+    with pytest.raises(ZeroDivisionError), workspace.opened(build.plan, resume=True):
+        assert record.exists()
+        raise ZeroDivisionError
+    assert record.exists()
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import cast
 
 import pytest
 
-from image_factory import assembly, events, layout, loop
+from image_factory import events, layout, loop
 from image_factory.errors import BuildError, NoSystemError
-from image_factory.model import Build, Change, Disk
+from image_factory.model import READ_ONLY_NAME, Build, Change, Disk
 from image_factory.tree import Tree
 
 from .conftest import REPOSITORY, machine_state, run, wait_for
@@ -323,7 +323,7 @@ def test_root_that_is_read_only(micro: Disk, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), mounted(micro):
         raise ZeroDivisionError
     assert is_read_only(micro)
-    assert not (tmp_path / assembly.READ_ONLY_RECORD).exists()
+    assert not (tmp_path / READ_ONLY_NAME).exists()
 
 
 def test_read_only_root_of_a_build_that_was_killed(micro: Disk, tmp_path: Path) -> None:
@@ -334,11 +334,11 @@ def test_read_only_root_of_a_build_that_was_killed(micro: Disk, tmp_path: Path) 
         process.kill()
         process.wait()
     assert loop.release_left_mounts(tmp_path)
-    assert (tmp_path / assembly.READ_ONLY_RECORD).exists()
+    assert (tmp_path / READ_ONLY_NAME).exists()
     with mounted(micro) as tree:
         tree.write("etc/new", b"new", 0o644)
     assert is_read_only(micro)
-    assert not (tmp_path / assembly.READ_ONLY_RECORD).exists()
+    assert not (tmp_path / READ_ONLY_NAME).exists()
 
 
 def test_filesystem_newer_than_the_kernel(tmp_path: Path) -> None:

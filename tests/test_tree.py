@@ -179,6 +179,7 @@ def test_names_that_begin_alike() -> None:
 def test_subvolumes() -> None:
     text = "UUID=u1 / btrfs subvol=@rootfs\nUUID=u1 /var/log btrfs noatime,subvol=/@var-log\n"
     found = root(text, "btrfs", "@rootfs", **{"@var-log/installer": "text"})
+    found.subvolumes = subvolumes("@rootfs", "@var-log")
     system = assembled(found)
     assert paths(system.remove(["root/install.log*", "var/log/installer"])) == ["var/log/installer"]
     assert found.removed == ["@rootfs/root/install.log*", "@var-log/installer"]
@@ -189,6 +190,7 @@ def test_default_subvolume() -> None:
     """As openSUSE has it: the root's line names no subvolume."""
     snapshot = "@/.snapshots/1/snapshot"
     found = root("UUID=u1 / btrfs\nUUID=u1 /var btrfs subvol=/@/var\nUUID=u1 /x btrfs ro\n", "btrfs", snapshot)
+    found.subvolumes = subvolumes(snapshot, "@/var")
     assembled(found).remove(["root/x", "var/log/installer", "x/y"])
     assert found.removed == [f"{snapshot}/root/x", "@/var/log/installer", f"{snapshot}/y"]
 
@@ -207,7 +209,7 @@ def test_default_subvolume() -> None:
 )
 def test_names_of_subvolumes(options: str, removed: str) -> None:
     found = root(f"UUID=u1 /var/log btrfs {options}\n", "btrfs", "@rootfs")
-    found.subvolumes = subvolumes("@rootfs", "@log")
+    found.subvolumes = subvolumes("@rootfs", "@log", ".snapshots/1/snapshot")
     assembled(found).remove(["var/log/installer"])
     assert found.removed == [removed]
 

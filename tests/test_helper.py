@@ -644,6 +644,7 @@ def test_subvolumes_are_told_and_removed(scene: Scene, tmp_path: Path) -> None:
         run("btrfs", "subvolume", "create", mounted / "@/directory/inner")
         (mounted / "@/file").write_text("what is in the snapshot alone\n")
         run("btrfs", "subvolume", "snapshot", "-r", mounted / "@", mounted / "before")
+        run("btrfs", "subvolume", "snapshot", mounted, mounted / "whole")
         (mounted / "@/file").unlink()
         run("btrfs", "subvolume", "set-default", mounted / "@")
     finally:
@@ -658,8 +659,10 @@ def test_subvolumes_are_told_and_removed(scene: Scene, tmp_path: Path) -> None:
             ("", False, False),
             ("@/directory/inner", False, False),
             ("before", True, True),
+            ("whole", True, False),
         ]
         assert told[1][0] == 5
+        assert told[4][3] == told[1][2]
         assert told[3][3] == told[0][2] != told[2][2]
         for name in ("@", "@/directory", "@/directory/link", "none", "@/directory/inner/none"):
             assert scene.helper("delete-subvolume", str(point), name).returncode == 1
@@ -668,7 +671,11 @@ def test_subvolumes_are_told_and_removed(scene: Scene, tmp_path: Path) -> None:
         assert b"in the snapshot alone" in image.read_bytes()
         done = scene.helper("delete-subvolume", str(point), "before", "@/directory/inner")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        assert [json.loads(line)[1] for line in scene.helper("subvolumes", str(point)).stdout.splitlines()] == ["@", ""]
+        assert [json.loads(line)[1] for line in scene.helper("subvolumes", str(point)).stdout.splitlines()] == [
+            "@",
+            "",
+            "whole",
+        ]
     finally:
         assert scene.helper("umount", str(point)).returncode == 0
     assert scene.helper("mount-image", str(image), "0", str(128 << 20), str(point), "subvolid=5").returncode == 0

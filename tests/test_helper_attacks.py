@@ -758,7 +758,9 @@ def test_directories_that_are_linked_into_each_other(scene: Scene, image: Path, 
 
 def test_more_entries_than_are_looked_at(scene: Scene) -> None:
     """The limit is on all that a call looks at, in whatever directories they are; a name costs nothing."""
-    helper = changed_helper(scene, {"ENTRIES = 1 << 20": "ENTRIES = 20"})
+    helper = changed_helper(
+        scene, {"ENTRIES = 1 << 20": "ENTRIES = 20", "KEYS_ENTRIES = 4_000_000": "KEYS_ENTRIES = 20"}
+    )
     with own_mount(scene) as mounted:
         for directory in ("one", "two", "two/three"):
             (mounted / "var/log/installer" / directory).mkdir()
@@ -770,6 +772,7 @@ def test_more_entries_than_are_looked_at(scene: Scene) -> None:
             ("read", str(mounted), *(["var/log/installer/two/*"] * 3)),
             ("truncate", str(mounted), "var/log/installer"),
             ("usage", str(mounted), "var"),
+            ("keys", str(mounted)),
             ("chmod", "-R", "o+r", f"{mounted}/var/log/installer"),
             ("remove", str(mounted), "var/log/installer"),
         ):
@@ -779,6 +782,20 @@ def test_more_entries_than_are_looked_at(scene: Scene) -> None:
         names = [f"var/log/installer/two/three/{number}" for number in range(8)]
         done = subprocess.run([*helper, "read", str(mounted), *names * 5], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("verb", ["usage", "keys"])
+def test_call_that_nobody_reads_ends(scene: Scene, verb: str) -> None:
+    """Its caller can't signal root: else the mount would be busy when it is to go."""
+    with own_mount(scene) as mounted:
+        argv = scene.users["a"].argv("sudo", "-n", scene.users["a"].helper, verb, mounted)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read()
+        process.stderr.close()
+        assert (process.wait(), "nobody waits for it any more" in said) == (1, True)
 
 
 def test_images_that_a_namespace_holds(scene: Scene, image: Path, point: Path) -> None:

@@ -8,6 +8,7 @@ import fnmatch
 import os
 import re
 import stat
+import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,8 +50,10 @@ _LARGEST_ANSWER = 65 << 20
 _LOST_AND_FOUND = "lost+found"
 _LABEL = "security.selinux"
 
+# As in the helper; an archive has some more.
+_KEYS_SHOWN = 48 << 20
 _KEY_MARK = "PRIVATE KEY"
-_KEY_STORES = (".der", ".jks", ".keystore", ".p12", ".p8", ".pfx", ".pk8")
+_KEY_STORES = ("bks", "der", "jceks", "jks", "key", "keystore", "p12", "p8", "pfx", "pk8")
 
 # So many entries of a top directory are measured.
 _USAGES = 256
@@ -376,17 +379,28 @@ class ApplianceFilesystem:
 
     def key_files(self, top: str) -> dict[str, bytes]:
         """Return the files in the directory *top* that may have a private key, as the helper does."""
-        # libguestfs has no call that searches a tree.  guestfish takes single quotes for its own.
-        files = "find . -type f -size -1025k"
-        names = " -o ".join(f'-iname "*{suffix}"' for suffix in _KEY_STORES)
-        grep = f'{files} -print0 | xargs -0 -r grep -laF -e "{_KEY_MARK}"'
-        lines = self._walk(top, f'{grep}; {files} "(" {names} ")"')
-        found = [line.removeprefix("./") for line in lines if line.startswith("./")]
-        paths = [os.path.join(top, path) for path in sorted(set(found))]
-        # A name with the end of a line is none that can be asked for.
-        return {
-            path: self._into_file("download", path) for path in paths if self.has(path) and self._is_file(path, _WHOLE)
-        }
+        # libguestfs has no call that searches a tree.  In an archive the files come at once, whatever their names are.
+        archive = f"{self.place}.keys"
+        stores = "[.](" + "|".join(_KEY_STORES) + r")\$"
+        script = (
+            'find . -type f -size -1025k ! -name "*.py[co]" -print0 >/tmp/all && '
+            f'{{ xargs -0 -r grep -lZaF -e "{_KEY_MARK}" </tmp/all; grep -ziE "{stores}" /tmp/all; }} | '
+            "sort -zu >/tmp/some && tar -cf - --null --no-recursion --hard-dereference -T /tmp/some | "
+            f"head -c {_KEYS_SHOWN + 1} >/sysroot{archive} && echo done"
+        )
+        if self._walk(top, script) != ["done"]:
+            raise BuildError(f"/{_shown_name(top)} of the guest can't be searched for private keys.")
+        file = _scratch(self.build)
+        self.guestfish.do(f"download {archive} {quoted(str(file))}")
+        self.guestfish.do(f"rm {archive}")
+        if file.stat().st_size > _KEYS_SHOWN:
+            raise BuildError(f"The files that may have private keys are more than {_KEYS_SHOWN >> 20} MiB.")
+        with tarfile.open(file, "r:") as members:
+            return {
+                os.path.join(top, member.name.removeprefix("./")): content.read()
+                for member in members
+                if member.isreg() and (content := members.extractfile(member))
+            }
 
     def trim(self) -> int | None:
         """Free the unused blocks."""

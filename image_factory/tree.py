@@ -192,11 +192,22 @@ class Tree:
 
     def key_files(self) -> dict[str, bytes]:
         """Return the regular files of at most 1 MiB that may have a private key, by their paths."""
-        return {
-            branch.outer(path): data
-            for branch in self.branches
-            for path, data in branch.filesystem.key_files(branch.top).items()
-        }
+        found: dict[str, bytes] = {}
+        for branch in self.branches:
+            if not self._is_seen_elsewhere(branch):
+                files = branch.filesystem.key_files(branch.top)
+                self.budget.spend(size=sum(map(len, files.values())), names=len(files))
+                found |= {branch.outer(path): data for path, data in files.items()}
+        return found
+
+    def _is_seen_elsewhere(self, bound: Branch) -> bool:
+        """Whether *bound* shows at another place what is in a branch that is not bound."""
+        return bound.is_bound and any(
+            not other.is_bound
+            and other.filesystem is bound.filesystem
+            and (not other.top or f"{bound.top}/".startswith(f"{other.top}/"))
+            for other in self.branches
+        )
 
     def usage(self) -> dict[str, int]:
         """Return the bytes that each directory at the top of the system takes; ``.`` is what lies there itself.

@@ -141,6 +141,9 @@ def test_keys_on_a_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     put(top, "etc/os-release", b"ID=x\n")
     put(top, "etc/own app/key with 'quotes'.pem", (made / "key-rsa.pem").read_bytes())
     put(top, "srv/x/store.P12", (made / "key-store.p12").read_bytes())
+    put(top, "etc/odd/key[1].pem", (made / "key-ec.pem").read_bytes())
+    put(top, "etc/odd/c .p12", (made / "key-store.p12").read_bytes())
+    put(top, "etc/odd/a\nb.pem", (made / "key-ed25519.pem").read_bytes())
     put(top, "usr/share/x/test.pem", (made / "key-ssh-ed25519").read_bytes())
     put(top, "usr/share/x/gone.pem", (made / "key-pkcs8.pem").read_bytes())
     put(top, "usr/share/x/public.der", (made / "other-public.der").read_bytes())
@@ -159,6 +162,9 @@ def test_keys_on_a_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with mounts.WAYS[way].mounted(build, disk, layout.read_volumes(disk.path)) as tree:
         found, known = audit.audit_keys(tree, tmp_path, [])
     assert sorted(finding.what for finding in found) == [
+        "/etc/odd/a?b.pem has a private key",
+        "/etc/odd/c .p12 has a private key",
+        "/etc/odd/key[1].pem has a private key",
         "/etc/own app/key with 'quotes'.pem has a private key",
         "/srv/x/store.P12 has a private key",
     ]

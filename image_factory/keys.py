@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import inventory, rpmdb
+from . import interrupts, inventory, rpmdb
 from .tree import Tree
 
 # So many lists of files the helper reads at once, which are some KiB each.
@@ -19,17 +19,21 @@ _DPKG_LISTS = "var/lib/dpkg/info/*.md5sums"
 # Layers of containers are other systems; compiled files have what their sources have.
 _OTHERS = re.compile(r"var/lib/(?:docker|containers|containerd)/.*|.*\.py[co]")
 
+# Whatever a file has a lot of, each beginning is followed for some KiB at most, and on one way only.
+_SPACE = rb"(?:\s|\\++[rn]){1,80}+"
+# What is encrypted has headers.
+_HEADERS = rb"(?:[A-Za-z-]{1,40}+: [^\r\n\\]{0,200}+" + _SPACE + rb"){0,8}+"
 _PEM = re.compile(
-    rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----(?:\s|\\[rn])+"
-    # What is encrypted has headers.
-    rb"(?:[A-Za-z-]+: [^\n]*\r?\n[ \t]*|\r?\n)*[A-Za-z0-9+/=]{16}"
+    rb"-----BEGIN (?:[A-Z0-9]++ ){0,4}PRIVATE KEY-----" + _SPACE + _HEADERS + rb"[A-Za-z0-9+/=]{16}",
 )
 # The first line alone is in the database of shared-mime-info, which no package has the digest of.
 _PGP = re.compile(
-    rb"-----BEGIN PGP PRIVATE KEY BLOCK-----\r?\n(?:[A-Za-z-]+: [^\n]*\r?\n)*(?:[ \t]*\r?\n)?[A-Za-z0-9+/=]{16}"
+    rb"-----BEGIN PGP PRIVATE KEY BLOCK-----\r?\n"
+    rb"(?:[A-Za-z-]{1,40}+: [^\r\n]{0,200}+\r?\n){0,8}+(?:[ \t]{0,80}+\r?\n)?[A-Za-z0-9+/=]{16}"
 )
-# A Java key store, whose first entry has the tag of a private key.
-_JKS = re.compile(rb"\A\xfe\xed\xfe\xed\x00{3}[\x01\x02].{4}\x00{3}\x01", re.DOTALL)
+# Java's key stores, JKS and JCEKS, and the ciphers that they have private keys in.
+_JAVA_STORES = (b"\xfe\xed\xfe\xed", b"\xce\xce\xce\xce")
+_JAVA_CIPHERS = (b"\x06\x0a\x2b\x06\x01\x04\x01\x2a\x02\x11\x01\x01", b"\x06\x09\x2b\x06\x01\x04\x01\x2a\x02\x13\x01")
 # How PKCS #8, PKCS #1, SEC 1, PKCS #12 and PKCS #8 that is encrypted go on: a version and what follows it, but for
 # the last, which has the name of the encryption there.
 _DER_BODY = re.compile(
@@ -39,8 +43,13 @@ _DER_BODY = re.compile(
 
 
 def has_private_key(data: bytes) -> bool:
-    """Return whether the file *data* is or has a private key, in PEM, DER, PKCS #12, JKS or OpenPGP."""
-    return bool(_PEM.search(data) or _PGP.search(data) or _JKS.match(data)) or _is_der(data)
+    """Return whether the file *data* is or has a private key, in PEM, DER, PKCS #12, JKS, JCEKS or armoured OpenPGP."""
+    return bool(_PEM.search(data) or _PGP.search(data)) or _is_java_store(data) or _is_der(data)
+
+
+def _is_java_store(data: bytes) -> bool:
+    """Return whether *data* is a key store of Java's with a private key among its entries."""
+    return data.startswith(_JAVA_STORES) and any(cipher in data for cipher in _JAVA_CIPHERS)
 
 
 def _is_der(data: bytes) -> bool:
@@ -57,11 +66,15 @@ def search(tree: Tree, directory: Path) -> tuple[list[str], list[bytes]]:
 
     *directory*, for copies, is there.
     """
-    files = {path: data for path, data in tree.key_files().items() if not _OTHERS.fullmatch(path)}
-    found = {path: data for path, data in files.items() if has_private_key(data)}
-    digests = {path: _digests(data) for path, data in found.items()}
-    known = _known(tree, directory, {digest for each in digests.values() for digest in each}) if found else set()
-    return [path for path in found if not digests[path] & known], list(found.values())
+    files = tree.key_files()
+    # Nothing is made that a signal could leave behind.
+    with interrupts.interruptible():
+        found = {path: data for path, data in files.items() if has_private_key(data)}
+    # What is passed by its path is none to the search in bytes either.
+    own = {path: data for path, data in found.items() if not _OTHERS.fullmatch(path)}
+    digests = {path: _digests(data) for path, data in own.items()}
+    known = _known(tree, directory, {digest for each in digests.values() for digest in each}) if own else set()
+    return [path for path in own if not digests[path] & known], list(found.values())
 
 
 def _pattern(path: str) -> str:

@@ -255,6 +255,20 @@ def host_keys(look: Look, asked: Asked) -> Found:
             yield f"/{quoted(path)} is an ssh host key"
 
 
+# Its private keys, also as before version 2.1.
+_GNUPG_KEYS = ("private-keys-v1.d/*.key", "secring.gpg")
+# Of Arch's package manager, which makes a key of each machine's.
+_PACMAN_KEYS = "etc/pacman.d/gnupg"
+
+
+def gnupg_keys(look: Look, asked: Asked) -> Found:
+    """Find private keys of GnuPG."""
+    homes = [*(joined(home, ".gnupg") for home in _homes(look)), _PACMAN_KEYS]
+    for path in (path for home in homes for name in _GNUPG_KEYS for path in look.matching(joined(home, name))):
+        if look.has_content(path):
+            yield f"/{quoted(path)} has a private key of GnuPG"
+
+
 _ID = re.compile(r"(?<![0-9A-Za-z])[0-9a-f]{32}(?![0-9A-Za-z])")
 
 # Directories where names have the machine-id: boot-loader entries, kernels, the journal.
@@ -565,6 +579,7 @@ DIRECTORIES = tuple(
                 *(*_KEY_PLACES, *_ANSWER_PLACES, *_LOG_PLACES, *_IDENTITIES, *_SERVICE_KEYS, *_WITH_ID, WIREGUARD),
                 *(path for found in REGISTRATIONS for path in found.secret),
                 *(f"{home}/.ssh/x" for home in ("root", "etc/skel", "var/roothome")),
+                *(f"{home}/{name}" for home in ("root/.gnupg", _PACMAN_KEYS) for name in _GNUPG_KEYS),
                 *("etc/iscsi/x", "etc/security/x", "var/lib/dbus/x", "var/log/x"),
             ]
         )

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 _ROLES = ("admin", "super-admin", "controller-manager", "scheduler", "kubelet", "bootstrap-kubelet")
 SUSE_CREDENTIALS = ("etc/zypp/credentials.d/SCCcredentials", "etc/zypp/credentials.d/NCCcredentials")
 SUSE_SOURCES = ("etc/zypp/services.d/*.service", "etc/zypp/repos.d/*.repo")
-_SUSE_SERVICE = re.compile(rb"^\s*(?:url|baseurl)\s*=.*[?&]credentials=([^&\s]+)", re.M | re.I)
-_SUSE_NAME = re.compile(rb"^\s*\[([^\]\s]+)\]", re.M)
+_SUSE_SERVICE = re.compile(rb"^[ \t]*(?:url|baseurl)\s*=.*[?&]credentials=([^&\s]+)", re.M | re.I)
+_SUSE_NAME = re.compile(rb"^[ \t]*\[([^\]\s]+)\]", re.M)
 _BEATS = ("auditbeat", "filebeat", "heartbeat", "metricbeat", "packetbeat")
 
 
@@ -124,7 +124,7 @@ REGISTRATIONS = (
 CONTAINER_AUTHS = (".docker/config.json", ".config/containers/auth.json")
 
 WIREGUARD = "etc/wireguard/*"
-_WIREGUARD_KEY = re.compile(rb"^\s*PrivateKey\s*=\s*[A-Za-z0-9+/]{43}=|\A\s*[A-Za-z0-9+/]{43}=\s*\Z", re.M | re.I)
+_WIREGUARD_KEY = re.compile(rb"^[ \t]*PrivateKey\s*=\s*[A-Za-z0-9+/]{43}=|\A\s*[A-Za-z0-9+/]{43}=\s*\Z", re.M | re.I)
 
 
 def has_wireguard_key(data: bytes) -> bool:
@@ -153,7 +153,7 @@ def of_suse(files: Mapping[str, bytes]) -> list[str]:
     sources = {path: data for path, data in files.items() if is_of(path, SUSE_SOURCES)}
     services = {path: data for path, data in sources.items() if _SUSE_SERVICE.search(data)}
     names = {name for data in services.values() for name in _SUSE_NAME.findall(data)}
-    of_them = re.compile(rb"^\s*service\s*=\s*(?:%s)\s*$" % b"|".join(map(re.escape, sorted(names))), re.M)
+    of_them = re.compile(rb"^[ \t]*service\s*=\s*(?:%s)\s*$" % b"|".join(map(re.escape, sorted(names))), re.M)
     repositories = [path for path, data in sources.items() if names and of_them.search(data)]
     credentials = {name for data in services.values() for name in _SUSE_SERVICE.findall(data)}
     named = [name.decode("ascii", "replace").rpartition("/")[2] for name in sorted(credentials)]

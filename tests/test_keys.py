@@ -2,6 +2,9 @@
 
 import fnmatch
 import hashlib
+import os
+import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +13,31 @@ from typing import cast
 
 import pytest
 
-from image_factory import audit, keys, layout, mounts, pipeline
+from image_factory import audit, interrupts, keys, layout, mounts, pipeline
 from image_factory.audit import Finding
+from image_factory.errors import BuildError, Interrupted
+from image_factory.leftovers import Asked
 from image_factory.model import Build, Disk, Entry
 from image_factory.settings import Configuration
 from image_factory.tree import Tree
 
 from .conftest import REPOSITORY, run
+from .test_leftovers import Directory
+
+
+def put_java_stores(directory: Path) -> None:
+    """Make key stores: of a private key, of a certificate, and of both with the certificate first."""
+    for kind, line in (
+        ("key-jceks", "-genkeypair -keyalg EC -dname CN=x -keypass abcdef -alias k -storetype jceks"),
+        ("key-jks", "-genkeypair -keyalg EC -dname CN=x -keypass abcdef -alias k -storetype jks"),
+        ("other-jks", "-importcert -file other-certificate.pem -alias a -storetype jks"),
+        ("key-both", "-importcert -file other-certificate.pem -alias a"),
+    ):
+        if kind == "key-both":
+            shutil.copy(directory / "key-jks", directory / kind)
+        arguments = [*line.split(), "-storepass", "abcdef", "-noprompt", "-keystore", kind]
+        subprocess.run(["keytool", *arguments], cwd=directory, check=True, capture_output=True)
+    assert (directory / "key-both").read_bytes()[12:16] == b"\0\0\0\2"
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +70,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (directory / f"key-ssh-{kind}.pub").rename(directory / f"other-ssh-{kind}.pub")
     pem = (directory / "key-pkcs8.pem").read_text()
     certificate = (directory / "other-certificate.pem").read_text()
+    encrypted = (directory / "key-encrypted-rsa.pem").read_text()
     quoted = pem.replace("\n", "\\n")
     texts = {
+        "key-encrypted-rsa.json": encrypted.replace("\n", "\\n"),
+        "key-encrypted-crlf": encrypted.replace("\n", "\r\n"),
         "key-after-certificate": f"subject=x\n{certificate}{pem}",
         "key-crlf": pem.replace("\n", "\r\n"),
         "key-service-account.json": f'{{"private_key": "{quoted}"}}',
@@ -64,9 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, text in texts.items():
         (directory / name).write_text(text, newline="")
-    # As keytool writes stores: of a private key, and of a certificate.
-    for name, tag in (("key-java.jks", 1), ("other-java.jks", 2)):
-        (directory / name).write_bytes(bytes.fromhex(f"feedfeed00000002000000010000000{tag}0001") + b"a")
+    put_java_stores(directory)
     return directory
 
 
@@ -77,6 +99,24 @@ def test_each_form_of_a_key(made: Path) -> None:
     der = (made / "key-rsa.der").read_bytes()
     assert not keys.has_private_key(der + b"x")
     assert not keys.has_private_key(der[:-1])
+
+
+# What would take hours if it was gone over from each place to the end.
+LONG = {
+    "ends of lines": (b"-----BEGIN PRIVATE KEY-----", b"\n"),
+    "headers": (b"", b"A: -----BEGIN PRIVATE KEY-----\n"),
+    "headers of a DOS file": (b"", b"A: -----BEGIN PRIVATE KEY-----\r\n \r\n"),
+    "headers of OpenPGP": (b"", b"A: -----BEGIN PGP PRIVATE KEY BLOCK-----\n"),
+    "a long header": (b"-----BEGIN PRIVATE KEY-----\nA: ", b"A: "),
+    "a long name": (b"-----BEGIN ", b"A"),
+    "names": (b"", b"-----BEGIN A "),
+    "backslashes": (b"-----BEGIN PRIVATE KEY-----", b"\\"),
+}
+
+
+@pytest.mark.parametrize(("before", "repeated"), LONG.values(), ids=LONG)
+def test_long_files_are_gone_over_once(before: bytes, repeated: bytes) -> None:
+    assert not keys.has_private_key((before + repeated * (1 << 20))[: 1 << 20])
 
 
 @dataclass
@@ -110,7 +150,9 @@ def test_files_of_packages_pass(made: Path, tmp_path: Path) -> None:
     put(top, "usr/lib/python3/dist-packages/x/test/key.pem", data)
     put(top, "usr/lib/python3/dist-packages/x/test/changed.pem", data + b"\n")
     put(top, "usr/lib/python3/dist-packages/x/__pycache__/t.cpython-313.pyc", data + b"x")
-    put(top, "var/lib/docker/overlay2/0/diff/key.pem", other)
+    # A layer's key passes, and is none to the search in bytes either.
+    layer = (made / "key-dsa.pem").read_bytes()
+    put(top, "var/lib/docker/overlay2/0/diff/key.pem", layer)
     put(top, "etc/ssl/private/own.key", other)
     digest = hashlib.md5(data).hexdigest()
     put(
@@ -118,7 +160,7 @@ def test_files_of_packages_pass(made: Path, tmp_path: Path) -> None:
     )
     found, known = keys.search(cast(Tree, Files(top)), tmp_path)
     assert sorted(found) == ["etc/ssl/private/own.key", "usr/lib/python3/dist-packages/x/test/changed.pem"]
-    assert sorted(known) == sorted([data, data + b"\n", other])
+    assert sorted(known) == sorted([data, data + b"\n", data + b"x", layer, other])
 
 
 def test_keys_that_another_check_has_found_are_told_once(made: Path, tmp_path: Path) -> None:
@@ -128,6 +170,45 @@ def test_keys_that_another_check_has_found_are_told_once(made: Path, tmp_path: P
     found, known = audit.audit_keys(cast(Tree, Files(tmp_path)), tmp_path, before)
     assert found == [Finding("private-keys", "/etc/ssh/odd key has a private key")]
     assert len(known) == 2
+
+
+def test_keys_of_gnupg(tmp_path: Path) -> None:
+    """They are in a form of its own, which gpg writes."""
+    home = tmp_path / "home/me/.gnupg"
+    home.mkdir(mode=0o700, parents=True)
+    for line in ("--batch --passphrase abcd --quick-generate-key me@example.com ed25519", ""):
+        program = ["gpg", "--homedir", home, "--quiet", "--pinentry-mode", "loopback"] if line else ["gpgconf"]
+        run(*program, *(line.split() or ["--homedir", home, "--kill", "all"]))
+    put(tmp_path, "etc/pacman.d/gnupg/secring.gpg", b"")
+    put(tmp_path, "etc/pacman.d/gnupg/private-keys-v1.d/0.key", b"(11:private-key")
+    checks = [check for check in audit.CHECKS if check.name == "private-keys"]
+    found = audit.audit_files(Directory(tmp_path), Asked(), checks)
+    paths = list(tmp_path.rglob("*.key"))
+    assert len(paths) == 2
+    assert sorted(found, key=lambda finding: finding.what) == [
+        Finding("private-keys", f"/{path.relative_to(tmp_path)} has a private key of GnuPG") for path in sorted(paths)
+    ]
+
+
+def test_a_signal_ends_the_search(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(data: bytes) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError
+
+    put(tmp_path, "etc/key.pem", (made / "key-rsa.pem").read_bytes())
+    monkeypatch.setattr(keys, "has_private_key", stopped)
+    with interrupts.handled(), pytest.raises(Interrupted):
+        audit.audit_keys(cast(Tree, Files(tmp_path)), tmp_path, [])
+
+
+def test_what_is_too_much_can_be_left_out(tmp_path: Path) -> None:
+    class TooMany(Files):
+        def key_files(self) -> dict[str, bytes]:
+            raise BuildError("It is too much.")
+
+    with pytest.raises(BuildError) as caught:
+        audit.audit_keys(cast(Tree, TooMany(tmp_path)), tmp_path, [])
+    assert caught.value.hint == "'audit-skip = private-keys' leaves this check out."
 
 
 # In a real filesystem, both ways.

@@ -498,6 +498,16 @@ def test_services_of_suse_stay_where_nothing_is_registered() -> None:
     ]
 
 
+@pytest.mark.parametrize("text", [b"[Peer]\n", b"\n", b" \n", b"PrivateKey\n"])
+def test_long_files_of_others_are_gone_over_once(text: bytes) -> None:
+    """It would take hours if it was gone over from each line to the end."""
+    data = text * ((1 << 20) // len(text))
+    assert not registrations.has_wireguard_key(data)
+    assert registrations.has_wireguard_key(data + b"\n PrivateKey = " + b"A" * 43 + b"=\n")
+    files = {"etc/zypp/credentials.d/NCCcredentials": b"username=x\n", "etc/zypp/services.d/a.service": data}
+    assert registrations.of_suse(files) == []
+
+
 @pytest.mark.parametrize("link", ["0a1b2c3d.0", None])
 def test_the_first_boot_makes_a_certificate_of_its_own(tmp_path: Path, link: str | None) -> None:
     """The commands of the unit, as systemd unquotes them, with Debian's own program in a tree of this machine's.

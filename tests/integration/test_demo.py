@@ -6,6 +6,8 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
+import pytest
+
 from ..conftest import REPOSITORY, run
 
 OWN_MACHINE = REPOSITORY / "tests/with-own-machine"
@@ -29,8 +31,9 @@ def test_demo(machine: None, prefix: Path) -> None:
     assert "--virt-type qemu" in said
 
 
-def test_daemon_without_kvm(machine: None, tmp_path: Path) -> None:
-    """It has all other devices; and each mount is there once, as libvirt wants it."""
+@pytest.mark.parametrize("is_mount", [False, True])
+def test_daemon_without_kvm(machine: None, tmp_path: Path, is_mount: bool) -> None:
+    """It has all other devices; and each mount is there once, as libvirt wants it.  So where KVM's node is a mount."""
     loader = SourceFileLoader("demo", str(REPOSITORY / "tests/demo"))
     spec = spec_from_loader("demo", loader)
     assert spec
@@ -38,8 +41,11 @@ def test_daemon_without_kvm(machine: None, tmp_path: Path) -> None:
     loader.exec_module(demo)
     look = "[ -e /dev/kvm ] || echo none; ls /dev; ls /dev/pts/ptmx; grep -c ' /dev ' /proc/mounts"
     inside = ["unshare", "--mount", "sh", "-c", demo.WITHOUT_KVM, tmp_path, "sh", "-c", look]
-    script = f'{look}; echo; "$@"'
-    outside, within = run(OWN_MACHINE, "sh", "-c", script, "sh", *inside).stdout.split("\n\n")
+    bind = "mount --bind /dev/null /dev/kvm" if is_mount else ":"
+    script = f'{bind}; {look}; echo; "$@"'
+    # Both make a /dev, the one with a node for KVM and the other without.
+    outer = ["unshare", "--mount", "sh", "-c", f'{bind}; exec "$@"', "sh", OWN_MACHINE] if is_mount else [OWN_MACHINE]
+    outside, within = run(*outer, "sh", "-c", script, "sh", *inside).stdout.split("\n\n")
     assert "none" not in outside.splitlines()
     assert within.splitlines() == ["none", *(line for line in outside.splitlines() if line != "kvm")]
     assert within.splitlines()[-1] == "1"

@@ -396,7 +396,8 @@ def _subiquity(wanted: dict[Any, Any]) -> Iterator[Finding]:
     layout = storage.get("layout")
     if isinstance(layout, dict) and layout.get("name") == "zfs":
         yield _unsupported(0, "a root on zfs")
-    actions = [action for action in storage.get("config") or () if isinstance(action, dict)]
+    config = storage.get("config")
+    actions = [action for action in config if isinstance(action, dict)] if isinstance(config, list) else []
     formats = {str(action.get("id")): str(action.get("fstype")) for action in actions if action.get("type") == "format"}
     for action in actions:
         kind = formats.get(str(action.get("device")), "")

@@ -123,6 +123,12 @@ def check(plan: Plan) -> None:
             )
         if file.name in taken:
             raise ConfigurationError(f"{where}: the installer would get two files with the name {file.name}.")
+        for other in taken:
+            if file.name.startswith(f"{other}/") or other.startswith(f"{file.name}/"):
+                raise ConfigurationError(
+                    f"{where}: {min(file.name, other)} can't be a file and a directory with others in it.",
+                    hint="Give one of them another name, as in PATH:NAME.",
+                )
         if not delivery.label and "/" in file.name:
             raise ConfigurationError(
                 f"{where}: {file.name} can't be in a directory: virt-install puts files into the initrd's root only.",
@@ -147,8 +153,8 @@ def write_further(build: Build) -> list[tuple[Path, Path]]:
     written = []
     for file in build.plan.settings.answer_files:
         copy = copy_path(build).parent / file.name
-        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
             answers.write_private(copy, file.path.read_bytes())
         except OSError as error:
             raise ConfigurationError(f"[{build.plan.image}] answer-files: {reason_of(error)}.") from error

@@ -231,8 +231,9 @@ _KEY_TYPES = (
     "ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)|sk-ssh-ed25519@openssh[.]com|"
     "sk-ecdsa-sha2-nistp256@openssh[.]com|ssh-dss"
 )
-# Options come first; a comment last.
-_PUBLIC_KEY = re.compile(rf"(?:\S.*\s)?({_KEY_TYPES})\s+([A-Za-z0-9+/]+=*)(?:\s.*)?")
+# Options come first, whose names begin with a letter: other words have a meaning where a recipe writes the line, such
+# as %include in Kickstart.  A comment comes last.
+_PUBLIC_KEY = re.compile(rf"(?:[A-Za-z]\S*.*\s)?({_KEY_TYPES})\s+([A-Za-z0-9+/]+=*)(?:\s.*)?")
 
 
 def _public_key(line: str) -> str:

@@ -335,9 +335,11 @@ def _doubts(settings: ImageSettings, arch_text: str) -> list[str]:
         if re.fullmatch("i[356]86", arch_text.strip()) and re.search("amd64|x86_64", path):
             doubts.append(f"{key}: {path} is of 64 bits by its name, but arch is {arch_text.strip()}.")
         if named and settings.arch not in named:
+            possible = sorted(named & arch.ARCHITECTURES.keys())
+            move = f", or set arch = {possible[0]}" if possible else ""
             doubts.append(
                 f"{key}: {path} is of {' and '.join(sorted(named))} by its name, but arch is {settings.arch}. "
-                f"Name that of {settings.arch}, or set arch = {min(named)}."
+                f"Name that of {settings.arch}{move}."
             )
     own = arch.ARCHITECTURES[settings.arch].console
     consoles = re.findall(r"\bconsole=(tty[A-Z]+[0-9]+)", settings.append)

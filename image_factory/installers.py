@@ -130,7 +130,7 @@ DEBIAN = Installer(
         Failure(
             "not enough memory|insufficient memory|Low memory",
             "The installation machine has too little memory.",
-            "Set a larger ram: Debian's installer needs 780 MiB, with 1G there is some to spare.",
+            "Set a larger ram: Debian's installer needs 768 MiB, with 1G there is some to spare.",
         ),
         Failure(
             "Debootstrap Error|Failed to install the base system|[Bb]ase system installation (error|into .* failed)|"

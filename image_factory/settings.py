@@ -98,7 +98,8 @@ def parse_large_size(text: str) -> int:
         accepted = "a size of at least 1 MiB such as 1G, 512 MiB or 2 GB"
         number = text.strip()
         if number.isdigit():
-            raise ValueError(accepted, f"{number} is {number} bytes. Did you mean {number}G?")
+            unit = "M" if int(number) >= 64 else "G"
+            raise ValueError(accepted, f"{number} is {number} bytes. Did you mean {number}{unit}?")
         raise ValueError(accepted)
     return size
 

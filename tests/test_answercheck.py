@@ -316,6 +316,10 @@ ACCEPTED: dict[str, tuple[str, str | bytes, str]] = {
     "other places of jfs": ("kickstart", "part /srv --fstype=jfs\npart / --fstype=xfs\npoweroff\n", ""),
     "template of cloud-init": ("autoinstall", "## template: jinja\n#cloud-config\nautoinstall: {{ v1.a }}\n", ""),
     "several parts": ("autoinstall", "Content-Type: multipart/mixed\n\nx\n", ""),
+    **{
+        f"storage of {text}": ("autoinstall", GOOD["autoinstall"] + f"  storage: {{config: {text}}}\n", "")
+        for text in ("5", "{a: b}", "text", "[5, [x]]")
+    },
     "reboot of autoinstall": ("autoinstall", GOOD["autoinstall"].replace("poweroff", "reboot"), ""),
     "Latin-1 in XML": ("yast", b'<?xml version="1.0" encoding="iso-8859-1"?>' + GOOD["yast"][21:].encode("latin1"), ""),
     "script with a percent sign": ("kickstart", "poweroff\n%post\ndate +\\\n%Y\n%end\n", ""),

@@ -310,6 +310,10 @@ DOUBTS = {
         "linux = a/installer-arm64/linux\narch = amd64",
         "[y] linux: a/installer-arm64/linux is of aarch64 by its name, but arch is x86_64.",
     ),
+    "kernel of an architecture that is not supported": (
+        "linux = a/installer-riscv64/linux\narch = amd64",
+        "[y] linux: a/installer-riscv64/linux is of riscv64 by its name, but arch is x86_64. Name that of x86_64.",
+    ),
     "system of 64 bits": (
         "linux = a/installer-amd64/linux\narch = i386",
         "[y] linux: a/installer-amd64/linux is of 64 bits by its name, but arch is i386.",
@@ -328,7 +332,7 @@ def test_doubts(place: Place, text: str, warning: str) -> None:
     own = f"[y]\nbased_on = Debian-13-server\nimage_size = 2G\nlinux = linux\ninitrd = initrd\n{text}\n"
     own = own.replace("linux = linux\n", "") if "\nlinux = a/" in own else own
     (place.path / "own.conf").write_text(shipped + own)
-    for name in ("amd64", "arm64"):
+    for name in ("amd64", "arm64", "riscv64"):
         (place.path / f"a/installer-{name}").mkdir(parents=True)
         (place.path / f"a/installer-{name}/linux").touch()
     done = place.run("--check", "y")

@@ -159,6 +159,9 @@ REFUSED = {
     "answer file's name": ("preseed", "{d}/b:a.ks", "two files with the name a.ks"),
     "name of the seed's own": ("autoinstall", "{d}/b:meta-data", "two files with the name meta-data"),
     "directory in the initrd": ("preseed", "{d}/b:c/b", "c/b can't be in a directory"),
+    "directory of another": ("autoinstall", "{d}/b:a, {d}/c:a/b", "a can't be a file and a directory"),
+    "directory of another, later": ("autoinstall", "{d}/b:a/b/c, {d}/c:a", "a can't be a file and a directory"),
+    "directory of the seed's own": ("autoinstall", "{d}/b:user-data/b", "user-data can't be a file and a directory"),
     "lost by Anaconda": ("kickstart", "{d}/b", "the installer loses b when it leaves its initrd"),
     "not there": ("preseed", "{d}/absent", "absent is not there"),
 }

@@ -65,6 +65,10 @@ REFUSED = {
     "cut hash": (f"root_password_hash = {HASH[:-1].replace('$', '$$')}", "root-password-hash: what is", "openssl"),
     "absent key file": ("authorized_keys = ~/.ssh/absent.pub", "authorized-keys: what is there is not", "is not there"),
     "cut key": (f"authorized_keys = {public_key()[:-8]}", "authorized-keys: what is there", "whole public key"),
+    **{
+        f"{words} before a key": (f"authorized_keys = {words} {public_key()}", "authorized-keys:", "whole public key")
+        for words in ("%end", "%include http://evil", "<<x", "#", "'", "-x")
+    },
     "other type": (f"authorized_keys = {public_key().replace('ssh-ed25519', 'ssh-rsa')}", "authorized-keys:", "whole"),
     "commas": ("packages = vim, curl", "packages: 'vim, curl' is not accepted, only names", "no commas"),
     "package": ("packages = Vim", "packages: 'Vim' is not accepted", "'Vim' is none"),

@@ -427,6 +427,12 @@ def test_every_setting_refuses_something(key: str, declaration: settings.Declara
     assert "is not accepted, only " in error.message
 
 
+@pytest.mark.parametrize(("text", "meant"), [("2", "2G"), ("63", "63G"), ("64", "64M"), ("1024", "1024M")])
+def test_size_without_its_unit(read: Read, text: str, meant: str) -> None:
+    error = error_of(lambda: read(f"{MINIMAL}ram = {text}\n").image("x", {}))
+    assert error.hint == f"{text} is {text} bytes. Did you mean {meant}?"
+
+
 @pytest.mark.parametrize("name", ["a", "Debian-13-server", "_x", "a.b_c+d~e@f-1", "9", "a" * 200])
 def test_image_name(name: str) -> None:
     check_image_name(name)

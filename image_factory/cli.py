@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import shlex
 import sys
 import time
 import traceback
@@ -33,7 +32,7 @@ from . import (
     record,
     workspace,
 )
-from .errors import BuildError, ConfigurationError, ImageFactoryError, reason_of
+from .errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
 from .model import Artifact, Plan
 from .release import released
 from .settings import Configuration, ImageSettings, accepted_by, check_image_name, declarations
@@ -170,7 +169,7 @@ def _print_steps(plan: Plan) -> None:
     for name, commands in pipeline.describe_build(plan):
         _say(f"# {name}\n")
         for argv in commands:
-            _say(f"#   {' '.join(argv[1:])}\n" if argv[0] == "#" else f"{shlex.join(argv)}\n")
+            _say(f"#   {' '.join(argv[1:])}\n" if argv[0] == "#" else f"{command_line(argv)}\n")
 
 
 def _show_answers(plan: Plan) -> None:

@@ -8,7 +8,6 @@ import os
 import resource
 import secrets
 import selectors
-import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from . import events, interrupts
-from .errors import BuildError, CommandError, ConfigurationError, CrashError, command_hint
+from .errors import BuildError, CommandError, ConfigurationError, CrashError, command_hint, command_line
 from .log import logger
 
 _Argument = TypeVar("_Argument")
@@ -291,7 +290,7 @@ def run(
     seconds, Interrupted if a signal came.
     """
     if not quiet:
-        logger.info("Running: %s", shlex.join(argv))
+        logger.info("Running: %s", command_line(argv))
     environment = dict(os.environ if env is None else env) | {"LC_ALL": "C.UTF-8"}
     try:
         with _input(stdin) as descriptor:
@@ -330,7 +329,7 @@ def run(
     if process.returncode:
         _heed_our_signal(process.returncode)
         if quiet:
-            logger.info("Running failed: %s", shlex.join(argv))
+            logger.info("Running failed: %s", command_line(argv))
         raise CommandError(argv, process.returncode, last_lines)
     return captured.decode("utf-8", errors="replace")
 
@@ -368,7 +367,7 @@ def interact(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, 
 
     Ctrl-C is the program's own affair.
     """
-    logger.info("Running: %s", shlex.join(argv))
+    logger.info("Running: %s", command_line(argv))
 
     def prepare() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -407,7 +406,7 @@ def _closed(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _shown(process: subprocess.Popen[bytes]) -> str:
-    return shlex.join(map(str, process.args)) if isinstance(process.args, list) else str(process.args)
+    return command_line(list(map(str, process.args))) if isinstance(process.args, list) else str(process.args)
 
 
 def _communicate(
@@ -578,7 +577,7 @@ def conversation(
     exception.  When image-factory is killed the program sees the end of its input; a signal would keep it from removing
     its files.
     """
-    logger.info("Running: %s", shlex.join(argv))
+    logger.info("Running: %s", command_line(argv))
     try:
         process = _start(
             argv,
@@ -636,7 +635,7 @@ def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
 
     The program is stopped then; its status doesn't matter.
     """
-    logger.info("Running: %s", shlex.join(argv))
+    logger.info("Running: %s", command_line(argv))
     output = bytearray()
     deadline = time.monotonic() + seconds
     process = _start(
@@ -672,7 +671,7 @@ def background(argv: Sequence[str], output: Path) -> Iterator[Callable[[], int |
 
     What it prints goes to the file *output*.  It is killed with image-factory, too.
     """
-    logger.info("Running: %s", shlex.join(argv))
+    logger.info("Running: %s", command_line(argv))
     try:
         with output.open("wb") as file:
             process = _start(

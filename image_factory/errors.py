@@ -56,10 +56,29 @@ def _reason(status: int) -> str:
 _ERROR_LINE = re.compile(r"(?:\*stdin\*:\d+: )?(?:libguestfs: )?error\b", re.IGNORECASE)
 
 
+_PASSWORD = re.compile(r"(-{0,2}[\w-]*(?:password|passwd|passphrase|token|secret)=).+", re.IGNORECASE | re.DOTALL)
+
+
+def without_passwords(argv: Sequence[str]) -> list[str]:
+    """Return *argv* with ``***`` for its passwords: where a word ends is not to be seen in text any more."""
+    words = [f"{match[1]}***" if (match := _PASSWORD.fullmatch(word)) else word for word in argv]
+    if words and words[0].rpartition("/")[2] == "sshpass":
+        for number, word in enumerate(words[:-1]):
+            if match := re.fullmatch(r"(-[veVh]*p)(.*)", word, re.DOTALL):
+                words[number : number + 2] = [f"{match[1]}***", words[number + 1]] if match[2] else [word, "***"]
+                break
+    return words
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """Return *argv* as a shell reads it, without passwords."""
+    return shlex.join(without_passwords(argv))
+
+
 def command_hint(argv: Sequence[str]) -> str:
     """Return the hint that shows the command *argv*; the log has the whole of a long one."""
-    shown = shlex.join(argv)
-    return f"The command was: {shown if len(shown) <= _LONGEST_QUOTE else f'{shown[:_LONGEST_QUOTE]}... (see the log)'}"
+    text = command_line(argv)
+    return f"The command was: {text if len(text) <= _LONGEST_QUOTE else f'{text[:_LONGEST_QUOTE]}... (see the log)'}"
 
 
 class CommandError(BuildError):

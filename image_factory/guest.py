@@ -8,7 +8,6 @@ import platform
 import pwd
 import re
 import select
-import shlex
 import signal
 import stat
 import time
@@ -21,7 +20,7 @@ from xml.etree import ElementTree
 
 from . import arch, command, delivery, fuse, interrupts
 from .console import Console
-from .errors import BuildError, CommandError, ConfigurationError
+from .errors import BuildError, CommandError, ConfigurationError, command_line
 from .installers import POWER_OFF
 from .log import logger, step, waiting
 from .model import VM_PREFIX, WORK_PREFIX, Build, Plan, libvirt_uri
@@ -432,8 +431,8 @@ def _kill_qemu(name: str) -> bool:
     return killed
 
 
-def _is_qemu_of(name: str, command_line: bytes) -> bool:
-    program, *words = os.fsdecode(command_line).split("\0")
+def _is_qemu_of(name: str, cmdline: bytes) -> bool:
+    program, *words = os.fsdecode(cmdline).split("\0")
     return Path(program).name.startswith("qemu-system-") and any(
         word == "-name" and value.split(",")[0] == f"guest={name}" for word, value in itertools.pairwise(words)
     )
@@ -483,9 +482,9 @@ def _explained(build: Build, media: Media, virt_type: str) -> Iterator[None]:
         log_console(build)
         _keep_screenshot(build)
         commands = by_hand_argvs(build, media.kept, virt_type)
-        logger.error("To repeat the installation by hand: %s", " && ".join(map(shlex.join, commands)))
+        logger.error("To repeat the installation by hand: %s", " && ".join(map(command_line, commands)))
         attach = ["virsh", "--connect", build.plan.libvirt_uri, "console", _by_hand(build).vm_name]
-        logger.error("To attach to it from elsewhere: %s", shlex.join(attach))
+        logger.error("To attach to it from elsewhere: %s", command_line(attach))
         raise
 
 

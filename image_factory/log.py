@@ -26,19 +26,25 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 # What is secret of a URI: its login, of which the user's name is none but to web servers, and the values of its query.
-# A password with a slash makes no URI, but an error message.
+# A password with a slash makes no URI, but an error message; one with a quote may be quoted once more, for a shell.
+# The numbers are what keeps a long line from taking the square of its length.
 _LOGIN = re.compile(
-    r"(?i)\b(?P<scheme>[a-z][a-z0-9+.-]*)://"
-    r"(?P<login>[^\s/?#\\'\"<>]*|[^\s/:@]*:(?![0-9]*(?:[/?#]|$))[^\s\\'\"<>]*)@"
+    r"(?i)\b(?P<scheme>[a-z][a-z0-9+.-]{0,31})://"
+    r"(?P<login>[^\s/?#]{0,4096}|[^\s/:@]{0,4096}:(?![0-9]*(?:[/?#]|$))[^\s\\'\"<>]{0,4096})@"
 )
-_QUERY = re.compile(r"(?i)\b(?P<uri>[a-z][a-z0-9+.-]*://[^\s?\\'\"<>]*\?)(?P<query>[^\s\\'\"<>]*[^\s\\'\"<>.,:;)])")
+_QUERY = re.compile(
+    r"(?i)\b(?P<uri>[a-z][a-z0-9+.-]{0,31}://[^\s?\\'\"<>]{0,4096}\?)(?P<query>[^\s\\'\"<>]*[^\s\\'\"<>.,:;)])"
+)
 _VALUE = re.compile(r"(?P<key>[^&=#;]*=)?[^&#;]+")
 # The same where a part of a URI stands alone, and in arguments of programs.
 _SECRETS = (
     re.compile(r"(?i)([?&][\w.-]*(?:auth|credential|key|password|secret|sig|signature|token)=)[^\s&#\\'\"]+"),
-    re.compile(r"(?i)((?:password|passwd|passphrase|token|secret)=)[^\s&,;\\'\"]+"),
+    re.compile(
+        r"(?i)((?:password|passwd|passphrase|token|secret)=)"
+        r"(?:(?:\\?'[^']*'|\"[^\"]*\")+[^\s&,;\\'\"]*|[^\s&,;\\'\"]+)"
+    ),
     re.compile(r"(?i)(authorization: *\w+ +)[^\s\\'\"]+"),
-    re.compile(r"(\bsshpass +-p *)(?:\"[^\"]*\"|\\?'[^']*'|\S+)"),
+    re.compile(r"(\bsshpass(?: +-[veVh]+| +-[Pfd] *\S+){0,8} +-[veVh]*p *)(?:\\?'[^']*'|\"[^\"]*\"|\\.|[^\s\"'\\])+"),
 )
 _MASK = "***"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, command, events, log
-from .errors import BuildError, CommandError, ConfigurationError, ImageFactoryError, Interrupted
+from .errors import BuildError, CommandError, ConfigurationError, ImageFactoryError, Interrupted, without_passwords
 from .model import Plan
 from .privileged import HELPER
 from .settings import declarations
@@ -152,7 +152,9 @@ class Record:
             "hint": hint and log.printable(hint),
             "exit_status": exit_status,
             "step": failed[-1] if failed else None,
-            "command": {"argv": error.argv, "status": error.status} if isinstance(error, CommandError) else None,
+            "command": {"argv": without_passwords(error.argv), "status": error.status}
+            if isinstance(error, CommandError)
+            else None,
         }
 
     def text(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import command, interrupts, scratch
-from .errors import BuildError, CommandError
+from .errors import BuildError, CommandError, command_line
 from .log import logger
 from .model import Artifact
 from .settings import Destination
@@ -237,7 +237,7 @@ def _tries(failure: _FailedTry, pause: float | None) -> str:
 
 
 def _hint(failure: _FailedTry, destination: Destination, artifact: Artifact) -> str:
-    again = shlex.join(_upload_argv(destination, artifact, []))
+    again = command_line(_upload_argv(destination, artifact, []))
     return " ".join(filter(None, (failure.hint, f"To upload it by hand, in {artifact.path.parent}: {again}")))
 
 
@@ -273,7 +273,7 @@ def _refuses(error: CommandError) -> bool:
 
 def _failed_try(error: CommandError, destination: Destination) -> _FailedTry:
     lines = [line for line in (_PROGRESS.sub("", line, count=1) for line in error.last_lines) if line]
-    shell = shlex.join(_shell(destination) or [])
+    shell = command_line(_shell(destination) or [])
     for cause in _CAUSES:
         for line in lines:
             if cause.text.search(line):

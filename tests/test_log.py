@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import events, log
+from image_factory import errors, events, log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # As the released program has it.
@@ -248,6 +248,16 @@ MASKED = {
     "--password=s3cret --password-file=/etc/p": "--password=*** --password-file=/etc/p",
     "Authorization: Bearer s3cret": "Authorization: Bearer ***",
     "http://h:80/a@b http://h/x": "http://h:80/a@b http://h/x",
+    "https://bob:it's-secret@host/x": "https://***@host/x",
+    "rsync 'rsync://bob:it'\"'\"'s@host/x' y": "rsync 'rsync://bob:***@host/x' y",
+    "rsync -e \"sshpass -p 'my pass' ssh\" x": 'rsync -e "sshpass -p *** ssh" x',
+    "rsync -e 'sshpass -p '\"'\"'my pass'\"'\"' ssh' x": "rsync -e 'sshpass -p *** ssh' x",
+    "sshpass -p my\\ pass ssh": "sshpass -p *** ssh",
+    "sshpass -v -P 'pass:' -p secret ssh": "sshpass -v -P 'pass:' -p *** ssh",
+    "sshpass -vpsecret ssh -p 22": "sshpass -vp*** ssh -p 22",
+    "sshpass -e ssh -p 22": "sshpass -e ssh -p 22",
+    "--password='secret word' -v": "--password=*** -v",
+    "'--password=***' --name 'a b'": "'--password=***' --name 'a b'",
 }
 
 
@@ -256,6 +266,34 @@ def test_masked(text: str) -> None:
     assert log.masked(text) == MASKED[text]
     assert log.masked(MASKED[text]) == MASKED[text]
     assert log.printable(text) == MASKED[text]
+
+
+COMMANDS = [
+    (["rsync", "--password=my secret", "--b c"], "rsync '--password=***' '--b c'"),
+    (["curl", 'token=it\'s \n"me"', "x"], "curl 'token=***' x"),
+    (["rsync", "rsync://bob:it's@host/x"], "rsync 'rsync://bob:***@host/x'"),
+    (["rsync", "-e", "sshpass -p 'my pass' ssh", "x"], "rsync -e 'sshpass -p *** ssh' x"),
+    (["/usr/bin/sshpass", "-v", "-p", "it's me", "ssh", "-p", "22"], "/usr/bin/sshpass -v -p *** ssh -p 22"),
+    (["sshpass", "-vpit's me", "ssh"], "sshpass '-vp***' ssh"),
+    (["rsync", "--password-file=/a b", "a=b"], "rsync '--password-file=/a b' a=b"),
+]
+
+
+@pytest.mark.parametrize(("argv", "shown"), COMMANDS)
+def test_passwords_of_a_command(argv: list[str], shown: str, tmp_path: Path) -> None:
+    """As a line and as words, in the log and in the hint."""
+    assert log.masked(errors.command_line(argv)).replace("'***'", "***") == shown
+    assert log.masked(errors.command_hint(argv)).replace("'***'", "***") == f"The command was: {shown}"
+    for word in map(log.masked, errors.without_passwords(argv)):
+        assert not re.search(r"secret|it's|me\b|my", word)
+
+
+def test_masking_takes_no_time_with_long_lines() -> None:
+    """Of a guest's console, each up to 64 KiB."""
+    start = time.monotonic()
+    for text in ("a.", "http://", "http://a:@", "sshpass -f ", "password='", "a:a@"):
+        log.masked(text * (65536 // len(text)))
+    assert time.monotonic() - start < 10
 
 
 def test_link_in_the_place_of_the_log_file(tmp_path: Path) -> None:

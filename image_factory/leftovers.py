@@ -111,6 +111,10 @@ class Look:
             directory, kind = joined(directory, part), found
         return kind
 
+    def has_any(self, paths: Sequence[str]) -> bool:
+        """Return whether one of *paths* is there; their directories may have more names than are looked at."""
+        return bool(self._files.entries(paths))
+
     def names(self, directory: str) -> list[str]:
         """Return the names in *directory*, sorted; none if it is no directory."""
         return sorted(self._kinds_in(directory)) if self.kind(directory) == "directory" else []
@@ -498,10 +502,14 @@ _SERVICE_KEYS = tuple(path for key in KEYS for path in key.removed)
 
 def identities(look: Look, asked: Asked) -> Found:
     """Find what else must be different on each machine: seeds, secrets, leases, cloud-init's instances."""
-    for pattern in (*_IDENTITIES, *_SERVICE_KEYS):
-        for path in look.matching(pattern):
-            if look.has_content(path):
-                yield f"/{quoted(path)} belongs to one machine"
+    for path in (path for pattern in _IDENTITIES for path in look.matching(pattern)):
+        if look.has_content(path):
+            yield f"/{quoted(path)} belongs to one machine"
+    for key in KEYS:
+        paths = [path for pattern in key.removed for path in look.matching(pattern) if look.has_content(path)]
+        # Sealing leaves them then.
+        lost = "" if not paths or look.has_any(key.makers) else ", and nothing here makes another"
+        yield from (f"/{quoted(path)} belongs to one machine{lost}" for path in paths)
     # As Debian's package ships it, the file asks for a name at the first start.
     if any(line.startswith(b"InitiatorName=") for line in look.lines("etc/iscsi/initiatorname.iscsi")):
         yield "/etc/iscsi/initiatorname.iscsi has the name of one machine"

@@ -167,6 +167,11 @@ def is_of(path: str, patterns: Iterable[str]) -> bool:
     return any(parent == directory and fnmatch.fnmatchcase(name, last) for parent, _, last in split)
 
 
+def program(name: str) -> tuple[str, ...]:
+    """Return the paths that the program *name* may have: usr/sbin is a link on Arch, and Fedora since 42."""
+    return f"usr/sbin/{name}", f"usr/bin/{name}"
+
+
 @dataclass(frozen=True)
 class Key:
     """A key that a package made when it was installed: *removed*, where the system has one of *makers*.
@@ -195,7 +200,7 @@ _DROPBEAR = "/etc/dropbear/dropbear_$${kind}_host_key"
 DROPBEAR = Key(
     "dropbear-keys",
     ("etc/dropbear/dropbear_*_host_key",),
-    ("usr/bin/dropbearkey", "usr/sbin/dropbearkey"),
+    program("dropbearkey"),
     "/etc/dropbear/dropbear_rsa_host_key",
     (
         "/bin/sh -ec 'for kind in rsa ecdsa ed25519; do \\\n"
@@ -208,7 +213,7 @@ KEYS = (
     Key(
         "ssl-cert",
         ("etc/ssl/private/ssl-cert-snakeoil.key", "etc/ssl/certs/ssl-cert-snakeoil.pem"),
-        ("usr/sbin/make-ssl-cert",),
+        program("make-ssl-cert"),
         "/etc/ssl/private/ssl-cert-snakeoil.key",
         (
             # The link is named by the certificate that it led to.
@@ -220,7 +225,7 @@ KEYS = (
     Key(
         "rndc-key",
         ("etc/bind/rndc.key",),
-        ("usr/sbin/rndc-confgen",),
+        program("rndc-confgen"),
         "/etc/bind/rndc.key",
         ("/usr/sbin/rndc-confgen -a -u bind",),
     ),
@@ -228,7 +233,7 @@ KEYS = (
     Key(
         "munge-key",
         ("etc/munge/munge.key",),
-        ("usr/sbin/mungekey",),
+        program("mungekey"),
         "/etc/munge/munge.key",
         ("/usr/sbin/mungekey --create",),
         "munge",
@@ -248,7 +253,7 @@ KEYS = (
         ("etc/unbound/unbound_*.key", "etc/unbound/unbound_*.pem"),
         (f"{_SYSTEM}/unbound-keygen.service",),
     ),
-    Key("cups", ("etc/cups/ssl/*",), ("usr/sbin/cupsd",)),
+    Key("cups", ("etc/cups/ssl/*",), program("cupsd")),
     Key("cockpit", ("etc/cockpit/ws-certs.d/0-self-signed*",), ("usr/bin/cockpit-bridge",)),
     # MariaDB, which has the same directory, makes none of them, and has no such file.
     Key(
@@ -262,7 +267,7 @@ KEYS = (
     ),
     Key("fwupd", ("var/lib/fwupd/pki/*",), ("usr/libexec/fwupd/fwupd",)),
     # The certificate stays: the modules that were signed with it can be trusted all the same.
-    Key("dkms", ("var/lib/dkms/mok.key", "var/lib/shim-signed/mok/MOK.priv"), ("usr/sbin/dkms",)),
+    Key("dkms", ("var/lib/dkms/mok.key", "var/lib/shim-signed/mok/MOK.priv"), program("dkms")),
 )
 
 # What sealing writes for them.

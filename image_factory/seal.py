@@ -13,7 +13,7 @@ from . import apt, events, fstab, interrupts, media, registrations
 from .errors import ConfigurationError
 from .log import logger, step
 from .model import Build, Change, Plan
-from .registrations import DROPBEAR, KEYS, REGISTRATIONS, Key, is_of
+from .registrations import DROPBEAR, KEYS, REGISTRATIONS, Key, is_of, program
 from .settings import ImageSettings
 from .tree import Tree
 from .units import format_size
@@ -50,13 +50,14 @@ _KEY_MAKERS = (
     # Arch
     "usr/lib/systemd/system/sshdgenkeys.service",
     # openSUSE, where sshd.service runs it
-    "usr/sbin/sshd-gen-keys-start",
+    *program("sshd-gen-keys-start"),
     # an administrator's own, as people name it
     "etc/systemd/system/sshd-keygen@.service",
     "etc/systemd/system/sshd-keygen.service",
     "etc/systemd/system/ssh-keygen.service",
     "etc/systemd/system/regenerate_ssh_host_keys.service",
 )
+_SSHD = program("sshd")
 _CLOUD_INIT = "usr/bin/cloud-init"
 _CLOUD_INIT_DISABLED = "etc/cloud/cloud-init.disabled"
 
@@ -253,7 +254,11 @@ _KEYS_UNIT_TEXT = """\
 # Written by image-factory: the image has no SSH host keys, and nothing else that makes them.
 [Unit]
 Description=Make SSH host keys
-Before=ssh.service ssh.socket sshd.service sshd.socket
+# Sockets listen before basic.target, which is what units come after by default.
+DefaultDependencies=no
+After=sysinit.target
+Before=ssh.service ssh.socket sshd.service sshd.socket shutdown.target
+Conflicts=shutdown.target
 ConditionPathExistsGlob=!/etc/ssh/ssh_host_*_key
 
 [Service]
@@ -335,7 +340,7 @@ def _askable(path: str) -> str:
 
 def _have_keys_made(system: System) -> Actions:
     actions = Actions(write=_unit_of(system, DROPBEAR))
-    if "usr/sbin/sshd" not in system.kinds or any(_makes_keys(system, path) for path in _KEY_MAKERS):
+    if not any(path in system.kinds for path in _SSHD) or any(_makes_keys(system, path) for path in _KEY_MAKERS):
         return actions
     disabled = _CLOUD_INIT_DISABLED in system.kinds and "cloud-init-config" not in system.chosen
     if _CLOUD_INIT not in system.kinds or disabled:
@@ -535,7 +540,7 @@ OPERATIONS = (
         removed=("etc/ssh/ssh_host_*key*", *DROPBEAR.removed),
         read=_KEY_MAKERS,
         looked_at=(
-            *("usr/sbin/sshd", *_KEY_MAKERS, _CLOUD_INIT, _CLOUD_INIT_DISABLED),
+            *(*_SSHD, *_KEY_MAKERS, _CLOUD_INIT, _CLOUD_INIT_DISABLED),
             *(*DROPBEAR.makers, *DROPBEAR.removed),
         ),
         plan=_have_keys_made,

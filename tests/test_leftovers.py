@@ -501,3 +501,12 @@ def test_questions_are_few(tmp_path: Path) -> None:
     files = fill(tmp_path, CLEAN)
     findings(files)
     assert len(files.asked) < 40
+
+
+@pytest.mark.parametrize("maker", [None, "usr/sbin/cupsd", "usr/bin/cupsd"])
+def test_keys_that_sealing_leaves(tmp_path: Path, maker: str | None) -> None:
+    """A key goes only where another is made: why it is still there is said."""
+    contents: Contents = {"etc/cups/ssl/build.key": "x"} | ({maker: "x"} if maker else {})
+    [found] = findings(fill(tmp_path, contents))
+    told = "/etc/cups/ssl/build.key belongs to one machine"
+    assert found == Finding("identity", told if maker else f"{told}, and nothing here makes another")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import events, layout, loop, mounts, pipeline, registrations, seal
+from image_factory import events, layout, leftovers, loop, mounts, pipeline, registrations, seal
 from image_factory.errors import BuildError, ConfigurationError
 from image_factory.model import Build, Disk
 from image_factory.seal import System
@@ -417,6 +417,40 @@ def test_units_are_such(tmp_path: Path, text: str) -> None:
     assert unit.name not in said.stderr, said.stderr
 
 
+def all_units() -> dict[str, bytes]:
+    """The files of all units that sealing may write."""
+    kinds = [path.replace("*", "0") for key in (registrations.DROPBEAR, *registrations.KEYS) for path in key.removed]
+    kinds += [path for key in (registrations.DROPBEAR, *registrations.KEYS) for path in key.makers]
+    found = System({}, dict.fromkeys([*kinds, "usr/sbin/sshd"], "file"), (), ())
+    entries = seal._rename_boot_entries(grub_system()).write
+    units = seal._remove_service_keys(found).write | seal._have_keys_made(found).write | entries
+    return {path: data for path, data in units.items() if path.startswith("etc/systemd/system/")}
+
+
+def test_units_can_be_started_in_an_order(tmp_path: Path) -> None:
+    """With sockets of sshd too, before which there must be keys: what makes a cycle systemd leaves out."""
+    units = all_units()
+    names = {Path(path).name for path in units if path.endswith(".service")}
+    assert names == {Path(path).name for path in leftovers.WANTED}
+    for path, data in units.items():
+        file = tmp_path / path.removeprefix("etc/systemd/system/")
+        file.parent.mkdir(exist_ok=True)
+        # Programs that this machine lacks are none of the unit's faults.
+        file.write_bytes(re.sub(rb"^Exec(.*\\\n)*.*", b"ExecStart=/bin/true", data, flags=re.MULTILINE))
+    (tmp_path / "sockets.target.wants").mkdir()
+    for name in ("ssh", "sshd"):
+        (tmp_path / f"{name}.socket").write_text(f"[Unit]\nBefore={name}.service\n[Socket]\nListenStream=22\n")
+        (tmp_path / f"{name}.service").write_text("[Service]\nExecStart=/bin/true\n")
+        (tmp_path / f"sockets.target.wants/{name}.socket").symlink_to(f"../{name}.socket")
+    environment = {"SYSTEMD_UNIT_PATH": f"{tmp_path}:/lib/systemd/system", "SYSTEMD_LOG_LEVEL": "debug"}
+    said = run("systemd-analyze", "verify", "--man=no", "multi-user.target", env=environment, check=False)
+    text = said.stdout + said.stderr
+    assert "cycle" not in text, text
+    # All are part of it.
+    for name in (*names, "ssh.socket", "sshd.socket"):
+        assert f"{name}: Installed new job" in text, text
+
+
 def system(*chosen: str, files: dict[str, bytes] | None = None, **kinds: str) -> System:
     return System(files or {}, {path.replace("__", "/"): kind for path, kind in kinds.items()}, (), chosen)
 
@@ -429,6 +463,9 @@ def writes_unit(*paths: str, chosen: tuple[str, ...] = ()) -> bool:
 def test_where_a_unit_is_needed() -> None:
     assert not writes_unit()
     assert writes_unit("usr/sbin/sshd")
+    # As it is where usr/sbin is a link.
+    assert writes_unit("usr/bin/sshd")
+    assert "usr/bin/sshd" in next(found for found in seal.OPERATIONS if found.name == "ssh-host-keys").looked_at
     for maker in seal._KEY_MAKERS:
         assert not writes_unit("usr/sbin/sshd", maker)
     assert not writes_unit("usr/sbin/sshd", "usr/bin/cloud-init")
@@ -462,6 +499,18 @@ def test_keys_go_only_where_each_clone_makes_its_own() -> None:
     kinds = ["etc/dropbear/dropbear_rsa_host_key", "usr/bin/dropbearkey"]
     actions = seal._have_keys_made(System({}, dict.fromkeys(kinds, "file"), (), ()))
     assert "etc/systemd/system/image-factory-dropbear-keys.service" in actions.write
+
+
+@pytest.mark.parametrize("key", [registrations.DROPBEAR, *registrations.KEYS], ids=lambda key: key.name)
+def test_each_maker_alone_makes_a_key_go(key: registrations.Key) -> None:
+    """usr/sbin is a link on some systems, behind which nothing is seen: each program has two places."""
+    for maker in key.makers:
+        found = System({}, {maker: "file"}, (), ())
+        removed = seal._remove_service_keys(found).remove if key in registrations.KEYS else key.removed
+        assert set(key.removed) <= set(removed)
+        assert seal._unit_of(found, key) == {}
+    programs = {maker.rpartition("/")[2] for maker in key.makers if maker.startswith("usr/sbin/")}
+    assert {f"usr/bin/{name}" for name in programs} <= set(key.makers)
 
 
 def test_units_are_written_before_anything_goes() -> None:

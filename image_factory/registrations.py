@@ -208,6 +208,25 @@ DROPBEAR = Key(
     ),
 )
 
+
+def _self_signed(name: str) -> Key:
+    """Return the key of Fedora's package *name* and its certificate, which its %post makes with openssl."""
+    key, certificate = f"/etc/pki/tls/private/{name}.key", f"/etc/pki/tls/certs/{name}.pem"
+    return Key(
+        name,
+        (key[1:], certificate[1:]),
+        program("openssl"),
+        key,
+        (
+            # The key gets its name last: what is broken off begins anew.  A name in a certificate has 64 characters.
+            "/bin/sh -ec 'name=$$(uname -n | cut -c1-64); umask 077; \\\n"
+            '    openssl req -x509 -newkey rsa:4096 -nodes -sha256 -days 365 -subj "/CN=$${name:-localhost}" \\\n'
+            f"        -keyout {key}.new -out {certificate} 2>&1; \\\n"
+            f"    chmod 644 {certificate}; mv {key}.new {key}'",
+        ),
+    )
+
+
 KEYS = (
     # Debian's certificate for whatever service needs one: Postfix, Dovecot, PostgreSQL, Apache, and more.
     Key(
@@ -243,6 +262,8 @@ KEYS = (
         ("etc/pki/tls/private/localhost.key", "etc/pki/tls/certs/localhost.crt"),
         (f"{_SYSTEM}/httpd-init.service",),
     ),
+    _self_signed("postfix"),
+    _self_signed("sendmail"),
     Key(
         "dovecot",
         ("etc/pki/dovecot/private/dovecot.pem", "etc/pki/dovecot/certs/dovecot.pem"),

@@ -646,9 +646,9 @@ OPERATIONS = (
     Operation(
         "service-keys",
         "Keys that packages made when they were installed go where each clone makes its own: those of ssl-cert, "
-        "BIND and MUNGE by a unit that is added and runs before the services, those of Apache, Dovecot and "
-        "unbound on Fedora and its like, CUPS, Cockpit, MySQL and fwupd by themselves, those of DKMS with the next "
-        "module.",
+        "BIND and MUNGE, and of Postfix and sendmail on Fedora and its like, by a unit that is added and runs before "
+        "the services, those of Apache, Dovecot and unbound on Fedora and its like, CUPS, Cockpit, MySQL and fwupd by "
+        "themselves, those of DKMS with the next module.",
         looked_at=tuple(path for key in KEYS for path in (*key.makers, *key.removed)),
         plan=_remove_service_keys,
     ),

@@ -203,6 +203,9 @@ LEFTOVERS = (
             "etc/rndc.key",
             "etc/munge/munge.key",
             "etc/pki/tls/private/localhost.key",
+            "etc/pki/tls/private/postfix.key",
+            "etc/pki/tls/certs/postfix.pem",
+            "etc/pki/tls/private/sendmail.key",
             "etc/pki/dovecot/private/dovecot.pem",
             "etc/unbound/unbound_server.key",
             "etc/cups/ssl/build.key",
@@ -369,6 +372,7 @@ SURVIVORS = (
         for path in (
             "usr/sbin/make-ssl-cert",
             "usr/sbin/rndc-confgen",
+            "usr/bin/openssl",
             "usr/sbin/mungekey",
             "usr/lib/systemd/system/named-setup-rndc.service",
             "usr/lib/systemd/system/httpd-init.service",

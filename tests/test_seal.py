@@ -583,6 +583,29 @@ def test_the_first_boot_makes_a_certificate_of_its_own(tmp_path: Path, link: str
     )
 
 
+@pytest.mark.parametrize("name", ["postfix", "sendmail"])
+def test_the_first_boot_makes_a_key_of_a_mail_server(tmp_path: Path, name: str) -> None:
+    """The command of the unit, as systemd unquotes it, in directories of its own."""
+    [key] = [key for key in registrations.KEYS if key.name == name]
+    made, certificate = tmp_path / f"private/{name}.key", tmp_path / f"certs/{name}.pem"
+    for path in (made, certificate):
+        path.parent.mkdir()
+    # What an attempt that was broken off has left.
+    made.with_name(f"{name}.key.new").touch(0o600)
+    [command] = key.commands
+    command = command.replace("\\\n", "").replace("$$", "$").replace("/etc/pki/tls/", f"{tmp_path}/")
+    run("sh", "-c", command, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+    assert [path.name for path in sorted(made.parent.iterdir())] == [f"{name}.key"]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (made, certificate)] == [0o600, 0o644]
+    public = [
+        run("openssl", *line.split(), "-in", path).stdout
+        for line, path in (("pkey -pubout", made), ("x509 -pubkey -noout", certificate))
+    ]
+    assert public[0] == public[1]
+    subject = run("openssl", "x509", "-noout", "-subject", "-nameopt", "multiline", "-in", certificate).stdout
+    assert subject.split()[-1] == os.uname().nodename[:64]
+
+
 # Boot-loader entries
 
 

@@ -634,7 +634,8 @@ OPERATIONS = (
         "What makes the machine known to a service goes, so that each clone registers for itself: to "
         + ", ".join(found.service for found in REGISTRATIONS)
         + ", with the package sources that are of no use then. So do passwords for registries of containers in "
-        "home directories, and private keys of WireGuard.",
+        "home directories, and private keys of WireGuard. The token of GitLab's runners, which several may have, "
+        "stays in */etc/gitlab-runner/config.toml*.",
         removed=tuple(
             path for found in REGISTRATIONS for path in (*found.secret, *found.more) if path not in found.emptied
         ),

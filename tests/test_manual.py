@@ -170,6 +170,12 @@ def test_readme_names_each_target_of_make() -> None:
         assert re.search(rf"\bmake {target}\b", readme), f"README doesn't say what 'make {target}' does"
 
 
+def test_the_readme_has_each_module() -> None:
+    table = README.read_text(encoding="utf-8").partition("### Code map")[2].partition("\n### ")[0]
+    named = set(re.findall(r"`(?:image_factory/)?(\w+\.py)`", table))
+    assert named == {path.name for path in (REPOSITORY / "image_factory").glob("*.py") if path.name != "__init__.py"}
+
+
 @pytest.mark.parametrize("page", [README, MANUAL, REPOSITORY / "NEWS.md"], ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -117,7 +117,7 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
             events.tell(events.PhaseStarted("partition"))
             time.sleep(0.02)
             events.tell(events.PhaseStarted("packages"))
-            raise CommandError(["false", "\x1b", "--password=my secret"], -9, ["last"])
+            raise CommandError(["false", "--password=my secret", "\x1b"], -9, ["last"])
         events.tell(events.Audited("x.qcow2", ("logs",), (("logs", "/var/log/x is a log of the build"),)))
         check = events.BootCheck("units", "failed", "a.service failed")
         events.tell(events.BootTested("x.qcow2", "bios", 61.0004, (check,)))
@@ -169,10 +169,10 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
     assert found["failure"] == {
         "kind": "build",
         "message": "false was killed by SIGKILL: last",
-        "hint": "The command was: false '?' '--password=***'",
+        "hint": "The command was: false '--password=***' '?'",
         "exit_status": 1,
         "step": "Installing",
-        "command": {"argv": ["false", "\x1b", "--password=***"], "status": -9},
+        "command": {"argv": ["false", "--password=***", "\x1b"], "status": -9},
     }
 
 

@@ -160,10 +160,19 @@ def _start(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
 def _fork(target: Callable[..., None], arguments: tuple[Any, ...]) -> multiprocessing.process.BaseProcess:
     """Start *target* in a process of its own; it has to be ``_joined``."""
     process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
-    with _starting():
+    with _starting(), _unable_to_start():
         process.start()
         _Children.own.add(process.pid or 0)
     return process
+
+
+@contextmanager
+def _unable_to_start() -> Iterator[None]:
+    """Raise BuildError for an OSError inside, which who waits for the answer would take for one of its files."""
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(f"No process can be started: {error.strerror}.") from error
 
 
 def _joined(process: multiprocessing.process.BaseProcess) -> None:
@@ -789,7 +798,8 @@ class Companion:
         try:
             while not self._messages.closed and self._messages.poll():
                 messages.append(self._messages.recv())
-        except EOFError:
+        except (EOFError, OSError):
+            # The second is the end in the middle of one.
             self._messages.close()
         return messages
 
@@ -857,25 +867,28 @@ def call_watched(
     *watch* is given each message, and None when none has come for a moment; what it raises ends the process, whatever
     that waits for.  What *function* raises is raised here; CrashError if its process dies.
     """
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = _fork(_answer, (os.getpid(), sender, function))
-    sender.close()
+    with _unable_to_start():
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+    try:
+        process = _fork(_answer, (os.getpid(), sender, function))
+    except BaseException:
+        receiver.close()
+        raise
+    finally:
+        sender.close()
     told = time.monotonic()
     try:
         with interrupts.interruptible():
             while True:
                 if not receiver.poll(_WATCH_SECONDS):
                     watch(None)
-                elif (message := receiver.recv())[0]:
+                elif (message := _received(receiver, process))[0]:
                     break
                 else:
                     watch(message[1])
                 if time.monotonic() - told >= _TICK_SECONDS:
                     told = time.monotonic()
                     events.tell(events.TimePassed())
-    except EOFError:
-        _joined(process)
-        raise CrashError.with_status(process.exitcode or 0) from None
     finally:
         process.kill()
         _joined(process)
@@ -885,6 +898,15 @@ def call_watched(
         raise failure
     answer: _Result = result
     return answer
+
+
+def _received(receiver: Connection, process: multiprocessing.process.BaseProcess) -> Any:
+    """Return the next message of *process*; CrashError if that has died, be it in the middle of one."""
+    try:
+        return receiver.recv()
+    except (EOFError, OSError):
+        _joined(process)
+        raise CrashError.with_status(process.exitcode or 0) from None
 
 
 def _answer(parent: int, sender: Connection, function: Callable[[Callable[[_Message], None]], _Result]) -> None:

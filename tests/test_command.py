@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from image_factory import command
-from image_factory.errors import BuildError, CommandError, ConfigurationError
+from image_factory.errors import BuildError, CommandError, ConfigurationError, CrashError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -435,6 +435,63 @@ def test_program_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     wait_for(lambda: gone(pid))
+
+
+def test_call_apart_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
+    program = f"""
+        import os, sys, time
+        from pathlib import Path
+        sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory import command
+
+        def hang(path):
+            path.with_suffix(".new").write_text(str(os.getpid()))
+            path.with_suffix(".new").rename(path)
+            time.sleep(600)
+
+        command.call_apart(hang, Path({str(tmp_path / "pid")!r}), 600)
+    """
+    parent = subprocess.Popen(python(program))
+    wait_for((tmp_path / "pid").exists)
+    pid = int((tmp_path / "pid").read_text())
+    assert not gone(pid)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: gone(pid))
+
+
+@pytest.mark.parametrize("what", ["fork", "pipe"])
+def test_call_for_which_no_process_can_be_started(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, and is no failure of the file that the call is for."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patches:
+        patches.setattr(os, what, refuse)
+        with pytest.raises(BuildError, match=r"^No process can be started: Resource temporarily unavailable\.$"):
+            command.call_apart(len, "abc", 60)
+    if what == "pipe":
+        # Of those of multiprocessing itself four stay when there is no process.
+        assert os.listdir("/proc/self/fd") == before
+    assert command.call_apart(len, "abc", 60) == 3
+
+
+def test_call_that_dies_in_the_middle_of_its_answer() -> None:
+    def answer(send: Callable[[object], None]) -> None:
+        # Of 100 bytes that the length promises.
+        os.write(max(int(name) for name in os.listdir("/proc/self/fd") if is_pipe(name)), b"\0\0\0\x64only this")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def is_pipe(name: str) -> bool:
+        with contextlib.suppress(OSError):
+            path = f"/proc/self/fd/{name}"
+            return os.readlink(path).startswith("pipe:") and os.access(path, os.W_OK)
+        return False
+
+    with pytest.raises(CrashError, match="was killed by SIGKILL"):
+        command.call_watched(answer, lambda message: None)
 
 
 def test_program_that_can_not_be_stopped_is_not_waited_for(

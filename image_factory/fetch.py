@@ -516,11 +516,13 @@ def _new_file(target: Path, check: _Check | None = None) -> Iterator[IO[bytes]]:
 def rsync_argv(uri: str, target: Path, limit: int | None = None) -> list[str]:
     """Return the command that brings the file at *uri* to *target*; rsync itself renames at the end."""
     # ``-ii``: say which files are there, unchanged ones too.
+    # ``--whole-file``: to compare a large file in the cache takes so long that the mirror seems to send nothing.
     # ``--min-size``: an empty file is no reason to lose the one in the cache.
     return [
         "rsync", "--no-motd",
         "--times",
         "--copy-links",
+        "--whole-file",
         "-ii",
         "--info=skip1",
         "--chmod=F644",

@@ -714,6 +714,19 @@ def test_rsync(rsync: RsyncDaemon, cache: Cache) -> None:
     assert cache.content() == b"new"
 
 
+def test_rsync_where_the_cache_has_a_large_old_file(
+    rsync: RsyncDaemon, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not read: no byte comes meanwhile."""
+    monkeypatch.setattr(fetch, "_TIMEOUT_SECONDS", 1.0)
+    (rsync.root / "linux.iso").write_bytes(LARGE)
+    cache.directory.mkdir(parents=True)
+    with (cache.directory / "linux.iso").open("wb") as old:
+        old.truncate(32 << 30)
+    cache.fetch(rsync.uri("linux.iso"))
+    assert cache.content("linux.iso") == LARGE
+
+
 def test_rsync_follows_a_link_on_the_server(rsync: RsyncDaemon, cache: Cache) -> None:
     (rsync.root / "linux-6.1").write_bytes(LARGE)
     (rsync.root / "linux").symlink_to("linux-6.1")

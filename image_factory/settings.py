@@ -668,8 +668,8 @@ class Configuration:
             events.tell(events.InputUsed("configuration", str(path), path))
             # Without their ends, lines look better in messages.
             lines = data.decode().split("\n")
-            self._parser.read_file(lines, str(path))
             self._note_keys(lines)
+            self._parser.read_file(lines, str(path))
         except OSError as error:
             raise ConfigurationError(f"Can't read the configuration {where}: {error.strerror}.") from error
         except UnicodeDecodeError as error:
@@ -703,6 +703,16 @@ class Configuration:
         parser.read_file(lines)
         for section in parser.sections():
             self._written.setdefault(section, set()).update(parser.options(section))
+            self._forget_architectures(section, parser.options(section))
+
+    def _forget_architectures(self, section: str, keys: Iterable[str]) -> None:
+        """Take the texts of files before for an architecture out of *section*, where this one has *keys* for any."""
+        is_default = section == self._parser.default_section
+        if is_default or self._parser.has_section(section):
+            texts = self._parser.defaults() if is_default else self._own_texts(section)
+            plain = set(keys)
+            for key in [key for key in texts if key.partition("@")[0] in plain and _names_arch(key)]:
+                self._parser.remove_option(section, key)
 
     def _bases(self, section: str) -> list[str]:
         """Return *section* and those that it is based on, the nearest first."""

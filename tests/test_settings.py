@@ -746,6 +746,35 @@ def test_keys_of_an_architecture(read: Read, text: str, expected: str) -> None:
     assert image.append == expected
 
 
+@pytest.mark.parametrize("section", ["DEFAULT", "x"])
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("", "shipped-arm"),
+        ("other = mine", "shipped-arm"),
+        ("key = mine", "mine"),
+        ("Key = mine\nkey@x86_64 = pc", "mine"),
+        ("key = mine\nkey@arm64 = mine-arm", "mine-arm"),
+        ("key@arm64 = mine-arm", "mine-arm"),
+    ],
+)
+def test_key_of_a_later_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, lines: str, expected: str
+) -> None:
+    """It wins over that for an architecture in an earlier one, which is the shipped one most often."""
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "image-factory.conf").write_text(
+        f"[x]\nlinux = /l\ninitrd = /i\narch = aarch64\nappend = ${{key}}\n"
+        f"[{section}]\nkey = shipped\nkey@aarch64 = shipped-arm\n".replace("[x]\nkey", "key")
+    )
+    (tmp_path / "own.conf").write_text(f"[{section}]\n{lines}\n")
+    monkeypatch.setattr(settings, "find_data_dir", lambda: shipped)
+    monkeypatch.setattr(settings, "SYSTEM_FILE", tmp_path / "none")
+    monkeypatch.setattr(settings, "USER_FILE", str(tmp_path / "own.conf"))
+    assert Configuration({}).image("x", {}).append == expected
+
+
 def test_wrong_architecture_is_told_once(read: Read) -> None:
     configuration = read(f"{MINIMAL}arch = arm46\nappend@arm64 = a\n")
     error = error_of(lambda: configuration.image("x", {}))

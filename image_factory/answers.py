@@ -4,9 +4,10 @@ Answer files hold secrets, so no message has anything of their contents but the 
 """
 
 import codecs
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -49,39 +50,66 @@ def keys_asked_for(path: Path) -> set[str] | None:
     None means any key, as an expression says what is included.  What can't be read or understood asks for
     nothing: whoever renders it is told.
     """
-    environment = SandboxedEnvironment()
     found: set[str] = set()
-    waiting = [path] if is_template(path) else []
-    for part in waiting:
-        try:
-            source = part.read_text(encoding="utf-8")
-            tree = environment.parse(source)
-            for arch in ARCHITECTURES:
-                found |= forms.declared(source, arch).keys()
-            found |= {name.replace("_", "-") for name in meta.find_undeclared_variables(tree)}
-        except (OSError, ValueError, TemplateSyntaxError):
-            continue
-        names = list(meta.find_referenced_templates(tree))
-        if None in names:
-            return None
-        others = (path.parent / name for name in names if name)
-        waiting += [other for other in dict.fromkeys(others) if other not in waiting]
+    with contextlib.suppress(OSError):
+        for _, source, tree in _templates(path):
+            with contextlib.suppress(ValueError):
+                for arch in ARCHITECTURES:
+                    found |= forms.declared(source, arch).keys()
+            with contextlib.suppress(TemplateSyntaxError):
+                found |= {name.replace("_", "-") for name in meta.find_undeclared_variables(tree)}
+            if None in meta.find_referenced_templates(tree):
+                return None
     return found
 
 
 def declared_keys(path: Path, arch: str) -> dict[str, forms.Key]:
-    """Return the keys that the answer file *path* declares, by name with dashes; none if it is no template."""
-    if not is_template(path):
-        return {}
+    """Return the keys that the answer file *path* and what it includes declare, by name with dashes.
+
+    What the answer file says of a key wins.  There are none if it is no template.
+    """
+    found: dict[str, forms.Key] = {}
     try:
-        return forms.declared(path.read_bytes().decode(errors="replace"), arch)
+        for part, source, _ in _templates(path):
+            # Those of the answer file come first, in their order.
+            found |= {name: key for name, key in _declared(part, source, arch).items() if name not in found}
     except OSError as error:
         raise ConfigurationError(f"{path} can't be read: {error.strerror}.") from error
+    return found
+
+
+def _declared(path: Path, source: str, arch: str) -> dict[str, forms.Key]:
+    try:
+        return forms.declared(source, arch)
     except ValueError as error:
         raise ConfigurationError(
             f"{path}, line {error}: that is no line of the table of keys.",
             hint="It has KEY | DEFAULT | WHAT IS ACCEPTED | WHAT IT IS; the default is accepted, or empty.",
         ) from None
+
+
+def _templates(path: Path) -> Iterator[tuple[Path, str, nodes.Template]]:
+    """Give the answer file *path*, if it is a template, and all that it includes: path, text, and what Jinja2 reads.
+
+    What an expression names, or what is not there, is left out; OSError if the answer file can't be read.
+    """
+    environment = SandboxedEnvironment()
+    waiting = [path] if is_template(path) else []
+    for part in waiting:
+        try:
+            source = part.read_bytes().removeprefix(codecs.BOM_UTF8).decode(errors="replace")
+        except OSError:
+            if part == path:
+                raise
+            continue
+        try:
+            tree = environment.parse(source)
+        except TemplateSyntaxError:
+            # Whoever renders it is told; its table is good all the same.
+            tree = environment.parse("")
+        yield part, source, tree
+        others = (path.parent / name for name in meta.find_referenced_templates(tree) if name)
+        waiting += [other for other in dict.fromkeys(others) if other not in waiting]
 
 
 def content(plan: Plan) -> bytes:

@@ -274,6 +274,23 @@ def test_own_template_declares_keys(tmp_path: Path) -> None:
     }
 
 
+def test_included_template_declares_keys(tmp_path: Path) -> None:
+    """They are applied, enforced and listed as those of the answer file itself, which wins."""
+    (tmp_path / "base.j2").write_text(OWN)
+    outer = "{# keys\nsize | 2G | at least 2G | another size\n#}\n{% include 'base.j2' %} {{ size }}"
+    assert answers.content(own_plan(tmp_path, outer, "motto = a")) == b"a red\n 2G"
+    with pytest.raises(ConfigurationError, match=r"^\[x\] colour: 'blue' is not accepted, only red or green\.$"):
+        answers.content(own_plan(tmp_path, outer, "colour = blue"))
+    with pytest.raises(ConfigurationError, match=r"^\[x\] size: '1G' is not accepted, only at least 2G\.$"):
+        answers.content(own_plan(tmp_path, outer, "size = 1G"))
+    listed = listing(tmp_path, "", outer)
+    assert "# another size\n# Accepted: at least 2G; default: 2G\n" in listed
+    assert "# its colour\n# Accepted: red or green; default: red\n" in listed
+    (tmp_path / "base.j2").write_text("{# keys\nmotto\n#}")
+    with pytest.raises(ConfigurationError, match=r"/base\.j2, line 2: that is no line of the table of keys\.$"):
+        answers.content(own_plan(tmp_path, "{% include 'base.j2' %}"))
+
+
 @pytest.mark.parametrize(
     "line", ["motto", "motto | | text", "a | b | c | d | e", "colour | blue | red, green | x", "a | | at least x | y"]
 )

@@ -79,9 +79,12 @@ def _found(plan: Plan) -> list[tuple[str, Finding]]:
     names = frozenset({delivery.name_of(plan.settings), *(file.name for file in plan.settings.answer_files)})
     given = _Answers(plan, path, answers.content(plan), names)
     findings = _judged(given, _of(key, given))
-    for file in plan.settings.answer_files:
-        part = _Answers(plan, file.path, _content(plan, file.path), names)
-        findings += _judged(part, _of_part(key, part))
+    parts = {
+        file.name: _Answers(plan, file.path, _content(plan, file.path), names) for file in plan.settings.answer_files
+    }
+    read = _kickstart_parts(given, parts) if key == "kickstart" else set()
+    for name, part in parts.items():
+        findings += _judged(part, _of_part(part, is_kickstart=name in read))
     return findings
 
 
@@ -111,17 +114,17 @@ def _of(key: str, given: _Answers) -> Iterator[Finding]:
     yield from _CHECKS[key](given)
 
 
-def _of_part(key: str, given: _Answers) -> Iterator[Finding]:
-    """Give what is found in a further file, of which only the installer knows what it is for."""
+def _of_part(given: _Answers, *, is_kickstart: bool) -> Iterator[Finding]:
+    """Give what is found in a further file, which may be for anything unless it *is_kickstart*."""
     if b"\r\n" in given.data:
         yield Finding(
             given.data.count(b"\n", 0, given.data.index(b"\r\n")) + 1,
             "the line ends as in Windows, and the installer gets it so",
             "Scripts fail with that: convert it with dos2unix.",
         )
-    if key == "kickstart" and given.path.name.endswith(("ks", "cfg")):
+    if is_kickstart:
         yield from _sections(given)
-        yield from _kickstart_includes(given)
+        yield from _kickstart_includes(given, is_part=True)
 
 
 def _encoding(given: _Answers, *, fatal: bool) -> Iterator[Finding]:
@@ -161,6 +164,7 @@ _NO_ROOTS = re.compile(r"(?:bcachefs|f2fs|jfs|nilfs2|reiserfs|zfs\w*)", re.IGNOR
 
 # Debian's installer.
 
+_ANSWER = "An answer is OWNER QUESTION TYPE VALUE, such as 'd-i debian-installer/locale string C.UTF-8'."
 _PRESEED = re.compile(r"\s*(\S+)\s+(\S+)\s+(\S+)(?:\s(.*))?", re.DOTALL)
 # Of debconf-devel(7), and the flag that debconf-set-selections(1) takes in place of one.
 _TYPES = frozenset({"string", "boolean", "select", "multiselect", "note", "text", "password", "title", "error", "seen"})
@@ -168,34 +172,46 @@ _TYPES = frozenset({"string", "boolean", "select", "multiselect", "note", "text"
 _PRESEED_COMMANDS = ("preseed/early_command", "preseed/include_command", "partman/early_command")
 
 
+# Answers that the kernel's command line gives.
+_BOOT_ANSWER = re.compile(r"(?<!\S)(?:[\w-]+:)?([\w-]+(?:/[\w-]+)+)\??=(\S*)")
+
+
 def _preseed(given: _Answers) -> Iterator[Finding]:
     found: dict[str, str] = {}
+    bad: list[int] = []
+    included: list[tuple[int, str]] = []
     for line, text in _joined(given.text):
         match = _PRESEED.fullmatch(text)
         if not match or match[3] not in _TYPES:
-            yield Finding(
-                line,
-                "it is no answer",
-                "An answer is OWNER QUESTION TYPE VALUE, such as 'd-i debian-installer/locale string C.UTF-8'.",
-            )
+            bad.append(line)
             continue
         question, value = match[2], (match[4] or "").strip()
         found[question] = value
         if question in ("preseed/include", "preseed/run"):
-            makes_files = any(command in found for command in _PRESEED_COMMANDS)
-            for name in value.split():
-                if _is_absent(given, name, makes_files=makes_files):
-                    yield _absent(line, name)
+            included += [(line, name) for name in value.split()]
         yield from _preseed_filesystems(line, question, value)
-    if not any(line for line, _ in _joined(given.text)):
-        yield Finding(0, "it has no answer", "See whether it is the right file.", fatal=True)
     if not found:
+        yield Finding(0, "it has no answer", f"See whether it is the right file. {_ANSWER}", fatal=True)
         return
+    if bad:
+        others = f" (and {len(bad) - 1} more such line{'s' if len(bad) > 2 else ''})" if len(bad) > 1 else ""
+        yield Finding(bad[0], f"it is no answer{others}", _ANSWER)
+    found |= dict(_BOOT_ANSWER.findall(given.plan.settings.append))
+    makes_files = any(command in found for command in _PRESEED_COMMANDS)
+    for line, name in included:
+        # What lies deeper is the installer's own, or on its medium.
+        deep = re.match(r"(?:file://)?/.*[^/]/", name)
+        if not deep and _is_absent(given, name, makes_files=makes_files):
+            yield _absent(line, name)
+    yield from _preseed_end(found)
+
+
+def _preseed_end(found: dict[str, str]) -> Iterator[Finding]:
     if _says(found, "debian-installer/exit/poweroff"):
         return
     if _says(found, "debian-installer/exit/halt"):
         yield _end("halts the machine")
-    elif "finish-install/reboot_in_progress" not in found and "preseed/include" not in found:
+    elif not found.keys() & {"finish-install/reboot_in_progress", "preseed/include", "preseed/include_command"}:
         yield _end("does not say how the installation ends: the installer asks then")
 
 
@@ -234,13 +250,13 @@ def _is_absent(given: _Answers, name: str, *, makes_files: bool) -> bool:
 
     What another server has is not looked for, nor what a command of the answer file may have brought.
     """
-    local = name.removeprefix("file://") if name.startswith("file:") else name
-    if ":" in local:
-        return False
-    local = local.removeprefix("./").lstrip("/")
-    if local in given.names:
-        return False
-    return not makes_files
+    local = _local(name)
+    return ":" not in local and local not in given.names and not makes_files
+
+
+def _local(name: str) -> str:
+    """Return the name of the further file that *name*, a path or a URL, means to the installer."""
+    return name.removeprefix("file://").removeprefix("./").lstrip("/")
 
 
 def _end(text: str, *, line: int = 0, hint: str = "Have {}.") -> Finding:
@@ -331,34 +347,64 @@ def _without_end(line: int, name: str) -> Finding:
     return Finding(line, f"the section {name} has no %end", "Write %end in a line of its own below it.", fatal=True)
 
 
-def _kickstart_includes(given: _Answers) -> Iterator[Finding]:
-    makes_files = bool(re.search(r"^\s*%pre\b", given.text, re.MULTILINE))
-    for line, part in enumerate(given.text.splitlines(), 1):
+# What makes files before they are included: commands, also in another file.
+_MAKES_FILES = re.compile(
+    r"^\s*%(?:pre\b|(?:include|ksappend)\s+[\"']?(?!/(?:tmp|run|var)/)\S)",
+    re.MULTILINE,
+)
+
+
+def _kickstart_included(text: str) -> Iterator[tuple[int, str, bool]]:
+    """Give what *text* includes: line, name, and whether that is in a section."""
+    inside = False
+    for line, part in enumerate(text.splitlines(), 1):
         words = part.split()
-        if len(words) < 2 or words[0] not in ("%include", "%ksappend"):
-            continue
-        name = words[1].strip("'\"")
-        # What lies deeper is the installer's own, or of a disk that it has mounted.
+        if words and (words[0] in _SECTIONS or words[0] == "%end"):
+            inside = words[0] != "%end"
+        elif len(words) > 1 and words[0] in ("%include", "%ksappend"):
+            yield line, words[1].strip("'\""), inside
+
+
+def _kickstart_parts(given: _Answers, parts: dict[str, _Answers]) -> set[str]:
+    """Return the names of those *parts* that are read as *given* is, which or one of which includes them."""
+    found: dict[str, None] = {}
+    waiting = [given]
+    for part in waiting:
+        names = [_local(name) for _, name, inside in _kickstart_included(part.text) if not inside]
+        new = dict.fromkeys(name for name in names if name in parts and name not in found)
+        found |= new
+        waiting += [parts[name] for name in new]
+    return set(found)
+
+
+def _kickstart_includes(given: _Answers, *, is_part: bool = False) -> Iterator[Finding]:
+    # The commands may be in whatever includes a part.
+    makes_files = is_part or bool(_MAKES_FILES.search(given.text))
+    for line, name, _ in _kickstart_included(given.text):
+        # What lies deeper is the installer's own, or of a disk that it has mounted, as its medium is.
         deep = name.startswith("/") and name.count("/") > 1
-        made = name.startswith(("/tmp/", "/run/", "/var/"))
+        made = name.startswith(("/tmp/", "/run/", "/var/")) and not name.startswith("/run/install/")
         if (made or not deep) and _is_absent(given, name, makes_files=makes_files and made):
             yield _absent(line, name)
 
 
 # Subiquity.
 
+_CLOUD_CONFIG = re.compile(r"#cloud-config\b(?!-)", re.IGNORECASE)
+
 
 def _autoinstall(given: _Answers) -> Iterator[Finding]:
-    lines = given.text.splitlines()
-    first = next(iter(lines), "").rstrip()
+    # cloud-init looks at what it begins with, in small letters and without the blanks.
+    lines = given.text.lstrip().splitlines()
+    first = next(iter(lines), "")
     if re.match(r"#include|Content-Type:|MIME-Version:|#cloud-config-archive", first, re.IGNORECASE):
         # cloud-init knows more forms, which are its own concern.
         return
     if re.match("## *template: *jinja", first):
-        first = next(iter(lines[1:]), "").rstrip()
-        if first == "#cloud-config":
+        first = next(iter(lines[1:]), "")
+        if _CLOUD_CONFIG.match(first):
             return
-    if first != "#cloud-config":
+    if not _CLOUD_CONFIG.match(first):
         yield Finding(
             1,
             "the first line is not #cloud-config, so that cloud-init passes over it",

@@ -62,9 +62,11 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     ),
     "header later": (
         "autoinstall",
-        "\n#cloud-config\nautoinstall: {version: 1}\n",
+        "# site 7\n#cloud-config\nautoinstall: {version: 1}\n",
         "a.yaml, line 1: the first line is",
     ),
+    "another header": ("autoinstall", "#cloud-config-x\nautoinstall: {}\n", "a.yaml, line 1: the first line is"),
+    "preseed that is none": ("preseed", GOOD["autoinstall"], "a.cfg: it has no answer."),
     "bad YAML": (
         "autoinstall",
         f"#cloud-config\nautoinstall:\n  version: 1\n shutdown: [{SECRET}\n",
@@ -258,6 +260,18 @@ DOUBTFUL: dict[str, tuple[str, str | bytes, str, str]] = {
         "",
         "a.cfg, line 2: it is no answer. An answer is OWNER QUESTION TYPE VALUE",
     ),
+    "two that are none": (
+        "preseed",
+        GOOD["preseed"] + "a\n" * 2,
+        "",
+        "a.cfg, line 2: it is no answer (and 1 more such l",
+    ),
+    "no answers": (
+        "preseed",
+        GOOD["preseed"] + "a\n" * 50,
+        "",
+        "a.cfg, line 2: it is no answer (and 49 more such lines)",
+    ),
     "not UTF-8": (
         "preseed",
         GOOD["preseed"].encode() + b"d-i a/b string \xfc\n",
@@ -311,6 +325,29 @@ ACCEPTED: dict[str, tuple[str, str | bytes, str]] = {
         "d-i preseed/early_command string wget -O /tmp/a http://x\nd-i preseed/include string /tmp/a\n",
         "",
     ),
+    "on the medium": ("kickstart", "%include /run/install/repo/ks/common.ks\n", ""),
+    "made by what a server has": ("kickstart", "%include http://h/pre.ks\n%include /tmp/disk.ks\n", ""),
+    "made by what is given": ("kickstart", "%include /b.ks\n%include '/tmp/disk.ks'\n", "answer-files = {d}/b:b.ks"),
+    "preseed on the medium": (
+        "preseed",
+        GOOD["preseed"] + "d-i preseed/include string file:///cdrom/simple-cdd/default.preseed /cdrom/x.cfg\n"
+        "d-i preseed/run string /lib/foo.sh\n",
+        "",
+    ),
+    "fetched by a later command": (
+        "preseed",
+        "d-i preseed/include string a.cfg\nd-i preseed/include_command string echo b.cfg\n",
+        "",
+    ),
+    "fetched by a command of the kernel's": (
+        "preseed",
+        "d-i preseed/include string a.cfg\n",
+        "append = preseed/early_command=/a",
+    ),
+    "end of the kernel's": ("preseed", "d-i a/b string c\n", "append = a debian-installer/exit/poweroff=true"),
+    "header with a comment": ("autoinstall", GOOD["autoinstall"].replace("config\n", "config # site 7\n"), ""),
+    "header below a blank": ("autoinstall", "\n" + GOOD["autoinstall"], ""),
+    "header in large letters": ("autoinstall", GOOD["autoinstall"].replace("cloud-c", "Cloud-C"), ""),
     "reboot of preseed": ("preseed", "d-i finish-install/reboot_in_progress note\n", ""),
     "several lines": ("preseed", "# c\nd-i a/b multiselect \\\n  c, \\\n  d\n" + GOOD["preseed"], ""),
     "other places of jfs": ("kickstart", "part /srv --fstype=jfs\npart / --fstype=xfs\npoweroff\n", ""),
@@ -355,6 +392,33 @@ def test_further_file_of_kickstart(tmp_path: Path) -> None:
         f"[x] kickstart: {tmp_path}/b.ks, line 1: the section %post has no %end; "
         f"[x] kickstart: {tmp_path}/b.ks, line 2: it includes /c.ks, which the installer will not find."
     )
+
+
+OTHER_FILES = {
+    "sudoers": ("poweroff\n", "%wheel ALL=(ALL) ALL\n"),
+    "comment": ("poweroff\n", "%% comment\n"),
+    "fragment of a script": ("poweroff\n%post\n%include /b.cfg\n%end\n", "%end\n%foo\n"),
+    "disk by %pre": ("%include /b.cfg\npoweroff\n%pre\necho >/tmp/disk.ks\n%end\n", "%include /tmp/disk.ks\n"),
+    "circle": ("%include /b.cfg\npoweroff\n", "%include /b.cfg\n"),
+}
+
+
+@pytest.mark.parametrize(("main", "part"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_further_file_that_is_good(tmp_path: Path, caplog: pytest.LogCaptureFixture, main: str, part: str) -> None:
+    """It is Kickstart only where the installer reads it as that."""
+    (tmp_path / "b.cfg").write_text(part)
+    plan = make_plan(tmp_path, "kickstart", main, "answer-files = {d}/b.cfg")
+    installer.check(plan)
+    answercheck.warn(plan)
+    assert caplog.messages == []
+
+
+def test_further_file_of_a_further_file(tmp_path: Path) -> None:
+    (tmp_path / "b.ks").write_text("%include /c.ks\n")
+    (tmp_path / "c.ks").write_text("%post\n")
+    plan = make_plan(tmp_path, "kickstart", "%include /b.ks\n", "answer-files = {d}/b.ks, {d}/c.ks")
+    with pytest.raises(ConfigurationError, match=r"c\.ks, line 1: the section %post has no %end\.$"):
+        installer.check(plan)
 
 
 def test_include_in_a_directory(tmp_path: Path) -> None:

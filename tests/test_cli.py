@@ -184,8 +184,9 @@ class Place:
 
 def fill(directory: Path) -> None:
     (directory / "own.conf").write_text(CONFIGURATION)
-    for name in ("linux", "initrd", "answer.cfg"):
+    for name in ("linux", "initrd"):
         (directory / name).write_text("a file\n")
+    (directory / "answer.cfg").write_text("d-i debian-installer/exit/poweroff boolean true\n")
 
 
 @pytest.fixture

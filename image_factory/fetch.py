@@ -19,9 +19,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import httplib2
+import httplib2.socks
 
 from . import command, events, interrupts, locks, scratch, trust
 from .errors import BuildError, CommandError, ConfigurationError, CrashError
@@ -48,6 +49,7 @@ _FILE_SIZE = 2 << 30
 _ISO_SIZE = 64 << 30
 _LONGEST_REASON = 300
 _SAYS = "the server says "
+_ANOTHER_PART = "the server sent another part than was asked for"
 _LONGEST_NOTE = 64 << 10
 _RSYNC_STATUS_TRANSIENT = (5, 10, 11, 12, 30, 35)  # rsync(1): protocol start, socket, file and stream I/O, timeouts
 
@@ -735,6 +737,8 @@ class _Client:
     def _failure(self, error: Exception) -> Exception:
         """Return what *error*, of whatever library, means for the download."""
         reason = " ".join([type(error).__name__, *str(error).split()])[:_LONGEST_REASON]
+        if isinstance(error, httplib2.socks.ProxyError):
+            return _Transient(f"the proxy of http_proxy or https_proxy refuses: {reason}")
         may_pass = isinstance(error, OSError | httplib2.HttpLib2Error | http.client.HTTPException)
         if may_pass and not isinstance(error, ssl.SSLCertVerificationError):
             return _Transient(reason)
@@ -771,14 +775,25 @@ class _Client:
         where = self._uri
         for _ in range(_REDIRECTIONS):
             # A new one for each: what comes with a redirection stays unread.
-            proxy_info = None if direct else httplib2.proxy_info_from_environment
-            client = httplib2.Http(timeout=_CONNECT_SECONDS, proxy_info=proxy_info)
-            client.follow_redirects = False
+            client = self._new_client(direct=direct)
             answer = self._ask(client, where, headers, wanted)
             if answer.status not in (301, 302, 303, 307, 308) or "location" not in answer.headers:
                 return client, where, answer
             where = self._redirected(where, answer.headers["location"])
         raise self._refused(f"more than {_REDIRECTIONS} redirections")
+
+    def _new_client(self, *, direct: bool = False) -> httplib2.Http:
+        client = httplib2.Http(timeout=_CONNECT_SECONDS, proxy_info=None if direct else self._proxy)
+        client.follow_redirects = False
+        return client
+
+    def _proxy(self, scheme: Literal["http", "https"]) -> httplib2.ProxyInfo | None:
+        try:
+            return httplib2.proxy_info_from_environment(scheme)
+        except ValueError as error:
+            name = f"{scheme}_proxy"
+            used = name if name in os.environ else name.upper()
+            raise self._refused(f"{used} is no URI", "Write it as http://HOST:PORT") from error
 
     def _redirected(self, where: str, location: str) -> str:
         try:
@@ -804,7 +819,14 @@ class _Client:
         while (start := self._done) < size:
             end = min(start + _PART_SIZE, size)
             part = {"range": f"bytes={start}-{end - 1}"} | ({"if-range": same} if same else {})
-            answer = self._ask(client, where, part, (206,))
+            try:
+                answer = self._ask(client, where, part, (206,))
+            except (_Transient, OSError, http.client.HTTPException):
+                if not same or self._done == start:
+                    raise
+                # What has come stays, where a validator tells that the rest is of the same file.
+                client = self._new_client()
+                continue
             if answer.status == 200:
                 raise _Transient("the file changed on the server meanwhile")
             if answer.status != 206:
@@ -816,7 +838,7 @@ class _Client:
         """Return the size of the whole file, of which *answer* has brought the part from *start* on."""
         match = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))
         if not match or int(match[1]) != start or int(match[2]) != self._done - 1:
-            raise self._refused("the server sent another part than was asked for")
+            raise self._refused(_ANOTHER_PART)
         if int(match[3]) > self._limit:
             raise _too_large(self._uri, self._limit)
         return int(match[3])
@@ -850,13 +872,16 @@ class _Client:
             raise self._refused("the server transfers it in a form that it was not asked for")
         length = self._length(response)
         part = _CONTENT_RANGE.fullmatch(_joined(response, "content-range"))
+        if response.status == 206 and (not part or int(part[1]) != self._done):
+            # Before it is written: what has come stays when the connection breaks.
+            raise self._refused(_ANOTHER_PART)
         total = int(part[3]) if part else self._done + (length or 0)
         start = self._done
         while piece := http.client.HTTPResponse.read(response, _PIECE_SIZE):
-            self._done += len(piece)
-            if self._done > self._limit:
+            if self._done + len(piece) > self._limit:
                 raise _too_large(self._uri, self._limit)
             self._write(piece)
+            self._done += len(piece)
             self._send((self._done, total))
         if length is not None and self._done - start != length:
             raise _Transient(f"{self._done - start} of {length} bytes came")

@@ -464,9 +464,10 @@ def breaks_off(request: Handler) -> None:
 
 
 def breaks_off_in_a_part(request: Handler) -> None:
+    """Of a file without validators."""
     asked = request.asked_range()
     if not asked or asked[0] < PART:
-        File(LARGE)(request)
+        File(LARGE, etag=None)(request)
         return
     request.send_response(206)
     request.send_header("content-length", str(PART))
@@ -525,10 +526,48 @@ def test_failure_that_stays(server: Server, cache: Cache, kind: str) -> None:
 @pytest.mark.parametrize("kind", TRANSIENT)
 @pytest.mark.parametrize("times", [1, 2])
 def test_failure_that_passes(server: Server, cache: Cache, kind: str, times: int) -> None:
-    first = [File(LARGE)] if kind == "breaks off in a part" else []
+    first = [File(LARGE, etag=None)] if kind == "breaks off in a part" else []
     server.script = in_turn(*[*first, TRANSIENT[kind]] * times, File(LARGE))
     cache.fetch(server.uri())
     assert cache.content() == LARGE
+
+
+@pytest.mark.parametrize("same", [{}, {"etag": None, "modified": 1e9}])
+def test_what_has_come_stays_when_the_connection_breaks(server: Server, cache: Cache, same: dict[str, Any]) -> None:
+    server.script = in_turn(File(LARGE, **same), breaks_off_in_a_part, breaks_off_in_a_part, File(LARGE, **same))
+    cache.fetch(server.uri())
+    assert cache.content() == LARGE
+    assert server.ranges == [f"bytes={part}" for part in ("0-999", "1000-1999", "1010-2009", "1020-2019", "2020-2499")]
+
+
+@pytest.mark.parametrize("first", [File(LARGE, etag=None), File(LARGE, etag='W/"1"')])
+def test_without_a_validator_all_is_fetched_again(server: Server, cache: Cache, first: File) -> None:
+    server.script = in_turn(first, breaks_off_in_a_part, File(LARGE))
+    cache.fetch(server.uri())
+    assert server.ranges[:3] == ["bytes=0-999", "bytes=1000-1999", "bytes=0-999"]
+    assert cache.content() == LARGE
+
+
+def test_file_that_changes_when_the_connection_breaks(server: Server, cache: Cache) -> None:
+    new = File(LARGE[::-1], etag='"2"')
+    server.script = in_turn(File(LARGE), breaks_off_in_a_part, new)
+    cache.fetch(server.uri())
+    assert cache.content() == new.content
+
+
+def test_wrong_part_that_breaks_off(server: Server, cache: Cache) -> None:
+    """It is not taken for a piece of the file."""
+
+    def wrong(request: Handler) -> None:
+        request.send_response(206)
+        request.send_header("content-length", str(PART))
+        request.send_header("content-range", f"bytes 500-1499/{len(LARGE)}")
+        request.end_headers()
+        request.wfile.write(LARGE[500:510])
+        request.break_off()
+
+    server.script = lambda request: (wrong if (request.asked_range() or (0,))[0] else File(LARGE))(request)
+    assert cache.fails(server.uri()).message.endswith(": the server sent another part than was asked for.")
 
 
 def test_pause_between_tries(server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

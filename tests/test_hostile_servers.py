@@ -306,6 +306,25 @@ def test_name_that_no_server_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
         fetch.read("http://a-mirror.example/list")
 
 
+def test_proxy_that_refuses(raw: Callable[[Script], RawServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, and asked again."""
+    proxy = raw(says(b"HTTP/1.1 403 Forbidden by it\r\n\r\n"))
+    monkeypatch.setenv("http_proxy", proxy.uri(""))
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(BuildError, match=r"the proxy of http_proxy or https_proxy refuses: .*403.* \(3 tries\)\.$"):
+        fetch.read("http://a-mirror.example/list")
+    assert proxy.connections == 3
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY"])
+def test_proxy_that_is_no_uri(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("http_proxy", raising=False)
+    monkeypatch.setenv(name, "http://proxy.example:port")
+    with pytest.raises(BuildError, match=f": {name} is no URI\\.$") as caught:
+        fetch.read("http://a-mirror.example/list")
+    assert caught.value.hint == "Write it as http://HOST:PORT"
+
+
 def test_library_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch.httplib2, "Http", lambda **keywords: os.kill(os.getpid(), 9))
     with pytest.raises(BuildError, match="the process that fetches it was killed by SIGKILL"):

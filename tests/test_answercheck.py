@@ -336,12 +336,12 @@ ACCEPTED: dict[str, tuple[str, str | bytes, str]] = {
     ),
     "fetched by a later command": (
         "preseed",
-        "d-i preseed/include string a.cfg\nd-i preseed/include_command string echo b.cfg\n",
+        "d-i preseed/include string c.cfg\nd-i preseed/include_command string echo b.cfg\n",
         "",
     ),
     "fetched by a command of the kernel's": (
         "preseed",
-        "d-i preseed/include string a.cfg\n",
+        "d-i preseed/include string c.cfg\n",
         "append = preseed/early_command=/a",
     ),
     "end of the kernel's": ("preseed", "d-i a/b string c\n", "append = a debian-installer/exit/poweroff=true"),

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -479,16 +480,14 @@ def test_call_for_which_no_process_can_be_started(what: str, monkeypatch: pytest
 
 
 def test_call_that_dies_in_the_middle_of_its_answer() -> None:
-    def answer(send: Callable[[object], None]) -> None:
-        # Of 100 bytes that the length promises.
-        os.write(max(int(name) for name in os.listdir("/proc/self/fd") if is_pipe(name)), b"\0\0\0\x64only this")
+    def write_and_die(connection: Connection, data: bytes) -> None:
+        os.write(connection.fileno(), data[:10])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def is_pipe(name: str) -> bool:
-        with contextlib.suppress(OSError):
-            path = f"/proc/self/fd/{name}"
-            return os.readlink(path).startswith("pipe:") and os.access(path, os.W_OK)
-        return False
+    def answer(send: Callable[[object], None]) -> None:
+        # In the process of its own only.
+        Connection._send = write_and_die  # type: ignore[attr-defined]
+        send("of this the length comes, and a little")
 
     with pytest.raises(CrashError, match="was killed by SIGKILL"):
         command.call_watched(answer, lambda message: None)

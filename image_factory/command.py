@@ -248,6 +248,7 @@ def _ready(
 ) -> list[int]:
     """Wait for the descriptors of *selector*; return those that are ready, none at *deadline*."""
     while True:
+        interrupts.check()
         if watch is not None:
             watch()
         wait = _TICK_SECONDS if deadline is None else deadline - time.monotonic()
@@ -267,6 +268,15 @@ def _end_with(parent: int, number: signal.Signals) -> None:
     if os.getppid() != parent:
         # It was killed before the kernel knew; subprocess ends this process then.
         raise ProcessLookupError
+
+
+def _stop_with(parent: int, number: signal.Signals) -> None:
+    """Have *number* end this process, from its *parent* and from the kernel as ``_end_with`` does.
+
+    A job in the background of a shell script ignores SIGINT, and so would what it starts.
+    """
+    signal.signal(number, signal.SIG_DFL)
+    _end_with(parent, number)
 
 
 def run(
@@ -314,7 +324,7 @@ def run(
                 start_new_session=new_session,
                 process_group=None if new_session else 0,
                 umask=umask,
-                preexec_fn=partial(_end_with, os.getpid(), stop_signal),
+                preexec_fn=partial(_stop_with, os.getpid(), stop_signal),
             )
     except subprocess.SubprocessError as error:
         raise BuildError(f"Can't run {argv[0]}: {error}") from error
@@ -880,6 +890,7 @@ def call_watched(
     try:
         with interrupts.interruptible():
             while True:
+                interrupts.check()
                 if not receiver.poll(_WATCH_SECONDS):
                     watch(None)
                 elif (message := _received(receiver, process))[0]:

@@ -4,9 +4,13 @@ A signal handler that raises can strike between the acquisition of a resource an
 releases it.  So a signal is only noted, unless the program is inside ``interruptible()``, where it
 waits for something long.  The first signal ends the build; later ones are ignored, as the clean-up
 is under way then.
+
+Python drops what is raised in a destructor or in a hook of fork(); Interrupted is raised again then, at
+the next place.
 """
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -49,6 +53,13 @@ def _ignore(signum: int, frame: FrameType | None) -> None:
     """
 
 
+def _on_dropped(dropped: "sys.UnraisableHookArgs") -> None:
+    if isinstance(dropped.exc_value, Interrupted):
+        _state.raised = False
+    else:
+        sys.__unraisablehook__(dropped)
+
+
 @contextmanager
 def handled() -> Iterator[None]:
     """Turn the signals into Interrupted inside.
@@ -57,6 +68,7 @@ def handled() -> Iterator[None]:
     """
     _state.pending, _state.raised, _state.depth = None, False, 0
     previous = {}
+    previous_hook, sys.unraisablehook = sys.unraisablehook, _on_dropped
     try:
         for number in _SIGNALS:
             ignored = signal.getsignal(number) is signal.SIG_IGN
@@ -65,6 +77,7 @@ def handled() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        sys.unraisablehook = previous_hook
 
 
 def check() -> None:

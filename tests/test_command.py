@@ -392,6 +392,47 @@ def test_signal_that_comes_to_the_program_first(tmp_path: Path, end: str) -> Non
         assert process.wait(30) == 143
 
 
+def test_signal_while_another_program_is_started() -> None:
+    """The interpreter drops what is raised in its hooks of fork()."""
+    program = f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory import command, errors, interrupts
+        armed = []
+        def watch():
+            if not armed:
+                armed.append(True)
+                command.Query(["true"])
+        def strike():
+            if armed:
+                os.kill(os.getpid(), signal.SIGTERM)
+        os.register_at_fork(after_in_parent=strike)
+        with interrupts.handled():
+            try:
+                command.run(["sleep", "60"], watch=watch)
+            except errors.Interrupted as error:
+                sys.exit(error.exit_status)
+    """
+    done = subprocess.run(python(program), capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (143, "")
+
+
+def test_program_is_stopped_where_the_signal_for_it_is_ignored() -> None:
+    """As SIGINT is in the background jobs of a shell script."""
+    program = f"""
+        import signal, sys
+        sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory import command, errors
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            command.run(["sleep", "60"], timeout=0.5, stop_signal=signal.SIGINT, stop_seconds=60)
+        except errors.BuildError as error:
+            print(error)
+    """
+    done = subprocess.run(python(program), capture_output=True, text=True, timeout=30)
+    assert done.stdout == "sleep did not end within 0 s\n", done.stderr
+
+
 def test_signal_that_comes_to_the_program_only() -> None:
     with pytest.raises(CommandError, match="sh was killed by SIGTERM"):
         command.run(shell("kill -TERM $$"))

@@ -103,6 +103,26 @@ def test_place_in_a_place() -> None:
     assert run(program, signal.SIGTERM).stdout == "raised\n"
 
 
+def test_signal_that_python_drops_is_raised_again() -> None:
+    program = """
+        class Dropping:
+            def __del__(self):
+                send()
+                time.sleep(1)
+        with interrupts.handled():
+            try:
+                with interrupts.interruptible():
+                    Dropping()
+                    say("went on")
+                    interrupts.check()
+                    say("never")
+            except Interrupted:
+                say("raised")
+    """
+    done = run(program, signal.SIGTERM)
+    assert (done.stdout.splitlines(), done.stderr) == (["went on", "raised"], "")
+
+
 @pytest.mark.parametrize("second", SIGNALS)
 def test_second_signal_does_not_disturb_the_clean_up(second: signal.Signals) -> None:
     program = f"""

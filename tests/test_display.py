@@ -563,7 +563,7 @@ def place() -> Iterator[Path]:
         (directory / "bin").mkdir()
         for name, text in (
             ("virsh", VIRSH),
-            ("virt-install", "#!/bin/sh\necho installing\nsleep ${INSTALL_SECONDS:-3}\n"),
+            ("virt-install", "#!/bin/sh\necho installing\nexec sleep ${INSTALL_SECONDS:-3}\n"),
         ):
             (directory / "bin" / name).write_text(text)
             (directory / "bin" / name).chmod(0o755)

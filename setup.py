@@ -25,5 +25,6 @@ setup(
         ("bin", ["image-factory-sudo-helper"]),
         ("share/image-factory", sorted(str(path.relative_to(HERE)) for path in (HERE / "data").iterdir())),
     ],
-    install_requires=["httplib2", "jinja2", "pyparted", "pyyaml", "rich"],
+    # Through a proxy, httplib2 needs pysocks, which its newer versions don't bring.
+    install_requires=["httplib2", "jinja2", "pyparted", "pysocks", "pyyaml", "rich"],
 )

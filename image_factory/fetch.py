@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 import httplib2
-import httplib2.socks
 
 from . import command, events, interrupts, locks, scratch, trust
 from .errors import BuildError, CommandError, ConfigurationError, CrashError
@@ -737,7 +736,9 @@ class _Client:
     def _failure(self, error: Exception) -> Exception:
         """Return what *error*, of whatever library, means for the download."""
         reason = " ".join([type(error).__name__, *str(error).split()])[:_LONGEST_REASON]
-        if isinstance(error, httplib2.socks.ProxyError):
+        # Debian's httplib2 brings this module; another may have none.
+        socks = getattr(httplib2, "socks", None)
+        if socks and isinstance(error, socks.ProxyError):
             return _Transient(f"the proxy of http_proxy or https_proxy refuses: {reason}")
         may_pass = isinstance(error, OSError | httplib2.HttpLib2Error | http.client.HTTPException)
         if may_pass and not isinstance(error, ssl.SSLCertVerificationError):

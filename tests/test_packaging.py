@@ -62,6 +62,8 @@ def test_pip_install_of_all_that_is_needed(copy: Path, tmp_path: Path) -> None:
     assert "Debian-13-server " in images(tmp_path / "venv/bin/image-factory", cwd=tmp_path)
     python = (tmp_path / "venv/bin/python3", "-I", "-c")
     assert run(*python, "import parted; print(parted.__file__)").stdout.startswith(f"{tmp_path}/venv/")
+    # Without, no proxy can be used.
+    run(*python, "import httplib2; assert httplib2.socks")
 
 
 def test_release(copy: Path, tmp_path: Path) -> None:

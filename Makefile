@@ -80,7 +80,7 @@ install: doc $(COMPLETION)
 	install -m 755 image-factory image-factory-sudo-helper $(DESTDIR)$(PREFIX)/bin
 	install -m 644 $(MANUALS) $(DESTDIR)$(PREFIX)/share/man/man1
 	install -m 644 $(COMPLETION) $(COMPLETIONS)/image-factory
-	for directory in image_factory image_factory/outputs image_factory/sources; do \
+	for directory in $$(find image_factory -name '*.py' -printf '%h\n' | sort --unique); do \
 		install -d $(PACKAGE)/$$directory && install -m 644 $$directory/*.py $(PACKAGE)/$$directory || exit 1; \
 	done
 	install -m 644 data/* $(PACKAGE)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 INIT = (HERE / "image_factory/__init__.py").read_text(encoding="utf-8")
@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="ISC",
     python_requires=">=3.11",
-    packages=["image_factory", "image_factory.outputs", "image_factory.sources"],
+    packages=find_packages(include=["image_factory", "image_factory.*"]),
     scripts=["image-factory"],
     # The helper is data: the first line of a script would be changed, and -I lost.
     data_files=[

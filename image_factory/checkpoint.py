@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import answers, interrupts
-from .errors import ConfigurationError, reason_of
-from .events import Event, InputUsed
-from .log import logger, step
+from .base import interrupts
+from .base.errors import ConfigurationError, reason_of
+from .base.events import Event, InputUsed
+from .base.log import logger, step
 from .model import DISK_NAME, INVENTORY_NAME, Artifact, Build, Disk, Plan
+from .sources.installer import answers
 
 FILE_NAME = "checkpoint.json"
 

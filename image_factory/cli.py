@@ -15,28 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from . import (
-    __version__,
-    answers,
-    command,
-    completion,
-    estimates,
-    events,
-    fleet,
-    guest,
-    interrupts,
-    log,
-    manifest,
-    online,
-    pipeline,
-    record,
-    workspace,
-)
-from .errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
+from . import __version__, completion, fleet, online, pipeline, workspace
+from .base import command, events, interrupts, log
+from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
+from .base.release import released
+from .base.units import format_size
+from .configuration.settings import Configuration, ImageSettings, accepted_by, check_image_name, declarations
+from .finishing import manifest
 from .model import Artifact, Plan
-from .release import released
-from .settings import Configuration, ImageSettings, accepted_by, check_image_name, declarations
-from .units import format_size
+from .sources.installer import answers, guest
+from .told import estimates, record
 
 
 class _Parser(argparse.ArgumentParser):
@@ -292,7 +280,7 @@ def _has_display(stream: TextIO | None) -> bool:
 
 def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
     # rich takes longer to import than --list does all its work.
-    from . import display
+    from .told import display
 
     with ExitStack() as stack:
         times, differences = events.StepTimes(), events.Differences()

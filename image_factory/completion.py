@@ -3,8 +3,8 @@
 import argparse
 import os
 
-from .errors import ConfigurationError
-from .settings import FORMATS, Configuration
+from .base.errors import ConfigurationError
+from .configuration.settings import FORMATS, Configuration
 
 # argcomplete's shell function sets it.
 VARIABLE = "_ARGCOMPLETE"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import events, interrupts
-from .command import Companion
-from .errors import CrashError, Interrupted
+from .base import events, interrupts
+from .base.command import Companion
+from .base.errors import CrashError, Interrupted
 
 Send = Callable[[Any], None]
 # Is given an image, and what ``Teller`` sends its messages by.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from .settings import Destination, ImageSettings
+from .configuration.settings import Destination, ImageSettings
 
 # What the names of working directories and virtual machines begin with; an image's name follows.
 WORK_PREFIX = ".image-factory-"

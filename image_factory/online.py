@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import answers, fetch, rsync
-from .errors import BuildError, ConfigurationError
-from .log import logger, masked
+from .base.errors import BuildError, ConfigurationError
+from .base.log import logger, masked
+from .downloads import fetch
 from .model import Plan
 from .sources import SOURCES
+from .sources.installer import answers
+from .uploads import rsync
 
 # In QEMU's user network this machine has that address.
 _HOST = re.compile(r"(?<=://)10\.0\.2\.2(?=[:/]|$)")

@@ -8,37 +8,22 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from . import (
-    answercheck,
-    answers,
-    audit,
-    checkpoint,
-    checksum,
-    clean,
-    command,
-    events,
-    guest,
-    interrupts,
-    inventory,
-    manifest,
-    mounts,
-    publish,
-    rsync,
-    seal,
-    shrink,
-    sign,
-    testboot,
-    workspace,
-)
+from . import checkpoint, publish, workspace
+from .base import command, events, interrupts
+from .base.errors import BuildError, ConfigurationError, ImageFactoryError, NoSystemError
+from .base.log import logger
+from .base.units import format_size
 from .checkpoint import Checkpoint
-from .errors import BuildError, ConfigurationError, ImageFactoryError, NoSystemError
-from .log import logger
+from .checks import audit, testboot
+from .configuration.settings import Configuration, check_image_name
+from .finishing import checksum, clean, manifest, seal, shrink, sign
 from .model import Artifact, Build, Disk, Plan
 from .outputs import OUTPUTS
-from .settings import Configuration, check_image_name
 from .sources import SOURCES
-from .units import format_size
-from .watch import InstalledError
+from .sources.installer import answercheck, answers, guest
+from .sources.installer.watch import InstalledError
+from .system import inventory, mounts
+from .uploads import rsync
 
 # What --until can name; see _go_on.
 UNTIL = ("install", "clean", "convert", "publish", "upload")

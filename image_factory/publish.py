@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import command, events, rsync
+from .base import command, events
+from .base.errors import BuildError, reason_of
+from .base.log import logger, step
 from .checkpoint import Checkpoint
-from .errors import BuildError, reason_of
-from .log import logger, step
+from .configuration.settings import Destination
 from .model import MANIFEST_SUFFIX, SBOM_SUFFIX, SIGNATURE_SUFFIX, SUMS_SUFFIX, Artifact, Build, Plan
-from .settings import Destination
+from .uploads import rsync
 
 # In the working directory while artifacts are published: their names.
 _RECORD = "publishing"

@@ -10,11 +10,15 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from . import checkpoint, guest, locks, loop, publish, scratch, sign, trust
-from .errors import BuildError, ConfigurationError
-from .log import logger
+from . import checkpoint, publish
+from .base import locks, scratch, trust
+from .base.errors import BuildError, ConfigurationError
+from .base.log import logger
+from .base.release import released
+from .finishing import sign
 from .model import READ_ONLY_NAME, VM_PREFIX, WORK_PREFIX, Build, Plan
-from .release import released
+from .sources.installer import guest
+from .system import loop
 
 _VM_FILE = "vm-name"
 _IN_ITS_PLACE = "Remove what is in its place, or build into another directory with --output-dir."

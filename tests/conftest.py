@@ -20,7 +20,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from image_factory import guest  # noqa: E402
+from image_factory.sources.installer import guest  # noqa: E402
 
 KVM = Path("/dev/kvm")
 HIDDEN_KVM = Path("/dev/kvm.off")

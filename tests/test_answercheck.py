@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import answercheck, pipeline
-from image_factory.errors import ConfigurationError
+from image_factory import pipeline
+from image_factory.base.errors import ConfigurationError
+from image_factory.configuration.settings import Configuration
 from image_factory.model import Plan
-from image_factory.settings import Configuration
 from image_factory.sources import installer
+from image_factory.sources.installer import answercheck
 
 NAMES = {"preseed": "a.cfg", "kickstart": "a.ks", "yast": "a.xml", "autoinstall": "a.yaml", "agama": "a.json"}
 # A healthy file of each.

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import answers, checkpoint, cli, delivery, guest, pipeline
-from image_factory.errors import ConfigurationError
+from image_factory import checkpoint, cli, pipeline
+from image_factory.base.errors import ConfigurationError
+from image_factory.configuration.settings import Configuration
 from image_factory.model import Build, Plan
-from image_factory.settings import Configuration
 from image_factory.sources import installer
+from image_factory.sources.installer import answers, delivery, guest
 
 SECRET = "$6$salt$hunter2"
 

@@ -16,12 +16,14 @@ from typing import cast
 
 import pytest
 
-from image_factory import appliance, interrupts, inventory, loop, mounts, pipeline
-from image_factory.command import Conversation
-from image_factory.errors import BuildError, CommandError, ConfigurationError, Interrupted, NoSystemError
+from image_factory import pipeline
+from image_factory.base import interrupts
+from image_factory.base.command import Conversation
+from image_factory.base.errors import BuildError, CommandError, ConfigurationError, Interrupted, NoSystemError
+from image_factory.configuration.settings import Configuration
 from image_factory.model import READ_ONLY_NAME, Build, Change, Disk, Partition, Plan, Volume
-from image_factory.settings import Configuration
-from image_factory.tree import Branch
+from image_factory.system import appliance, inventory, loop, mounts
+from image_factory.system.tree import Branch
 
 from .conftest import OWN, machine_state, run, wait_for
 from .test_loop import is_read_only, make_micro

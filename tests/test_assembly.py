@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from image_factory import assembly
-from image_factory.errors import BuildError, NoSystemError
+from image_factory.base.errors import BuildError, NoSystemError
 from image_factory.model import Subvolume, Volume
+from image_factory.system import assembly
 
 from .test_tree import Filesystem, assembled, root, subvolumes, volume
 

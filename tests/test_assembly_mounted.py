@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import appliance, loop, mounts, pipeline, shrink
-from image_factory.errors import BuildError
+from image_factory import pipeline
+from image_factory.base.errors import BuildError
+from image_factory.finishing import shrink
 from image_factory.model import Build, Disk
+from image_factory.system import appliance, loop, mounts
 
 from .conftest import REPOSITORY, machine_state, run
 from .test_appliance import make_build as any_build

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import answers, audit, delivery, events, search
-from image_factory.audit import Finding, Secrets
-from image_factory.errors import BuildError, ConfigurationError
+from image_factory.base import events
+from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.checks import audit, search
+from image_factory.checks.audit import Finding, Secrets
+from image_factory.configuration.settings import Configuration
 from image_factory.model import Artifact, Build, Disk, Plan
-from image_factory.settings import Configuration
+from image_factory.sources.installer import answers, delivery
 
 from .test_leftovers import HASH, KEY, OTHER_HASH
 

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import audit, checkpoint, events, pipeline, registrations
-from image_factory.errors import BuildError, NoSystemError
+from image_factory import checkpoint, pipeline
+from image_factory.base import events
+from image_factory.base.errors import BuildError, NoSystemError
+from image_factory.checks import audit
 from image_factory.model import Artifact, Build, Disk, Plan
+from image_factory.system import registrations
 
 from .conftest import REPOSITORY, machine_state
 from .leftovers import LEFTOVERS

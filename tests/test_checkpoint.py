@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_factory import checkpoint, events, pipeline, workspace
+from image_factory import checkpoint, pipeline, workspace
+from image_factory.base import events
+from image_factory.base.errors import ConfigurationError
 from image_factory.checkpoint import Checkpoint
-from image_factory.errors import ConfigurationError
+from image_factory.configuration.settings import Configuration
 from image_factory.model import READ_ONLY_NAME, Artifact, Build, Disk, Plan
 from image_factory.outputs import raw
-from image_factory.settings import Configuration
 
 
 def make_plan(directory: Path, extra: str = "") -> Plan:

@@ -13,8 +13,8 @@ HEAD = f"""
 import ctypes, os, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(REPOSITORY)!r})
-from image_factory import command, interrupts
-from image_factory.errors import BuildError
+from image_factory.base import command, interrupts
+from image_factory.base.errors import BuildError
 
 def zombies():
     found = []

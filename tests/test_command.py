@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from image_factory import command
-from image_factory.errors import BuildError, CommandError, ConfigurationError, CrashError
+from image_factory.base import command
+from image_factory.base.errors import BuildError, CommandError, ConfigurationError, CrashError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -132,7 +132,7 @@ def test_escape_sequences_do_not_reach_the_log(tmp_path: Path) -> None:
     program = f"""
         import sys; sys.path.insert(0, {str(REPOSITORY)!r})
         from pathlib import Path
-        from image_factory import command, log
+        from image_factory.base import command, log
         log.set_up()
         with log.also_to_file(Path({str(tmp_path / "log")!r})):
             command.run(["printf", r"\\033[2J\\033]0;title\\007red \\033[31;1m\\233mtext\\010\\000\\n"])
@@ -157,7 +157,7 @@ def test_escape_sequences_do_not_reach_the_log(tmp_path: Path) -> None:
 def test_stdin_is_empty() -> None:
     program = f"""
         import sys; sys.path.insert(0, {str(REPOSITORY)!r})
-        from image_factory import command
+        from image_factory.base import command
         print(command.run(["sh", "-c", "cat; echo end"], capture=True))
     """
     done = subprocess.run(python(program), input="typed\n", capture_output=True, text=True, check=True)
@@ -190,7 +190,7 @@ def test_no_controlling_terminal() -> None:
     program = f"""
         import os, pty, sys
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from image_factory import command
+        from image_factory.base import command
         child, terminal = pty.fork()
         if child == 0:
             open("/dev/tty").close()
@@ -356,7 +356,7 @@ def test_signal_to_us_stops_the_program(tmp_path: Path, number: signal.Signals, 
     script = f"{trap}sleep 60 & echo $$ $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pids; wait; wait"
     program = f"""
         import sys; sys.path.insert(0, {str(REPOSITORY)!r})
-        from image_factory import command, errors, interrupts
+        from image_factory.base import command, errors, interrupts
         with interrupts.handled():
             try:
                 command.run(["sh", "-c", {script!r}], stop_seconds=0.5)
@@ -378,7 +378,7 @@ def test_signal_that_comes_to_the_program_first(tmp_path: Path, end: str) -> Non
     """Jenkins ends a tree of processes from its leaves."""
     program = f"""
         import sys; sys.path.insert(0, {str(REPOSITORY)!r})
-        from image_factory import command, errors, interrupts
+        from image_factory.base import command, errors, interrupts
         with interrupts.handled():
             try:
                 command.run(["sh", "-c", {f"touch {tmp_path}/ended; {end}"!r}])
@@ -397,7 +397,7 @@ def test_signal_while_another_program_is_started() -> None:
     program = f"""
         import os, signal, sys
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from image_factory import command, errors, interrupts
+        from image_factory.base import command, errors, interrupts
         armed = []
         def watch():
             if not armed:
@@ -422,7 +422,7 @@ def test_program_is_stopped_where_the_signal_for_it_is_ignored() -> None:
     program = f"""
         import signal, sys
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from image_factory import command, errors
+        from image_factory.base import command, errors
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             command.run(["sleep", "60"], timeout=0.5, stop_signal=signal.SIGINT, stop_seconds=60)
@@ -467,7 +467,7 @@ def test_program_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
     program = f"""
         import sys
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from image_factory import command
+        from image_factory.base import command
         command.run(["sh", "-c", "echo $$ >{tmp_path}/pid; exec sleep 600"])
     """
     parent = subprocess.Popen(python(program))
@@ -484,7 +484,7 @@ def test_call_apart_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
         import os, sys, time
         from pathlib import Path
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from image_factory import command
+        from image_factory.base import command
 
         def hang(path):
             path.with_suffix(".new").write_text(str(os.getpid()))
@@ -608,7 +608,7 @@ def test_conversation_ends_with_its_parent_that_is_killed(tmp_path: Path) -> Non
     program = f"""
         import os, sys, time
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from image_factory import command
+        from image_factory.base import command
         with command.conversation(["sh"], env=dict(os.environ), timeout=60, stop_seconds=1) as shell:
             shell.ask("trap 'touch {tmp_path}/tidy' EXIT; echo $$ >{tmp_path}/pid")
             time.sleep(600)

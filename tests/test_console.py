@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from image_factory.console import Console
+from image_factory.machines.console import Console
 
 
 def fed(*pieces: bytes) -> list[str]:

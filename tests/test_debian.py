@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import __version__, settings
-from image_factory.command import PACKAGES
-from image_factory.settings import Configuration
+from image_factory import __version__
+from image_factory.base.command import PACKAGES
+from image_factory.configuration import settings
+from image_factory.configuration.settings import Configuration
 
 from .conftest import REPOSITORY, copy_checkout, run
 

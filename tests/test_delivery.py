@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import checkpoint, delivery, guest, pipeline
-from image_factory.errors import BuildError, ConfigurationError
+from image_factory import checkpoint, pipeline
+from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.configuration.settings import Configuration, parse_answer_files, parse_source
 from image_factory.model import Build
-from image_factory.settings import Configuration, parse_answer_files, parse_source
 from image_factory.sources import installer
+from image_factory.sources.installer import delivery, guest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECRET = "hunter2"

@@ -23,7 +23,8 @@ from pathlib import Path
 import pyte
 import pytest
 
-from image_factory import display, estimates, events
+from image_factory.base import events
+from image_factory.told import display, estimates
 
 from .test_estimates import Clock, make_plan
 
@@ -37,11 +38,12 @@ import datetime, logging, os, signal, sys, time
 from contextlib import ExitStack
 from pathlib import Path
 sys.path.insert(0, {str(REPOSITORY)!r})
-from image_factory import display, estimates, events, interrupts, log
-from image_factory.errors import Interrupted
-from image_factory.events import *
+from image_factory.told import display, estimates
+from image_factory.base import events, interrupts, log
+from image_factory.base.errors import Interrupted
+from image_factory.base.events import *
 from image_factory.model import Plan
-from image_factory.settings import Configuration
+from image_factory.configuration.settings import Configuration
 here = Path(sys.argv[1])
 (here / "x.conf").write_text(f"[x]\\nlinux=l\\ninitrd=i\\ncache-dir={{here}}/cache\\nvirt-type=qemu\\n")
 settings = Configuration({{"IMAGE_FACTORY_CONFIG": str(here / "x.conf")}}).image("x", {{}})
@@ -352,7 +354,7 @@ def test_characters_that_every_terminal_has(tmp_path: Path, environment: dict[st
 
 WAITING = """
 import threading
-from image_factory import turns
+from image_factory.machines import turns
 turns._PREFIX = f"test-display-{os.getpid()}"
 places = [ExitStack() for _ in range(3)]
 for number, place in enumerate(places):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import estimates, events
-from image_factory.estimates import FILE_NAME, Timeline
+from image_factory.base import events
+from image_factory.configuration.settings import Configuration
 from image_factory.model import Plan
-from image_factory.settings import Configuration
+from image_factory.told import estimates
+from image_factory.told.estimates import FILE_NAME, Timeline
 
 CHECKSUM = "Checksumming x-2026-01-02.raw"
 

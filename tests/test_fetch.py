@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from image_factory import fetch
-from image_factory.errors import BuildError, ConfigurationError
-from image_factory.settings import Source, parse_source
+from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.configuration.settings import Source, parse_source
+from image_factory.downloads import fetch
 
 OLD = b"old content\n"
 PART = 1000
@@ -849,7 +849,8 @@ def test_memory_is_that_of_a_part(server: Server, tmp_path: Path) -> None:
 
     server.script = script
     program = (
-        "import re, sys; from pathlib import Path; from image_factory import fetch, settings\n"
+        "import re, sys; from pathlib import Path; from image_factory.configuration import settings\n"
+        "from image_factory.downloads import fetch\n"
         # Not getrusage's: at the start that is the parent's.
         "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "before = peak()\n"

@@ -22,8 +22,9 @@ HEAD = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
-from image_factory import cli, events, fleet, interrupts
-from image_factory.errors import Interrupted
+from image_factory import cli, fleet
+from image_factory.base import events, interrupts
+from image_factory.base.errors import Interrupted
 here, images = Path(sys.argv[1]), sys.argv[2:]
 
 def note(image, text):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import answers, cli, forms, pipeline
-from image_factory.errors import ConfigurationError
+from image_factory import cli, pipeline
+from image_factory.base.errors import ConfigurationError
+from image_factory.configuration.settings import ARCHITECTURES, Configuration, ImageSettings, declarations
 from image_factory.model import Plan
-from image_factory.settings import ARCHITECTURES, Configuration, ImageSettings, declarations
+from image_factory.sources.installer import answers, forms
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEMPLATES = sorted((REPOSITORY / "data").glob("*.j2"))

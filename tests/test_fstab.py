@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from image_factory import fstab
-from image_factory.fstab import Entry
 from image_factory.model import Partition, Volume
+from image_factory.system import fstab
+from image_factory.system.fstab import Entry
 
 DEBIAN = """\
 # /etc/fstab: static file system information.

@@ -27,11 +27,20 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from image_factory import command, guest, layout, mounts, pipeline, units
+from image_factory import pipeline
+from image_factory.base import command, units
+from image_factory.base.errors import CommandError, ConfigurationError, ImageFactoryError, NoSystemError
+from image_factory.base.log import printable
 from image_factory.cli import _one_line
-from image_factory.errors import CommandError, ConfigurationError, ImageFactoryError, NoSystemError
-from image_factory.log import printable
-from image_factory.settings import FILE_VARIABLE, Configuration, ImageSettings, UploadSettings, declarations
+from image_factory.configuration.settings import (
+    FILE_VARIABLE,
+    Configuration,
+    ImageSettings,
+    UploadSettings,
+    declarations,
+)
+from image_factory.sources.installer import guest
+from image_factory.system import layout, mounts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
@@ -822,7 +831,7 @@ LOGGED = f"""
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(REPOSITORY)!r})
-from image_factory import command, log
+from image_factory.base import command, log
 log.set_up()
 with log.also_to_file(Path(sys.argv[1])):
     if sys.argv[2] == "probe":
@@ -903,7 +912,8 @@ def test_debug_shows_no_controls(tmp_path: Path) -> None:
     program = r"""
         import sys
         sys.path.insert(0, sys.argv[1])
-        from image_factory import cli, command
+        from image_factory import cli
+        from image_factory.base import command
         def run(argv):
             command.run(["sh", "-c", r"printf '\033]0;title\007\033[31mred\302\233\b'; exit 1"])
         cli._run = run

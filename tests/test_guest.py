@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from image_factory import guest
-from image_factory.errors import BuildError, ConfigurationError
+from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.configuration.settings import Configuration, ImageSettings
 from image_factory.model import Build, Plan
-from image_factory.settings import Configuration, ImageSettings
-from image_factory.watch import Limits
+from image_factory.sources.installer import guest
+from image_factory.sources.installer.watch import Limits
 
 BASE = """[image]
 linux = /netboot/linux

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import fetch
-from image_factory.errors import BuildError
-from image_factory.settings import Source
+from image_factory.base.errors import BuildError
+from image_factory.configuration.settings import Source
+from image_factory.downloads import fetch
 
 from .test_fetch import LARGE, Server, rsync, server, verified
 from .test_fetch import RsyncDaemon as RsyncDaemon

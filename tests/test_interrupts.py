@@ -14,8 +14,8 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 HEAD = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(REPOSITORY)!r})
-from image_factory import interrupts
-from image_factory.errors import Interrupted
+from image_factory.base import interrupts
+from image_factory.base.errors import Interrupted
 number = signal.Signals(int(sys.argv[1]))
 def send(other=number):
     os.kill(os.getpid(), other)
@@ -126,7 +126,7 @@ def test_signal_that_python_drops_is_raised_again() -> None:
 @pytest.mark.parametrize("second", SIGNALS)
 def test_second_signal_does_not_disturb_the_clean_up(second: signal.Signals) -> None:
     program = f"""
-        from image_factory import log
+        from image_factory.base import log
         log.set_up()
         with interrupts.handled():
             try:
@@ -217,7 +217,7 @@ def test_signal_that_a_shell_ignores_for_its_background_jobs_stays_ignored() -> 
 def test_program_started_under_nohup_can_be_stopped() -> None:
     """It doesn't inherit that the signal is ignored, so that image-factory itself can stop it by it."""
     program = """
-        from image_factory import command
+        from image_factory.base import command
         with interrupts.handled():
             print(command.run(["grep", "SigIgn", "/proc/self/status"], capture=True))
     """
@@ -230,7 +230,7 @@ def test_signal_while_the_log_is_written_is_not_swallowed(tmp_path: Path) -> Non
     """Logging catches what a stream raises."""
     program = f"""
         from pathlib import Path
-        from image_factory import log
+        from image_factory.base import log
         class Stream:
             def write(self, text):
                 send()

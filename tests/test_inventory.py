@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import inventory, rpmdb
-from image_factory.errors import BuildError
-from image_factory.inventory import Package, Read
+from image_factory.base.errors import BuildError
+from image_factory.system import inventory, rpmdb
+from image_factory.system.inventory import Package, Read
 
 SPEC = """Name: {name}
 Version: {version}

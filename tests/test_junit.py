@@ -2,8 +2,8 @@
 
 from xml.etree import ElementTree
 
-from image_factory import junit
-from image_factory.events import BootCheck, BootTested
+from image_factory.base.events import BootCheck, BootTested
+from image_factory.told import junit
 
 CHECKS = (
     BootCheck("boot", "passed"),

@@ -13,13 +13,16 @@ from typing import cast
 
 import pytest
 
-from image_factory import audit, interrupts, keys, layout, mounts, pipeline
-from image_factory.audit import Finding
-from image_factory.errors import BuildError, Interrupted
-from image_factory.leftovers import Asked
+from image_factory import pipeline
+from image_factory.base import interrupts
+from image_factory.base.errors import BuildError, Interrupted
+from image_factory.checks import audit, keys
+from image_factory.checks.audit import Finding
+from image_factory.checks.leftovers import Asked
+from image_factory.configuration.settings import Configuration
 from image_factory.model import Build, Disk, Entry
-from image_factory.settings import Configuration
-from image_factory.tree import Tree
+from image_factory.system import layout, mounts
+from image_factory.system.tree import Tree
 
 from .conftest import REPOSITORY, run
 from .test_leftovers import Directory

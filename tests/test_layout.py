@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import layout
-from image_factory.errors import NoSystemError
+from image_factory.base.errors import NoSystemError
 from image_factory.model import Partition, Volume
+from image_factory.system import layout
 
 M = 1 << 20
 

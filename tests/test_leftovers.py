@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import audit, leftovers
-from image_factory.audit import Finding
-from image_factory.leftovers import Asked
+from image_factory.checks import audit, leftovers
+from image_factory.checks.audit import Finding
+from image_factory.checks.leftovers import Asked
 
 from .leftovers import LEFTOVERS, Leftover
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import command, inventory, rpmdb, seal
-from image_factory.errors import BuildError
+from image_factory.base import command
+from image_factory.base.errors import BuildError
+from image_factory.finishing import seal
 from image_factory.model import Change
+from image_factory.system import inventory, rpmdb
 
 from .conftest import REPOSITORY, run
 from .test_inventory import having, stanza, status
@@ -50,8 +52,9 @@ from pathlib import Path
 from typing import cast
 sys.path.insert(0, {str(REPOSITORY)!r})
 sys.argv[0] = {str(REPOSITORY / "image-factory")!r}
-from image_factory import interrupts, inventory, layout, log, loop
-from image_factory.errors import Interrupted
+from image_factory.base import interrupts, log
+from image_factory.system import inventory, layout, loop
+from image_factory.base.errors import Interrupted
 from image_factory.model import Build, Disk
 log.set_up()
 disk = Disk(Path(sys.argv[1]))
@@ -126,8 +129,8 @@ def test_signal_ends_whatever_reads_a_guest(operation: str) -> None:
     program = f"""
         import os, signal, sys
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from image_factory import interrupts
-        from image_factory.errors import Interrupted
+        from image_factory.base import interrupts
+        from image_factory.base.errors import Interrupted
         from tests.test_tree import assembled, root
         tree = assembled(root("", a="x"))
         arguments = {{"load": ("a", 9), "usage": ()}}.get({operation!r}, (["a"],))

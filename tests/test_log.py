@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import errors, events, log
+from image_factory.base import errors, events, log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # As the released program has it.
@@ -79,7 +79,7 @@ HEAD = f"""
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {str(REPOSITORY)!r})
-from image_factory import log
+from image_factory.base import log
 path = Path(sys.argv[1])
 log.set_up()
 """

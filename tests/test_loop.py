@@ -11,10 +11,11 @@ from typing import cast
 
 import pytest
 
-from image_factory import events, layout, loop
-from image_factory.errors import BuildError, NoSystemError
+from image_factory.base import events
+from image_factory.base.errors import BuildError, NoSystemError
 from image_factory.model import READ_ONLY_NAME, Build, Change, Disk
-from image_factory.tree import Tree
+from image_factory.system import layout, loop
+from image_factory.system.tree import Tree
 
 from .conftest import REPOSITORY, machine_state, run, wait_for
 
@@ -194,8 +195,9 @@ BUILD = """
 import sys, time
 from pathlib import Path
 sys.argv[0] = "image-factory"
-from image_factory import interrupts, layout, log, loop
-from image_factory.errors import Interrupted
+from image_factory.base import interrupts, log
+from image_factory.system import layout, loop
+from image_factory.base.errors import Interrupted
 from image_factory.model import Disk
 log.set_up()
 disk = Disk(Path(sys.argv[1]))

@@ -12,10 +12,13 @@ from typing import Any
 import jsonschema
 import pytest
 
-from image_factory import checksum, cli, events, inventory, manifest, publish
-from image_factory.inventory import Inventory, Package
+from image_factory import cli, publish
+from image_factory.base import events
+from image_factory.configuration.settings import Configuration
+from image_factory.finishing import checksum, manifest
 from image_factory.model import Artifact, Build, Plan
-from image_factory.settings import Configuration
+from image_factory.system import inventory
+from image_factory.system.inventory import Inventory, Package
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((REPOSITORY / "data/manifest.schema.json").read_text())

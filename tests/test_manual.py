@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 
 import image_factory
-from image_factory import audit, cli, forms, pipeline, seal, settings
-from image_factory.settings import Configuration, ImageSettings, UploadSettings, declarations
+from image_factory import cli, pipeline
+from image_factory.checks import audit
+from image_factory.configuration import settings
+from image_factory.configuration.settings import Configuration, ImageSettings, UploadSettings, declarations
+from image_factory.finishing import seal
+from image_factory.sources.installer import forms
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MANUAL = REPOSITORY / "image-factory.1.md"
@@ -172,8 +176,8 @@ def test_readme_names_each_target_of_make() -> None:
 
 def test_the_readme_has_each_module() -> None:
     table = README.read_text(encoding="utf-8").partition("### Code map")[2].partition("\n### ")[0]
-    named = set(re.findall(r"`(?:image_factory/)?(\w+\.py)`", table))
-    assert named == {path.name for path in (REPOSITORY / "image_factory").glob("*.py") if path.name != "__init__.py"}
+    named = set(re.findall(r"`(\w+\.py)`", table))
+    assert named == {path.name for path in (REPOSITORY / "image_factory").rglob("*.py") if path.name != "__init__.py"}
 
 
 @pytest.mark.parametrize("page", [README, MANUAL, REPOSITORY / "NEWS.md"], ids=lambda page: page.name)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import media, seal
-from image_factory.seal import System
+from image_factory.finishing import media, seal
+from image_factory.finishing.seal import System
 
 ONE = "etc/apt/sources.list"
 DEB822 = "etc/apt/sources.list.d/x.sources"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from image_factory import pipeline
+from image_factory.configuration.settings import Configuration
 from image_factory.model import Plan
-from image_factory.settings import Configuration
 
 pytestmark = pytest.mark.usefixtures("machine")
 

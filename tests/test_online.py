@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import fetch, online, pipeline
-from image_factory.errors import ConfigurationError
+from image_factory import online, pipeline
+from image_factory.base.errors import ConfigurationError
+from image_factory.configuration.settings import Configuration
+from image_factory.downloads import fetch
 from image_factory.model import Plan
-from image_factory.settings import Configuration
 
 from .test_fetch import LARGE, File, Handler, RsyncDaemon, Server, redirect, rsync, server, status
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import checksum, publish, rsync
-from image_factory.errors import BuildError, CommandError
+from image_factory import publish
+from image_factory.base.errors import BuildError, CommandError
+from image_factory.configuration.settings import Configuration, Destination, ImageSettings
+from image_factory.finishing import checksum
 from image_factory.model import Artifact, Build, Plan
-from image_factory.settings import Configuration, Destination, ImageSettings
+from image_factory.uploads import rsync
 
 DATE = datetime.date(2024, 2, 29)
 RAW, QCOW2 = "x-2024-02-29.raw", "x-2024-02-29.qcow2"

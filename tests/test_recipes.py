@@ -17,11 +17,12 @@ import jsonschema
 import pytest
 import yaml
 
-from image_factory import answers, forms, pipeline
-from image_factory.errors import ConfigurationError
+from image_factory import pipeline
+from image_factory.base.errors import ConfigurationError
+from image_factory.configuration.settings import ARCHITECTURES, Configuration, named_architectures
 from image_factory.model import Build, Plan
-from image_factory.settings import ARCHITECTURES, Configuration, named_architectures
 from image_factory.sources import installer
+from image_factory.sources.installer import answers, forms
 
 from .test_guest import as_lines
 

@@ -19,10 +19,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from image_factory import __version__, cli, command, events, interrupts, log, pipeline, record
-from image_factory.errors import BuildError, CommandError, ConfigurationError, Interrupted
-from image_factory.release import released
-from image_factory.settings import Configuration
+from image_factory import __version__, cli, pipeline
+from image_factory.base import command, events, interrupts, log
+from image_factory.base.errors import BuildError, CommandError, ConfigurationError, Interrupted
+from image_factory.base.release import released
+from image_factory.configuration.settings import Configuration
+from image_factory.told import record
 
 from .conftest import run
 from .test_cli import REPOSITORY, Place, fill, place

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import checksum, events, interrupts, rsync
-from image_factory.errors import BuildError, Interrupted
+from image_factory.base import events, interrupts
+from image_factory.base.errors import BuildError, Interrupted
+from image_factory.configuration.settings import Configuration, Destination
+from image_factory.finishing import checksum
 from image_factory.model import Artifact, Build, Plan
-from image_factory.settings import Configuration, Destination
+from image_factory.uploads import rsync
 
 from .conftest import User, run, wait_for
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import locks, scratch
+from image_factory.base import locks, scratch
 
 from .conftest import REPOSITORY, wait_for
 
 HOLDER = """
 import time
-from image_factory import scratch
+from image_factory.base import scratch
 with scratch.directory() as path:
     (path / "file").touch()
     print(path, flush=True)
     time.sleep(60)
 """
-READER = "import sys; from image_factory import fetch; fetch.read(sys.argv[1])"
+READER = "import sys; from image_factory.downloads import fetch; fetch.read(sys.argv[1])"
 
 
 def start(program: str, *arguments: str) -> "subprocess.Popen[str]":

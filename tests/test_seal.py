@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import events, layout, leftovers, loop, mounts, pipeline, registrations, seal
-from image_factory.errors import BuildError, ConfigurationError
+from image_factory import pipeline
+from image_factory.base import events
+from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.checks import leftovers
+from image_factory.configuration.settings import Configuration
+from image_factory.finishing import seal
+from image_factory.finishing.seal import System
 from image_factory.model import Build, Disk
-from image_factory.seal import System
-from image_factory.settings import Configuration
-from image_factory.tree import Tree
+from image_factory.system import layout, loop, mounts, registrations
+from image_factory.system.tree import Tree
 
 from .conftest import REPOSITORY, machine_state, run
 from .leftovers import LEFTOVERS, MACHINE_ID, PROXY, SURVIVORS, Leftover

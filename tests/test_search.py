@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import search
-from image_factory.search import CHUNK, CONTEXT, MOST, Hit, Needle
+from image_factory.checks import search
+from image_factory.checks.search import CHUNK, CONTEXT, MOST, Hit, Needle
 
 M = 1 << 20
 SECRET = b"$6$salt$0123456789abcdefghijklmnopqrstuvwxyz"
@@ -148,7 +148,7 @@ def test_memory_is_constant(tmp_path: Path) -> None:
             file.write(b"0123456789abcdef" * (M // 16))
     code = (
         "import pathlib, resource, sys\n"
-        "from image_factory import search\n"
+        "from image_factory.checks import search\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "needles = [search.Needle('', '', b'%d nothing' % number) for number in range(30)]\n"
         "assert search.search(pathlib.Path(sys.argv[1]), needles) == []\n"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from image_factory import settings
-from image_factory.errors import ConfigurationError
-from image_factory.settings import (
+from image_factory.base.errors import ConfigurationError
+from image_factory.configuration import settings
+from image_factory.configuration.settings import (
     ANSWER_FILE_KEYS,
     Configuration,
     Destination,
@@ -244,7 +244,7 @@ def test_default_firmware(read: Read, arch: str, firmware: str) -> None:
 
 def test_default_cache_of_an_ordinary_user_is_below_the_home_directory() -> None:
     program = (
-        f"import os, sys; sys.path.insert(0, {str(REPOSITORY)!r}); import image_factory.settings as s; "
+        f"import os, sys; sys.path.insert(0, {str(REPOSITORY)!r}); import image_factory.configuration.settings as s; "
         "os.setuid(65534); print(s.default_cache_dir(), s.parse_path(s.default_cache_dir()))"
     )
     done = subprocess.run(
@@ -565,7 +565,7 @@ def test_data_dir_with_a_dollar_sign(tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", REPOSITORY / "image_factory", REPOSITORY / "data", place], check=True)
     (tmp_path / "own.conf").write_text(f"{MINIMAL}preseed = ${{data_dir}}/a.cfg\n")
     program = (
-        "import os; from image_factory.settings import Configuration;"
+        "import os; from image_factory.configuration.settings import Configuration;"
         "print(Configuration(os.environ).image('x', {}).preseed)"
     )
     done = subprocess.run(
@@ -585,7 +585,7 @@ def test_data_dir_below_the_prefix(tmp_path: Path, place: str) -> None:
     package.mkdir(parents=True)
     subprocess.run(["cp", "-r", REPOSITORY / "image_factory", package], check=True)
     (tmp_path / "usr/share/image-factory").mkdir(parents=True, exist_ok=True)
-    program = "from image_factory.settings import find_data_dir; print(find_data_dir())"
+    program = "from image_factory.configuration.settings import find_data_dir; print(find_data_dir())"
     argv = [sys.executable, "-c", program]
     environment = {"PYTHONPATH": str(package)}
     missing = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True)

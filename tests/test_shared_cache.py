@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import checkpoint, command, estimates, events, fetch, locks, trust
-from image_factory.errors import BuildError, ConfigurationError
+from image_factory import checkpoint
+from image_factory.base import command, events, locks, trust
+from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.downloads import fetch
 from image_factory.model import Build
 from image_factory.sources import installer
+from image_factory.told import estimates
 
 from .conftest import REPOSITORY, User, run
 from .test_verify import (
@@ -46,8 +49,9 @@ CHANGES = 6
 WORKER = """
 import hashlib, json, sys
 from pathlib import Path
-from image_factory import pipeline, settings
-from image_factory.errors import BuildError, ConfigurationError
+from image_factory import pipeline
+from image_factory.configuration import settings
+from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.model import Build
 from image_factory.sources import installer
 
@@ -352,7 +356,9 @@ def test_directory_that_can_not_be_looked_at(tmp_path: Path) -> None:
     tmp_path.joinpath("file").touch()
     assert trust.why_not(tmp_path / "file/x") is None
     tmp_path.chmod(0o700)
-    program = "import sys, pathlib; from image_factory import trust; print(trust.why_not(pathlib.Path(sys.argv[1])))"
+    program = (
+        "import sys, pathlib; from image_factory.base import trust; print(trust.why_not(pathlib.Path(sys.argv[1])))"
+    )
     path = tmp_path / "cache"
     argv = as_nobody("env", f"PYTHONPATH={REPOSITORY}", "/usr/bin/python3", "-c", program, path)
     assert run(*argv, cwd="/").stdout == f"{path} can't be looked at: Permission denied\n"
@@ -361,7 +367,9 @@ def test_directory_that_can_not_be_looked_at(tmp_path: Path) -> None:
 def test_group_with_other_members(users: dict[str, User], tmp_path: Path) -> None:
     """A group of one's own is no longer so when somebody is put into it."""
     first, second = users["a"], users["b"]
-    program = "import sys, pathlib; from image_factory import trust; print(trust.why_not(pathlib.Path(sys.argv[1])))"
+    program = (
+        "import sys, pathlib; from image_factory.base import trust; print(trust.why_not(pathlib.Path(sys.argv[1])))"
+    )
     cache = first.directory("group-cache")
     cache.chmod(0o775)
     run("chgrp", first.name, cache)
@@ -439,7 +447,7 @@ def test_other_user_who_locks_what_there_is_stops_no_build(tmp_path: Path) -> No
 
 
 def test_waiting_names_who_has_the_lock(tmp_path: Path) -> None:
-    program = "import sys; from pathlib import Path; from image_factory import fetch\n"
+    program = "import sys; from pathlib import Path; from image_factory.downloads import fetch\n"
     program += "with fetch.locked(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         ["/usr/bin/python3", "-c", program, tmp_path],
@@ -531,7 +539,8 @@ def test_cache_that_one_may_only_read_serves_without_a_network(
             f"cache-dir = {cache}\noffline = yes\nverify = required\n"
         )
         program = (
-            "from image_factory import pipeline, settings, verify\n"
+            "from image_factory import pipeline\nfrom image_factory.configuration import settings\n"
+            "from image_factory.downloads import verify\n"
             "plan = pipeline.make_plan(settings.Configuration({'IMAGE_FACTORY_CONFIG': 'x.conf'}), 'x', {})\n"
             "verifier = verify.Verifier(plan)\n"
             "with verifier.locked([plan.settings.linux]): print(verifier.fetch('linux', plan.settings.linux).path)\n"

@@ -8,9 +8,10 @@ from typing import cast
 
 import pytest
 
-from image_factory import layout, shrink
+from image_factory.finishing import shrink
 from image_factory.model import Build, Disk, Volume
-from image_factory.tree import Tree
+from image_factory.system import layout
+from image_factory.system.tree import Tree
 
 M = 1 << 20
 BUILD = cast(Build, None)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import locks, sign
-from image_factory.errors import BuildError, ConfigurationError
+from image_factory.base import locks
+from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.finishing import sign
 from image_factory.model import Artifact, Build, Plan
 
 from .test_manifest import named, published

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import guest, pipeline, testboot
-from image_factory.errors import BuildError, ConfigurationError
+from image_factory import pipeline
+from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.checks import testboot
+from image_factory.configuration.settings import Configuration
 from image_factory.model import Artifact, Build, Plan
-from image_factory.settings import Configuration
+from image_factory.sources.installer import guest
 
 GIB = 1 << 30
 

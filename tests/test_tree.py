@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from image_factory import assembly, clean, seal, tree
-from image_factory.errors import BuildError, NoSystemError
+from image_factory.base.errors import BuildError, NoSystemError
+from image_factory.finishing import clean, seal
 from image_factory.model import Change, Entry, Partition, Subvolume, Volume
+from image_factory.system import assembly, tree
 
 
 @dataclass
@@ -333,7 +334,7 @@ def test_no_directories_of_subvolumes(name: str) -> None:
 
 
 def test_helper_takes_all_directories_of_subvolumes() -> None:
-    text = (tree.__file__ or "").replace("image_factory/tree.py", "image-factory-sudo-helper")
+    text = (tree.__file__ or "").replace("image_factory/system/tree.py", "image-factory-sudo-helper")
     with open(text, encoding="utf-8") as helper:
         [pattern] = re.findall(r'^PATTERN = r"(.*)"$', helper.read(), re.MULTILINE)
     longest = "/".join([".@" + "x" * 200] * 8)

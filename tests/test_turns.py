@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import estimates, events, turns
+from image_factory.base import events
+from image_factory.machines import turns
+from image_factory.told import estimates
 
 from .test_estimates import Clock, build, make_plan
 
@@ -25,8 +27,9 @@ CORES = os.cpu_count() or 1
 PROGRAM = f"""
 import logging, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from image_factory import interrupts, log, turns
-from image_factory.errors import Interrupted
+from image_factory.base import interrupts, log
+from image_factory.machines import turns
+from image_factory.base.errors import Interrupted
 turns._PREFIX, limit, ram, cores = sys.argv[1:]
 turns._POLL_SECONDS = 0.05
 log.logger.addHandler(logging.StreamHandler(sys.stdout))

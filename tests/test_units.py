@@ -2,7 +2,7 @@
 
 import pytest
 
-from image_factory.units import SIZE_FORMS, format_duration, format_size, parse_size
+from image_factory.base.units import SIZE_FORMS, format_duration, format_size, parse_size
 
 K, M, G = 1 << 10, 1 << 20, 1 << 30
 

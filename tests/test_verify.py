@@ -21,10 +21,10 @@ from pathlib import Path
 import httplib2
 import pytest
 
-from image_factory import fetch, verify
-from image_factory.errors import BuildError, ConfigurationError
+from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.configuration.settings import FILE_VARIABLE, Configuration
+from image_factory.downloads import fetch, verify
 from image_factory.model import Plan
-from image_factory.settings import FILE_VARIABLE, Configuration
 from image_factory.sources import installer
 
 from .test_fetch import File, Handler, RsyncDaemon, Server, redirect, rsync, status

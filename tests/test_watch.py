@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import events, installers
+from image_factory.base import events
+from image_factory.configuration.settings import Configuration
 from image_factory.model import Build, Plan
-from image_factory.settings import Configuration
-from image_factory.watch import InstallationError, InstalledError, Limits, Watcher
+from image_factory.sources.installer import installers
+from image_factory.sources.installer.watch import InstallationError, InstalledError, Limits, Watcher
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from image_factory import workspace
-from image_factory.errors import ConfigurationError
+from image_factory.base.errors import ConfigurationError
+from image_factory.configuration.settings import Configuration
 from image_factory.model import Plan
-from image_factory.settings import Configuration
 
 
 @pytest.fixture

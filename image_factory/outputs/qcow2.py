@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from .. import command
-from ..log import step
+from ..base import command
+from ..base.log import step
 from ..model import Artifact, Build, Disk
 
 STEP = "Converting to qcow2"

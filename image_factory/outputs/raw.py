@@ -2,8 +2,8 @@
 
 import os
 
-from .. import command
-from ..log import step
+from ..base import command
+from ..base.log import step
 from ..model import Artifact, Build, Disk
 
 STEP = "Naming the raw image"

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import fetch
+from image_factory.downloads import fetch
 
 from ..conftest import REPOSITORY, User, left_behind, machine_state, run, wait_for
 from .test_build import ANSWERS, TODAY, WORK, new_build

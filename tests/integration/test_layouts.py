@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import loop
+from image_factory.system import loop
 
 from ..conftest import User, run
 from .test_build import ANSWERS, INSTALLER_LOGS, SURVIVORS, TODAY, WORK, Build

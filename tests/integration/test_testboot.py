@@ -19,8 +19,8 @@ from xml.etree import ElementTree
 import pytest
 
 from image_factory import checkpoint, pipeline
+from image_factory.configuration.settings import Configuration
 from image_factory.model import Artifact, Plan
-from image_factory.settings import Configuration
 
 from .. import golden
 from ..conftest import User, run, wait_for

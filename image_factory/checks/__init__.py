@@ -1,0 +1,1 @@
+"""What a finished artifact has to pass."""

@@ -1,0 +1,532 @@
+"""Look whether an artifact has what must not be cloned, whatever the other steps have done to its disk."""
+
+import base64
+import itertools
+import os
+import re
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from ..base import command, events, interrupts
+from ..base.errors import BuildError, CommandError, ConfigurationError
+from ..base.log import logger, step
+from ..base.release import released
+from ..base.units import format_size
+from ..model import Artifact, Build, Disk, Partition, Plan
+from ..sources.installer import answers, delivery
+from ..system import layout, mounts
+from ..system.tree import Tree
+from . import keys, leftovers, search
+from .leftovers import Asked, Files, Look
+from .search import Hit, Needle
+
+# So many findings are in the error; the log has all.
+_TOLD = 3
+
+# Parts of the answer file are searched for: of so many bytes, one in so many, and about so many at most.
+_PART = 128
+_PART_EVERY = 512
+_PARTS = 64
+_SHORTEST_PART = 32
+
+# A shorter password is a word that any text may have.
+_SHORTEST_PASSWORD = 8
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What of a build nobody is to find on its image: *answers* is what the installer got.
+
+    *credentials* are users and passwords of proxies and mirrors, the user empty where there is none.
+    *seed* are the texts of the seed disk's other files.
+    """
+
+    answers: bytes = field(default=b"", repr=False)
+    answers_key: str | None = None
+    hashes: frozenset[bytes] = field(default=frozenset(), repr=False)
+    credentials: frozenset[tuple[str, str]] = field(default=frozenset(), repr=False)
+    seed: tuple[str, ...] = field(default=(), repr=False)
+
+
+def _no_files(look: Look, asked: Asked) -> leftovers.Found:
+    return ()
+
+
+def _no_needles(secrets: Secrets) -> Iterable[tuple[str, bytes]]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that the audit looks for: *sentence* says what, for the manual.
+
+    *find* looks at the files of the system, and the bytes that *needles* gives, each with what they are,
+    are searched for on the whole disk.
+    """
+
+    name: str
+    sentence: str
+    find: leftovers.Find = _no_files
+    needles: Callable[[Secrets], Iterable[tuple[str, bytes]]] = _no_needles
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What *check* has found, as a phrase that names the place."""
+
+    check: str
+    what: str
+
+
+# What is searched for.
+
+# crypt(5).
+_HASH = re.compile(rb"\$(?:1|2[abxy]?|5|6|7|y|gy|sha1|md5)[$,][./0-9A-Za-z,=+$-]{10,}")
+
+# In a URL: not what a template or a shell puts there.
+_CREDENTIALS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/:@\"'<>{}$]*):([^\s/@\"'<>{}$]+)@")
+
+_PASSWORD_KEY = re.compile(r"(?:.*_)?(?:proxy|mirror)(?:_.*)?_(?:pass|passwd|password)")
+
+# What an installer writes to the system as it stands there, by the key of the answer file.  In the other
+# formats it's indented or on one line, so that it is another text.
+_SCRIPTS = {
+    "kickstart": re.compile(rb"^%(?:pre|post|pre-install|onerror|traceback|addon|include)\b.*?^%end\b", re.M | re.S),
+    "yast": re.compile(rb"<!\[CDATA\[.*?\]\]>|<file_contents>.*?</file_contents>", re.S),
+}
+
+# Passwords and keys that are asked for.
+_BLOB = re.compile(rb"AAAA[0-9A-Za-z+/]{16,}={0,3}")
+_WANTED_TEXT = re.compile(_BLOB.pattern + b"|" + _HASH.pattern)
+
+# The line before and after the password, or what is in this block of it.  Of a file that btrfs has in its
+# metadata, the byte before is zero.
+_SHADOW_BEFORE = re.compile(rb"(?:^|[\n\0])[a-z0-9_.-]{0,32}\$?:!{0,2}\Z|^\Z", re.IGNORECASE)
+_SHADOW_AFTER = re.compile(rb"(?::[0-9]*){0,3}\Z|:[0-9]*:[0-9]*:[0-9]*:")
+
+# ssh-keygen(1) writes "openssh-key-v1\0" in base64 after it.
+_PRIVATE_KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEA"
+_PEM_BEGINS = tuple(
+    f"-----BEGIN {kind}PRIVATE KEY-----\n".encode() for kind in ("", "RSA ", "EC ", "DSA ", "ENCRYPTED ")
+)
+_SECTOR = 512
+
+# The check that looks into all files.
+KEYS = "private-keys"
+
+
+def _parts_of_answers(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
+    """Give parts of the answer file that are nowhere else, as no installer writes them to the system as they are."""
+    script = _SCRIPTS.get(secrets.answers_key or "")
+    pieces = script.split(secrets.answers) if script else [secrets.answers]
+    every = max(_PART_EVERY, len(secrets.answers) // _PARTS)
+    for piece in itertools.chain.from_iterable(map(_WANTED_TEXT.split, pieces)):
+        start = 0
+        while start < len(piece):
+            part = piece[start : start + _PART].strip(b"\n").rstrip()
+            # Others' files have the same comments.
+            lines = [line.strip() for line in part.split(b"\n")]
+            if len(part) >= _SHORTEST_PART and not all(line[:1] == b"#" or not line for line in lines):
+                yield "a part of the answer file", part
+            # From the beginning of a line: later in a long one it may be what the system has in a file.
+            start = piece.find(b"\n", start + every - 1) + 1 or len(piece)
+
+
+def _hashes(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
+    for data in sorted(secrets.hashes):
+        yield "the hash of a password, elsewhere than in a line of /etc/shadow,", data
+
+
+def _passwords(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
+    for user, password in sorted(secrets.credentials):
+        pair = f"{user}:{password}"
+        if user:
+            yield _CREDENTIAL, f"{pair}@".encode()
+            # HTTP's own form, RFC 7617.
+            yield _CREDENTIAL, base64.b64encode(pair.encode()).rstrip(b"=")
+        if len(password) >= _SHORTEST_PASSWORD:
+            yield _CREDENTIAL, password.encode()
+
+
+_CREDENTIAL = "a password of the build's proxy or mirror"
+
+
+def _private_keys(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
+    yield "a file with a private ssh key, or what is left of one,", _PRIVATE_KEY
+
+
+def _pem_keys(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
+    for begin in _PEM_BEGINS:
+        yield "a private key, or what is left of one,", begin
+
+
+def _seeds(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
+    for text in secrets.seed:
+        yield "a file of the seed disk", text.encode()
+
+
+# In this order they are made and told.
+CHECKS = (
+    Check(
+        "ssh-host-keys",
+        "A key of an ssh server: a file where OpenSSH, Dropbear or TinySSH keep them or *sshd_config* names one, or "
+        "the beginning of a private key at the beginning of a block of the disk.",
+        leftovers.host_keys,
+        _private_keys,
+    ),
+    Check(
+        KEYS,
+        "A private key in any file of at most 1 MiB, in PEM (RSA, EC, DSA, PKCS #8, OpenSSH, or encrypted) or armoured "
+        "OpenPGP, and in files that are named like one (*.der*, *.p12*, *.jks* and the like) in DER, PKCS #12, JKS or "
+        "JCEKS, unless the database of dpkg or rpm has the file as it is; the keys of GnuPG in home directories, and "
+        "pacman's; and the beginning of a key in PEM at the beginning of a block of the disk that is in no file.",
+        leftovers.gnupg_keys,
+        _pem_keys,
+    ),
+    Check(
+        "machine-id",
+        "A machine-id other than *uninitialized*, for systemd or D-Bus, and kernels, boot-loader entries and journals "
+        "that are named by one.",
+        leftovers.machine_ids,
+    ),
+    Check(
+        "passwords",
+        "A password in */etc/shadow*, */etc/passwd*, their like and their copies that is neither "
+        "**root-password-hash** nor in the answer file, an account that needs none, and a hash of the answer file "
+        "anywhere on the disk but in a line of */etc/shadow*.",
+        leftovers.passwords,
+        _hashes,
+    ),
+    Check(
+        "authorized-keys",
+        "A key that opens an account and is neither among **authorized-keys** nor in the answer file.",
+        leftovers.authorized_keys,
+    ),
+    Check(
+        "answer-file",
+        "An answer file where installers leave it, or a larger part of this build's anywhere on the disk.",
+        leftovers.answer_files,
+        _parts_of_answers,
+    ),
+    Check(
+        "proxy-password",
+        "The password of a proxy or a mirror, from URLs of the section, of the answer file and of the environment, and "
+        "from keys such as *proxy-password*, anywhere on the disk; one of less than 8 characters only together with "
+        "its user.",
+        needles=_passwords,
+    ),
+    Check(
+        "logs",
+        "A log of the installer, or of the system while the image was built: a file in */var/log* that is not empty.",
+        leftovers.logs,
+    ),
+    Check(
+        "identity",
+        "What else must be different on each machine: random seed, secrets of systemd and NetworkManager, leases, "
+        "cloud-init's instances, names for iSCSI and NVMe, the disks and network cards of the build machine, keys that "
+        "packages made when they were installed.",
+        leftovers.identities,
+    ),
+    Check(
+        "registrations",
+        "What makes the machine known to a service, as sealing's operation of this name has them, a password for a "
+        "registry of containers in a home directory, and a private key of WireGuard.",
+        leftovers.registered,
+    ),
+    Check(
+        "copies",
+        "What else on the disk has a system or was one: snapshots of btrfs and LVM, subvolumes, partitions and logical "
+        "volumes with a root of their own, and files below what is mounted on them.",
+    ),
+    Check(
+        "leftovers",
+        "A file with image-factory's name, and the text of the seed disk's files anywhere on the disk.",
+        leftovers.own_files,
+        _seeds,
+    ),
+)
+NAMES = tuple(check.name for check in CHECKS)
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError unless the audit knows what *plan* leaves out of it."""
+    unknown = [name for name in plan.settings.audit_skip if name not in NAMES]
+    if unknown:
+        raise ConfigurationError(
+            f"[{plan.image}] audit-skip: the audit has no check {', '.join(map(repr, unknown))}.",
+            hint=f"It has {', '.join(NAMES)}.",
+        )
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that the audit of *plan* needs."""
+    return ["qemu-img"] if plan.settings.audit else []
+
+
+def _checks(plan: Plan) -> list[Check]:
+    return [check for check in CHECKS if check.name not in plan.settings.audit_skip]
+
+
+# What was asked for, and what is secret.
+
+
+def secrets_of(build: Build) -> tuple[Asked, Secrets]:
+    """Return what the user of *build* asked for, and what is not to be on its image."""
+    plan = build.plan
+    data = _answers(build)
+    # They are part of the answers; as scripts they may belong on the disk, so that no part of them is looked for.
+    everything = b"\n".join([data, *delivery.further_contents(build)])
+    texts = {key: text for key in plan.variables if (text := _text(plan, key))}
+    hashes = set(_HASH.findall(everything))
+    own_hash = texts.get("root_password_hash", "").strip().encode()
+    # A star or an exclamation mark is none.
+    if len(own_hash) >= 13 and own_hash[:1] not in b"*!":
+        hashes.add(own_hash)
+    keys = {*leftovers.blobs(texts.get("authorized_keys", "").encode()), *_BLOB.findall(everything)}
+    environment = urllib.request.getproxies_environment()
+    credentials = {
+        pair
+        for text in (*texts.values(), *environment.values(), everything.decode("utf-8", "replace"))
+        for pair in _pairs(text)
+    }
+    credentials |= {("", text.strip()) for key, text in texts.items() if _PASSWORD_KEY.fullmatch(key)}
+    settings = plan.settings
+    name = delivery.name_of(settings) if settings.answer_file else None
+    chosen = delivery.chosen(settings)
+    return (
+        Asked(frozenset(hashes), frozenset(keys), name),
+        Secrets(
+            data,
+            settings.answer_file_key,
+            frozenset(hashes),
+            frozenset(credentials),
+            tuple(text for _, text in chosen.others) if chosen else (),
+        ),
+    )
+
+
+def _answers(build: Build) -> bytes:
+    """Return what the installer got; the user's own file may be another one by now."""
+    if build.plan.settings.answer_file is None:
+        return b""
+    copy = delivery.copy_path(build)
+    return copy.read_bytes() if copy.exists() else answers.content(build.plan)
+
+
+def _text(plan: Plan, key: str) -> str:
+    try:
+        return plan.variables[key]
+    except ConfigurationError:
+        # A variable that nothing has used.
+        return ""
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    """Give the users and passwords of the URLs in *text*, also as they are without the URL's escapes."""
+    for pair in _CREDENTIALS.findall(text):
+        yield pair
+        yield urllib.parse.unquote(pair[0]), urllib.parse.unquote(pair[1])
+
+
+def needles(checks: Iterable[Check], secrets: Secrets) -> list[Needle]:
+    """Return what *checks* search for."""
+    found = []
+    for check in checks:
+        for what, data in dict.fromkeys(check.needles(secrets)):
+            alignment = _SECTOR if data in (_PRIVATE_KEY, *_PEM_BEGINS) else 1
+            is_wanted = _is_in_shadow if data in secrets.hashes else None
+            found.append(Needle(check.name, what, data, alignment, is_wanted))
+    return found
+
+
+def _is_in_shadow(offset: int, before: bytes, data: bytes, after: bytes) -> bool:
+    """Return whether a hash is where shadow(5) has it: that it is there was asked for."""
+    start, end = offset % _SECTOR, (offset + len(data)) % _SECTOR
+    # The block before may be of another file.
+    before, after = before[max(0, len(before) - start) :], after[: (_SECTOR - end) % _SECTOR]
+    return bool(_SHADOW_BEFORE.search(before) and _SHADOW_AFTER.match(after))
+
+
+# The audit.
+
+
+def audit_files(files: Files, asked: Asked, checks: Iterable[Check] = CHECKS) -> list[Finding]:
+    """Return what *checks* find among *files* that was not *asked* for."""
+    # Looking changes nothing, so a signal may come at any point.
+    with interrupts.interruptible():
+        look = Look(files, leftovers.DIRECTORIES)
+        return [
+            Finding(check.name, what)
+            for check in checks
+            for what in itertools.islice(check.find(look, asked), leftovers.MOST)
+        ]
+
+
+def audit_keys(tree: Tree, directory: Path, found: Sequence[Finding]) -> tuple[list[Finding], list[bytes]]:
+    """Return the private keys in files of *tree* that are not among what is *found*, and the contents of all.
+
+    *directory* is for files of its own.
+    """
+    try:
+        paths, known = keys.search(tree, directory)
+    except BuildError as error:
+        # A system may have more than can be looked into, which nobody can change who builds it.
+        error.add_hint(f"'audit-skip = {KEYS}' leaves this check out.")
+        raise
+    names = [f"/{leftovers.quoted(path)}" for path in paths]
+    told = [name for name in names if any(finding.what.startswith(f"{name} ") for finding in found)]
+    new = [Finding(KEYS, f"{name} has a private key") for name in names if name not in told]
+    return new[: leftovers.MOST], known
+
+
+def audit_bytes(
+    disk: Path, secrets: Secrets, checks: Iterable[Check] = CHECKS, known: Sequence[bytes] = ()
+) -> list[Finding]:
+    """Return what *checks* find on the raw *disk*, in whatever files or between them.
+
+    Private keys are not told of that *known*, the contents of files, have at a block's beginning.
+    """
+    return describe_hits(disk, search.search(disk, needles(checks, secrets)), known)
+
+
+def describe_hits(disk: Path, hits: Sequence[Hit], known: Sequence[bytes] = ()) -> list[Finding]:
+    """Return the findings that *hits* on the raw *disk* are."""
+    hits = [hit for hit in hits if not _is_in_file(disk, hit, known)]
+    partitions = layout.read_partitions(disk) if hits else []
+    found: dict[tuple[str, str, Partition | None], list[int]] = {}
+    for hit in hits:
+        place = _partition_of(hit.offset, partitions)
+        found.setdefault((hit.needle.check, hit.needle.what, place), []).append(hit.offset)
+    return [
+        Finding(check, f"{what} is at byte {offsets[0]} of the disk ({_named(place)}){_and_more(len(offsets) - 1)}")
+        for (check, what, place), offsets in found.items()
+    ]
+
+
+def _is_in_file(disk: Path, hit: Hit, known: Sequence[bytes]) -> bool:
+    """Return whether *hit* is a private key with which a file of *known* contents begins."""
+    if hit.needle.data not in (_PRIVATE_KEY, *_PEM_BEGINS):
+        return False
+    with disk.open("rb") as file:
+        block = os.pread(file.fileno(), _SECTOR, hit.offset)
+    return any(data.startswith(block.rstrip(b"\0")) for data in known)
+
+
+def _partition_of(offset: int, partitions: Sequence[Partition]) -> Partition | None:
+    inside = (found for found in partitions if found.offset <= offset < found.offset + found.size)
+    return next(inside, None)
+
+
+def _named(partition: Partition | None) -> str:
+    return f"partition {partition.number}" if partition else "in no partition"
+
+
+def _and_more(count: int) -> str:
+    return f" and in {count} more place{'s' * (count > 1)}" if count else ""
+
+
+def reopen_argv(artifact: Artifact, copy: Path) -> list[str]:
+    """Return the command that writes what a guest would see of *artifact* to *copy*."""
+    return ["qemu-img", "convert", "-f", artifact.format, "-O", "raw", str(artifact.path), str(copy)]
+
+
+def compare_argv(artifact: Artifact, other: Artifact) -> list[str]:
+    """Return the command that tells whether a guest would see the same of both."""
+    return ["qemu-img", "compare", "-f", artifact.format, "-F", other.format, str(artifact.path), str(other.path)]
+
+
+def describe(build: Build, formats: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps of the audit of the artifacts in *formats*, with their commands; none if it isn't wanted."""
+    if not build.plan.settings.audit:
+        return []
+    names = [build.plan.file_name(name) for name in formats]
+    artifact, *others = (
+        Artifact(build.directory / name, image_format, 0) for name, image_format in zip(names, formats, strict=True)
+    )
+    return [
+        *((f"Comparing {other.path.name}", [compare_argv(artifact, other)]) for other in others),
+        (f"Reopening {artifact.path.name}", [reopen_argv(artifact, copy_path(build))]),
+        (f"Searching {artifact.path.name}", []),
+        # It is mounted and unmounted like the disk before.
+        (f"Auditing {artifact.path.name}", []),
+    ]
+
+
+def copy_path(build: Build) -> Path:
+    """Return where the copy is that is looked into."""
+    return build.directory / "audit.raw"
+
+
+@contextmanager
+def _reopened(build: Build, artifact: Artifact) -> Iterator[Path]:
+    """Give a raw copy of what a guest would see of *artifact*, which nothing that mounts it can change."""
+    copy = copy_path(build)
+    with released(partial(copy.unlink, missing_ok=True)):
+        with step(f"Reopening {artifact.path.name}"):
+            # Others get through the working directory of root's builds.
+            command.run(reopen_argv(artifact, copy), umask=0o077)
+        yield copy
+
+
+def audit_artifacts(build: Build, disk: Disk, artifacts: Sequence[Artifact]) -> None:
+    """Raise BuildError if *artifacts*, of which each has what the first one has, have what must not be cloned."""
+    plan = build.plan
+    if not plan.settings.audit or not artifacts:
+        return
+    artifact, *others = artifacts
+    for other in others:
+        _compare(artifact, other)
+    checks = _checks(plan)
+    asked, secrets = secrets_of(build)
+    with _reopened(build, artifact) as copy:
+        # Before it is mounted: what is in a journal would be written.
+        with step(f"Searching {artifact.path.name}"):
+            size = copy.stat().st_blocks * 512
+            hits = search.search(copy, needles(checks, secrets))
+            logger.info("Searched %s of data.", format_size(size))
+        with mounts.mounted(build, Disk(copy, disk.virt_type)) as tree, step(f"Auditing {artifact.path.name}"):
+            findings = audit_files(tree, asked, checks)
+            findings += [
+                Finding(check.name, what) for check in checks if check.name == "copies" for what in tree.copies
+            ]
+            known: list[bytes] = []
+            if any(check.name == KEYS for check in checks):
+                more, known = audit_keys(tree, build.directory, findings)
+                findings += more
+        findings += describe_hits(copy, hits, known)
+    _tell(plan, artifact, checks, sorted(findings, key=lambda found: NAMES.index(found.check)))
+
+
+def _compare(artifact: Artifact, other: Artifact) -> None:
+    with step(f"Comparing {other.path.name}"):
+        try:
+            command.run(compare_argv(artifact, other))
+        except CommandError as error:
+            if error.status != 1:
+                raise
+            raise BuildError(f"{other.path.name} has not the contents of {artifact.path.name}.") from error
+
+
+def _tell(plan: Plan, artifact: Artifact, checks: Sequence[Check], findings: Sequence[Finding]) -> None:
+    """Tell what was found; BuildError if it is something."""
+    names = [check.name for check in checks]
+    events.tell(
+        events.Audited(artifact.path.name, tuple(names), tuple((found.check, found.what) for found in findings))
+    )
+    if not findings:
+        logger.info("The audit has found nothing: %s.", ", ".join(names))
+        return
+    for found in findings:
+        logger.error("Audit, %s: %s.", found.check, found.what)
+    told = "; ".join(found.what for found in findings[:_TOLD])
+    more = f"; and {len(findings) - _TOLD} more" if len(findings) > _TOLD else ""
+    failed = ", ".join(dict.fromkeys(found.check for found in findings))
+    raise BuildError(
+        f"{artifact.path.name} has what must not be cloned: {told}{more}.",
+        hint=f"Have it removed while the image is built, or leave the check out: audit-skip = {failed}",
+    )

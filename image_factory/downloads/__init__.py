@@ -1,0 +1,1 @@
+"""How files get here, and who vouches for them."""

@@ -1,0 +1,1 @@
+"""What is done to an installed disk before and after it is converted."""

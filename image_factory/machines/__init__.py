@@ -1,0 +1,1 @@
+"""What is known of machines: architectures, consoles, how many run at once."""

@@ -1,0 +1,45 @@
+"""What a guest prints to its serial console, cut into lines that can be matched and shown."""
+
+import codecs
+import re
+
+from ..base.log import printable
+
+# Where a terminal would go on in another place: ends of lines, and CSI sequences that move the
+# cursor up, down or to a position (ECMA-48).  Full-screen programs have no other ends of lines.
+_BREAK = re.compile(r"[\r\n\f\v]|\x1b\[[0-9;]*[ABEFHdf]")
+_UNFINISHED_ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]{0,30})?\Z")
+# What moves the cursor to the right is a blank.
+_RIGHT = re.compile(r"\x1b\[[0-9]*C")
+
+_LONGEST_LINE = 4096
+
+
+class Console:
+    """Cut what comes in pieces into lines; no line is longer than 4096 characters."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+
+    def feed(self, data: bytes) -> list[str]:
+        """Return the lines that end in *data*, without control characters and empty ones."""
+        *parts, self._rest = _BREAK.split(self._rest + self._decoder.decode(data))
+        while len(self._rest) > _LONGEST_LINE:
+            parts.append(self._rest[:_LONGEST_LINE])
+            self._rest = self._rest[_LONGEST_LINE:]
+        lines = (_clean(part[start : start + _LONGEST_LINE]) for part in parts for start in _starts(part))
+        return [line for line in lines if line]
+
+    @property
+    def line(self) -> str:
+        """The line that has not ended yet, where a prompt would be, or a percentage that grows."""
+        return _clean(_UNFINISHED_ESCAPE.sub("", self._rest))
+
+
+def _starts(part: str) -> range:
+    return range(0, len(part), _LONGEST_LINE)
+
+
+def _clean(text: str) -> str:
+    return printable(_RIGHT.sub(" ", text)).strip()

@@ -1,0 +1,259 @@
+"""Make a disk with the distribution's own installer, run by virt-install."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from ...base import command, events
+from ...base.errors import BuildError, ConfigurationError
+from ...base.log import masked, step
+from ...configuration.settings import ImageSettings, Source
+from ...downloads import fetch, verify
+from ...machines import arch, turns
+from ...model import Build, Disk, Plan
+from . import answercheck, answers, delivery, guest
+from .watch import InstalledError
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that the installation needs."""
+    names = ["qemu-img", "virsh", "virt-install", arch.ARCHITECTURES[plan.settings.arch].qemu]
+    settings = plan.settings
+    names += delivery.programs(settings)
+    if any(source.by_rsync for source in _sources(settings).values()):
+        names.append("rsync")
+    if settings.installer_image and not is_tree(settings.installer_image):
+        names.append("xorriso")
+    return names + verify.programs(settings, _sources(settings).values())
+
+
+def _sources(settings: ImageSettings) -> dict[str, Source]:
+    """Return what the installer is made from, by key: installer_image, else linux and initrd."""
+    keys = ("installer_image",) if settings.installer_image else ("linux", "initrd")
+    return {key: getattr(settings, key) for key in keys}
+
+
+def downloads(plan: Plan) -> bool:
+    """Whether a build of *plan* brings files into the cache."""
+    settings = plan.settings
+    if settings.offline or (settings.installer_image and is_tree(settings.installer_image)):
+        return False
+    return any(source.path is None for source in _sources(settings).values())
+
+
+def remote(plan: Plan) -> list[tuple[str, str, bool]]:
+    """Return the settings and URIs of what the installer is fetched from, each with whether that is a file."""
+    return [
+        (key.replace("_", "-"), uri, not (key == "installer_image" and is_tree(source)))
+        for key, source in _sources(plan.settings).items()
+        if source.path is None and not plan.settings.offline
+        for uri in source.uris
+    ]
+
+
+def is_tree(source: Source) -> bool:
+    """Whether *source* is an installation tree, which virt-install reads itself, and no ISO file."""
+    if source.path is not None:
+        return source.path.is_dir()
+    return not source.name.lower().endswith(".iso")
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if a file that the installer needs can't be read, or is to be cached and isn't."""
+    for key, source in _sources(plan.settings).items():
+        if key == "installer_image" and is_tree(source):
+            _check_tree(plan, source)
+        if source.path is not None:
+            _check_readable(f"[{plan.image}] {key}", source.path, directory=key == "installer_image")
+        elif key != "installer_image" and not source.name:
+            raise ConfigurationError(f"[{plan.image}] {key}: {source.uri} names no file.")
+        elif key == "installer_image" and source.by_rsync and is_tree(source):
+            raise ConfigurationError(
+                f"[{plan.image}] {key}: virt-install reads no tree by rsync.", hint="Give its http or https URL."
+            )
+    if plan.settings.keyring and plan.settings.verify != "none":
+        _check_readable(f"[{plan.image}] keyring", plan.settings.keyring)
+    if plan.settings.answer_file:
+        _check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
+    delivery.check(plan)
+    for file in plan.settings.answer_files:
+        _check_readable(f"[{plan.image}] answer-files", file.path)
+    answercheck.check(plan)
+    verify.Verifier(plan).check_cache(_sources(plan.settings))
+
+
+def _check_tree(plan: Plan, tree: Source) -> None:
+    """Raise ConfigurationError if *tree*, which virt-install reads itself, has to be what it can't be."""
+    where = f"[{plan.image}] installer_image"
+    if tree.mirrors:
+        raise ConfigurationError(f"{where}: an installation tree has one URI, as virt-install reads it itself.")
+    if plan.settings.installer_image_sha256:
+        raise ConfigurationError(f"{where}: an installation tree has no SHA-256.", hint="Name an ISO file.")
+    if tree.path is None and (plan.settings.verify == "required" or plan.settings.offline):
+        raise ConfigurationError(
+            f"{where}: virt-install fetches an installation tree itself, and verifies nothing.",
+            hint="Name the kernel and initrd of the tree with 'linux' and 'initrd'.",
+        )
+
+
+def _check_readable(where: str, path: Path, *, directory: bool = False) -> None:
+    if directory and path.is_dir():
+        return
+    try:
+        if not path.is_file():
+            reason = "is not a file" if path.exists() else "is not there"
+            raise ConfigurationError(f"{where}: {path} {reason}.")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{where}: {path} can't be read: {error.strerror}.") from error
+
+
+def create_argv(build: Build) -> list[str]:
+    """Return the command that makes the empty disk."""
+    return ["qemu-img", "create", "-q", "-f", "raw", str(build.disk_path), str(build.plan.settings.image_size)]
+
+
+def _netboot(build: Build) -> Path:
+    return build.directory / "netboot"
+
+
+def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps with the commands they will run."""
+    plan = build.plan
+    settings = plan.settings
+    fetches = []
+    for key, source in _sources(settings).items():
+        if source.path is not None or (key == "installer_image" and is_tree(source)):
+            continue
+        target = plan.cache_dir / source.name
+        # What httplib2 does is no command: a comment among them.
+        for uri in () if settings.offline else source.uris:
+            by_rsync = uri.lower().startswith("rsync:")
+            fetches.append(fetch.rsync_argv(uri, target) if by_rsync else ["#", "GET", uri, "->", str(target)])
+    if settings.answer_file:
+        copy = delivery.copy_path(build)
+        verb = "render" if answers.is_template(settings.answer_file) else "copy"
+        fetches.append(["#", verb, str(settings.answer_file), "->", str(copy)])
+        fetches += [["#", "copy", str(file.path), "->", str(copy.parent / file.name)] for file in settings.answer_files]
+    if settings.installer_image is None:
+        location = _location(build)
+    elif is_tree(settings.installer_image):
+        location = ("--location", str(settings.installer_image.path or settings.installer_image.uri))
+    else:
+        location = _location_of_iso(build, _own_iso(build))
+    virt_type = settings.virt_type
+    if virt_type == "auto":
+        virt_type = "VIRT-TYPE" if arch.is_host(settings.arch) else "qemu"
+    return [
+        ("Creating the disk", [create_argv(build)]),
+        ("Caching the installer", fetches),
+        *([("Probing KVM", [guest.probe_argv(Path("KERNEL"), settings.arch)])] if virt_type == "VIRT-TYPE" else []),
+        *delivery.seed_commands(build),
+        ("Installing", [guest.virt_install_argv(build, location, virt_type)]),
+    ]
+
+
+def produce(build: Build) -> Disk:
+    """Install onto a new disk; BuildError if that fails, InstalledError if the disk is of use all the same."""
+    with step("Creating the disk"):
+        # Others get through the working directory of root's builds.
+        command.run(create_argv(build), umask=0o077)
+    with step("Caching the installer"):
+        media, kernel = prepare_installer(build)
+        _copy_answer_file(build)
+    settings = build.plan.settings
+    # Not before: who waits holds up no one, and has done what needs no machine.
+    with turns.taken(settings.max_parallel, settings.ram, settings.cores):
+        virt_type = guest.choose_virt_type(build.plan, kernel)
+        events.tell(events.VirtTypeChosen(virt_type))
+        disk = Disk(build.disk_path, virt_type)
+        try:
+            guest.install(build, media, virt_type)
+        except InstalledError as error:
+            error.disk = disk
+            raise
+    return disk
+
+
+def _location(build: Build) -> tuple[str, str]:
+    # The names in one directory of its own are free of what virt-install's option syntax knows.
+    return "--location", guest.option(str(_netboot(build)), "kernel=linux", "initrd=initrd")
+
+
+def _own_iso(build: Build) -> Path:
+    # In a directory without a storage pool virt-install would make one that stays.
+    return build.directory / "installer.iso"
+
+
+def _location_of_iso(build: Build, iso: Path) -> tuple[str, str]:
+    names = zip(("kernel", "initrd"), delivery.boot_files(build.plan.settings), strict=False)
+    return "--location", guest.option(str(iso), *(f"{key}={name}" for key, name in names))
+
+
+def prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
+    """Return what virt-install boots, and the installer's kernel where it is known."""
+    settings = build.plan.settings
+    sources = _sources(settings)
+    if settings.installer_image and is_tree(settings.installer_image):
+        path = settings.installer_image.path
+        events.tell(events.InputUsed("installer-image", masked(settings.installer_image.uri), None))
+        arguments = "--location", str(path.absolute() if path else settings.installer_image.uri)
+        return guest.Media(arguments, arguments), _kernel_of_tree(build, path)
+    verifier = verify.Verifier(build.plan)
+    _netboot(build).mkdir(mode=0o755)
+    with verifier.locked(sources.values()):
+        if settings.installer_image is None:
+            linux, initrd = (_fetch(name, sources[name], verifier, _netboot(build) / name) for name in sources)
+            if sources["linux"].path is None:
+                verifier.check_modules(linux.uri, linux.path)
+            kept = "--install", guest.option(f"kernel={linux.path}", f"initrd={initrd.path}")
+            return guest.Media(_location(build), kept), _netboot(build) / "linux"
+        own = _own_iso(build)
+        iso = _fetch("installer-image", settings.installer_image, verifier, own)
+    return guest.Media(_location_of_iso(build, own), _location_of_iso(build, iso.path)), _kernel_of_iso(build, own)
+
+
+def _fetch(key: str, source: Source, verifier: verify.Verifier, own: Path) -> fetch.Fetched:
+    """Fetch *source*, and make *own* a name of it that no other build touches."""
+    found = verifier.fetch(key, source)
+    found = dataclasses.replace(found, path=found.path.absolute())
+    events.tell(events.InputUsed(key, masked(found.uri), found.path, found.verified_by))
+    if source.path is None:
+        fetch.take(found.path, own)
+    else:
+        own.symlink_to(found.path)
+    return found
+
+
+def _copy_answer_file(build: Build) -> None:
+    key, source = build.plan.settings.answer_file_key, build.plan.settings.answer_file
+    if key and source:
+        events.tell(events.InputUsed(key, str(source), delivery.write_copy(build)))
+    for path, copy in delivery.write_further(build):
+        events.tell(events.InputUsed("answer-files", str(path), copy))
+
+
+def _kernels(build: Build) -> tuple[str, ...]:
+    return arch.ARCHITECTURES[build.plan.settings.arch].installer_kernels
+
+
+def _kernel_of_tree(build: Build, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    return next((path / kernel for kernel in _kernels(build) if (path / kernel).is_file()), None)
+
+
+def _kernel_of_iso(build: Build, iso: Path) -> Path | None:
+    """Copy the kernel of *iso* out of it, for the probe of KVM; None if it isn't found."""
+    if build.plan.settings.virt_type != "auto":
+        return None
+    target = build.directory / "probe-kernel"
+    for kernel in _kernels(build):
+        try:
+            command.run(["xorriso", "-osirrox", "on", "-indev", str(iso), "-extract", f"/{kernel}", str(target)])
+        except BuildError:
+            continue
+        os.chmod(target, 0o600)
+        return target
+    return None

@@ -1,0 +1,1 @@
+"""An installed system's files, and how they are reached."""

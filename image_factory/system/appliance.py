@@ -1,0 +1,655 @@
+"""Mount the filesystems of a disk in libguestfs' appliance: a small virtual machine, which needs no root.
+
+guestfish(1) runs it, and reads commands from image-factory.  The guest's filesystem never meets the
+kernel of this machine.
+"""
+
+import fnmatch
+import os
+import re
+import stat
+import tarfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..base import command
+from ..base.command import Conversation
+from ..base.errors import BuildError, CommandError, ConfigurationError
+from ..base.log import logger, step
+from ..model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
+from . import assembly, layout
+from .tree import Branch, Tree
+
+STEP = "Mounting the filesystems"
+
+BOOT = Path("/boot")
+MODULES = Path("/lib/modules")
+KERNEL_PACKAGE = "linux-image-cloud-amd64"
+
+_ARGV = ["guestfish"]
+
+# guestfish shuts the appliance down when its input ends, but it doesn't look at that while it boots.
+_STOP_SECONDS = 30.0
+
+# Under emulation the appliance boots slowly, but nothing is waited for for ever.
+_ANSWER_SECONDS = 1800.0
+
+_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
+
+# As in image-factory-sudo-helper: what is shown of a file at most, and of all.  A heading counts, too.
+_DEEPEST = 8
+_SHOWN_OF_FILE = 1 << 20
+_SHOWN = 16 << 20
+_HEADING = 1 << 10
+# A file that is read as a whole has at most so many bytes.
+_WHOLE = 1 << 20
+# So long is a list of names at most, and what is loaded of a file at once.
+_LARGEST_ANSWER = 65 << 20
+_LOST_AND_FOUND = "lost+found"
+_LABEL = "security.selinux"
+
+# As in the helper; an archive has some more.
+_KEYS_SHOWN = 48 << 20
+_KEY_MARK = "PRIVATE KEY"
+_KEY_STORES = ("bks", "der", "jceks", "jks", "key", "keystore", "p12", "p8", "pfx", "pk8")
+
+# So many entries of a top directory are measured.
+_USAGES = 256
+
+# A hostile filesystem has directories that are linked into each other, and any number of paths of a few names.
+_WALK_SECONDS = 600
+_ENTRIES = 1 << 20
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that it needs."""
+    return _ARGV
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError unless libguestfs finds a kernel for its appliance."""
+    kernels = [path for path in BOOT.glob("vmlinuz-*") if (MODULES / _version(path) / "modules.dep").is_file()]
+    if not kernels:
+        raise ConfigurationError(
+            f"mount-via = guestfs needs a kernel in {BOOT} with its modules in {MODULES}.",
+            hint=f"Install one: apt-get install {KERNEL_PACKAGE}",
+        )
+    # libguestfs takes the newest.
+    kernel = max(kernels, key=_sort_key)
+    if not os.access(kernel, os.R_OK):
+        raise ConfigurationError(
+            f"mount-via = guestfs needs to read the kernel {kernel}.", hint=f"Allow it: sudo chmod a+r {kernel}"
+        )
+
+
+def _version(kernel: Path) -> str:
+    return kernel.name.partition("-")[2]
+
+
+def _sort_key(kernel: Path) -> list[tuple[int, str]]:
+    return [(int(digits or 0), other) for digits, other in re.findall(r"([0-9]+)|([^0-9]+)", _version(kernel))]
+
+
+def describe(
+    build: Build, shown: Sequence[str], removed: Sequence[str], sealed: Mapping[str, Sequence[str]]
+) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps on the tree with their commands; nothing is *shown* or *sealed* if that is empty."""
+    # The commands for guestfish itself are no commands for a shell.
+    place = "/partition-N"
+    mounting = (f"mkmountpoint {place}", _mount_line("DEVICE", place))
+    return [
+        (STEP, [_ARGV, *_comments(_add_line(Disk(build.disk_path)), "run", *mounting)]),
+        *(
+            [("Showing installer logs", _comments(*(f"download {place}/{pattern}" for pattern in shown)))]
+            if shown
+            else []
+        ),
+        ("Removing installer logs", _comments(*(f"rm-rf {place}/{pattern}" for pattern in removed))),
+        *([("Sealing", _comments(*_sealing_lines(place, sealed)))] if sealed else []),
+        ("Freeing unused blocks", [_punch_argv(build), *_comments("sync", f"-fstrim {place}")]),
+        ("Unmounting", _comments("umount-all", "shutdown")),
+    ]
+
+
+def _sealing_lines(place: str, sealed: Mapping[str, Sequence[str]]) -> list[str]:
+    verbs = {"list": "ls0", "read": "download", "remove": "rm-rf", "truncate": "truncate"}
+    lines = [f"{verb} {place}/{pattern}" for name, verb in verbs.items() for pattern in sealed.get(name, ())]
+    return [*lines, f"upload LOCAL {place}/FILE", f"rename {place}/FILE {place}/NAME"]
+
+
+def _comments(*lines: str) -> list[list[str]]:
+    return [["#", line] for line in lines]
+
+
+def _add_line(disk: Disk) -> str:
+    # ``unsafe``: like the installation, the build starts anew if the machine crashes.
+    return f"add {quoted(str(disk.path))} format:raw discard:besteffort cachemode:unsafe"
+
+
+def _mount_line(device: str, place: str, *options: str) -> str:
+    return f"mount-options {','.join(('noatime', *options))} {quoted(device)} {place}"
+
+
+def _mount_volume_line(volume: Volume, place: str) -> str:
+    # Of btrfs all subvolumes.
+    return _mount_line(_device(volume), place, *(["subvolid=5"] if volume.filesystem == "btrfs" else []))
+
+
+def _punch_argv(build: Build) -> list[str]:
+    return ["fallocate", "--punch-hole", "--length", "4096", str(_scratch(build))]
+
+
+def _scratch(build: Build) -> Path:
+    return build.directory / "appliance-file"
+
+
+def quoted(text: str) -> str:
+    """Return *text* as one word for guestfish, whatever bytes it has."""
+    if re.fullmatch(r"[A-Za-z0-9/][A-Za-z0-9/._:+@,-]*", text):
+        return text
+    plain = re.compile(r"[A-Za-z0-9/._:+@,-]")
+    return '"' + "".join(
+        chr(byte) if plain.fullmatch(chr(byte)) else f"\\x{byte:02x}" for byte in os.fsencode(text)
+    ) + '"'  # fmt: skip
+
+
+def environment(build: Build, disk: Disk) -> dict[str, str]:
+    """Return the environment of guestfish: no libvirt, and no KVM where it can't be used."""
+    # Its files go away with the working directory, also when it is killed.
+    variables = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_TMPDIR": str(build.directory)}
+    if disk.virt_type == "qemu":
+        variables["LIBGUESTFS_BACKEND_SETTINGS"] = "force_tcg"
+    return {**os.environ, **variables}
+
+
+@dataclass(frozen=True)
+class ApplianceFilesystem:
+    """A ``Filesystem`` that is mounted at *place* in the appliance that *guestfish* runs."""
+
+    build: Build
+    guestfish: Conversation
+    place: str
+    volume: Volume
+    subvolumes: tuple[Subvolume, ...] = ()
+
+    def has(self, path: str) -> bool:
+        """Return whether *path* is there, without a link on the way."""
+        return bool(self._matching(path))
+
+    def show(self, patterns: Sequence[str]) -> str:
+        """Return the files that *patterns* match; of a long one the end."""
+        texts, left = [], _SHOWN
+        found = (path for pattern in patterns for path in self._matching(pattern))
+        deadline = time.monotonic() + _WALK_SECONDS
+        for path in (file for top in found for file in self._files(top, deadline)):
+            if left <= _HEADING:
+                texts.append("... The other files are not shown.\n")
+                break
+            text, count = self._shown(path, min(left - _HEADING, _SHOWN_OF_FILE))
+            texts.append(text)
+            left -= _HEADING + count
+        return "".join(texts)
+
+    def _files(self, path: str, deadline: float, depth: int = 0) -> Iterator[str]:
+        if time.monotonic() > deadline:
+            raise _endless(path)
+        if self._is("dir", path):
+            for name in self._names(path) if depth < _DEEPEST else []:
+                yield from self._files(f"{path}/{name}", deadline, depth + 1)
+        elif self._is("file", path):
+            yield path
+
+    def _shown(self, path: str, limit: int) -> tuple[str, int]:
+        """Return what shows the last *limit* bytes of the file *path*, and how many they are."""
+        size = self._size(path)
+        hidden = max(0, size - limit)
+        data = self._into_file("download-offset", path, str(hidden), str(size - hidden))
+        text = data.decode("utf-8", errors="replace")
+        heading = f"==> /{_shown_name(path)} <==\n" + (f"... {hidden} bytes are not shown.\n" if hidden else "")
+        return heading + text + ("" if text.endswith("\n") or not text else "\n"), len(data)
+
+    def entries(self, patterns: Sequence[str]) -> list[Entry]:
+        """Return what *patterns* match."""
+        return [Entry(path, self._kind(path)) for path in self._matching_any(patterns)]
+
+    def _kind(self, path: str) -> str:
+        return _KINDS.get(stat.S_IFMT(self._status(path)["st_mode"]), "other")
+
+    def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
+        """Return the files that *patterns* match."""
+        paths = self._matching_any(patterns)
+        return {path: self._into_file("download", path) for path in paths if self._is_file(path, _WHOLE)}
+
+    def write(self, path: str, data: bytes, mode: int) -> None:
+        """Have *data* in the file *path*."""
+        directory = self._made(path.rpartition("/")[0])
+        is_new = not self.has(path)
+        if not is_new and not self._is("file", path):
+            raise BuildError(f"/{_shown_name(path)} of the guest is no regular file.")
+        self._make_changeable(directory, *([] if is_new else [path]))
+        file = _scratch(self.build)
+        file.write_bytes(data)
+        # It keeps the file that is there.
+        self.guestfish.do(f"upload {quoted(str(file))} {self._word(path)}")
+        if is_new:
+            self.guestfish.do(f"chmod {mode:04o} {self._word(path)}")
+            self._copy_label(directory, path)
+
+    def _made(self, path: str) -> str:
+        """Return *path*, a directory, whose missing parts are made."""
+        parent, _, name = path.rpartition("/")
+        if path and name not in self._names(self._made(parent)):
+            self._make_changeable(parent)
+            self.guestfish.do(f"mkdir-mode {self._word(path)} 0755")
+            self._copy_label(parent, path)
+        elif path and not self._is("dir", path):
+            raise BuildError(f"/{_shown_name(path)} of the guest is no directory.")
+        return path
+
+    def _copy_label(self, directory: str, new: str) -> None:
+        """Give what is *new* in *directory* the label that SELinux, where it is on, would give it."""
+        # lgetxattr prints a value without the end of a line, so the answer would have none.
+        text = "\n".join(self.guestfish.ask(f"-lgetxattrs {self._word(directory)}"))
+        found = re.search(rf"attrname: {re.escape(_LABEL)}\n *attrval: ([!-~]+)", text)
+        label = found[1].removesuffix("\\x00") if found else ""
+        if label:
+            self.guestfish.do(f"lsetxattr {_LABEL} {quoted(label)} {len(label)} {self._word(new)}")
+
+    def rename(self, path: str, name: str) -> None:
+        """Give *path* another *name*."""
+        directory = path.rpartition("/")[0]
+        new = os.path.join(directory, name)
+        if not self.has(path) or self.has(new):
+            raise BuildError(f"/{_shown_name(path)} of the guest can't be named {name}.")
+        self._make_changeable(directory, path)
+        self.guestfish.do(f"rename {self._word(path)} {self._word(new)}")
+
+    def remove(self, patterns: Sequence[str]) -> list[Change]:
+        """Remove what *patterns* match; the size of a directory is what it takes on the disk."""
+        removed = []
+        for path in self._matching_any(patterns):
+            gone = self._measured(path)
+            if self.guestfish.do(f"-rm-rf {self._word(path)}"):
+                self._make_changeable(path.rpartition("/")[0], path)
+                if self._is("dir", path):
+                    self._walk(path, "chattr -R -f -i -a .")
+                self.guestfish.do(f"rm-rf {self._word(path)}")
+            removed.append(gone)
+        return removed
+
+    def _measured(self, path: str) -> Change:
+        if self._is("dir", path):
+            count = self._number(path, f"find . -printf . | head -c {_ENTRIES + 1} | wc -c")
+            if count > _ENTRIES:
+                raise BuildError(f"/{_shown_name(path)} of the guest has more than {_ENTRIES} entries.")
+            return Change(_shown_name(path), count, self._taken(path))
+        return Change(_shown_name(path), 1, self._size(path) if self._is("file", path) else 0)
+
+    def _taken(self, path: str) -> int:
+        """Return the bytes that the directory *path*, with all below it, takes on the disk."""
+        # For names that it reads, du counts a directory with several names once, and doesn't go there again.
+        return self._number(path, 'printf ".\\0" | du -s -k --files0-from=-') << 10
+
+    def _number(self, directory: str, script: str) -> int:
+        """Return the number that the shell's *script* prints first; see _walk."""
+        lines = self._walk(directory, script)
+        if not lines:
+            raise BuildError(f"/{_shown_name(directory)} of the guest can't be looked into.")
+        return int(lines[0].split()[0])
+
+    def _walk(self, directory: str, script: str) -> list[str]:
+        """Return what the shell's *script* prints in *directory*; BuildError if it comes to no end."""
+        # libguestfs' calls for it know no limit.
+        inner = f"cd {_shell_word(f'/sysroot{self.place}/{directory}')} && {script}"
+        outer = f"timeout {_WALK_SECONDS} sh -c {_shell_word(inner)} 2>&-; echo $?"
+        *lines, status = self.guestfish.ask(f"debug sh {quoted(outer)}")
+        # See timeout(1).
+        if status == "124":
+            raise _endless(directory)
+        return lines
+
+    def truncate(self, patterns: Sequence[str]) -> list[Change]:
+        """Empty the files that *patterns* match."""
+        emptied = []
+        deadline = time.monotonic() + _WALK_SECONDS
+        for top in self._matching_any(patterns):
+            sizes = {path: self._size(path) for path in self._files(top, deadline)}
+            files = [path for path, size in sizes.items() if size]
+            self._make_changeable(*files)
+            for path in files:
+                self.guestfish.do(f"truncate {self._word(path)}")
+            if files:
+                emptied.append(Change(_shown_name(top), len(files), sum(sizes.values())))
+        return emptied
+
+    def _make_changeable(self, *paths: str) -> None:
+        """Take the attributes from *paths* that keep root from changing them, where there are some."""
+        for path in paths:
+            # Neither a link nor FAT has any, and it says so.
+            self.guestfish.ask(f"-set-e2attrs {self._word(path)} ia clear:true")
+
+    def _size(self, path: str) -> int:
+        return int(self.guestfish.ask(f"filesize {self._word(path)}")[-1])
+
+    def load(self, path: str, most: int, offset: int = 0) -> bytes | None:
+        """Return at most *most* bytes at *offset* of the file *path*."""
+        # One question for all links on the way, where _matching has one for each directory.
+        if self.guestfish.ask(f"-realpath {self._word(path)}")[-1:] != [f"{self.place}/{path}"]:
+            return None
+        status = self._status(path)
+        if not stat.S_ISREG(status["st_mode"]):
+            return None
+        size = min(most, status["st_size"] - offset)
+        return self._into_file("download-offset", path, str(offset), str(size)) if size > 0 else b""
+
+    def _is_file(self, path: str, largest: int) -> bool:
+        """Return whether *path* is a file of at most *largest* bytes."""
+        status = self._status(path)
+        return stat.S_ISREG(status["st_mode"]) and status["st_size"] <= largest
+
+    def _status(self, path: str) -> dict[str, int]:
+        return self._fields(f"lstatns {self._word(path)}")
+
+    def usage(self, top: str) -> dict[str, int]:
+        """Return what the entries of the directory *top* take."""
+        found = {".": 0}
+        for name in self._names(top)[:_USAGES]:
+            path = os.path.join(top, name)
+            if self._is("dir", path):
+                found[_shown_name(name)] = self._taken(path)
+            else:
+                found["."] += int(self.guestfish.ask(f"du {self._word(path)}")[-1]) << 10
+        return found
+
+    def delete_subvolumes(self, paths: Sequence[str]) -> None:
+        """Remove the subvolumes at *paths*."""
+        for path in paths:
+            self.guestfish.do(f"btrfs-subvolume-delete {self._word(path)}")
+        # Their blocks are given back some time later, and no command of libguestfs waits for that.
+        self.guestfish.do(f'debug sh "btrfs subvolume sync /sysroot{self.place}"')
+
+    def set_read_only(self, path: str, value: bool) -> None:
+        """Make the subvolume at *path* read-only, or writable."""
+        # libguestfs has no call for it.  One that was received is changed, too.
+        place = _shell_word(os.path.join(f"/sysroot{self.place}", path))
+        line = f"btrfs property set -f -t subvol {place} ro {'true' if value else 'false'}"
+        self.guestfish.do(f"debug sh {quoted(line)}")
+
+    def key_files(self, top: str) -> dict[str, bytes]:
+        """Return the files in the directory *top* that may have a private key, as the helper does."""
+        # libguestfs has no call that searches a tree.  In an archive the files come at once, whatever their names are.
+        archive = f"{self.place}.keys"
+        stores = "[.](" + "|".join(_KEY_STORES) + r")\$"
+        script = (
+            'find . -type f -size -1025k ! -name "*.py[co]" -print0 >/tmp/all && '
+            f'{{ xargs -0 -r grep -lZaF -e "{_KEY_MARK}" </tmp/all; grep -ziE "{stores}" /tmp/all; }} | '
+            "sort -zu >/tmp/some && tar -cf - --null --no-recursion --hard-dereference -T /tmp/some | "
+            f"head -c {_KEYS_SHOWN + 1} >/sysroot{archive} && echo done"
+        )
+        if self._walk(top, script) != ["done"]:
+            raise BuildError(f"/{_shown_name(top)} of the guest can't be searched for private keys.")
+        file = _scratch(self.build)
+        self.guestfish.do(f"download {archive} {quoted(str(file))}")
+        self.guestfish.do(f"rm {archive}")
+        if file.stat().st_size > _KEYS_SHOWN:
+            raise BuildError(f"The files that may have private keys are more than {_KEYS_SHOWN >> 20} MiB.")
+        with tarfile.open(file, "r:") as members:
+            return {
+                os.path.join(top, member.name.removeprefix("./")): content.read()
+                for member in members
+                if member.isreg() and (content := members.extractfile(member))
+            }
+
+    def trim(self) -> int | None:
+        """Free the unused blocks."""
+        # QEMU doesn't say it when the filesystem that the disk is on can't free blocks.
+        _scratch(self.build).write_bytes(bytes(4096))
+        try:
+            command.run(_punch_argv(self.build))
+        except CommandError:
+            return None
+        if self.volume.filesystem == "btrfs":
+            # See loop: it frees no metadata that was in use when it was mounted.
+            self.guestfish.do(f"umount {self.place}")
+            self.guestfish.do(_mount_volume_line(self.volume, self.place))
+        self.guestfish.do("sync")
+        if any("error:" in line for line in self.guestfish.do(f"-fstrim {self.place}")):
+            return None
+        return self._statvfs("bfree") * self._statvfs("frsize")
+
+    def block_size(self) -> int:
+        """Return the size of a block."""
+        return self._statvfs("bsize")
+
+    def discard_size(self) -> int:
+        """Return what a logical volume frees at once: one in a thin pool whole chunks, 64 KiB at least."""
+        if self.volume.partition is not None:
+            return 0
+        name = f"$(basename $(readlink -f {self.volume.name}))"
+        # libguestfs has no call that tells it.
+        lines = self.guestfish.ask(f"-debug sh {quoted(f'cat /sys/class/block/{name}/queue/discard_granularity')}")
+        return next((int(line) for line in lines if line.isdigit()), 0)
+
+    def _statvfs(self, field: str) -> int:
+        return self._fields(f"statvfs {self.place}")[field]
+
+    def _fields(self, question: str) -> dict[str, int]:
+        lines = [line.split(": ", 1) for line in self.guestfish.ask(question)]
+        return {words[0]: int(words[1]) for words in lines if len(words) == 2}
+
+    def _word(self, path: str) -> str:
+        return quoted(f"{self.place}/{path}")
+
+    def _matching(self, pattern: str) -> list[str]:
+        """Return the paths that *pattern* matches; none where the way there leads through a link."""
+        return self._matching_any([pattern])
+
+    def _matching_any(self, patterns: Sequence[str]) -> list[str]:
+        """Return the paths that *patterns* match, each once; a directory is read once for all."""
+        known: dict[str, list[str]] = {}
+
+        def names(directory: str) -> list[str]:
+            if directory not in known:
+                parent, _, name = directory.rpartition("/")
+                there = not directory or (name in names(parent) and self._is("dir", directory))
+                known[directory] = self._names(directory) if there else []
+            return known[directory]
+
+        found = []
+        for pattern in patterns:
+            parent, _, name_pattern = pattern.rpartition("/")
+            for name in names(parent):
+                if fnmatch.fnmatchcase(name, name_pattern) and name != _LOST_AND_FOUND:
+                    found.append(os.path.join(parent, name))
+        return list(dict.fromkeys(found))
+
+    def _is(self, kind: str, path: str) -> bool:
+        return self.guestfish.ask(f"is-{kind} {self._word(path)}")[-1:] == ["true"]
+
+    def _names(self, directory: str) -> list[str]:
+        return sorted(os.fsdecode(name) for name in self._into_file("ls0", directory).split(b"\0") if name)
+
+    def _into_file(self, verb: str, path: str, *more: str) -> bytes:
+        file = _scratch(self.build)
+        self.guestfish.ask(" ".join([verb, self._word(path), quoted(str(file)), *more]))
+        if file.stat().st_size > _LARGEST_ANSWER:
+            raise BuildError(f"/{_shown_name(path)} of the guest has more than {_LARGEST_ANSWER >> 20} MiB of names.")
+        return file.read_bytes()
+
+
+def _shell_word(text: str) -> str:
+    """Return *text* as one word for a shell, without single quotes, which guestfish takes for its own."""
+    return '"' + re.sub(r'(["$`\\])', r"\\\1", text) + '"'
+
+
+def _endless(path: str) -> BuildError:
+    return BuildError(f"/{_shown_name(path)} of the guest has too much below it to be looked at in {_WALK_SECONDS} s.")
+
+
+def _shown_name(path: str) -> str:
+    """Return *path* as the helper prints it: without what a terminal would obey, or would be another line."""
+    return "".join(character if character.isprintable() else "?" for character in path)
+
+
+@dataclass(frozen=True)
+class ApplianceLogicalVolumes:
+    """The ``LogicalVolumes`` of a disk."""
+
+    guestfish: Conversation
+    places: dict[str, str]
+
+    def zero_unused_blocks(self, volume: Volume) -> None:
+        """Unmount the ext filesystem on *volume*, and zero its unused blocks."""
+        self.guestfish.do(f"umount {self.places[volume.name]}")
+        if self.guestfish.do(f"-zerofree {quoted(volume.name)}"):
+            logger.warning("The unused blocks of %s are not zeroed.", volume.name)
+
+    def fill_unused_blocks(self, volume: Volume) -> bool:
+        """Fill the filesystem with zeros, and free its blocks again; not where a thin pool could run full."""
+        if self._room() < 0:
+            return False
+        place = self.places[volume.name]
+        self.guestfish.do(f"zero-free-space {place}")
+        self.guestfish.do("sync")
+        self.guestfish.do(f"-fstrim {place}")
+        return True
+
+    def _room(self) -> int:
+        """Return how much larger the thin pools are than the volumes in them: less than 0 if they can run full."""
+        text = "\n".join(self.guestfish.ask("lvs-full"))
+        volumes = re.findall(r"lv_attr: (.).*\n(?:.*\n)*? *lv_size: ([0-9]+)", text)
+        return sum(int(size) * {"t": 1, "V": -1}.get(kind, 0) for kind, size in volumes)
+
+    def zero_swap(self, volume: Volume) -> None:
+        """Zero the swap space on *volume*, and make it anew with its UUID and its label."""
+        names = [f"{key}:{quoted(value)}" for key, value in (("label", volume.label), ("uuid", volume.uuid)) if value]
+        # Where it makes no hole, the next one writes zeros.
+        self.guestfish.do(f"-blkdiscard {quoted(volume.name)}")
+        self.guestfish.do(f"zero-device {quoted(volume.name)}")
+        self.guestfish.do(" ".join(["mkswap", quoted(volume.name), *names]))
+
+
+@contextmanager
+def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tree]:
+    """Give the system on *volumes* of *disk*, mounted in the appliance; NoSystemError if there is none."""
+    environ = environment(build, disk)
+    with ExitStack() as stack:
+        with step(STEP):
+            guestfish = stack.enter_context(
+                command.conversation(_ARGV, env=environ, timeout=_ANSWER_SECONDS, stop_seconds=_STOP_SECONDS)
+            )
+            guestfish.do(_add_line(disk))
+            guestfish.do("run")
+            found = _mount_all(build, guestfish, [*volumes, *_logical_volumes(guestfish, volumes)])
+        with assembly.writable(found, disk.path.parent):
+            yield found
+        with step("Unmounting"):
+            guestfish.do("umount-all")
+            guestfish.do("shutdown")
+
+
+def shell(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
+    """Open guestfish, which has a shell's commands, on the system on *disk*."""
+    with mounted(build, disk, volumes) as found:
+        # What is bound to another place is in the first one, too.
+        root, *others = [_mount_words(branch) for branch in reversed(found.branches) if not branch.is_bound]
+    for device, point, *options in others:
+        # Not at once: where the mount point is a link of the guest's, it would be mounted somewhere else.
+        logger.info("For %s: mount-options %s %s %s", point, ",".join(options) or '""', device, point)
+    argv = [*_ARGV, "--format=raw", "--add", str(disk.path), "--mount", ":".join(root)]
+    command.interact(argv, env=environment(build, disk))
+
+
+def _mount_words(branch: Branch) -> tuple[str, ...]:
+    """Return the device, the mount point and the options of *branch*."""
+    words = _device(branch.filesystem.volume), f"/{branch.point}"
+    return (*words, f"subvol=/{branch.top}") if branch.filesystem.volume.filesystem == "btrfs" else words
+
+
+def _device(volume: Volume) -> str:
+    """Return the path of *volume* in the appliance, where the disk is the first one."""
+    return volume.name if volume.partition is None else f"/dev/sda{volume.partition.number}"
+
+
+def _logical_volumes(guestfish: Conversation, volumes: Sequence[Volume]) -> list[Volume]:
+    """Return the logical volumes that lie in *volumes*."""
+    if not any(volume.filesystem == layout.LVM for volume in volumes):
+        return []
+
+    def ask(verb: str, name: str) -> str:
+        # Nothing, or an error, for one that it knows nothing of.
+        lines = guestfish.ask(f"-{verb} {quoted(name)}")
+        return "" if any("error:" in line for line in lines) else "".join(lines[-1:])
+
+    origins = _origins(guestfish)
+    names = [*guestfish.do("lvs"), *(name for name in origins)]
+    found = [
+        Volume(
+            name,
+            int(ask("blockdev-getsize64", name) or 0),
+            ask("vfs-type", name) or None,
+            ask("vfs-uuid", name) or None,
+            ask("vfs-label", name) or None,
+            origin=origins.get(name),
+        )
+        for name in dict.fromkeys(names)
+        if re.fullmatch(r"/dev/[^/]+/[^/]+", name)
+    ]
+    # A snapshot has the UUID of what it is of, so that not both can be mounted.
+    return sorted(found, key=lambda volume: volume.origin is not None)
+
+
+def _origins(guestfish: Conversation) -> dict[str, str]:
+    """Return the logical volumes that are snapshots, with the names of what they are of."""
+    groups = {
+        uuid.replace("-", ""): group
+        for group in guestfish.do("vgs")
+        for uuid in guestfish.do(f"vglvuuids {quoted(group)}")
+    }
+    text = "\n".join(guestfish.do("lvs-full"))
+    found = re.findall(r"lv_name: (\S+)\n *lv_uuid: (\S+)\n(?: .*\n)*? *origin: (\S*)\n", text)
+    return {
+        f"/dev/{groups[uuid.replace('-', '')]}/{name}": origin
+        for name, uuid, origin in found
+        if origin and uuid.replace("-", "") in groups
+    }
+
+
+def _mount_all(build: Build, guestfish: Conversation, volumes: Sequence[Volume]) -> Tree:
+    """Mount what can be mounted of *volumes*, each at a place of its own."""
+    filesystems: list[ApplianceFilesystem] = []
+    failures: dict[str, BuildError] = {}
+    for volume in volumes:
+        if volume.filesystem not in layout.MOUNTED_FILESYSTEMS:
+            continue
+        place = f"/partition-{volume.partition.number}" if volume.partition else f"/volume-{volumes.index(volume)}"
+        guestfish.do(f"mkmountpoint {place}")
+        said = guestfish.do("-" + _mount_volume_line(volume, place))
+        if said:
+            logger.warning("%s (%s) can't be mounted: its unused blocks stay.", volume.name, volume.filesystem)
+            failures[volume.name] = BuildError(f"{volume.name} can't be mounted: {said[-1]}")
+            continue
+        subvolumes = _subvolumes(guestfish, place) if volume.filesystem == "btrfs" else ()
+        filesystems.append(ApplianceFilesystem(build, guestfish, place, volume, subvolumes))
+    logical = ApplianceLogicalVolumes(guestfish, {found.volume.name: found.place for found in filesystems})
+    return assembly.assemble(filesystems, volumes, failures, logical)
+
+
+def _subvolumes(guestfish: Conversation, place: str) -> tuple[Subvolume, ...]:
+    """Return the subvolumes of btrfs, the default one first and the top among them."""
+    text = "\n".join(guestfish.ask(f"-btrfs-subvolume-list {place}"))
+    paths = {5: ""} | {
+        int(number): path
+        for number, path in re.findall(r"btrfssubvolume_id: ([0-9]+)\n.*\n *btrfssubvolume_path: (.*)", text)
+    }
+    default = "".join(guestfish.ask(f"-btrfs-subvolume-get-default {place}")[-1:])
+    found = []
+    for number in sorted(paths, key=lambda number: (str(number) != default, number)):
+        shown = "\n".join(guestfish.ask(f"-btrfs-subvolume-show {quoted(os.path.join(place, paths[number]))}"))
+        uuids = dict(re.findall(r"^(UUID|Parent UUID): ([0-9a-f-]{8,})$", shown, re.MULTILINE))
+        read_only = bool(re.search(r"^Flags:.*\breadonly\b", shown, re.MULTILINE))
+        found.append(Subvolume(number, paths[number], uuids.get("UUID", ""), uuids.get("Parent UUID"), read_only))
+    return tuple(found)

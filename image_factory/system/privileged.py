@@ -1,0 +1,187 @@
+"""What needs root: one function per verb of image-factory-sudo-helper.
+
+Root runs the helper as it is, so that there is one implementation of what touches a guest's
+filesystem; an ordinary user runs it through sudo, which never asks for a password.
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+from ..base import command
+from ..base.errors import BuildError, CommandError, ConfigurationError
+from ..model import Change, Entry, Subvolume
+
+HELPER = "image-factory-sudo-helper"
+
+# What it prints when it fails: the reason, and the call, which the log has already.
+_REFUSAL = re.compile(rf"{HELPER}: (.*)\. The call was .*\.")
+
+# A trim or an umount may have much to write to a slow disk, but nothing is waited for for ever.
+_SECONDS = 1800.0
+
+
+def helper_path() -> str:
+    """Return the helper that belongs to this program: the one beside it, else the one on PATH.
+
+    One that an ordinary user can change is not taken, as no sudo rule should name it.
+    """
+    beside = Path(sys.argv[0]).resolve().parent / HELPER
+    if not beside.is_file():
+        return HELPER
+    if os.geteuid() == 0 or all(_is_roots(path) for path in (beside, beside.parent)):
+        return str(beside)
+    return HELPER
+
+
+def _is_roots(path: Path) -> bool:
+    status = path.stat()
+    return status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def helper_argv(*arguments: str) -> list[str]:
+    """Return the command that runs the helper with *arguments* as root."""
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    return [*sudo, helper_path(), *arguments]
+
+
+def _run(*arguments: str, stdin: bytes | None = None) -> str:
+    # A root shell that was started with sudo still has the SUDO_ variables of its user, whom the
+    # helper would take for its caller.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
+    argv = helper_argv(*arguments)
+    try:
+        return command.run(
+            argv, capture=True, env=environment, timeout=_SECONDS, new_session=False, stdin=stdin
+        )  # fmt: skip
+    except CommandError as error:
+        said = _REFUSAL.fullmatch(error.last_lines[-1]) if error.last_lines else None
+        if said is not None:
+            error.message = f"{HELPER} failed with status {error.status}: {said[1]}."
+            error.args = (error.message,)
+        raise
+
+
+def check() -> None:
+    """Raise ConfigurationError unless the helper can be run as root, and is of this version."""
+    if os.geteuid() == 0 and not shutil.which(helper_path(), path=command.search_path()):
+        raise ConfigurationError(f"{HELPER} is missing.", hint="Install image-factory again.")
+    try:
+        version = _run("version").strip()
+    except BuildError as error:
+        said = error.last_lines[-1] if isinstance(error, CommandError) and error.last_lines else error.message
+        user = os.environ.get("USER") or str(os.getuid())
+        path = helper_path() if os.path.isabs(helper_path()) else f"/usr/bin/{HELPER}"
+        raise ConfigurationError(
+            f"{HELPER} can't be run as root: {said}",
+            hint=f"Allow it with a line in /etc/sudoers.d: {user} ALL = NOPASSWD: {path}",
+        ) from error
+    if version != __version__:
+        raise ConfigurationError(
+            f"{HELPER} is of version {version}, image-factory of {__version__}.", hint="Install both from one release."
+        )
+
+
+def mount_image(image: Path, offset: int, size: int, directory: Path, *, top: bool = False) -> None:
+    """Attach *size* bytes at *offset* of *image* to a loop device and mount it at *directory*.
+
+    The loop device goes away by itself when the filesystem is unmounted.  Of btrfs its default
+    subvolume is mounted, or with *top* the one that all others are below.
+    """
+    _run("mount-image", str(image), str(offset), str(size), str(directory), *(["subvolid=5"] if top else []))
+
+
+def umount(directory: Path) -> None:
+    """Unmount what is mounted at *directory*."""
+    _run("umount", str(directory))
+
+
+def show(directory: Path, patterns: Sequence[str]) -> str:
+    """Return the regular files below the tree at *directory* that *patterns* match, with headings.
+
+    Only the last part of a pattern may have ``*``.  No link is followed.
+    """
+    return _run("show", str(directory), *patterns)
+
+
+def entries(directory: Path, patterns: Sequence[str]) -> list[Entry]:
+    """Return what *patterns* match below the tree at *directory*."""
+    return [Entry(*json.loads(line)) for line in _run("list", str(directory), *patterns).splitlines()]
+
+
+def read(directory: Path, patterns: Sequence[str]) -> dict[str, bytes]:
+    """Return the regular files below the tree at *directory* that *patterns* match, by their paths."""
+    lines = map(json.loads, _run("read", str(directory), *patterns).splitlines())
+    return {path: base64.b64decode(data) for path, data in lines}
+
+
+def write(directory: Path, path: str, data: bytes, mode: int) -> None:
+    """Write *data* to the file *path* below the tree at *directory*; a new one has *mode*."""
+    _run("write", str(directory), f"{mode:04o}", path, stdin=data)
+
+
+def rename(directory: Path, path: str, name: str) -> None:
+    """Name what is *path* below the tree at *directory* *name*, in the same directory."""
+    _run("rename", str(directory), path, name)
+
+
+def remove(directory: Path, patterns: Sequence[str]) -> list[Change]:
+    """Remove what *patterns* match below the tree at *directory*; return what is gone."""
+    return _changes(_run("remove", str(directory), *patterns))
+
+
+def truncate(directory: Path, patterns: Sequence[str]) -> list[Change]:
+    """Empty the files that *patterns* match below the tree at *directory*, and those below directories."""
+    return _changes(_run("truncate", str(directory), *patterns))
+
+
+def _changes(answer: str) -> list[Change]:
+    found = (line.split(" ", 2) for line in answer.splitlines())
+    return [Change(path, int(count), int(size)) for count, size, path in found]
+
+
+def usage(directory: Path, top: str) -> dict[str, int]:
+    """Return the bytes that each directory in *top*, below the tree at *directory*, takes; ``.`` has the other entries.
+
+    What is mounted elsewhere, a subvolume for example, is not in it.
+    """
+    lines = (line.split(" ", 1) for line in _run("usage", str(directory), *([top] if top else [])).splitlines())
+    return {name: int(size) for size, name in lines}
+
+
+def subvolumes(directory: Path) -> list[Subvolume]:
+    """Return the subvolumes of the btrfs at *directory*, the default one first and its top among them."""
+    lines = map(json.loads, _run("subvolumes", str(directory)).splitlines())
+    return [Subvolume(*fields) for fields in lines]
+
+
+def set_read_only(directory: Path, path: str, value: bool) -> None:
+    """Make the subvolume *path* below the tree at *directory* read-only, or writable."""
+    _run("set-read-only", str(directory), "true" if value else "false", *([path] if path else []))
+
+
+def delete_subvolumes(directory: Path, paths: Sequence[str]) -> None:
+    """Remove the subvolumes at *paths* below the tree at *directory*, and wait for their end."""
+    _run("delete-subvolume", str(directory), *paths)
+
+
+def keys(directory: Path, top: str) -> dict[str, bytes]:
+    """Return the regular files in *top*, below the tree at *directory*, that may have a private key, by their paths."""
+    lines = map(json.loads, _run("keys", str(directory), *([top] if top else [])).splitlines())
+    return {path: base64.b64decode(data) for path, data in lines}
+
+
+def trim(directory: Path) -> int | None:
+    """Free the unused blocks of the filesystem at *directory*.
+
+    Returns their bytes, None where the filesystem or its disk can't.
+    """
+    answer = _run("trim", str(directory)).strip()
+    return int(answer) if answer.isdigit() else None

@@ -1,0 +1,1 @@
+"""What a build tells: its record, the display, estimates, results of tests."""

@@ -57,7 +57,6 @@ def examples(number: int) -> Callable[[Any], Any]:
     return settings(
         max_examples=number * FACTOR,
         derandomize=True,
-        deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )

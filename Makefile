@@ -37,15 +37,20 @@ lint: .venv/bin/ruff
 	.venv/bin/mypy
 
 # The Jenkinsfile. npm's own packages are of the versions that it finds.
-GROOVY_LINT := npm-groovy-lint@18.0.0
+GROOVY_LINT_VERSION := 18.0.0
+GROOVY_LINT := .venv/groovy-lint-$(GROOVY_LINT_VERSION)
 
-.venv/groovy-lint/package.json: .venv/bin/ruff
-	.venv/bin/npm install --loglevel error --prefix .venv/groovy-lint $(GROOVY_LINT)
+$(GROOVY_LINT)/package.json: .venv/bin/ruff
+	.venv/bin/npm install --loglevel error --prefix $(GROOVY_LINT) npm-groovy-lint@$(GROOVY_LINT_VERSION)
 	touch $@
 
-lint-groovy: .venv/groovy-lint/package.json
-	.venv/bin/node .venv/groovy-lint/node_modules/.bin/npm-groovy-lint \
+# Linting takes half a minute, so it is done where the file, its rules or the linter have changed.
+$(GROOVY_LINT)/passed: contrib/jenkins/Jenkinsfile contrib/jenkins/.groovylintrc.json $(GROOVY_LINT)/package.json
+	.venv/bin/node $(GROOVY_LINT)/node_modules/.bin/npm-groovy-lint \
 		--noserver --loglevel warning --failon warning --path contrib/jenkins --files Jenkinsfile
+	touch $@
+
+lint-groovy: $(GROOVY_LINT)/passed
 
 # What make check has no time for of the table of faults.
 faults: packages-check

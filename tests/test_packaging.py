@@ -180,3 +180,31 @@ def test_release_of_no_repository(copy: Path, tmp_path: Path) -> None:
     done = run("make", "-C", fresh, "dist", check=False)
     assert done.returncode == 2
     assert not [*fresh.glob("*.tar*")]
+
+
+def test_jenkinsfile_is_linted_where_something_has_changed(copy: Path, tmp_path: Path) -> None:
+    fresh = tmp_path / "fresh"
+    shutil.copytree(copy, fresh)
+    version = re.search(r"^GROOVY_LINT_VERSION := (\S+)$", (fresh / "Makefile").read_text(), re.MULTILINE)
+    assert version
+    linter = f".venv/groovy-lint-{version[1]}"
+
+    def is_linted() -> bool:
+        return "--files Jenkinsfile" in run("make", "-C", fresh, "--dry-run", "lint-groovy").stdout
+
+    assert is_linted()
+    for name in (".venv/bin/ruff", f"{linter}/package.json", f"{linter}/passed"):
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        (fresh / name).touch()
+    assert not is_linted()
+    for name in ("contrib/jenkins/Jenkinsfile", "contrib/jenkins/.groovylintrc.json", f"{linter}/package.json"):
+        before = (fresh / name).stat().st_mtime_ns
+        os.utime(fresh / name, ns=(before, before + 3600 * 10**9))
+        assert is_linted(), name
+        os.utime(fresh / name, ns=(before, before))
+        assert not is_linted(), name
+    makefile = (fresh / "Makefile").read_text()
+    (fresh / "Makefile").write_text(
+        makefile.replace(f"GROOVY_LINT_VERSION := {version[1]}", "GROOVY_LINT_VERSION := 0")
+    )
+    assert is_linted()

@@ -20,7 +20,8 @@ from .base import command, events, interrupts, log
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
 from .base.release import released
 from .base.units import format_size
-from .configuration.settings import Configuration, ImageSettings, accepted_by, check_image_name, declarations
+from .configuration.files import Configuration
+from .configuration.settings import ImageSettings, accepted_by, check_image_name, declarations
 from .finishing import manifest
 from .model import Artifact, Plan
 from .sources.installer import answers, guest

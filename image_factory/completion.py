@@ -4,7 +4,8 @@ import argparse
 import os
 
 from .base.errors import ConfigurationError
-from .configuration.settings import FORMATS, Configuration
+from .configuration.files import Configuration
+from .configuration.parsers import FORMATS
 
 # argcomplete's shell function sets it.
 VARIABLE = "_ARGCOMPLETE"

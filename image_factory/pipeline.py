@@ -15,7 +15,8 @@ from .base.log import logger
 from .base.units import format_size
 from .checkpoint import Checkpoint
 from .checks import audit, testboot
-from .configuration.settings import Configuration, check_image_name
+from .configuration.files import Configuration
+from .configuration.settings import check_image_name
 from .finishing import checksum, clean, manifest, seal, shrink, sign
 from .model import Artifact, Build, Disk, Plan
 from .outputs import OUTPUTS

@@ -7,7 +7,7 @@ import pytest
 
 from image_factory import pipeline
 from image_factory.base.errors import ConfigurationError
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import Plan
 from image_factory.sources import installer
 from image_factory.sources.installer import answercheck

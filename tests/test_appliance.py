@@ -20,7 +20,7 @@ from image_factory import pipeline
 from image_factory.base import interrupts
 from image_factory.base.command import Conversation
 from image_factory.base.errors import BuildError, CommandError, ConfigurationError, Interrupted, NoSystemError
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import READ_ONLY_NAME, Build, Change, Disk, Partition, Plan, Volume
 from image_factory.system import appliance, inventory, loop, mounts
 from image_factory.system.tree import Branch

@@ -26,7 +26,7 @@ LAYERS = [
     ("downloads", "verify fetch"),
     ("machines", "turns console arch"),
     ("", "model"),
-    ("configuration", "settings"),
+    ("configuration", "files settings parsers"),
     ("base", "scratch command locks release interrupts log events units errors trust fuse"),
     # The version.
     ("", "__init__"),
@@ -90,7 +90,7 @@ def test_imports_point_downwards(name: str) -> None:
 
 def test_what_is_read_as_imports() -> None:
     """The tests above would find nothing wrong if nothing was found."""
-    assert {"pipeline", "configuration.settings", "base.log", "base.interrupts", ""} <= own_imports("cli")
+    assert {"pipeline", "configuration.files", "base.log", "base.interrupts", ""} <= own_imports("cli")
     assert {"base.command", "downloads.fetch", "sources.installer.guest"} <= own_imports("sources.installer")
     assert "sources.installer" in own_imports("sources")
     assert "subprocess" in imports("base.command")

@@ -20,7 +20,7 @@ from image_factory.base import events
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.checks import audit, search
 from image_factory.checks.audit import Finding, Secrets
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import Artifact, Build, Disk, Plan
 from image_factory.sources.installer import answers, delivery
 

@@ -20,7 +20,7 @@ from image_factory import checkpoint, pipeline, workspace
 from image_factory.base import events
 from image_factory.base.errors import ConfigurationError
 from image_factory.checkpoint import Checkpoint
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import READ_ONLY_NAME, Artifact, Build, Disk, Plan
 from image_factory.outputs import raw
 

@@ -822,7 +822,7 @@ def test_debug_shows_the_traceback(place: Place) -> None:
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
-    assert any("image_factory/configuration/settings.py" in line for line in lines)
+    assert any("image_factory/configuration/files.py" in line for line in lines)
     assert lines[-2].startswith("image-factory: error: No image 'zzz'")
 
 

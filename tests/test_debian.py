@@ -10,8 +10,8 @@ import pytest
 
 from image_factory import __version__
 from image_factory.base.command import PACKAGES
-from image_factory.configuration import settings
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration import files
+from image_factory.configuration.files import Configuration
 
 from .conftest import REPOSITORY, copy_checkout, run
 
@@ -148,7 +148,7 @@ def test_the_example_configuration_is_right(tmp_path: Path, monkeypatch: pytest.
     text = (DEBIAN / "image-factory.conf").read_text()
     path = tmp_path / "image-factory.conf"
     path.write_text(re.sub(r"^#(?! )", "", text, flags=re.MULTILINE))
-    monkeypatch.setattr(settings, "SYSTEM_FILE", path)
+    monkeypatch.setattr(files, "SYSTEM_FILE", path)
     monkeypatch.setenv("HOME", str(tmp_path))
     configuration = Configuration({})
     assert path in configuration.files

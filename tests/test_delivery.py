@@ -9,7 +9,8 @@ import pytest
 
 from image_factory import checkpoint, pipeline
 from image_factory.base.errors import BuildError, ConfigurationError
-from image_factory.configuration.settings import Configuration, parse_answer_files, parse_source
+from image_factory.configuration.files import Configuration
+from image_factory.configuration.parsers import parse_answer_files, parse_source
 from image_factory.model import Build
 from image_factory.sources import installer
 from image_factory.sources.installer import delivery, guest

@@ -43,7 +43,7 @@ from image_factory.base import events, interrupts, log
 from image_factory.base.errors import Interrupted
 from image_factory.base.events import *
 from image_factory.model import Plan
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 here = Path(sys.argv[1])
 (here / "x.conf").write_text(f"[x]\\nlinux=l\\ninitrd=i\\ncache-dir={{here}}/cache\\nvirt-type=qemu\\n")
 settings = Configuration({{"IMAGE_FACTORY_CONFIG": str(here / "x.conf")}}).image("x", {{}})

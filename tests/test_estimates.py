@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from image_factory.base import events
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import Plan
 from image_factory.told import estimates
 from image_factory.told.estimates import FILE_NAME, Timeline

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from image_factory.base import command, events
-from image_factory.configuration.settings import parse_source
+from image_factory.configuration.parsers import parse_source
 from image_factory.downloads import fetch
 from image_factory.finishing import checksum
 from image_factory.outputs import qcow2

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from image_factory.base.errors import BuildError, ConfigurationError
-from image_factory.configuration.settings import Source, parse_source
+from image_factory.configuration.parsers import Source, parse_source
 from image_factory.downloads import fetch
 
 OLD = b"old content\n"
@@ -849,12 +849,12 @@ def test_memory_is_that_of_a_part(server: Server, tmp_path: Path) -> None:
 
     server.script = script
     program = (
-        "import re, sys; from pathlib import Path; from image_factory.configuration import settings\n"
+        "import re, sys; from pathlib import Path; from image_factory.configuration import parsers\n"
         "from image_factory.downloads import fetch\n"
         # Not getrusage's: at the start that is the parent's.
         "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "before = peak()\n"
-        "fetch.fetch(settings.parse_source(sys.argv[1]), Path(sys.argv[2]))\n"
+        "fetch.fetch(parsers.parse_source(sys.argv[1]), Path(sys.argv[2]))\n"
         "print(peak() - before)\n"
     )
     done = subprocess.run(

@@ -10,7 +10,9 @@ import pytest
 
 from image_factory import cli, pipeline
 from image_factory.base.errors import ConfigurationError
-from image_factory.configuration.settings import ARCHITECTURES, Configuration, ImageSettings, declarations
+from image_factory.configuration.files import Configuration
+from image_factory.configuration.parsers import ARCHITECTURES
+from image_factory.configuration.settings import ImageSettings, declarations
 from image_factory.model import Plan
 from image_factory.sources.installer import answers, forms
 

@@ -32,13 +32,8 @@ from image_factory.base import command, units
 from image_factory.base.errors import CommandError, ConfigurationError, ImageFactoryError, NoSystemError
 from image_factory.base.log import printable
 from image_factory.cli import _one_line
-from image_factory.configuration.settings import (
-    FILE_VARIABLE,
-    Configuration,
-    ImageSettings,
-    UploadSettings,
-    declarations,
-)
+from image_factory.configuration.files import FILE_VARIABLE, Configuration
+from image_factory.configuration.settings import ImageSettings, UploadSettings, declarations
 from image_factory.sources.installer import guest
 from image_factory.system import layout, mounts
 

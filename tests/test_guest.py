@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from image_factory.base.errors import BuildError, ConfigurationError
-from image_factory.configuration.settings import Configuration, ImageSettings
+from image_factory.configuration.files import Configuration
+from image_factory.configuration.settings import ImageSettings
 from image_factory.model import Build, Plan
 from image_factory.sources.installer import guest
 from image_factory.sources.installer.watch import Limits

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from image_factory.base.errors import BuildError
-from image_factory.configuration.settings import Source
+from image_factory.configuration.parsers import Source
 from image_factory.downloads import fetch
 
 from .test_fetch import LARGE, Server, rsync, server, verified

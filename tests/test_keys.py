@@ -19,7 +19,7 @@ from image_factory.base.errors import BuildError, Interrupted
 from image_factory.checks import audit, keys
 from image_factory.checks.audit import Finding
 from image_factory.checks.leftovers import Asked
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import Build, Disk, Entry
 from image_factory.system import layout, mounts
 from image_factory.system.tree import Tree

@@ -14,7 +14,7 @@ import pytest
 
 from image_factory import cli, publish
 from image_factory.base import events
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.finishing import checksum, manifest
 from image_factory.model import Artifact, Build, Plan
 from image_factory.system import inventory

@@ -16,8 +16,9 @@ import pytest
 import image_factory
 from image_factory import cli, pipeline
 from image_factory.checks import audit
-from image_factory.configuration import settings
-from image_factory.configuration.settings import Configuration, ImageSettings, UploadSettings, declarations
+from image_factory.configuration import files
+from image_factory.configuration.files import Configuration
+from image_factory.configuration.settings import ImageSettings, UploadSettings, declarations
 from image_factory.finishing import seal
 from image_factory.sources.installer import forms
 
@@ -225,7 +226,7 @@ def test_an_example_is_a_configuration_that_works(
     (tmp_path / ".config").mkdir()
     (tmp_path / ".config/image-factory.conf").write_text(example, encoding="utf-8")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(settings, "SYSTEM_FILE", tmp_path / "not-there.conf")
+    monkeypatch.setattr(files, "SYSTEM_FILE", tmp_path / "not-there.conf")
     configuration = Configuration({})
     for name in re.findall(r"^\[(Debian.*)\]$", example, re.MULTILINE):
         assert name in configuration.images()

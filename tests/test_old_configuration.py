@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from image_factory import pipeline
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import Plan
 
 pytestmark = pytest.mark.usefixtures("machine")

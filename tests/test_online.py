@@ -11,7 +11,7 @@ import pytest
 
 from image_factory import online, pipeline
 from image_factory.base.errors import ConfigurationError
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.downloads import fetch
 from image_factory.model import Plan
 

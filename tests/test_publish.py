@@ -14,7 +14,8 @@ import pytest
 
 from image_factory import publish
 from image_factory.base.errors import BuildError, CommandError
-from image_factory.configuration.settings import Configuration, Destination, ImageSettings
+from image_factory.configuration.files import Configuration
+from image_factory.configuration.settings import Destination, ImageSettings
 from image_factory.finishing import checksum
 from image_factory.model import Artifact, Build, Plan
 from image_factory.uploads import rsync

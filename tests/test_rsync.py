@@ -17,7 +17,8 @@ import pytest
 
 from image_factory.base import events, interrupts
 from image_factory.base.errors import BuildError, Interrupted
-from image_factory.configuration.settings import Configuration, Destination
+from image_factory.configuration.files import Configuration
+from image_factory.configuration.settings import Destination
 from image_factory.finishing import checksum
 from image_factory.model import Artifact, Build, Plan
 from image_factory.uploads import rsync

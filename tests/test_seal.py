@@ -17,7 +17,7 @@ from image_factory import pipeline
 from image_factory.base import events
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.checks import leftovers
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.finishing import seal
 from image_factory.finishing.seal import System
 from image_factory.model import Build, Disk

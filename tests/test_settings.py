@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from image_factory.base.errors import ConfigurationError
-from image_factory.configuration import settings
+from image_factory.configuration import files as configuration_files
+from image_factory.configuration.files import Configuration
+from image_factory.configuration.parsers import InstallerFile, Source, named_architectures
 from image_factory.configuration.settings import (
     ANSWER_FILE_KEYS,
-    Configuration,
+    Declaration,
     Destination,
     ImageSettings,
-    InstallerFile,
-    Source,
     UploadSettings,
     check_image_name,
     declarations,
@@ -43,7 +43,7 @@ def read(tmp_path: Path) -> Read:
     def read_text(text: str | bytes) -> Configuration:
         path = tmp_path / "test.conf"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return Configuration({settings.FILE_VARIABLE: str(path)})
+        return Configuration({configuration_files.FILE_VARIABLE: str(path)})
 
     return read_text
 
@@ -51,7 +51,7 @@ def read(tmp_path: Path) -> Read:
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """The places of the system's file and the user's, neither of which is there yet."""
-    monkeypatch.setattr(settings, "SYSTEM_FILE", tmp_path / "etc.conf")
+    monkeypatch.setattr(configuration_files, "SYSTEM_FILE", tmp_path / "etc.conf")
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".config").mkdir()
     return tmp_path / "etc.conf", tmp_path / ".config/image-factory.conf"
@@ -421,9 +421,9 @@ ANY_TEXT = {"distribution", "release", "append", "audit-skip", "seal-only", "sea
     [*declarations(ImageSettings), *declarations(UploadSettings)],
     ids=lambda each: str(each)[:30],
 )
-def test_every_setting_refuses_something(key: str, declaration: settings.Declaration) -> None:
+def test_every_setting_refuses_something(key: str, declaration: Declaration) -> None:
     assert (key in ABSURD) != (key in ANY_TEXT)
-    error = error_of(lambda: settings._parsed(key, ABSURD.get(key, "\0"), declaration.parse))
+    error = error_of(lambda: configuration_files._parsed(key, ABSURD.get(key, "\0"), declaration.parse))
     assert "is not accepted, only " in error.message
 
 
@@ -452,7 +452,7 @@ def test_later_files_win_and_flags_win_over_files(files: tuple[Path, Path]) -> N
     shipped = Configuration({}).image(SHIPPED_IMAGE, {})
     system, user = files
     system.write_text(f"[{SHIPPED_IMAGE}]\nram = 2G\nCores = 3\n")
-    assert Configuration({}).files == [settings.find_data_dir() / "image-factory.conf", system]
+    assert Configuration({}).files == [configuration_files.find_data_dir() / "image-factory.conf", system]
     assert Configuration({}).image(SHIPPED_IMAGE, {}).ram == 2 << 30
     user.write_text(f"[{SHIPPED_IMAGE}]\nram = 3G\nimage_size = 5G\n")
     both = Configuration({})
@@ -549,8 +549,8 @@ def test_user_without_a_home_directory() -> None:
 
 def test_data_dir(read: Read) -> None:
     image = read(f"{MINIMAL}preseed = ${{data_dir}}/a.cfg\nkickstart_dir = ${{data-dir}}\n").image("x", {})
-    assert image.preseed == settings.find_data_dir() / "a.cfg"
-    assert (settings.find_data_dir() / "image-factory.conf").is_file()
+    assert image.preseed == configuration_files.find_data_dir() / "a.cfg"
+    assert (configuration_files.find_data_dir() / "image-factory.conf").is_file()
 
 
 def test_data_dir_can_be_set(read: Read) -> None:
@@ -565,7 +565,7 @@ def test_data_dir_with_a_dollar_sign(tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", REPOSITORY / "image_factory", REPOSITORY / "data", place], check=True)
     (tmp_path / "own.conf").write_text(f"{MINIMAL}preseed = ${{data_dir}}/a.cfg\n")
     program = (
-        "import os; from image_factory.configuration.settings import Configuration;"
+        "import os; from image_factory.configuration.files import Configuration;"
         "print(Configuration(os.environ).image('x', {}).preseed)"
     )
     done = subprocess.run(
@@ -585,7 +585,7 @@ def test_data_dir_below_the_prefix(tmp_path: Path, place: str) -> None:
     package.mkdir(parents=True)
     subprocess.run(["cp", "-r", REPOSITORY / "image_factory", package], check=True)
     (tmp_path / "usr/share/image-factory").mkdir(parents=True, exist_ok=True)
-    program = "from image_factory.configuration.settings import find_data_dir; print(find_data_dir())"
+    program = "from image_factory.configuration.files import find_data_dir; print(find_data_dir())"
     argv = [sys.executable, "-c", program]
     environment = {"PYTHONPATH": str(package)}
     missing = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True)
@@ -769,9 +769,9 @@ def test_key_of_a_later_file(
         f"[{section}]\nkey = shipped\nkey@aarch64 = shipped-arm\n".replace("[x]\nkey", "key")
     )
     (tmp_path / "own.conf").write_text(f"[{section}]\n{lines}\n")
-    monkeypatch.setattr(settings, "find_data_dir", lambda: shipped)
-    monkeypatch.setattr(settings, "SYSTEM_FILE", tmp_path / "none")
-    monkeypatch.setattr(settings, "USER_FILE", str(tmp_path / "own.conf"))
+    monkeypatch.setattr(configuration_files, "find_data_dir", lambda: shipped)
+    monkeypatch.setattr(configuration_files, "SYSTEM_FILE", tmp_path / "none")
+    monkeypatch.setattr(configuration_files, "USER_FILE", str(tmp_path / "own.conf"))
     assert Configuration({}).image("x", {}).append == expected
 
 
@@ -795,7 +795,7 @@ def test_wrong_architecture_is_told_once(read: Read) -> None:
     }.items(),
 )
 def test_named_architectures(text: str, expected: set[str]) -> None:
-    assert settings.named_architectures(text) == expected
+    assert named_architectures(text) == expected
 
 
 INTERPOLATIONS = [
@@ -988,9 +988,9 @@ def test_section_that_is_based_on_another(read: Read) -> None:
     configuration = read(text)
     assert configuration.images() == ["a", "b", "c"]
     image = configuration.image("b", {})
-    assert (image.linux, image.cores, image.ram) == (settings.Source("/two", Path("/two")), 3, 2 << 30)
+    assert (image.linux, image.cores, image.ram) == (Source("/two", Path("/two")), 3, 2 << 30)
     image = configuration.image("c", {})
-    assert (image.linux, image.cores, image.ram) == (settings.Source("/two", Path("/two")), 3, 4 << 30)
+    assert (image.linux, image.cores, image.ram) == (Source("/two", Path("/two")), 3, 4 << 30)
 
 
 @pytest.mark.parametrize(

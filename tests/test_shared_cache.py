@@ -50,13 +50,13 @@ WORKER = """
 import hashlib, json, sys
 from pathlib import Path
 from image_factory import pipeline
-from image_factory.configuration import settings
+from image_factory.configuration import files
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.model import Build
 from image_factory.sources import installer
 
 own, stop = Path(sys.argv[1]), Path(sys.argv[2])
-plan = pipeline.make_plan(settings.Configuration({settings.FILE_VARIABLE: str(own / "x.conf")}), "x", {})
+plan = pipeline.make_plan(files.Configuration({files.FILE_VARIABLE: str(own / "x.conf")}), "x", {})
 ready, failures, last = [], [], False
 while not last:
     last = stop.exists()
@@ -539,9 +539,9 @@ def test_cache_that_one_may_only_read_serves_without_a_network(
             f"cache-dir = {cache}\noffline = yes\nverify = required\n"
         )
         program = (
-            "from image_factory import pipeline\nfrom image_factory.configuration import settings\n"
+            "from image_factory import pipeline\nfrom image_factory.configuration import files\n"
             "from image_factory.downloads import verify\n"
-            "plan = pipeline.make_plan(settings.Configuration({'IMAGE_FACTORY_CONFIG': 'x.conf'}), 'x', {})\n"
+            "plan = pipeline.make_plan(files.Configuration({'IMAGE_FACTORY_CONFIG': 'x.conf'}), 'x', {})\n"
             "verifier = verify.Verifier(plan)\n"
             "with verifier.locked([plan.settings.linux]): print(verifier.fetch('linux', plan.settings.linux).path)\n"
         )

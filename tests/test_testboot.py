@@ -10,7 +10,7 @@ import pytest
 from image_factory import pipeline
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.checks import testboot
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import Artifact, Build, Plan
 from image_factory.sources.installer import guest
 

@@ -22,7 +22,7 @@ import httplib2
 import pytest
 
 from image_factory.base.errors import BuildError, ConfigurationError
-from image_factory.configuration.settings import FILE_VARIABLE, Configuration
+from image_factory.configuration.files import FILE_VARIABLE, Configuration
 from image_factory.downloads import fetch, verify
 from image_factory.model import Plan
 from image_factory.sources import installer

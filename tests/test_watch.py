@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from image_factory.base import events
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import Build, Plan
 from image_factory.sources.installer import installers
 from image_factory.sources.installer.watch import InstallationError, InstalledError, Limits, Watcher

@@ -8,7 +8,7 @@ import pytest
 
 from image_factory import workspace
 from image_factory.base.errors import ConfigurationError
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import Plan
 
 

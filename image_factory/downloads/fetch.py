@@ -27,7 +27,7 @@ from ..base import command, events, interrupts, locks, scratch, trust
 from ..base.errors import BuildError, CommandError, ConfigurationError, CrashError
 from ..base.log import logger, masked, waiting
 from ..base.units import format_size
-from ..configuration.settings import Source
+from ..configuration.parsers import Source
 
 TRIES = 3
 _PAUSE_SECONDS = (1.0, 3.0)

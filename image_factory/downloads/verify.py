@@ -25,7 +25,8 @@ from ..base import command, scratch, trust
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.log import logger
 from ..base.units import format_size
-from ..configuration.settings import ImageSettings, Source
+from ..configuration.parsers import Source
+from ..configuration.settings import ImageSettings
 from ..model import Plan
 from . import fetch
 from .fetch import Expected, Fetched

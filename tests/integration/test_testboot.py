@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import pytest
 
 from image_factory import checkpoint, pipeline
-from image_factory.configuration.settings import Configuration
+from image_factory.configuration.files import Configuration
 from image_factory.model import Artifact, Plan
 
 from .. import golden

@@ -7,7 +7,8 @@ from pathlib import Path
 from ...base import command, events
 from ...base.errors import BuildError, ConfigurationError
 from ...base.log import masked, step
-from ...configuration.settings import ImageSettings, Source
+from ...configuration.parsers import Source
+from ...configuration.settings import ImageSettings
 from ...downloads import fetch, verify
 from ...machines import arch, turns
 from ...model import Build, Disk, Plan

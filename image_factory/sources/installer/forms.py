@@ -27,7 +27,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from ...base.units import parse_size
-from ...configuration.settings import is_arch, parse_boolean
+from ...configuration.parsers import is_arch, parse_boolean
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from ...base.errors import BuildError, CommandError, ConfigurationError, command
 from ...base.log import logger, step, waiting
 from ...base.release import released
 from ...base.units import format_size, parse_duration
-from ...configuration.settings import ImageSettings, Source, named_architectures
+from ...configuration.parsers import Source, named_architectures
+from ...configuration.settings import ImageSettings
 from ...machines import arch
 from ...machines.console import Console
 from ...model import VM_PREFIX, WORK_PREFIX, Build, Plan, libvirt_uri

@@ -1,0 +1,550 @@
+"""The configuration files: INI text, read and merged, and the values in it."""
+
+import codecs
+import configparser
+import contextlib
+import copy
+import difflib
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..base import events
+from ..base.errors import ConfigurationError
+from .parsers import ARCHITECTURES, is_arch, parse_arch, parse_command, split_list
+from .settings import (
+    _DEPENDENT,
+    ANSWER_FILE_KEYS,
+    Declaration,
+    Destination,
+    ImageSettings,
+    UploadSettings,
+    declarations,
+    default_arch,
+    default_firmware,
+)
+
+SYSTEM_FILE = Path("/etc/image-factory.conf")
+USER_FILE = Path("~/.config/image-factory.conf")
+FILE_VARIABLE = "IMAGE_FACTORY_CONFIG"
+# What --list shows of an image beside its name.
+LISTED_KEYS = ("distribution", "release", "arch", "firmware")
+# And what --list-json tells.
+DESCRIBED_KEYS = (*LISTED_KEYS, "format", "virt-type", "cores", "ram", "image-size", "install-timeout", "test-boot")
+
+_COMMAND_KEY = re.compile(r"post-upload-command[0-9]{0,9}")
+
+
+def _normal_key(key: str) -> str:
+    return key.lower().replace("_", "-")
+
+
+def find_data_dir() -> Path:
+    """Return the directory of the shipped recipes and configuration.
+
+    It is ``data`` beside the package in a checkout, and ``share/image-factory`` under the prefix
+    that the package is installed below.
+    """
+    package = Path(__file__).resolve().parent.parent
+    candidates = [package.parent / "data", *(parent / "share/image-factory" for parent in package.parents)]
+    for candidate in candidates:
+        if (candidate / "image-factory.conf").is_file():
+            return candidate
+    raise ConfigurationError(
+        f"The shipped image-factory.conf isn't installed for {package}.", hint="Install image-factory again."
+    )
+
+
+class Variables(Mapping[str, str]):
+    """The texts of all keys of an image, own variables included, by key with underscores.
+
+    A text is made when it is asked for, and ConfigurationError says what is wrong with it.
+    """
+
+    def __init__(self, keys: Iterable[str], text: Callable[[str], str]) -> None:
+        """Take *text*, which gives the text of one of *keys*."""
+        self._keys = {key.replace("-", "_"): key for key in keys}
+        self._text = text
+
+    def __getitem__(self, name: str) -> str:
+        """Return the text of the key *name*."""
+        return self._text(self._keys[name])
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a key *name*, without its text."""
+        return name in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        """Give the keys."""
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        """Return how many keys there are."""
+        return len(self._keys)
+
+
+# What gives the keys that an answer file asks for, None for any.
+Asked = Callable[[Path], set[str] | None]
+
+
+class Configuration:
+    """The configuration files, read and merged; values are parsed when they are asked for."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Read the files that apply; ConfigurationError if one can't be read."""
+        self._parser = configparser.ConfigParser(
+            defaults={"data-dir": str(find_data_dir()).replace("$", "$$")},
+            interpolation=configparser.ExtendedInterpolation(),
+        )
+        self._parser.optionxform = _normal_key  # type: ignore[assignment,method-assign]
+        # The keys of each section in the files of the user, which are to be warned of if nothing uses them.
+        self._written: dict[str, set[str]] = {}
+        if environment.get(FILE_VARIABLE):
+            self.files = [Path(environment[FILE_VARIABLE])]
+            self._read(self.files[0], f" (named by {FILE_VARIABLE})")
+        else:
+            shipped = find_data_dir() / "image-factory.conf"
+            candidates = [shipped, SYSTEM_FILE, Path(os.path.expanduser(USER_FILE))]
+            self.files = [path for path in candidates if os.path.lexists(path)]
+            for path in self.files:
+                self._read(path)
+                if path == shipped:
+                    self._written.clear()
+        # As they are written, without what they are based on.
+        self._own = {section: dict(self._own_texts(section)) for section in self._parser.sections()}
+        # Of the other sections nothing is wrong: whoever asks for one of these is told.
+        self._broken: dict[str, ConfigurationError] = {}
+        for section in self._parser.sections():
+            try:
+                self._fill(section)
+            except ConfigurationError as error:
+                self._broken[section] = error
+
+    def _read(self, path: Path, named: str = "") -> None:
+        where = f"{path}{named}"
+        try:
+            data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+            events.tell(events.InputUsed("configuration", str(path), path))
+            # Without their ends, lines look better in messages.
+            lines = data.decode().split("\n")
+            self._note_keys(lines)
+            self._parser.read_file(lines, str(path))
+        except OSError as error:
+            raise ConfigurationError(f"Can't read the configuration {where}: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise ConfigurationError(
+                f"{where}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8.",
+                hint=f"Convert it: iconv -f latin1 -t utf-8 {shlex.quote(str(path))}",
+            ) from error
+        except configparser.DuplicateSectionError as error:
+            raise ConfigurationError(
+                f"{where}, line {error.lineno}: section [{error.section}] is there twice."
+            ) from error
+        except configparser.DuplicateOptionError as error:
+            raise ConfigurationError(
+                f"{where}, line {error.lineno}: [{error.section}] has {error.option!r} twice.",
+                hint="'-' and '_' are the same in keys.",
+            ) from error
+        except configparser.MissingSectionHeaderError as error:
+            # The line itself is not shown: this may be an answer file, with passwords in it.
+            raise ConfigurationError(f"{where}, line {error.lineno} comes before any [section].") from error
+        except configparser.ParsingError as error:
+            line, _ = error.errors[0]
+            raise ConfigurationError(f"{where}, line {line} is neither a [section] nor KEY = VALUE.") from error
+        except configparser.Error as error:
+            raise ConfigurationError(f"{where}: {' '.join(str(error).split())}") from error
+
+    def _note_keys(self, lines: list[str]) -> None:
+        # Without a section of defaults, [DEFAULT] is one like the others, which have their own keys alone.
+        parser = configparser.RawConfigParser(default_section="")
+        parser.optionxform = _normal_key  # type: ignore[assignment,method-assign]
+        parser.read_file(lines)
+        for section in parser.sections():
+            self._written.setdefault(section, set()).update(parser.options(section))
+            self._forget_architectures(section, parser.options(section))
+
+    def _forget_architectures(self, section: str, keys: Iterable[str]) -> None:
+        """Take the texts of files before for an architecture out of *section*, where this one has *keys* for any."""
+        is_default = section == self._parser.default_section
+        if is_default or self._parser.has_section(section):
+            texts = self._parser.defaults() if is_default else self._own_texts(section)
+            plain = set(keys)
+            for key in [key for key in texts if key.partition("@")[0] in plain and _names_arch(key)]:
+                self._parser.remove_option(section, key)
+
+    def _bases(self, section: str) -> list[str]:
+        """Return *section* and those that it is based on, the nearest first."""
+        seen = [section]
+        while based_on := self._own[seen[-1]].get("based-on", "").strip():
+            if based_on not in self._parser.sections():
+                raise ConfigurationError(
+                    f"[{seen[-1]}] based-on: there is no section [{based_on}].", hint=self._suggestion(based_on)
+                )
+            if based_on in seen:
+                raise ConfigurationError(
+                    f"[{section}] based-on: {' -> '.join([*seen, based_on])} goes round in a circle."
+                )
+            seen.append(based_on)
+        return seen
+
+    def _fill(self, section: str) -> None:
+        """Give *section* the keys that it lacks of the section that it is based on, as they are written there.
+
+        A key with ``@ARCH`` behind it stands for the one without where that is the section's architecture.
+        """
+        levels = [self._own[name] for name in reversed(self._bases(section))]
+        texts = self._own_texts(section)
+        # Not by set(), which refuses what is to be refused when it is used, with a better message.
+        for level in levels:
+            texts.update(level)
+        arch = self.arch(section)
+        texts.clear()
+        texts.update(_of_arch(self._parser.defaults(), arch))
+        for level in levels:
+            texts.update({**level, **_of_arch(level, arch)})
+
+    def arch(self, section: str) -> str:
+        """Return the architecture of *section*, empty if it is none."""
+        try:
+            return parse_arch(self._text(section, "arch")) if "arch" in self._parser[section] else default_arch()
+        except (ConfigurationError, ValueError):
+            # The image itself is refused, with a message.
+            return ""
+
+    def _own_texts(self, section: str) -> dict[str, str]:
+        """Return the keys of *section* as they are written, without those of DEFAULT."""
+        # configparser gives them out only together with those of DEFAULT.
+        texts: dict[str, str] = self._parser._sections[section]  # type: ignore[attr-defined]
+        return texts
+
+    def images(self) -> list[str]:
+        """Return the names of the configured images, in the order of the files."""
+        return [
+            name
+            for name, section in self._parser.items()
+            if name != self._parser.default_section
+            and "upload-type" not in section
+            and (name in self._broken or any(key in section for key in ("linux", "initrd", "installer-image")))
+        ]
+
+    def descriptions(self) -> list[dict[str, Any]]:
+        """Return what there is to say of each configured image to machines; None where it is not known, or wrong."""
+        return [
+            {"name": name}
+            | {key.replace("-", "_"): self._described(name, key) for key in DESCRIBED_KEYS}
+            | {"based_on": self._own_texts(name).get("based-on", "").strip() or None}
+            for name in self.images()
+        ]
+
+    def _described(self, name: str, key: str) -> Any:
+        try:
+            value = self._value(name, key, dict(declarations(ImageSettings))[key], {})
+            if key == "firmware" and (arch := self._described(name, "arch")):
+                return value or default_firmware(arch)
+            # JSON has no infinity.
+            return None if value == math.inf else value
+        except ConfigurationError:
+            # Whoever builds the image is told; the others are to be listed all the same.
+            return () if key == "format" else None
+
+    def summary(self, name: str) -> list[str]:
+        """Return what there is to say of image *name*, by LISTED_KEYS; empty where it is not known, or wrong."""
+        known = dict(declarations(ImageSettings))
+        found: dict[str, str] = {}
+        for key in LISTED_KEYS:
+            try:
+                value = self._value(name, key, known[key], {})
+            except ConfigurationError:
+                # Whoever builds the image is told; the others are to be listed all the same.
+                found[key] = ""
+                continue
+            if key == "firmware" and found["arch"]:
+                value = value or default_firmware(found["arch"])
+            found[key] = value or ""
+        return list(found.values())
+
+    def image(self, name: str, flags: Mapping[str, str]) -> ImageSettings:
+        """Return the settings of image *name*; *flags* (key -> text) win over the files."""
+        self.check_image(name)
+        values = self._values(name, ImageSettings, flags)
+        values["firmware"] = values["firmware"] or default_firmware(values["arch"])
+        settings = ImageSettings(**values)
+        _check_sources(name, settings)
+        return settings
+
+    def check_image(self, name: str) -> None:
+        """Raise ConfigurationError unless there is an image *name*."""
+        if name not in self._parser or name == self._parser.default_section:
+            raise ConfigurationError(
+                f"No image {name!r} is configured in {', '.join(map(str, self.files)) or 'any file'}.",
+                hint=self._suggestion(name),
+            )
+        if name in self._broken:
+            raise self._broken[name]
+
+    def variables(self, name: str, flags: Mapping[str, str]) -> Variables:
+        """Return the texts of the keys of image *name*, for its answer file: flags, files and defaults."""
+        defaults = {key: declaration.default_text() for key, declaration in declarations(ImageSettings)}
+        given = {key: text for key, text in defaults.items() if text is not None and key not in self._parser[name]}
+        given |= flags
+        keys = dict.fromkeys([*given, *self._parser[name]])
+        return Variables(keys, lambda key: given[key] if key in given else self._text(name, key))
+
+    def destination(self, section: str, image_file: str, *, named_by: str) -> Destination:
+        """Return upload destination *section* with ``${image}`` standing for *image_file*.
+
+        *named_by* is the image whose settings name it, for the error.
+        """
+        if section not in self._parser or section == self._parser.default_section:
+            raise ConfigurationError(
+                f"[{named_by}] upload-destinations: there is no section [{section}].",
+                hint=f"Add a section [{section}] with upload_type and upload_target.",
+            )
+        if section in self._broken:
+            raise self._broken[section]
+        for key, declaration in declarations(UploadSettings):
+            if declaration.default_text() is None and key not in self._parser[section]:
+                raise ConfigurationError(
+                    f"[{section}] lacks '{key.replace('-', '_')}'. It is the {declaration.help}.",
+                    hint=f"[{section}] is an upload destination of [{named_by}].",
+                )
+        with_image = self._defining(section, "image", image_file)
+        settings = UploadSettings(**with_image._values(section, UploadSettings, {}))
+        keys = sorted(filter(_COMMAND_KEY.fullmatch, self._parser[section]), key=_command_number)
+        commands = tuple(with_image._parse(section, key, parse_command) for key in keys)
+        return Destination(section, settings.upload_type, settings.upload_target, settings.upload_args, commands)
+
+    def _defining(self, section: str, key: str, text: str) -> "Configuration":
+        """Return a copy in which ``${key}`` is *text* in *section*, and where it takes texts from others."""
+        copied = copy.deepcopy(self)
+        for name in (section, self._parser.default_section):
+            copied._parser.set(name, key, text.replace("$", "$$"))
+        return copied
+
+    def _suggestion(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.images(), n=3, cutoff=0.5)
+        if near:
+            return f"Did you mean {' or '.join(near)}? 'image-factory --list' lists them all."
+        return "'image-factory --list' lists the configured images."
+
+    def answer_file(self, name: str) -> Path | None:
+        """Return the answer file of section *name*, None if it has none or does not name it well."""
+        known = dict(declarations(ImageSettings))
+        for key in ANSWER_FILE_KEYS:
+            if key in self._parser[name]:
+                with contextlib.suppress(ConfigurationError):
+                    path: Path = self._value(name, key, known[key], {})
+                    return path
+        return None
+
+    def unused_keys(self, image: str, destinations: Iterable[str], asked: Asked) -> list[str]:
+        """Return a sentence on each key of the user's files that nothing of *image*, or of *destinations*, uses.
+
+        *asked* gives the keys that an answer file asks for, with dashes; None for any key.
+        """
+        answer_file = self.answer_file(image)
+        template = asked(answer_file) if answer_file else set()
+        settings = {key for key, _ in declarations(ImageSettings)} | {"based-on"}
+        used = settings | (template or set()) | self._references(image)
+        sentences = []
+        for section in self._bases(image) if template is not None else ():
+            others = used
+            if section != image and template and self._unused(section, used):
+                # The section is an image itself, and this one has another template.
+                its_own = self.answer_file(section)
+                others = used | self._references(section) | ((asked(its_own) if its_own else None) or set())
+            sentences += [_unused_key(section, key, used, answer_file) for key in self._unused(section, others)]
+        for section in dict.fromkeys(destinations):
+            known = {key for key, _ in declarations(UploadSettings)} | self._references(section)
+            unused = [key for key in self._unused(section, known) if not _COMMAND_KEY.fullmatch(key)]
+            sentences += [_unused_key(section, key, known) for key in unused]
+        return sentences + self._unused_defaults(asked) + self._unused_sections(image)
+
+    def idle_keys(self, image: str, settings: ImageSettings, flags: Iterable[str]) -> list[str]:
+        """Return a sentence on each key of *flags* and the user's files that does nothing beside *settings*."""
+        sentences = []
+        for key, (needed, is_there) in _DEPENDENT.items():
+            if is_there(settings):
+                continue
+            written = [section for section in self._bases(image) if key in self._written.get(section, ())]
+            if key in flags or written:
+                where = f"--{key}" if key in flags else f"[{written[0]}] {key}"
+                sentences.append(f"{where} does nothing without {needed}.")
+        return sentences
+
+    def variables_named(self, image: str) -> list[str]:
+        """Return the variables that the values of *image* name, in their order."""
+        known = {key for key, _ in declarations(ImageSettings)} | {"based-on", "data-dir"}
+        return [key for key in self._parser[image] if key in self._references(image) - known]
+
+    def _unused(self, section: str, used: set[str]) -> list[str]:
+        """Return the keys of *section* in the user's files that are not among *used*, in their order."""
+        order = self._parser.defaults() if section == self._parser.default_section else self._own[section]
+        return [
+            key
+            for key in order
+            if key in self._written.get(section, ())
+            and not (key in used or (key.partition("@")[0] in used and _names_arch(key)))
+        ]
+
+    def _unused_defaults(self, asked: Asked) -> list[str]:
+        section = self._parser.default_section
+        used = {key for kind in (ImageSettings, UploadSettings) for key, _ in declarations(kind)} | {"data-dir"}
+        for texts in (self._parser.defaults(), *self._own.values()):
+            used |= {_normal_key(key or name) for text in texts.values() for name, _, key in _references_in(text)}
+        unused = [key for key in self._unused(section, used) if not _COMMAND_KEY.fullmatch(key)]
+        if not unused:
+            return []
+        # Any image's template may ask for it.
+        for path in dict.fromkeys(filter(None, map(self.answer_file, self.images()))):
+            keys = asked(path)
+            if keys is None:
+                return []
+            used |= keys
+        return [_unused_key(section, key, used) for key in unused if key not in used]
+
+    def _unused_sections(self, image: str) -> list[str]:
+        """Return a sentence on each section that nothing uses and whose name is near to that of *image*."""
+        used = {*self.images(), self._parser.default_section}
+        used |= {section for section in self._parser.sections() if "upload-type" in self._parser[section]}
+        for texts in self._own.values():
+            used |= {texts.get("based-on", "").strip(), *split_list(texts.get("upload-destinations", ""))}
+            used |= {section for text in texts.values() for section, colon, _ in _references_in(text) if colon}
+        unused = [section for section in self._written if section not in used]
+        return [
+            f"[{section}]: nothing uses this section, as it has no installer. Did you mean [{image}]?"
+            for section in difflib.get_close_matches(image, unused, n=3, cutoff=0.85)
+        ]
+
+    def _references(self, section: str) -> set[str]:
+        """Return the keys of *section* that a ``${}`` of the configuration names."""
+        merged = [text for _, text in self._parser.items(section, raw=True)] if section in self._parser else []
+        # A key for another architecture may be the only one that names a key.
+        merged += [text for texts in (self._parser.defaults(), self._own.get(section, {})) for text in texts.values()]
+        found = {_normal_key(name) for text in merged for name, colon, _ in _references_in(text) if not colon}
+        everywhere = [self._parser.defaults(), *self._own.values()]
+        return found | {
+            _normal_key(key)
+            for texts in everywhere
+            for text in texts.values()
+            for name, _, key in _references_in(text)
+            if name == section and key
+        }
+
+    def _values(self, section: str, kind: type[Any], flags: Mapping[str, str]) -> dict[str, Any]:
+        return {
+            key.replace("-", "_"): self._value(section, key, declaration, flags)
+            for key, declaration in declarations(kind)
+        }
+
+    def _value(self, section: str, key: str, declaration: Declaration, flags: Mapping[str, str]) -> Any:
+        if key in flags:
+            return _parsed(f"{declaration.flags[-1]}", flags[key], declaration.parse)
+        if key in self._parser[section]:
+            return self._parse(section, key, declaration.parse)
+        default = declaration.default_text()
+        return None if default is None else declaration.parse(default)
+
+    def _parse(self, section: str, key: str, parse: Callable[[str], Any]) -> Any:
+        text = self._text(section, key)
+        # An autoinstall file that is taken for a configuration begins with that key, and has secrets below it.
+        shown = "a value of several lines" if key in ANSWER_FILE_KEYS and "\n" in text.strip() else None
+        return _parsed(f"[{section}] {key}", text, parse, shown)
+
+    def _text(self, section: str, key: str) -> str:
+        where = f"[{section}] {key}"
+        try:
+            return self._parser.get(section, key)
+        except configparser.InterpolationMissingOptionError as error:
+            raise ConfigurationError(
+                f"{where}: ${{{error.reference}}} is not defined.",
+                hint=f"Define {error.reference} in [{section}] or [DEFAULT]; a dollar sign itself is written $$.",
+            ) from error
+        except configparser.InterpolationDepthError as error:
+            raise ConfigurationError(f"{where}: its ${{...}} go round in a circle.") from error
+        except configparser.InterpolationSyntaxError as error:
+            raw = self._parser.get(section, key, raw=True)
+            # Nobody is to find the hash of a password in a log.
+            shown = "what is there" if re.search(r"\$[0-9a-z]{1,4}\$", raw) else repr(raw)
+            raise ConfigurationError(
+                f"{where}: {shown} has a '$' that begins no ${{...}}.",
+                hint="Write $$ for a dollar sign.",
+            ) from error
+
+
+def _of_arch(texts: Mapping[str, str], arch: str) -> dict[str, str]:
+    """Return the *texts* whose keys are for *arch*, by the keys that they stand for."""
+    parts = ((key.rpartition("@"), text) for key, text in texts.items() if "@" in key)
+    return {key: text for (key, _, suffix), text in parts if is_arch(suffix, arch)}
+
+
+def _names_arch(key: str) -> bool:
+    return any(is_arch(key.partition("@")[2], arch) for arch in ARCHITECTURES)
+
+
+def _references_in(text: str) -> list[tuple[str, str, str]]:
+    """Return what the ``${}`` of *text* name, parted at the colon: ``(key, "", "")`` or ``(section, ":", key)``."""
+    return [name.partition(":") for name in re.findall(r"\$\{([^}]+)\}", text.replace("$$", ""))]
+
+
+def _unused_key(section: str, key: str, used: Iterable[str], plain: Path | None = None) -> str:
+    """Return a sentence on *key*, which nothing uses; *plain* is the answer file that is no template."""
+    near = difflib.get_close_matches(key.partition("@")[0], sorted(used), n=1, cutoff=0.75)
+    if near:
+        return f"[{section}] {key}: nothing uses this key. Did you mean {near[0]}?"
+    if plain and not plain.name.endswith(".j2"):
+        return (
+            f"[{section}] {key}: nothing uses this key, as {plain} is no template. "
+            f"Write it into the answer file, or call that {plain.name}.j2 and use the key there."
+        )
+    return f"[{section}] {key}: nothing uses this key. Remove it, or name it in a value: ${{{key}}}."
+
+
+def _command_number(key: str) -> int:
+    """Return which of the commands after an upload *key* is: the one without a number is the first."""
+    return int(key.removeprefix("post-upload-command") or -1)
+
+
+def _parsed(where: str, text: str, parse: Callable[[str], Any], shown: str | None = None) -> Any:
+    """Return the value of *text*; the error has *shown* in its place, if that is given."""
+    try:
+        value = parse(text)
+        # No program takes it in an argument.
+        if "\0" in text:
+            raise ValueError("text without NUL characters")
+        return value
+    except ValueError as error:
+        accepted, *hints = error.args
+        raise ConfigurationError(
+            f"{where}: {shown or repr(text)} is not accepted, only {accepted}.", hint=hints[0] if hints else None
+        ) from error
+
+
+def _named(keys: Sequence[str]) -> str:
+    return " and ".join(f"'{key}'" for key in keys)
+
+
+def _check_sources(name: str, settings: ImageSettings) -> None:
+    answers = [key for key in ANSWER_FILE_KEYS if getattr(settings, key)]
+    if len(answers) > 1:
+        raise ConfigurationError(
+            f"[{name}] has {_named(answers)}. An image has one answer file.", hint="Remove all but one."
+        )
+    if settings.installer_image:
+        return
+    missing = [key for key in ("linux", "initrd") if not getattr(settings, key)]
+    if missing:
+        what = {
+            "linux": "It is the URI of the netboot kernel.",
+            "initrd": "It is the URI of the netboot initrd.",
+            "linux initrd": "They are the URIs of the netboot kernel and initrd.",
+        }[" ".join(missing)]
+        raise ConfigurationError(
+            f"[{name}] lacks {_named(missing)}. {what}",
+            hint="Or name an ISO or an installation tree with 'installer_image'.",
+        )

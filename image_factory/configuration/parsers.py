@@ -1,0 +1,320 @@
+"""Parsers: text -> value, or ValueError with what is accepted and, if it is known, the next move."""
+
+import configparser
+import difflib
+import math
+import os
+import re
+import shlex
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..base.units import parse_duration, parse_size
+
+FORMATS = ("raw", "qcow2")
+ARCHITECTURES = ("x86_64", "aarch64")
+# The distributions' names of them, which configuration files may have in a variable 'arch' of their own.
+# A 32-bit system runs on the machine of the 64-bit one.
+_ARCHITECTURE_NAMES = {"amd64": "x86_64", "i386": "x86_64", "i586": "x86_64", "i686": "x86_64", "arm64": "aarch64"}
+# What images can't be built for, but files may be of.
+_OTHER_ARCHITECTURES = ("armhf", "armv7l", "ppc64el", "ppc64le", "riscv64", "s390x", "loongarch64")
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*")
+
+
+def parse_option(text: str) -> str:
+    """The value of an option of virt-install."""
+    if not text.strip() or not text.strip().isprintable() or text.strip().startswith("-"):
+        raise ValueError("a value that virt-install takes")
+    return text.strip()
+
+
+def parse_line(text: str) -> str:
+    """Any text; the line breaks of a value over several lines become blanks."""
+    return " ".join(line.strip() for line in text.strip().splitlines())
+
+
+def parse_boolean(text: str) -> bool:
+    """A boolean as configparser reads them."""
+    try:
+        return configparser.ConfigParser.BOOLEAN_STATES[text.strip().lower()]
+    except KeyError:
+        raise ValueError("yes, no, true, false, on, off, 1 or 0") from None
+
+
+def parse_count(text: str) -> int:
+    """A whole number above zero."""
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text.strip()):
+        raise ValueError("a whole number from 1 to 9999")
+    return int(text)
+
+
+def parse_limit(text: str) -> float | None:
+    """How many: a whole number, infinity for ``none`` or 0, None for ``auto``."""
+    word = text.strip().lower()
+    if word in ("auto", "none", "0"):
+        return None if word == "auto" else math.inf
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise ValueError(f"auto, none or {error}") from None
+
+
+def parse_large_size(text: str) -> int:
+    """A size of at least 1 MiB."""
+    size = parse_size(text)
+    if size < 1 << 20:
+        accepted = "a size of at least 1 MiB such as 1G, 512 MiB or 2 GB"
+        number = text.strip()
+        if number.isdigit():
+            unit = "M" if int(number) >= 64 else "G"
+            raise ValueError(accepted, f"{number} is {number} bytes. Did you mean {number}{unit}?")
+        raise ValueError(accepted)
+    return size
+
+
+def parse_long_duration(text: str) -> float:
+    """A time; a number alone, which is of seconds, is at least a minute."""
+    seconds = parse_duration(text)
+    number = text.strip()
+    if number.isdigit() and seconds < 60:
+        raise ValueError(
+            "a time with its unit such as 90s, 10m, 2h or 1h 30m, or none",
+            f"{number} is {number} seconds. Did you mean {number}m or {number}h?",
+        )
+    return seconds
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Image formats, with commas."""
+    formats = tuple(dict.fromkeys(split_list(text)))
+    if not formats or not set(formats) <= set(FORMATS):
+        others = [word for word in formats if word not in FORMATS]
+        raise ValueError(f"{' or '.join(FORMATS)}, or several with commas", *_meant(" ".join(others), FORMATS))
+    return formats
+
+
+def parse_mac(text: str) -> str:
+    """A MAC address of one station, not of a group: libvirt refuses those."""
+    mac = text.strip().lower()
+    if not re.fullmatch(r"([0-9a-f]{2}:){5}[0-9a-f]{2}", mac) or int(mac[:2], 16) & 1:
+        raise ValueError("a unicast MAC address such as 52:54:00:12:34:56")
+    return mac
+
+
+def parse_vnc(text: str) -> tuple[str, int | None]:
+    """``HOST:DISPLAY``, or ``HOST`` for a free display; gives the host and the display."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(?::([0-9]{1,5}))?", text.strip())
+    # VNC's display N is TCP port 5900 + N.
+    if not text.strip() or not match or int(match[2] or 0) > 65535 - 5900:
+        raise ValueError("HOST:DISPLAY with a display from 0 to 59635, or HOST")
+    return match[1].strip("[]"), None if match[2] is None else int(match[2])
+
+
+def parse_words(text: str) -> tuple[str, ...]:
+    """Words, split like a shell does."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"words as a shell has them ({str(error).lower()})") from None
+
+
+def parse_command(text: str) -> tuple[str, ...]:
+    """A command, split like a shell does."""
+    words = parse_words(text)
+    if not words:
+        raise ValueError("a command")
+    return words
+
+
+def parse_target(text: str) -> str:
+    """The place of an upload."""
+    if not text.strip():
+        raise ValueError("a place to upload to")
+    return text.strip()
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Words with commas or line breaks between them."""
+    return tuple(word.strip() for word in re.split(r"[,\n]", text) if word.strip())
+
+
+def parse_path(text: str) -> Path:
+    """A path; ``~`` is the home directory."""
+    if not text.strip() or "\0" in text:
+        raise ValueError("a path")
+    return Path(os.path.expanduser(text.strip()))
+
+
+def parse_answer_file(text: str) -> Path:
+    """The path of an answer file, whose name goes on the kernel's command line."""
+    path = parse_path(text)
+    if not _FILE_NAME.fullmatch(path.name):
+        raise ValueError("a path whose last part has only letters, digits and . _ + -")
+    return path
+
+
+@dataclass(frozen=True)
+class InstallerFile:
+    """A further file for the installer: the user's *path*, and the *name* by which the installer finds it."""
+
+    path: Path
+    name: str
+
+
+def parse_answer_files(text: str) -> tuple[InstallerFile, ...]:
+    """Further files for the installer: ``PATH`` or ``PATH:NAME``, with commas or line breaks."""
+    accepted = "PATH or PATH:NAME, or several with commas; names have only letters, digits and . _ + - /"
+    found = []
+    for word in split_list(text):
+        given, separator, name = word.rpartition(":")
+        path = parse_path(given if separator else word)
+        name = name.strip() if separator else path.name
+        if not all(_FILE_NAME.fullmatch(part) for part in name.split("/")):
+            raise ValueError(accepted)
+        found.append(InstallerFile(path, name))
+    return tuple(found)
+
+
+def parse_agama_file(text: str) -> Path:
+    """The path of an answer file of Agama, which knows its language by the suffix."""
+    path = parse_answer_file(text)
+    if not path.name.removesuffix(".j2").endswith((".json", ".jsonnet", ".xml")):
+        raise ValueError("a path that ends in .json, .jsonnet or .xml, and then in .j2 if it is a template")
+    return path
+
+
+def parse_file_name(text: str) -> Path:
+    """The path of a file."""
+    path = parse_path(text)
+    if text.strip().endswith("/") or path.name in ("", ".", ".."):
+        raise ValueError("the name of a file")
+    return path
+
+
+def parse_patterns(text: str) -> tuple[str, ...]:
+    """Regular expressions, one a line."""
+    patterns = tuple(line.strip() for line in text.splitlines() if line.strip())
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"regular expressions, one a line ({error})") from None
+    return patterns
+
+
+def parse_key(text: str) -> str:
+    """A key by its fingerprint or user ID, or the path of its file, which has a slash; ``~`` is the home directory."""
+    if not text.strip() or not text.isprintable():
+        raise ValueError("a fingerprint, a user ID, or the path of a key file, which has a slash")
+    return os.path.expanduser(text.strip())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a file comes from: a local *path*, or a *uri* to fetch, from one of *mirrors* if it isn't there."""
+
+    uri: str
+    path: Path | None = None
+    mirrors: tuple[str, ...] = ()
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """All places to fetch it from, in the order in which they are tried."""
+        return self.uri, *self.mirrors
+
+    @property
+    def by_rsync(self) -> bool:
+        """Whether rsync fetches it; else, unless it is local, HTTP does."""
+        return any(uri.lower().startswith("rsync:") for uri in self.uris)
+
+    @property
+    def name(self) -> str:
+        """The file's name, empty for a URI that has none, as it ends in a slash."""
+        if self.path is not None:
+            return self.path.name
+        name = urllib.parse.unquote(urllib.parse.urlsplit(self.uri).path.rpartition("/")[2])
+        return "" if name in (".", "..") or set(name) & set("/\0") else name
+
+
+def parse_source(text: str) -> Source:
+    """A path, or a URI of the schemes file, http, https and rsync."""
+    accepted = "a path, or a URI that begins with file:, http://, https:// or rsync://"
+    text = text.strip()
+    try:
+        parts = urllib.parse.urlsplit(text)
+        # Reading it is what checks it.
+        _ = parts.port
+    except ValueError:
+        raise ValueError(accepted) from None
+    scheme = parts.scheme.lower()
+    path = urllib.request.url2pathname(parts.path)
+    if scheme == "file" and path and parts.netloc in ("", "localhost") and "\0" not in path:
+        return Source(text, Path(path))
+    if scheme in ("http", "https", "rsync") and parts.hostname and parts.path.strip("/") and not re.search(r"\s", text):
+        return Source(text)
+    if not scheme and not parts.netloc and parts.path and "\0" not in text:
+        return Source(text, Path(os.path.expanduser(text)))
+    raise ValueError(accepted)
+
+
+def parse_mirrors(text: str) -> Source:
+    """What parse_source reads, or the URIs of several mirrors with blanks, commas or line breaks between them."""
+    # A URI has no blanks, but a path may have them.
+    words = [word.rstrip(",") for word in text.split()]
+    if len(words) < 2 or not all(re.match(r"(?:https?|rsync)://", word, re.IGNORECASE) for word in words):
+        return parse_source(text)
+    sources = [parse_source(word) for word in dict.fromkeys(words)]
+    if len({source.name for source in sources}) > 1:
+        raise ValueError("mirrors of one file, whose URIs have the same last part")
+    return Source(sources[0].uri, None, tuple(source.uri for source in sources[1:]))
+
+
+def parse_sha256(text: str) -> str:
+    """A SHA-256 in hexadecimal digits."""
+    if not re.fullmatch(r"[0-9a-f]{64}", text.strip().lower()):
+        raise ValueError("a SHA-256, which has 64 hexadecimal digits")
+    return text.strip().lower()
+
+
+def _meant(text: str, choices: Iterable[str]) -> list[str]:
+    """Return the question whether one of *choices* was meant, if one is near to *text*."""
+    near = difflib.get_close_matches(text.strip().lower(), list(choices), n=1)
+    return [f"Did you mean {near[0]}?"] if near else []
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return a parser of one of *choices*, whatever its case."""
+
+    def parse(text: str) -> str:
+        if text.strip().lower() not in choices:
+            accepted = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+            raise ValueError(accepted, *_meant(text, choices))
+        return text.strip().lower()
+
+    return parse
+
+
+def parse_arch(text: str) -> str:
+    """An architecture, by its name or by a distribution's."""
+    name = text.strip().lower()
+    name = _ARCHITECTURE_NAMES.get(name, name)
+    if name not in ARCHITECTURES:
+        raise ValueError(" or ".join(ARCHITECTURES), *_meant(name, (*ARCHITECTURES, *_ARCHITECTURE_NAMES)))
+    return name
+
+
+def is_arch(name: str, arch: str) -> bool:
+    """Return whether *name*, in which ``-`` may stand for ``_``, is one of the architecture *arch*."""
+    name = name.replace("-", "_")
+    return _ARCHITECTURE_NAMES.get(name, name) == arch
+
+
+def named_architectures(text: str) -> set[str]:
+    """Return the architectures that the words of *text*, a path or a URI, name."""
+    names = _ARCHITECTURE_NAMES | {name: name for name in (*ARCHITECTURES, *_OTHER_ARCHITECTURES)}
+    found = re.findall(rf"(?<![a-z0-9])({'|'.join(names)})(?![a-z0-9])", text.lower())
+    return {names[name] for name in found}

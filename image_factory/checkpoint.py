@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .base import interrupts
+from .base import files
 from .base.errors import ConfigurationError, reason_of
 from .base.events import Event, InputUsed
 from .base.log import logger, step
@@ -112,12 +112,8 @@ class Checkpoint:
         texts["artifacts"] = [
             dataclasses.asdict(artifact) | {"path": str(artifact.path)} for artifact in self.artifacts
         ]
-        unfinished = self.directory / f"{FILE_NAME}-unfinished"
-        unfinished.unlink(missing_ok=True)
         # URIs may have a password, and others get through the working directory of root's builds.
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            json.dump(texts, file)
-        unfinished.replace(self.directory / FILE_NAME)
+        files.replace(self.directory / FILE_NAME, json.dumps(texts).encode(), mode=0o600)
 
     def forget(self) -> None:
         """Remove the file: there is nothing to resume any more."""
@@ -273,7 +269,7 @@ def _is_whole(artifact: Artifact) -> bool:
         text = artifact.checksum_path.read_text(encoding="utf-8")
         companions = [(artifact.path.with_name(name), digest) for name, digest in artifact.companions]
         return text.split()[:1] == [artifact.sha256] and all(
-            digest_of(path) == digest for path, digest in [*companions, (artifact.path, artifact.sha256)]
+            files.digest_of(path) == digest for path, digest in [*companions, (artifact.path, artifact.sha256)]
         )
     except (OSError, ValueError):
         return False
@@ -302,7 +298,9 @@ def inputs_of(plan: Plan, answer_file: Path | None = None, *, further: Sequence[
     texts |= {"append": settings.append, "image-size": str(settings.image_size)}
     digests = {key: _digest(text.encode()) for key, text in texts.items()}
     if settings.answer_file and settings.answer_file_key:
-        digests[settings.answer_file_key] = digest_of(answer_file) if answer_file else _digest(answers.content(plan))
+        digests[settings.answer_file_key] = (
+            files.digest_of(answer_file) if answer_file else _digest(answers.content(plan))
+        )
     if settings.answer_files:
         paths = further or [file.path for file in settings.answer_files]
         names = [file.name for file in settings.answer_files]
@@ -331,12 +329,6 @@ def _digest(data: bytes) -> str:
 
 def _digest_if_there(path: Path) -> str:
     try:
-        return digest_of(path)
+        return files.digest_of(path)
     except OSError:
         return ""
-
-
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of the file *path*."""
-    with path.open("rb") as file, interrupts.interruptible():
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .base import command, events
+from .base import command, events, files
 from .base.errors import BuildError, reason_of
 from .base.log import logger, step
 from .checkpoint import Checkpoint
@@ -73,9 +73,7 @@ def _recorded(build: Build, artifacts: Sequence[Artifact]) -> Iterator[None]:
     record = build.directory / _RECORD
     names = [path.name for path in _files(artifacts)]
     # Half a record would be worse than none.
-    unfinished = record.with_name(f"{_RECORD}-unfinished")
-    unfinished.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    unfinished.rename(record)
+    files.replace(record, "".join(f"{name}\n" for name in names).encode())
     yield
     record.unlink()
 
@@ -88,7 +86,7 @@ def take_back(directory: Path) -> None:
     for name in record.read_text(encoding="utf-8").splitlines():
         older, target = _older(directory, name), directory.parent / name
         if os.path.lexists(older):
-            os.replace(older, target)
+            files.move(older, target)
         elif not os.path.lexists(directory / name):
             target.unlink(missing_ok=True)
     record.unlink()
@@ -104,17 +102,17 @@ def _replace(source: Path, target: Path, directory: Path) -> Callable[[], None]:
 
     def take_back() -> None:
         if os.path.lexists(older):
-            os.replace(older, target)
+            files.move(older, target)
         else:
             target.unlink()
 
     try:
         _keep(target, older)
         try:
-            os.replace(source, target)
+            files.move(source, target)
         except BaseException:
             if os.path.lexists(older):
-                os.replace(older, target)
+                files.move(older, target)
             raise
     except OSError as error:
         raise BuildError(f"Can't publish {target}: {error.strerror}.") from error
@@ -131,7 +129,7 @@ def _keep(target: Path, older: Path) -> None:
         pass
     except OSError:
         # It's someone else's, or this filesystem has no hard links: for a moment it's only there.
-        target.rename(older)
+        files.move(target, older)
 
 
 def upload_commands(

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from . import checkpoint, publish
-from .base import locks, scratch, trust
+from .base import files, locks, scratch, trust
 from .base.errors import BuildError, ConfigurationError
 from .base.log import logger
 from .base.release import released
@@ -50,7 +50,7 @@ def opened(plan: Plan, *, resume: bool = False) -> Iterator[Build]:
 
 def _keep_console(build: Build) -> None:
     if build.console_path.exists():
-        os.replace(build.console_path, build.plan.console_path)
+        files.move(build.console_path, build.plan.console_path)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ LAYERS = [
     ("machines", "turns console arch"),
     ("", "model"),
     ("configuration", "files settings parsers"),
-    ("base", "scratch command locks release interrupts log events units errors trust fuse"),
+    ("base", "scratch command files locks release interrupts log events units errors trust fuse"),
     # The version.
     ("", "__init__"),
 ]
@@ -106,6 +106,42 @@ def test_only_command_starts_programs(name: str) -> None:
     for node in ast.walk(tree(MODULES[name])):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
             assert node.attr not in starters and not node.attr.startswith(("exec", "spawn")), f"line {node.lineno}"
+
+
+def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
+    """Give what module *name* calls, as the last two parts of its name: ``os.replace``, ``.replace``."""
+    for node in ast.walk(tree(MODULES[name])):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+            yield f"{of}.{node.func.attr}", node
+
+
+def places(of: Callable[[str, ast.Call], bool]) -> set[str]:
+    """Return the modules with a call that *of* is true for."""
+    return {name for name in MODULES for called, node in calls(name) if of(called, node)}
+
+
+def replaces_a_file(called: str, node: ast.Call) -> bool:
+    if called in ("os.replace", "os.rename", "os.renames", "shutil.move", "tempfile.mkstemp"):
+        return True
+    # Those of a path take one argument, those of a text, a date and a dataclass others.
+    is_of_path = called.rpartition(".")[2] in ("replace", "rename") and len(node.args) == 1 and not node.keywords
+    return is_of_path or (called.startswith("tempfile.") and called.endswith("File"))
+
+
+def digests_a_file(called: str, node: ast.Call) -> bool:
+    if called == "hashlib.file_digest":
+        return True
+    if not called.startswith("hashlib."):
+        return False
+    # One without data is fed with what is read; ``hashlib.new`` has the name of the algorithm first.
+    inside = [part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)]
+    return len(node.args) == (called == "hashlib.new") or bool({"read", "read_bytes"} & {*inside})
+
+
+@pytest.mark.parametrize("of", [replaces_a_file, digests_a_file])
+def test_files_are_replaced_and_digested_in_one_module(of: Callable[[str, ast.Call], bool]) -> None:
+    assert places(of) == {"base.files"}
 
 
 def uses_of_the_terminal(name: str) -> list[str]:

@@ -8,7 +8,10 @@ import datetime
 import json
 import os
 import re
+import resource
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_factory import checkpoint, pipeline, workspace
-from image_factory.base import events
+from image_factory.base import events, files
 from image_factory.base.errors import ConfigurationError
 from image_factory.checkpoint import Checkpoint
 from image_factory.configuration.files import Configuration
@@ -114,28 +117,41 @@ def test_disk_is_gone(tmp_path: Path) -> None:
         checkpoint.resumed(build.plan, build.directory)
 
 
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Have no file of this process grow inside."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+
+
 def test_file_that_can_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The build goes on; but a raw image, which is the disk, can't be gone on from."""
     build = build_in(tmp_path)
     done = begin(build)
-    (build.directory / f"{checkpoint.FILE_NAME}-unfinished").mkdir()
-    done.reach("cleaned")
-    assert "--resume will not know how far the build has come: Is a directory: " in caplog.messages[-1]
-    assert checkpoint.read(build.directory) is not None
-    with pytest.raises(OSError, match="Is a directory"):
-        done.write()
-    done.reach("published", [Artifact(tmp_path / "x.raw", "raw", 1, True)])
+    before = sorted(build.directory.iterdir())
+    with no_room():
+        done.reach("cleaned")
+        assert "--resume will not know how far the build has come: File too large" in caplog.messages[-1]
+        assert sorted(build.directory.iterdir()) == before
+        assert checkpoint.read(build.directory) is not None
+        with pytest.raises(OSError, match="File too large"):
+            done.write()
+        done.reach("published", [Artifact(tmp_path / "x.raw", "raw", 1, True)])
     assert checkpoint.read(build.directory) is None
 
 
 def publish(build: Build, path: Path) -> None:
     """Have *path* be what the build has published."""
     path.write_text("x")
-    digest = checkpoint.digest_of(path)
+    digest = files.digest_of(path)
     path.with_name(f"{path.name}.sha256sum").write_text(f"{digest}  {path.name}\n")
     companion = path.with_name("x.qcow2.manifest.json")
     companion.write_text("{}")
-    companions = ((companion.name, checkpoint.digest_of(companion)),)
+    companions = ((companion.name, files.digest_of(companion)),)
     begin(build).reach("published", [Artifact(path, "qcow2", 1, True, digest, companions)])
 
 

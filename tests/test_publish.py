@@ -396,7 +396,7 @@ def test_post_build_command_that_fails(place: Place) -> None:
 
 
 @pytest.mark.parametrize("older", [False, True])
-@pytest.mark.parametrize("renames", range(5))
+@pytest.mark.parametrize("renames", range(6))
 def test_what_a_killed_build_has_published_is_taken_back(
     place: Place, monkeypatch: pytest.MonkeyPatch, older: bool, renames: int
 ) -> None:
@@ -415,14 +415,14 @@ def test_what_a_killed_build_has_published_is_taken_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        if renames < 4:
+        if renames < 5:
             with pytest.raises(Killed):
                 publish.move_into_place(place.build(), place.artifacts)
         else:
             publish.move_into_place(place.build(), place.artifacts)
     monkeypatch.undo()
     publish.take_back(place.work)
-    if renames < 4:
+    if renames < 5:
         assert place.published() == before
     else:
         assert place.published()[RAW] == "new raw\n"

@@ -21,13 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import command, events, interrupts
+from ..base import command, events, files, interrupts
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.events import BootCheck, BootTested
 from ..base.log import logger, step
 from ..base.release import released
 from ..base.units import format_duration, parse_duration
-from ..checkpoint import digest_of
 from ..configuration.settings import ImageSettings
 from ..machines import arch
 from ..machines.console import Console
@@ -592,15 +591,14 @@ def test_boot(build: Build, disk: Disk, artifacts: Sequence[Artifact]) -> None:
 
 
 def _why_changed(artifact: Artifact) -> str:
-    return "" if digest_of(artifact.path) == artifact.sha256 else "its file is not the one that was made"
+    return "" if files.digest_of(artifact.path) == artifact.sha256 else "its file is not the one that was made"
 
 
 def _write_results(build: Build, done: Sequence[BootTested], lines: Sequence[str]) -> None:
     plan = build.plan
-    unfinished = build.directory / "junit.xml"
-    unfinished.write_bytes(junit.document(plan.image, done, "\n".join(lines)))
+    document = junit.document(plan.image, done, "\n".join(lines))
     try:
-        unfinished.replace(plan.junit_path)
+        files.replace(plan.junit_path, document, directory=build.directory)
     except OSError as error:
         if error.errno != errno.EISDIR:
             raise

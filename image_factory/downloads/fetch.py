@@ -4,14 +4,12 @@ import base64
 import errno
 import fcntl
 import glob
-import hashlib
 import http.client
 import json
 import os
 import re
 import shutil
 import ssl
-import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +21,7 @@ from typing import IO, Any, Literal, TypeVar
 
 import httplib2
 
-from ..base import command, events, interrupts, locks, scratch, trust
+from ..base import command, events, files, interrupts, locks, scratch, trust
 from ..base.errors import BuildError, CommandError, ConfigurationError, CrashError
 from ..base.log import logger, masked, waiting
 from ..base.units import format_size
@@ -53,6 +51,8 @@ _LONGEST_NOTE = 64 << 10
 _RSYNC_STATUS_TRANSIENT = (5, 10, 11, 12, 30, 35)  # rsync(1): protocol start, socket, file and stream I/O, timeouts
 
 _LOCK = ".lock"
+# All users share root's cache.
+_MODE = 0o644
 _TEMPORARY = re.compile(r"\..+\.(?:[a-z0-9_]{8}|[A-Za-z0-9]{6})")
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
@@ -97,8 +97,7 @@ class Expected:
 
     def found_in(self, path: Path) -> str:
         """Return what the file at *path* has in its place."""
-        with path.open("rb") as file, interrupts.interruptible():
-            return hashlib.file_digest(file, self.algorithm.replace("-", "").lower()).hexdigest()
+        return files.digest_of(path, self.algorithm.replace("-", "").lower())
 
     def is_that_of(self, path: Path) -> bool:
         """Whether the file at *path* has it."""
@@ -220,7 +219,7 @@ def _check_validators(uri: str, other: Path, validators: dict[str, str], path: P
 
 
 def _take_over(other: Path, target: Path, check: _Check) -> None:
-    with _staged(target, check) as path:
+    with files.staged(target, check, mode=_MODE) as path:
         path.unlink()
         take(other, path)
     logger.info("%s is in the cache of %s already.", target.name, other.parent.name)
@@ -274,7 +273,7 @@ def _remember_verified(uri: str, target: Path, expected: Expected) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write *data* to *path* in the cache; half of it never replaces an older file."""
     try:
-        with _new_file(path) as file:
+        with files.written(path, mode=_MODE) as file:
             file.write(data)
     except OSError as error:
         raise BuildError(f"Can't write {path}: {error.strerror or error}.", hint="See --cache-dir.") from error
@@ -416,11 +415,11 @@ def take(path: Path, target: Path) -> None:
         # Another filesystem, or a file of another user's, to which the kernel allows no hard link.
         with interrupts.interruptible():
             shutil.copyfile(path, target)
-        os.chmod(target, 0o644)
+        os.chmod(target, _MODE)
 
 
 def _remove_left_files(directory: Path) -> None:
-    """Remove the temporary files, mkstemp's or rsync's, that a killed build has left."""
+    """Remove the temporary files, ours or rsync's, that a killed build has left."""
     for path in directory.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             logger.info("Removing %s, which a killed build has left.", path)
@@ -488,32 +487,6 @@ def _limit_of(target: Path) -> int:
     return _ISO_SIZE if target.name.lower().endswith(".iso") else _FILE_SIZE
 
 
-@contextmanager
-def _staged(target: Path, check: _Check | None = None) -> Iterator[Path]:
-    """Give a path whose file takes the place of *target* at the end; it is gone if the body or *check* raises."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
-    os.close(descriptor)
-    try:
-        yield Path(name)
-        if check is not None:
-            check(Path(name))
-        # mkstemp's files are their owner's alone, but all users share root's cache.
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-@contextmanager
-def _new_file(target: Path, check: _Check | None = None) -> Iterator[IO[bytes]]:
-    """Give a file that takes the place of *target* at the end, and is gone if the body or *check* raises."""
-    with _staged(target, check) as path, path.open("w+b") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def rsync_argv(uri: str, target: Path, limit: int | None = None) -> list[str]:
     """Return the command that brings the file at *uri* to *target*; rsync itself renames at the end."""
     # ``-ii``: say which files are there, unchanged ones too.
@@ -540,7 +513,7 @@ def _rsync(uri: str, target: Path, check: _Check, *, afresh: bool) -> None:
     # They are of what a web server had; one may be another mirror of the file.
     _validators_path(target).unlink(missing_ok=True)
     if afresh:
-        with _staged(target, check) as path:
+        with files.staged(target, check, mode=_MODE) as path:
             _run_rsync(uri, path, _limit_of(target))
     else:
         _run_rsync(uri, target, _limit_of(target))
@@ -604,7 +577,7 @@ def _write_validators(uri: str, target: Path, headers: dict[str, str]) -> None:
         # It may be another file's next time, and the note has no secrets to tell that by.
         return
     known = {"uri": masked(uri), "size": target.stat().st_size, "headers": headers}
-    with _new_file(_validators_path(target)) as file:
+    with files.written(_validators_path(target), mode=_MODE) as file:
         file.write(json.dumps(known).encode())
 
 
@@ -618,7 +591,7 @@ def _download(uri: str, target: Path, check: _Check, *, afresh: bool) -> None:
         _validators_path(target).unlink(missing_ok=True)
 
     try:
-        with _new_file(target, accept) as file:
+        with files.written(target, accept, mode=_MODE) as file:
             answer = _receive(uri, file, limit=_limit_of(target), validators=validators)
             if answer.status == 304:
                 raise _Unchanged

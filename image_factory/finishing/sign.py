@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import command, scratch
+from ..base import command, files, scratch
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.log import logger, step
 from ..downloads import verify
@@ -82,7 +81,7 @@ def sign_all(build: Build, artifacts: Sequence[Artifact]) -> list[Artifact]:
         except BuildError as error:
             raise BuildError(f"{sums.name} can't be signed: {error.message}", hint=error.hint) from error
         logger.info("%s is signed with key %s.", sums.name, key.fingerprint)
-    written = tuple((path.name, _digest(path)) for path in (sums, signature))
+    written = tuple((path.name, files.digest_of(path)) for path in (sums, signature))
     return [dataclasses.replace(found, companions=(*found.companions, *written)) for found in artifacts]
 
 
@@ -97,13 +96,10 @@ def _sums(artifacts: Sequence[Artifact]) -> str:
     lines = []
     for artifact in artifacts:
         checksum = artifact.checksum_path
-        files = [(artifact.path.name, artifact.sha256), (checksum.name, _digest(checksum)), *artifact.companions]
-        lines += [f"{digest}  {name}\n" for name, digest in files]
+        of_checksum = (checksum.name, files.digest_of(checksum))
+        pairs = [(artifact.path.name, artifact.sha256), of_checksum, *artifact.companions]
+        lines += [f"{digest}  {name}\n" for name, digest in pairs]
     return "".join(lines)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def describe(build: Build) -> list[tuple[str, list[list[str]]]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ..base import files
 from ..base.errors import BuildError, NoSystemError
 from ..base.log import logger
 from ..base.release import released
@@ -109,9 +110,7 @@ def writable(tree: Tree, directory: Path) -> Iterator[None]:
         if is_read_only or [filesystem.volume.name, top] in known:
             changed[filesystem.volume.name, top] = filesystem
     if changed:
-        new = record.with_suffix(".new")
-        new.write_text(json.dumps(list(changed)), encoding="utf-8")
-        new.replace(record)
+        files.replace(record, json.dumps(list(changed)).encode())
     with ExitStack() as stack:
         for (_, top), filesystem in changed.items():
             logger.info("Subvolume %s is read-only, and made writable for a while.", top or "/")

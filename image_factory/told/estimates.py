@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..base import events, trust
+from ..base import events, files, trust
 from ..machines import turns
 from ..model import Plan
 
@@ -63,16 +62,7 @@ def _part(step: str, phase: str, seconds: float) -> Part:
 
 def _save(path: Path, builds: dict[str, list[list[Part]]]) -> None:
     trust.make(path.parent)
-    # The name is one that a later download takes for a temporary file of a build that was killed.
-    descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(builds, file)
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    files.replace(path, json.dumps(builds).encode(), mode=0o644)
 
 
 @dataclass

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import stat
 import time
 import urllib.parse
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..base import command, events, log
+from ..base import command, events, files, log
 from ..base.errors import (
     BuildError,
     CommandError,
@@ -343,9 +342,9 @@ def prepared(file: str) -> Path:
     try:
         if path.exists() and not path.is_file():
             raise ConfigurationError(f"--json: {file} is not a file.", hint="'--json -' writes to stdout.")
-        temporary = _temporary(path)
-        temporary.touch(exist_ok=False)
-        temporary.unlink()
+        probe = files.unfinished(path)
+        probe.touch(exist_ok=False)
+        probe.unlink()
         # A build that is killed writes none, and the older one is not its own.
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -353,21 +352,9 @@ def prepared(file: str) -> Path:
     return path
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".image-factory-record.{secrets.token_hex(4)}")
-
-
 def write(path: Path, text: str) -> None:
     """Write *text* to *path*, all of it or BuildError."""
-    temporary = _temporary(path)
     try:
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        files.replace(path, text.encode())
     except OSError as error:
         raise BuildError(f"The build record {path} can't be written: {error.strerror}.") from error

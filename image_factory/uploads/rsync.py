@@ -1,6 +1,5 @@
 """Upload with rsync: what is run, what is tried again, and whether the files have arrived whole."""
 
-import hashlib
 import os
 import re
 import shlex
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import command, interrupts, scratch
+from ..base import command, files, interrupts, scratch
 from ..base.errors import BuildError, CommandError, command_line
 from ..base.log import logger
 from ..configuration.settings import Destination
@@ -321,7 +320,7 @@ def _verify(destination: Destination, artifact: Artifact) -> None:
         return
     for name, wanted in (
         (artifact.path.name, artifact.sha256),
-        (artifact.checksum_path.name, hashlib.sha256(artifact.checksum_path.read_bytes()).hexdigest()),
+        (artifact.checksum_path.name, files.digest_of(artifact.checksum_path)),
         *artifact.companions,
     ):
         # The user's arguments may leave the others out.

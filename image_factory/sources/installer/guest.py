@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from ...base import command, fuse, interrupts
+from ...base import command, files, fuse, interrupts
 from ...base.errors import BuildError, CommandError, ConfigurationError, command_line
 from ...base.log import logger, step, waiting
 from ...base.release import released
@@ -500,7 +500,7 @@ def _keep_screenshot(build: Build) -> None:
     try:
         command.run(argv, capture=True, timeout=_VIRSH_SECONDS)
         path.chmod(0o600)
-        path.replace(build.plan.screenshot_path)
+        files.move(path, build.plan.screenshot_path)
     except (BuildError, OSError) as error:
         # The machine is off already.
         logger.warning("There is no picture of the screen: %s", error)

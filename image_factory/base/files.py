@@ -1,0 +1,87 @@
+"""Files that are whole or not there: replacing one safely, and the checksum of one."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from . import events, interrupts
+
+_PART_SIZE = 1 << 20
+
+
+def unfinished(target: Path) -> Path:
+    """Return a free name beside *target*, for what takes its place later.
+
+    It has no part of the name of *target*, which may be as long as a name can be.
+    """
+    return target.with_name(f".image-factory.{secrets.token_hex(4)}")
+
+
+@contextmanager
+def staged(
+    target: Path,
+    check: Callable[[Path], None] | None = None,
+    *,
+    mode: int | None = None,
+    directory: Path | None = None,
+) -> Iterator[Path]:
+    """Give the path of an empty file that takes the place of *target* at the end.
+
+    The file is gone if the body raises, or *check*, which is called with it after the body.  With *mode* it is its
+    owner's alone until the end; else it has the mode that the umask leaves.  It is in *directory*, which has to be on
+    the filesystem of *target*, else beside *target*.
+    """
+    path = unfinished(directory / target.name if directory else target)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600))
+    try:
+        yield path
+        if check is not None:
+            check(path)
+        if mode is not None:
+            path.chmod(mode)
+        move(path, target)
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        raise
+
+
+@contextmanager
+def written(
+    target: Path, check: Callable[[Path], None] | None = None, *, mode: int | None = None
+) -> Iterator[IO[bytes]]:
+    """Give a file that takes the place of *target* as that of ``staged`` does, when the disk has all of it."""
+    with staged(target, check, mode=mode) as path, path.open("w+b") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(target: Path, data: bytes, *, mode: int | None = None, directory: Path | None = None) -> None:
+    """Write *data* to *target*, all or OSError; half of it never replaces an older file.  See ``staged``."""
+    with staged(target, mode=mode, directory=directory) as path:
+        path.write_bytes(data)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give *source* the name *target*, in place of what has that; both are on one filesystem."""
+    os.replace(source, target)
+
+
+def digest_of(path: Path, algorithm: str = "sha256", meter: events.Meter | None = None) -> str:
+    """Return the checksum of the file *path* in hexadecimal digits; *meter* is told how far it is."""
+    digest = hashlib.new(algorithm)
+    part = memoryview(bytearray(_PART_SIZE))
+    done = 0
+    with path.open("rb", buffering=0) as file, interrupts.interruptible():
+        size = os.fstat(file.fileno()).st_size
+        while length := file.readinto(part):
+            digest.update(part[:length])
+            done += length
+            if meter is not None:
+                meter.at(done, size)
+    return digest.hexdigest()

@@ -1,6 +1,8 @@
 """What the tests share: this machine made ready, two ordinary users, the installed program."""
 
 import fcntl
+import importlib.machinery
+import importlib.util
 import os
 import pwd
 import shlex
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -287,3 +290,19 @@ def left_behind(user: User, directory: Path) -> list[str]:
     processes = run("ps", "-eo", "args").stdout.splitlines()
     left += [f"process {line}" for line in processes if "qemu-system" in line and str(directory) in line]
     return left
+
+
+@pytest.fixture(scope="session")
+def helper() -> ModuleType:
+    """image-factory-sudo-helper as a module."""
+    path = REPOSITORY / "image-factory-sudo-helper"
+    loader = importlib.machinery.SourceFileLoader("image_factory_sudo_helper", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, loader.name, module)
+        patch.setattr(sys, "dont_write_bytecode", True)
+        loader.exec_module(module)
+        return module

@@ -144,6 +144,21 @@ def test_files_are_replaced_and_digested_in_one_module(of: Callable[[str, ast.Ca
     assert places(of) == {"base.files"}
 
 
+def test_names_that_the_helper_takes_are_in_one_module() -> None:
+    first = "[A-Za-z0-9_@]"
+    found = {name: MODULES[name].read_text(encoding="utf-8").count(first) for name in MODULES}
+    # Those of directories, and those of the last part.
+    assert {name: count for name, count in found.items() if count} == {"system.privileged": 2}
+    assert HELPER.read_text(encoding="utf-8").count(first) == 2
+
+
+def test_last_words_of_a_failed_program_are_taken_in_one_module() -> None:
+    def is_end_of_lines(node: ast.AST) -> bool:
+        return isinstance(node, ast.Subscript) and "last_lines" in ast.dump(node.value)
+
+    assert {name for name in MODULES if any(map(is_end_of_lines, ast.walk(tree(MODULES[name]))))} == {"base.errors"}
+
+
 def uses_of_the_terminal(name: str) -> list[str]:
     """Return where module *name* prints, writes to stdout or exits."""
     found = []

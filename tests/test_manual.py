@@ -1,12 +1,9 @@
 """The manual pages, README and NEWS say what the program has."""
 
 import argparse
-import importlib.machinery
-import importlib.util
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,21 +42,6 @@ def options(parser: argparse.ArgumentParser) -> list[str]:
 
 def ini_examples(page: Path) -> list[str]:
     return re.findall(r"^```ini\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def helper() -> ModuleType:
-    path = REPOSITORY / "image-factory-sudo-helper"
-    loader = importlib.machinery.SourceFileLoader("image_factory_sudo_helper", str(path))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, loader.name, module)
-        patch.setattr(sys, "dont_write_bytecode", True)
-        loader.exec_module(module)
-        return module
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,15 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import pytest
 
 from image_factory.base.errors import BuildError, NoSystemError
 from image_factory.finishing import clean, seal
 from image_factory.model import Change, Entry, Partition, Subvolume, Volume
-from image_factory.system import assembly, tree
+from image_factory.system import assembly, privileged, tree
+from image_factory.system.privileged import takes_directory, takes_name, takes_top
 
 
 @dataclass
@@ -325,20 +327,29 @@ def test_headings_in_a_file_are_no_paths() -> None:
 
 @pytest.mark.parametrize("name", ["", "@", "@rootfs", "root", ".snapshots", "@/.snapshots/1/snapshot", "a..b"])
 def test_directories_of_subvolumes(name: str) -> None:
-    assert tree.is_top(name)
+    assert takes_top(name)
 
 
 @pytest.mark.parametrize("name", [".", "..", "@/..", "../@", "@/./x", "/@", "@/", "a//b", "*", "a b", "a\n", "é"])
 def test_no_directories_of_subvolumes(name: str) -> None:
-    assert not tree.is_top(name)
+    assert not takes_top(name)
 
 
-def test_helper_takes_all_directories_of_subvolumes() -> None:
-    text = (tree.__file__ or "").replace("image_factory/system/tree.py", "image-factory-sudo-helper")
-    with open(text, encoding="utf-8") as helper:
-        [pattern] = re.findall(r'^PATTERN = r"(.*)"$', helper.read(), re.MULTILINE)
+def test_names_are_those_that_the_helper_takes(helper: ModuleType) -> None:
+    assert privileged._DIRECTORY_NAME.pattern == helper.PART
+    assert privileged._NAME.pattern == helper.NAME
+    for levels in (1, 8, 9, 24, 25):
+        path = "/".join(["x"] * levels)
+        assert takes_top(path) == bool(re.fullmatch(helper.INNER, path))
+        assert takes_directory(path) == bool(re.fullmatch(helper.PATTERN, f"{path}/*"))
+    assert takes_name("a+b")
+    assert not takes_directory("a+b")
+
+
+def test_helper_takes_all_directories_of_subvolumes(helper: ModuleType) -> None:
+    pattern = helper.PATTERN
     longest = "/".join([".@" + "x" * 200] * 8)
-    assert tree.is_top(longest)
+    assert takes_top(longest)
     everything = seal.System({}, {}, ("root", "home/a"), tuple(operation.name for operation in seal.OPERATIONS))
     sealed = [
         pattern

@@ -21,6 +21,11 @@ class ImageFactoryError(Exception):
         self.message = message
         self.hint = hint
 
+    @property
+    def said(self) -> str:
+        """The last words of the program that failed, if one did and said something; else the message."""
+        return self.message
+
     def add_hint(self, hint: str) -> None:
         """Add another move to the hint."""
         self.hint = f"{self.hint}; {hint}" if self.hint else hint
@@ -97,6 +102,16 @@ class CommandError(BuildError):
         self.argv = list(argv)
         self.status = status
         self.last_lines = list(last_lines)
+
+    @property
+    def last_line(self) -> str:
+        """The last line that the program printed, ``""`` if it printed none."""
+        return self.last_lines[-1] if self.last_lines else ""
+
+    @property
+    def said(self) -> str:
+        """Its last line; the message if it printed none."""
+        return self.last_line or self.message
 
 
 class CrashError(BuildError):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..system.privileged import takes_directory
 from ..system.registrations import (
     CONTAINER_AUTHS,
     KEYS,
@@ -175,13 +176,9 @@ class Look:
             yield path
 
 
-# As image-factory-sudo-helper takes directories.
-_ASKABLE = re.compile(r"(?:\.?[A-Za-z0-9_@][A-Za-z0-9._@-]{0,254}/){0,24}")
-
-
 def is_askable(directory: str) -> bool:
     """Return whether what is in *directory* can be asked for."""
-    return not directory or bool(_ASKABLE.fullmatch(f"{directory}/"))
+    return not directory or takes_directory(directory)
 
 
 def joined(directory: str, name: str) -> str:

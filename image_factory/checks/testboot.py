@@ -519,7 +519,7 @@ def _login_checks(
     try:
         command.run(ssh_argv(machine, port, _LOGIN), timeout=login_seconds, watch=found.look)
     except BuildError as error:
-        yield judged("login", f"nobody can log in with the key of the seed's user: {_said(error)}")
+        yield judged("login", f"nobody can log in with the key of the seed's user: {error.said}")
         yield from (skipped(name, "login failed") for name in names[2:])
         return
     yield passed("login")
@@ -530,16 +530,12 @@ def _login_checks(
                 ssh_argv(machine, port, _RUN_SCRIPT), stdin=settings.test_script, timeout=limit, watch=found.look
             )
         except CommandError as error:
-            said = f": {error.last_lines[-1]}" if error.last_lines else ""
+            said = f": {error.last_line}" if error.last_line else ""
             yield judged("test-script", f"{settings.test_script.name} failed with status {error.status}{said}")
         except BuildError:
             yield judged("test-script", f"{settings.test_script.name} did not end within {format_duration(limit)}")
         else:
             yield passed("test-script")
-
-
-def _said(error: BuildError) -> str:
-    return error.last_lines[-1] if isinstance(error, CommandError) and error.last_lines else error.message
 
 
 def _why_no_sshd(found: _Guest, port: int) -> str:

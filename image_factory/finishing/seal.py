@@ -16,6 +16,7 @@ from ..base.units import format_size
 from ..configuration.settings import ImageSettings
 from ..model import Build, Change, Plan
 from ..system import fstab, registrations
+from ..system.privileged import takes_directory, takes_name
 from ..system.registrations import DROPBEAR, KEYS, REGISTRATIONS, Key, is_of, program
 from ..system.tree import Tree
 from . import apt, media
@@ -31,9 +32,7 @@ ENTRIES_UNIT = "image-factory-boot-entries.service"
 _UNITS = "etc/systemd/system"
 
 _MACHINE_ID = re.compile(rb"[0-9a-f]{32}")
-# As image-factory-sudo-helper takes directories, and names in them.
-_DIRECTORY = re.compile(r"\.?[A-Za-z0-9_@][A-Za-z0-9._@-]{0,254}")
-_NAME = re.compile(r"\.?[A-Za-z0-9_@][A-Za-z0-9._@+~-]{0,254}")
+_HOME_LEVELS = 8
 
 # What holds boot-loader entries.
 _BOOT_ROOTS = ("boot", "boot/efi", "efi")
@@ -121,7 +120,7 @@ class System:
     def below(self, directory: str) -> list[str]:
         """Return the names in *directory* that are known; odd ones, which no program makes, are left out."""
         split = [path.rpartition("/") for path in (*self.kinds, *self.files)]
-        return sorted({name for parent, _, name in split if parent == directory and _NAME.fullmatch(name)})
+        return sorted({name for parent, _, name in split if parent == directory and takes_name(name)})
 
 
 @dataclass
@@ -385,16 +384,16 @@ def _reset_iscsi_name(system: System) -> Actions:
 
 def _remove_histories(system: System) -> Actions:
     for home in system.homes:
-        if not _is_path(home):
+        if not _is_home(home):
             logger.warning("The histories in /%s stay: its name is an odd one.", home)
-    return Actions(remove=[f"{home}/{name}" for home in filter(_is_path, system.homes) for name in _HISTORIES])
+    return Actions(remove=[f"{home}/{name}" for home in filter(_is_home, system.homes) for name in _HISTORIES])
 
 
 def _empty_logs(system: System) -> Actions:
     names = [name for name in system.below("var/log") if not is_of(name, _LOGS_OF_OTHERS)]
     directories = [name for name in names if system.kinds.get(f"var/log/{name}") == "directory"]
     rotated = [name for name in names if name not in directories and is_of(name, _ROTATED)]
-    below = [f"{name}/{old}" for name in directories if _DIRECTORY.fullmatch(name) for old in _ROTATED]
+    below = [f"{name}/{old}" for name in directories if takes_directory(name, 1) for old in _ROTATED]
     empty = ["var/log/*"]
     if not {"cloud-init", "journal", "login-records"} <= set(system.chosen):
         # The logs of an operation that is not chosen stay, so the others are named, odd ones by a pattern.
@@ -852,7 +851,7 @@ def look_at(tree: Tree, chosen: Sequence[Operation]) -> System:
     kinds = {entry.path: entry.kind for entry in tree.entries(_looked_at(chosen))}
     files = tree.read(_read(chosen))
     homes = _homes(files.get("etc/passwd", b""), kinds)
-    below = _read_in_homes(chosen, filter(_is_path, homes))
+    below = _read_in_homes(chosen, filter(_is_home, homes))
     for start in range(0, len(below), _AT_ONCE):
         files |= tree.read(below[start:][:_AT_ONCE])
     snapshots = tuple(snapshot.name for snapshot in tree.snapshots)
@@ -886,9 +885,8 @@ def _homes(passwd: bytes, kinds: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(home for home in found if home.partition("/")[0] not in _NO_HOMES))
 
 
-def _is_path(path: str) -> bool:
-    parts = path.split("/")
-    return len(parts) <= 8 and all(map(_DIRECTORY.fullmatch, parts))
+def _is_home(path: str) -> bool:
+    return takes_directory(path, _HOME_LEVELS)
 
 
 def _carry_out(tree: Tree, planned: Sequence[Actions]) -> tuple[list[Change], list[Change]]:

@@ -163,7 +163,7 @@ def _sign(key: _Key, sums: Path, *, quiet: bool = False) -> Path:
 def _refused(error: CommandError, name: str) -> BuildError:
     """Return the error that says in one line why gpg didn't sign."""
     reasons = [match[1] for line in error.last_lines if (match := re.fullmatch(r"gpg: signing failed: (.*)", line))]
-    reason = reasons[-1] if reasons else (error.last_lines or [error.message])[-1].removeprefix("gpg: ")
+    reason = reasons[-1] if reasons else error.said.removeprefix("gpg: ")
     return BuildError(f"gpg can't sign with {name}: {reason}.", hint=_HINTS.get(reason, _LOOK))
 
 

@@ -18,7 +18,8 @@ from ..base.log import logger
 from ..base.release import released
 from ..model import READ_ONLY_NAME, Filesystem, LogicalVolumes, Subvolume, Volume
 from . import fstab, layout
-from .tree import Branch, Snapshot, Tree, Unreached, is_top
+from .privileged import takes_top
+from .tree import Branch, Snapshot, Tree, Unreached
 
 # Of a guest's text in a message.
 _LONGEST_QUOTE = 100
@@ -135,7 +136,7 @@ def _roots_of(filesystem: Filesystem) -> list[Branch]:
 
 def _tops(filesystem: Filesystem) -> list[str]:
     """Return the directories of *filesystem* that can be mounted."""
-    return [found.path for found in filesystem.subvolumes[:_SUBVOLUMES] if is_top(found.path)] or [""]
+    return [found.path for found in filesystem.subvolumes[:_SUBVOLUMES] if takes_top(found.path)] or [""]
 
 
 def _no_root(disk: _Disk) -> BuildError:
@@ -241,7 +242,7 @@ def _top_of(entry: fstab.Entry, filesystem: Filesystem) -> str | None:
         wanted = "5" if number == "0" else number
         path = next((found.path for found in filesystem.subvolumes if str(found.number) == wanted), None)
     top = None if path is None else path.strip("/")
-    return top if top is not None and is_top(top) else None
+    return top if top is not None and takes_top(top) else None
 
 
 def _listed(branches: Sequence[Branch]) -> str:
@@ -308,7 +309,7 @@ def _at(disk: _Disk, volume: Volume, point: str, entry: fstab.Entry | None = Non
     filesystem = disk.mounted(volume)
     if filesystem is not None:
         top = _default(filesystem) if entry is None else _top_of(entry, filesystem)
-        if top is None or not is_top(top):
+        if top is None or not takes_top(top):
             return _unreached(point, f"its subvolume of {volume.name} is unknown, or has an odd name")
         if filesystem.subvolumes and top not in {found.path for found in filesystem.subvolumes}:
             names = _quoted(top, point)
@@ -365,7 +366,7 @@ def _bound(
     top = place.inner(source)
     found: list[Branch | Unreached] = [Branch(place.filesystem, top, entry.point)]
     if source != place.point:
-        kind = next((found.kind for found in place.filesystem.entries([top])), None) if is_top(top) else "other"
+        kind = next((found.kind for found in place.filesystem.entries([top])), None) if takes_top(top) else "other"
         if kind is None:
             logger.warning("The system has no /%s, which its fstab names for %s.", *_quoted(source, entry.point))
             return []
@@ -415,7 +416,7 @@ def _copies_on(filesystem: Filesystem, used: set[str], roots: Sequence[str]) -> 
             phrases.append(f"{name} is a snapshot")
         elif found.path in roots:
             phrases.append(f"{name} has a system of its own")
-        elif outside and not is_top(found.path):
+        elif outside and not takes_top(found.path):
             phrases.append(f"{name} has an odd name, and can't be looked into")
     if len(filesystem.subvolumes) > _SUBVOLUMES:
         phrases.append(f"of the subvolumes of {volume.name} only {_SUBVOLUMES} are looked into")
@@ -438,9 +439,9 @@ def _hidden(branches: Sequence[Branch]) -> list[str]:
             for branch in inside
             if (branch.filesystem, branch.top) != (parent.filesystem, parent.inner(branch.point))
         }
-        tops = {top: point for top, point in tops.items() if is_top(top)}
+        tops = {top: point for top, point in tops.items() if takes_top(top)}
         entries = parent.filesystem.entries([f"{top}/*" for top in tops]) if tops else []
-        directories = [entry.path for entry in entries if entry.kind == "directory" and is_top(entry.path)]
+        directories = [entry.path for entry in entries if entry.kind == "directory" and takes_top(entry.path)]
         looked_into, others = directories[:_SUBVOLUMES], directories[_SUBVOLUMES:]
         deeper = parent.filesystem.entries([f"{path}/*" for path in looked_into]) if looked_into else []
         # Installers leave empty mount points, one in another, but not so many.
@@ -468,7 +469,7 @@ def _removable(filesystem: Filesystem, used: set[str]) -> list[Snapshot]:
     gone = [
         found.path
         for found in subvolumes
-        if _uuids(found) & related and found not in own and found.path not in ("", default) and is_top(found.path)
+        if _uuids(found) & related and found not in own and found.path not in ("", default) and takes_top(found.path)
     ]
     kept = [found.path for found in filesystem.subvolumes if found.path not in gone]
     return [Snapshot(filesystem, path) for path in gone if not any(_is_in(other, path) for other in (*kept, *used))]

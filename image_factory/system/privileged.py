@@ -24,8 +24,31 @@ HELPER = "image-factory-sudo-helper"
 # What it prints when it fails: the reason, and the call, which the log has already.
 _REFUSAL = re.compile(rf"{HELPER}: (.*)\. The call was .*\.")
 
+# What the helper takes as names, as its PART and NAME have it: of directories on the way, and of the last part.
+_DIRECTORY_NAME = re.compile(r"\.?[A-Za-z0-9_@][A-Za-z0-9._@-]{0,254}")
+_NAME = re.compile(r"\.?[A-Za-z0-9_@][A-Za-z0-9._@+~-]{0,254}")
+_LEVELS = 24
+# The directory of a btrfs subvolume, below which patterns begin.
+_TOP_LEVELS = 8
+
 # A trim or an umount may have much to write to a slow disk, but nothing is waited for for ever.
 _SECONDS = 1800.0
+
+
+def takes_directory(path: str, levels: int = _LEVELS) -> bool:
+    """Return whether the helper takes *path*, of at most *levels* parts, as the directory of a pattern."""
+    parts = path.split("/")
+    return len(parts) <= levels and all(map(_DIRECTORY_NAME.fullmatch, parts))
+
+
+def takes_top(path: str) -> bool:
+    """Return whether the helper takes *path* as the directory of a subvolume, ``""`` for the filesystem's own."""
+    return path == "" or takes_directory(path, _TOP_LEVELS)
+
+
+def takes_name(name: str) -> bool:
+    """Return whether the helper takes *name* as the last part of a path."""
+    return _NAME.fullmatch(name) is not None
 
 
 def helper_path() -> str:
@@ -62,7 +85,7 @@ def _run(*arguments: str, stdin: bytes | None = None) -> str:
             argv, capture=True, env=environment, timeout=_SECONDS, new_session=False, stdin=stdin
         )  # fmt: skip
     except CommandError as error:
-        said = _REFUSAL.fullmatch(error.last_lines[-1]) if error.last_lines else None
+        said = _REFUSAL.fullmatch(error.last_line)
         if said is not None:
             error.message = f"{HELPER} failed with status {error.status}: {said[1]}."
             error.args = (error.message,)
@@ -76,11 +99,10 @@ def check() -> None:
     try:
         version = _run("version").strip()
     except BuildError as error:
-        said = error.last_lines[-1] if isinstance(error, CommandError) and error.last_lines else error.message
         user = os.environ.get("USER") or str(os.getuid())
         path = helper_path() if os.path.isabs(helper_path()) else f"/usr/bin/{HELPER}"
         raise ConfigurationError(
-            f"{HELPER} can't be run as root: {said}",
+            f"{HELPER} can't be run as root: {error.said}",
             hint=f"Allow it with a line in /etc/sudoers.d: {user} ALL = NOPASSWD: {path}",
         ) from error
     if version != __version__:

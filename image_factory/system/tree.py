@@ -15,21 +15,12 @@ from ..base.errors import BuildError
 from ..base.units import format_size
 from ..model import Change, Entry, Filesystem, LogicalVolumes, Volume
 
-# The directory of a btrfs subvolume, as patterns may begin with it: no part of it is ``.`` or ``..``.
-_PART = r"\.?[A-Za-z0-9_@][A-Za-z0-9._@-]{0,254}"
-_TOP = re.compile(rf"(?:{_PART}/){{0,7}}{_PART}")
-
 # What programs keep snapshots in, beside what they know of each: snapper, Timeshift.
 _OF_SNAPSHOT = re.compile(r"(?:.*/)?\.snapshots/[0-9]+|(?:.*/)?timeshift-btrfs/snapshots/[^/]+")
 
 # So much is read of one system in all: rpm's database of a large one has 200 MiB.
 _MOST_BYTES = 2 << 30
 _MOST_NAMES = 1_000_000
-
-
-def is_top(name: str) -> bool:
-    """Return whether *name* can be the directory of a subvolume in what follows."""
-    return name == "" or bool(_TOP.fullmatch(name))
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def check_libvirt(plan: Plan) -> None:
         command.run(["virsh", "--connect", plan.libvirt_uri, "uri"], capture=True, timeout=_VIRSH_SECONDS)
     except BuildError as error:
         raise ConfigurationError(
-            f"libvirt is not reachable at {plan.libvirt_uri}: {_said(error)}", hint=_libvirt_hint(plan)
+            f"libvirt is not reachable at {plan.libvirt_uri}: {error.said}", hint=_libvirt_hint(plan)
         ) from error
 
 
@@ -288,7 +288,7 @@ def warn_of_slow_libvirt(plan: Plan) -> None:
         try:
             command.run(["virsh", "--connect", plan.libvirt_uri, "capabilities"], capture=True, timeout=_VIRSH_SECONDS)
         except BuildError as error:
-            logger.warning("libvirt does not say what QEMU can do: %s", _said(error))
+            logger.warning("libvirt does not say what QEMU can do: %s", error.said)
             return
         seconds = time.monotonic() - start
         if seconds < _SLOW_QUERY_SECONDS:
@@ -395,7 +395,7 @@ def remove_vm(name: str) -> None:
     try:
         _remove_vm(name)
     except BuildError as error:
-        with waiting(f"Waiting for libvirt, to remove {name}: {_said(error)}"):
+        with waiting(f"Waiting for libvirt, to remove {name}: {error.said}"):
             _remove_vm_until(name, deadline)
 
 
@@ -408,13 +408,9 @@ def _remove_vm_until(name: str, deadline: float) -> None:
             if time.monotonic() > deadline:
                 ended = "; its QEMU was killed" if _kill_qemu(name) else ""
                 raise BuildError(
-                    f"The virtual machine {name} can't be removed from {libvirt_uri()}: {_said(error)}{ended}."
+                    f"The virtual machine {name} can't be removed from {libvirt_uri()}: {error.said}{ended}."
                 ) from error
             time.sleep(0.5)
-
-
-def _said(error: BuildError) -> str:
-    return error.last_lines[-1] if isinstance(error, CommandError) and error.last_lines else error.message
 
 
 def _kill_qemu(name: str) -> bool:
@@ -609,7 +605,7 @@ def _run_virt_install(build: Build, argv: list[str], virt_type: str, deadline: f
     except CommandError as error:
         if any(map(_CONNECTION_LOST.search, error.last_lines)):
             raise BuildError(
-                f"libvirt at {build.plan.libvirt_uri} went away during the installation: {_said(error)}",
+                f"libvirt at {build.plan.libvirt_uri} went away during the installation: {error.said}",
                 hint=_libvirt_hint(build.plan),
             ) from error
         taken = _picks_display(build.plan.settings) and any(

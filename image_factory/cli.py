@@ -17,8 +17,8 @@ from typing import Any, NoReturn, TextIO
 
 from . import __version__, completion, fleet, online, pipeline, workspace
 from .base import command, events, interrupts, log
+from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
-from .base.release import released
 from .base.units import format_size
 from .configuration.files import Configuration
 from .configuration.settings import ImageSettings, accepted_by, check_image_name, declarations

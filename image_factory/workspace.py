@@ -12,9 +12,9 @@ from pathlib import Path
 
 from . import checkpoint, publish
 from .base import files, locks, scratch, trust
+from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError
 from .base.log import logger
-from .base.release import released
 from .finishing import sign
 from .model import READ_ONLY_NAME, VM_PREFIX, WORK_PREFIX, Build, Plan
 from .sources.installer import guest

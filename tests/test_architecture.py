@@ -27,7 +27,7 @@ LAYERS = [
     ("machines", "turns console arch"),
     ("", "model"),
     ("configuration", "files settings parsers"),
-    ("base", "scratch command files locks release interrupts log events units errors trust fuse"),
+    ("base", "scratch command files cleanup locks interrupts log events units errors trust fuse"),
     # The version.
     ("", "__init__"),
 ]

@@ -21,8 +21,8 @@ import pytest
 
 from image_factory import __version__, cli, pipeline
 from image_factory.base import command, events, interrupts, log
+from image_factory.base.cleanup import released
 from image_factory.base.errors import BuildError, CommandError, ConfigurationError, Interrupted
-from image_factory.base.release import released
 from image_factory.configuration.files import Configuration
 from image_factory.told import record
 

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from . import locks
+from .cleanup import released
 from .errors import reason_of
 from .log import logger
-from .release import released
 
 # Not where TMPDIR says, which another run may have from elsewhere.
 PARENT = Path("/tmp")

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from ..base import command, events, interrupts
+from ..base.cleanup import released
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.log import logger, step
-from ..base.release import released
 from ..base.units import format_size
 from ..model import Artifact, Build, Disk, Partition, Plan
 from ..sources.installer import answers, delivery

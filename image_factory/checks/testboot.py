@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..base import command, events, files, interrupts
+from ..base.cleanup import released
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.events import BootCheck, BootTested
 from ..base.log import logger, step
-from ..base.release import released
 from ..base.units import format_duration, parse_duration
 from ..configuration.settings import ImageSettings
 from ..machines import arch

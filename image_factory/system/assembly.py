@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from ..base import files
+from ..base.cleanup import released
 from ..base.errors import BuildError, NoSystemError
 from ..base.log import logger
-from ..base.release import released
 from ..model import READ_ONLY_NAME, Filesystem, LogicalVolumes, Subvolume, Volume
 from . import fstab, layout
 from .privileged import takes_top

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from ..base import command, fuse, locks
+from ..base.cleanup import released
 from ..base.errors import BuildError, ConfigurationError
 from ..base.log import logger, step, waiting
-from ..base.release import released
 from ..model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
 from . import assembly, layout, privileged
 from .tree import Tree

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...base import command
+from ...base.cleanup import released
 from ...base.errors import ConfigurationError, reason_of
 from ...base.log import logger, step
-from ...base.release import released
 from ...configuration.settings import ImageSettings
 from ...model import Build, Plan
 from . import answers

@@ -19,9 +19,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from ...base import command, files, fuse, interrupts
+from ...base.cleanup import released
 from ...base.errors import BuildError, CommandError, ConfigurationError, command_line
 from ...base.log import logger, step, waiting
-from ...base.release import released
 from ...base.units import format_size, parse_duration
 from ...configuration.parsers import Source, named_architectures
 from ...configuration.settings import ImageSettings

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
+from image_factory.base.cleanup import released
 from image_factory.base.errors import BuildError, Interrupted
-from image_factory.base.release import released
 
 
 def test_release_that_a_signal_stops_is_done_again() -> None:

@@ -664,7 +664,7 @@ class TestBackground:
     def test_it_ends_with_us(self, tmp_path: Path) -> None:
         log = tmp_path / "log"
         script = (
-            "import os, signal, pathlib\nfrom image_factory import command\n"
+            "import os, signal, pathlib\nfrom image_factory.base import command\n"
             f"log = pathlib.Path({str(log)!r})\n"
             "with command.background(['sh', '-c', 'echo $$; exec sleep 4712'], log):\n"
             "    while not log.read_text().endswith('\\n'): pass\n"

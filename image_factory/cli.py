@@ -22,6 +22,7 @@ from .base.errors import BuildError, ConfigurationError, ImageFactoryError, comm
 from .base.units import format_size
 from .configuration.files import Configuration
 from .configuration.settings import ImageSettings, accepted_by, check_image_name, declarations
+from .configuration.unused import variables_named
 from .finishing import manifest
 from .model import Artifact, Plan
 from .sources.installer import answers, guest
@@ -187,7 +188,7 @@ def keys_listing(configuration: Configuration, image: str, flags: Mapping[str, s
     for key in declared.values():
         parts.append(_entry(variables, key.name, key.help, key.accepted, key.default))
     parts.append("# Variables of its values:")
-    named = [key for key in configuration.variables_named(image) if key not in declared]
+    named = [key for key in variables_named(configuration, image) if key not in declared]
     parts.append("\n".join(_line(variables, key) for key in named) or "# none")
     parts.append("# Settings of image-factory:")
     for name, declaration in declarations(ImageSettings):

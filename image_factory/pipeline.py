@@ -15,6 +15,7 @@ from .base.log import logger
 from .base.units import format_size
 from .checkpoint import Checkpoint
 from .checks import audit, testboot
+from .configuration import unused
 from .configuration.files import Configuration
 from .configuration.settings import check_image_name
 from .finishing import checksum, clean, manifest, seal, shrink, sign
@@ -51,8 +52,8 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     }
     audit.check(plan)
     seal.check(plan)
-    doubts = configuration.unused_keys(image, settings.upload_destinations, answers.keys_asked_for)
-    for sentence in (*doubts, *configuration.idle_keys(image, settings, flags)):
+    doubts = unused.unused_keys(configuration, image, settings.upload_destinations, answers.keys_asked_for)
+    for sentence in (*doubts, *unused.idle_keys(configuration, image, settings, flags)):
         logger.warning("%s", sentence)
     return dataclasses.replace(plan, destinations=destinations)
 

@@ -26,7 +26,7 @@ LAYERS = [
     ("downloads", "verify fetch"),
     ("machines", "turns console arch"),
     ("", "model"),
-    ("configuration", "files settings parsers"),
+    ("configuration", "unused files settings parsers"),
     ("base", "scratch command files cleanup locks interrupts log events units errors trust fuse"),
     # The version.
     ("", "__init__"),

@@ -28,6 +28,7 @@ from image_factory.configuration.settings import (
     default_arch,
     default_firmware,
 )
+from image_factory.configuration.unused import unused_keys
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHIPPED_IMAGE = "Debian-13-server"
@@ -629,7 +630,9 @@ def test_unknown_image_has_near_names(read: Read) -> None:
 
 
 def unused(configuration: Configuration, *destinations: str, asked: str = "") -> list[str]:
-    return configuration.unused_keys("x", destinations, lambda path: set(asked.split() if path.suffix == ".j2" else []))
+    return unused_keys(
+        configuration, "x", destinations, lambda path: set(asked.split() if path.suffix == ".j2" else [])
+    )
 
 
 NEAR_MISSES = {
@@ -693,7 +696,7 @@ def test_keys_of_the_section_that_one_is_based_on_are_told(read: Read) -> None:
         "[x]\nbased_on = base\npreseed = x.j2\n"
     )
     asked = {"base.j2": {"of-base"}, "x.j2": {"of-x"}}
-    assert configuration.unused_keys("x", (), lambda path: asked[path.name]) == [
+    assert unused_keys(configuration, "x", (), lambda path: asked[path.name]) == [
         "[base] of-none: nothing uses this key. Remove it, or name it in a value: ${of-none}."
     ]
 
@@ -709,7 +712,7 @@ def test_section_that_nothing_uses_is_told(read: Read) -> None:
         "[Debian-13-web]\nlinux = /l\ninitrd = /i\n[Debian-13-wbe]\nram = 2G\n[Debian-13-base]\nram = 2G\n"
         "[z]\nram = 2G\n[other]\nlinux = ${Debian-13-base:ram}\n"
     )
-    assert read(text).unused_keys("Debian-13-web", (), lambda path: set()) == [
+    assert unused_keys(read(text), "Debian-13-web", (), lambda path: set()) == [
         "[Debian-13-wbe]: nothing uses this section, as it has no installer. Did you mean [Debian-13-web]?"
     ]
 

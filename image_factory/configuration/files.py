@@ -15,9 +15,8 @@ from typing import Any
 
 from ..base import events
 from ..base.errors import ConfigurationError
-from .parsers import ARCHITECTURES, is_arch, parse_arch, parse_command, split_list
+from .parsers import ARCHITECTURES, is_arch, parse_arch, parse_command
 from .settings import (
-    _DEPENDENT,
     ANSWER_FILE_KEYS,
     Declaration,
     Destination,
@@ -36,10 +35,11 @@ LISTED_KEYS = ("distribution", "release", "arch", "firmware")
 # And what --list-json tells.
 DESCRIBED_KEYS = (*LISTED_KEYS, "format", "virt-type", "cores", "ram", "image-size", "install-timeout", "test-boot")
 
-_COMMAND_KEY = re.compile(r"post-upload-command[0-9]{0,9}")
+COMMAND_KEY = re.compile(r"post-upload-command[0-9]{0,9}")
 
 
-def _normal_key(key: str) -> str:
+def normal_key(key: str) -> str:
+    """Return *key* as it is known here, whatever its case and whether it has dashes or underscores."""
     return key.lower().replace("_", "-")
 
 
@@ -87,10 +87,6 @@ class Variables(Mapping[str, str]):
         return len(self._keys)
 
 
-# What gives the keys that an answer file asks for, None for any.
-Asked = Callable[[Path], set[str] | None]
-
-
 class Configuration:
     """The configuration files, read and merged; values are parsed when they are asked for."""
 
@@ -100,9 +96,9 @@ class Configuration:
             defaults={"data-dir": str(find_data_dir()).replace("$", "$$")},
             interpolation=configparser.ExtendedInterpolation(),
         )
-        self._parser.optionxform = _normal_key  # type: ignore[assignment,method-assign]
+        self._parser.optionxform = normal_key  # type: ignore[assignment,method-assign]
         # The keys of each section in the files of the user, which are to be warned of if nothing uses them.
-        self._written: dict[str, set[str]] = {}
+        self.written: dict[str, set[str]] = {}
         if environment.get(FILE_VARIABLE):
             self.files = [Path(environment[FILE_VARIABLE])]
             self._read(self.files[0], f" (named by {FILE_VARIABLE})")
@@ -113,9 +109,9 @@ class Configuration:
             for path in self.files:
                 self._read(path)
                 if path == shipped:
-                    self._written.clear()
-        # As they are written, without what they are based on.
-        self._own = {section: dict(self._own_texts(section)) for section in self._parser.sections()}
+                    self.written.clear()
+        # The sections as they are written, without what they are based on.
+        self.own = {section: dict(self._own_texts(section)) for section in self._parser.sections()}
         # Of the other sections nothing is wrong: whoever asks for one of these is told.
         self._broken: dict[str, ConfigurationError] = {}
         for section in self._parser.sections():
@@ -162,10 +158,10 @@ class Configuration:
     def _note_keys(self, lines: list[str]) -> None:
         # Without a section of defaults, [DEFAULT] is one like the others, which have their own keys alone.
         parser = configparser.RawConfigParser(default_section="")
-        parser.optionxform = _normal_key  # type: ignore[assignment,method-assign]
+        parser.optionxform = normal_key  # type: ignore[assignment,method-assign]
         parser.read_file(lines)
         for section in parser.sections():
-            self._written.setdefault(section, set()).update(parser.options(section))
+            self.written.setdefault(section, set()).update(parser.options(section))
             self._forget_architectures(section, parser.options(section))
 
     def _forget_architectures(self, section: str, keys: Iterable[str]) -> None:
@@ -174,13 +170,13 @@ class Configuration:
         if is_default or self._parser.has_section(section):
             texts = self._parser.defaults() if is_default else self._own_texts(section)
             plain = set(keys)
-            for key in [key for key in texts if key.partition("@")[0] in plain and _names_arch(key)]:
+            for key in [key for key in texts if key.partition("@")[0] in plain and names_arch(key)]:
                 self._parser.remove_option(section, key)
 
-    def _bases(self, section: str) -> list[str]:
+    def bases(self, section: str) -> list[str]:
         """Return *section* and those that it is based on, the nearest first."""
         seen = [section]
-        while based_on := self._own[seen[-1]].get("based-on", "").strip():
+        while based_on := self.own[seen[-1]].get("based-on", "").strip():
             if based_on not in self._parser.sections():
                 raise ConfigurationError(
                     f"[{seen[-1]}] based-on: there is no section [{based_on}].", hint=self._suggestion(based_on)
@@ -197,7 +193,7 @@ class Configuration:
 
         A key with ``@ARCH`` behind it stands for the one without where that is the section's architecture.
         """
-        levels = [self._own[name] for name in reversed(self._bases(section))]
+        levels = [self.own[name] for name in reversed(self.bases(section))]
         texts = self._own_texts(section)
         # Not by set(), which refuses what is to be refused when it is used, with a better message.
         for level in levels:
@@ -221,6 +217,22 @@ class Configuration:
         # configparser gives them out only together with those of DEFAULT.
         texts: dict[str, str] = self._parser._sections[section]  # type: ignore[attr-defined]
         return texts
+
+    @property
+    def default_section(self) -> str:
+        """The name of the section whose keys all others have."""
+        return self._parser.default_section
+
+    @property
+    def defaults(self) -> Mapping[str, str]:
+        """The keys of that section, as they are written."""
+        return self._parser.defaults()
+
+    def texts(self, section: str) -> dict[str, str]:
+        """Return all keys that *section* has, as they are written; none if there is no such section."""
+        if section not in self._parser:
+            return {}
+        return {key: self._parser.get(section, key, raw=True) for key in self._parser[section]}
 
     def images(self) -> list[str]:
         """Return the names of the configured images, in the order of the files."""
@@ -315,7 +327,7 @@ class Configuration:
                 )
         with_image = self._defining(section, "image", image_file)
         settings = UploadSettings(**with_image._values(section, UploadSettings, {}))
-        keys = sorted(filter(_COMMAND_KEY.fullmatch, self._parser[section]), key=_command_number)
+        keys = sorted(filter(COMMAND_KEY.fullmatch, self._parser[section]), key=_command_number)
         commands = tuple(with_image._parse(section, key, parse_command) for key in keys)
         return Destination(section, settings.upload_type, settings.upload_target, settings.upload_args, commands)
 
@@ -341,100 +353,6 @@ class Configuration:
                     path: Path = self._value(name, key, known[key], {})
                     return path
         return None
-
-    def unused_keys(self, image: str, destinations: Iterable[str], asked: Asked) -> list[str]:
-        """Return a sentence on each key of the user's files that nothing of *image*, or of *destinations*, uses.
-
-        *asked* gives the keys that an answer file asks for, with dashes; None for any key.
-        """
-        answer_file = self.answer_file(image)
-        template = asked(answer_file) if answer_file else set()
-        settings = {key for key, _ in declarations(ImageSettings)} | {"based-on"}
-        used = settings | (template or set()) | self._references(image)
-        sentences = []
-        for section in self._bases(image) if template is not None else ():
-            others = used
-            if section != image and template and self._unused(section, used):
-                # The section is an image itself, and this one has another template.
-                its_own = self.answer_file(section)
-                others = used | self._references(section) | ((asked(its_own) if its_own else None) or set())
-            sentences += [_unused_key(section, key, used, answer_file) for key in self._unused(section, others)]
-        for section in dict.fromkeys(destinations):
-            known = {key for key, _ in declarations(UploadSettings)} | self._references(section)
-            unused = [key for key in self._unused(section, known) if not _COMMAND_KEY.fullmatch(key)]
-            sentences += [_unused_key(section, key, known) for key in unused]
-        return sentences + self._unused_defaults(asked) + self._unused_sections(image)
-
-    def idle_keys(self, image: str, settings: ImageSettings, flags: Iterable[str]) -> list[str]:
-        """Return a sentence on each key of *flags* and the user's files that does nothing beside *settings*."""
-        sentences = []
-        for key, (needed, is_there) in _DEPENDENT.items():
-            if is_there(settings):
-                continue
-            written = [section for section in self._bases(image) if key in self._written.get(section, ())]
-            if key in flags or written:
-                where = f"--{key}" if key in flags else f"[{written[0]}] {key}"
-                sentences.append(f"{where} does nothing without {needed}.")
-        return sentences
-
-    def variables_named(self, image: str) -> list[str]:
-        """Return the variables that the values of *image* name, in their order."""
-        known = {key for key, _ in declarations(ImageSettings)} | {"based-on", "data-dir"}
-        return [key for key in self._parser[image] if key in self._references(image) - known]
-
-    def _unused(self, section: str, used: set[str]) -> list[str]:
-        """Return the keys of *section* in the user's files that are not among *used*, in their order."""
-        order = self._parser.defaults() if section == self._parser.default_section else self._own[section]
-        return [
-            key
-            for key in order
-            if key in self._written.get(section, ())
-            and not (key in used or (key.partition("@")[0] in used and _names_arch(key)))
-        ]
-
-    def _unused_defaults(self, asked: Asked) -> list[str]:
-        section = self._parser.default_section
-        used = {key for kind in (ImageSettings, UploadSettings) for key, _ in declarations(kind)} | {"data-dir"}
-        for texts in (self._parser.defaults(), *self._own.values()):
-            used |= {_normal_key(key or name) for text in texts.values() for name, _, key in _references_in(text)}
-        unused = [key for key in self._unused(section, used) if not _COMMAND_KEY.fullmatch(key)]
-        if not unused:
-            return []
-        # Any image's template may ask for it.
-        for path in dict.fromkeys(filter(None, map(self.answer_file, self.images()))):
-            keys = asked(path)
-            if keys is None:
-                return []
-            used |= keys
-        return [_unused_key(section, key, used) for key in unused if key not in used]
-
-    def _unused_sections(self, image: str) -> list[str]:
-        """Return a sentence on each section that nothing uses and whose name is near to that of *image*."""
-        used = {*self.images(), self._parser.default_section}
-        used |= {section for section in self._parser.sections() if "upload-type" in self._parser[section]}
-        for texts in self._own.values():
-            used |= {texts.get("based-on", "").strip(), *split_list(texts.get("upload-destinations", ""))}
-            used |= {section for text in texts.values() for section, colon, _ in _references_in(text) if colon}
-        unused = [section for section in self._written if section not in used]
-        return [
-            f"[{section}]: nothing uses this section, as it has no installer. Did you mean [{image}]?"
-            for section in difflib.get_close_matches(image, unused, n=3, cutoff=0.85)
-        ]
-
-    def _references(self, section: str) -> set[str]:
-        """Return the keys of *section* that a ``${}`` of the configuration names."""
-        merged = [text for _, text in self._parser.items(section, raw=True)] if section in self._parser else []
-        # A key for another architecture may be the only one that names a key.
-        merged += [text for texts in (self._parser.defaults(), self._own.get(section, {})) for text in texts.values()]
-        found = {_normal_key(name) for text in merged for name, colon, _ in _references_in(text) if not colon}
-        everywhere = [self._parser.defaults(), *self._own.values()]
-        return found | {
-            _normal_key(key)
-            for texts in everywhere
-            for text in texts.values()
-            for name, _, key in _references_in(text)
-            if name == section and key
-        }
 
     def _values(self, section: str, kind: type[Any], flags: Mapping[str, str]) -> dict[str, Any]:
         return {
@@ -483,26 +401,9 @@ def _of_arch(texts: Mapping[str, str], arch: str) -> dict[str, str]:
     return {key: text for (key, _, suffix), text in parts if is_arch(suffix, arch)}
 
 
-def _names_arch(key: str) -> bool:
+def names_arch(key: str) -> bool:
+    """Return whether *key* has ``@ARCH`` behind it, and is of an architecture."""
     return any(is_arch(key.partition("@")[2], arch) for arch in ARCHITECTURES)
-
-
-def _references_in(text: str) -> list[tuple[str, str, str]]:
-    """Return what the ``${}`` of *text* name, parted at the colon: ``(key, "", "")`` or ``(section, ":", key)``."""
-    return [name.partition(":") for name in re.findall(r"\$\{([^}]+)\}", text.replace("$$", ""))]
-
-
-def _unused_key(section: str, key: str, used: Iterable[str], plain: Path | None = None) -> str:
-    """Return a sentence on *key*, which nothing uses; *plain* is the answer file that is no template."""
-    near = difflib.get_close_matches(key.partition("@")[0], sorted(used), n=1, cutoff=0.75)
-    if near:
-        return f"[{section}] {key}: nothing uses this key. Did you mean {near[0]}?"
-    if plain and not plain.name.endswith(".j2"):
-        return (
-            f"[{section}] {key}: nothing uses this key, as {plain} is no template. "
-            f"Write it into the answer file, or call that {plain.name}.j2 and use the key there."
-        )
-    return f"[{section}] {key}: nothing uses this key. Remove it, or name it in a value: ${{{key}}}."
 
 
 def _command_number(key: str) -> int:

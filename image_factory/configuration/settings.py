@@ -238,22 +238,6 @@ class Destination:
     commands: tuple[tuple[str, ...], ...]
 
 
-# Keys that do nothing unless the settings are such, and how a user says that.
-_DEPENDENT: dict[str, tuple[str, Callable[[ImageSettings], bool]]] = {
-    "test-boot-timeout": ("test-boot = yes", lambda settings: settings.test_boot),
-    "kernel-errors-allowed": ("test-boot = yes", lambda settings: settings.test_boot),
-    "audit-skip": ("audit = yes", lambda settings: settings.audit),
-    "seal-only": ("seal = yes", lambda settings: settings.seal),
-    "seal-skip": ("seal = yes", lambda settings: settings.seal),
-    "log-filename": ("log-file = yes", lambda settings: settings.log_file),
-    "compression": ("format = qcow2", lambda settings: "qcow2" in settings.format),
-    "linux-sha256": ("linux", lambda settings: not settings.installer_image),
-    "initrd-sha256": ("initrd", lambda settings: not settings.installer_image),
-    "installer-image-sha256": ("installer-image", lambda settings: bool(settings.installer_image)),
-    "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
-}
-
-
 def accepted_by(declaration: Declaration) -> str:
     """Return what *declaration* accepts, for people, as the error of its parser has it."""
     try:

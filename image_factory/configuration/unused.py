@@ -1,0 +1,149 @@
+"""Keys and sections of the user's files that do nothing, each with what was perhaps meant."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .files import COMMAND_KEY, Configuration, names_arch, normal_key
+from .parsers import split_list
+from .settings import ImageSettings, UploadSettings, declarations
+
+# What gives the keys that an answer file asks for, None for any.
+Asked = Callable[[Path], set[str] | None]
+
+# Keys that do nothing unless the settings are such, and how a user says that.
+_DEPENDENT: dict[str, tuple[str, Callable[[ImageSettings], bool]]] = {
+    "test-boot-timeout": ("test-boot = yes", lambda settings: settings.test_boot),
+    "kernel-errors-allowed": ("test-boot = yes", lambda settings: settings.test_boot),
+    "audit-skip": ("audit = yes", lambda settings: settings.audit),
+    "seal-only": ("seal = yes", lambda settings: settings.seal),
+    "seal-skip": ("seal = yes", lambda settings: settings.seal),
+    "log-filename": ("log-file = yes", lambda settings: settings.log_file),
+    "compression": ("format = qcow2", lambda settings: "qcow2" in settings.format),
+    "linux-sha256": ("linux", lambda settings: not settings.installer_image),
+    "initrd-sha256": ("initrd", lambda settings: not settings.installer_image),
+    "installer-image-sha256": ("installer-image", lambda settings: bool(settings.installer_image)),
+    "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
+}
+
+
+def unused_keys(configuration: Configuration, image: str, destinations: Iterable[str], asked: Asked) -> list[str]:
+    """Return a sentence on each key of the user's files that nothing of *image*, or of *destinations*, uses.
+
+    *asked* gives the keys that an answer file asks for, with dashes; None for any key.
+    """
+    answer_file = configuration.answer_file(image)
+    template = asked(answer_file) if answer_file else set()
+    settings = {key for key, _ in declarations(ImageSettings)} | {"based-on"}
+    used = settings | (template or set()) | _references(configuration, image)
+    sentences = []
+    for section in configuration.bases(image) if template is not None else ():
+        others = used
+        if section != image and template and _unused(configuration, section, used):
+            # The section is an image itself, and this one has another template.
+            its_own = configuration.answer_file(section)
+            others = used | _references(configuration, section) | ((asked(its_own) if its_own else None) or set())
+        sentences += [_unused_key(section, key, used, answer_file) for key in _unused(configuration, section, others)]
+    for section in dict.fromkeys(destinations):
+        known = {key for key, _ in declarations(UploadSettings)} | _references(configuration, section)
+        unused = [key for key in _unused(configuration, section, known) if not COMMAND_KEY.fullmatch(key)]
+        sentences += [_unused_key(section, key, known) for key in unused]
+    return sentences + _unused_defaults(configuration, asked) + _unused_sections(configuration, image)
+
+
+def idle_keys(configuration: Configuration, image: str, settings: ImageSettings, flags: Iterable[str]) -> list[str]:
+    """Return a sentence on each key of *flags* and the user's files that does nothing beside *settings*."""
+    sentences = []
+    for key, (needed, is_there) in _DEPENDENT.items():
+        if is_there(settings):
+            continue
+        written = [section for section in configuration.bases(image) if key in configuration.written.get(section, ())]
+        if key in flags or written:
+            where = f"--{key}" if key in flags else f"[{written[0]}] {key}"
+            sentences.append(f"{where} does nothing without {needed}.")
+    return sentences
+
+
+def variables_named(configuration: Configuration, image: str) -> list[str]:
+    """Return the variables that the values of *image* name, in their order."""
+    known = {key for key, _ in declarations(ImageSettings)} | {"based-on", "data-dir"}
+    return [key for key in configuration.texts(image) if key in _references(configuration, image) - known]
+
+
+def _unused(configuration: Configuration, section: str, used: set[str]) -> list[str]:
+    """Return the keys of *section* in the user's files that are not among *used*, in their order."""
+    order = configuration.defaults if section == configuration.default_section else configuration.own[section]
+    return [
+        key
+        for key in order
+        if key in configuration.written.get(section, ())
+        and not (key in used or (key.partition("@")[0] in used and names_arch(key)))
+    ]
+
+
+def _unused_defaults(configuration: Configuration, asked: Asked) -> list[str]:
+    section = configuration.default_section
+    used = {key for kind in (ImageSettings, UploadSettings) for key, _ in declarations(kind)} | {"data-dir"}
+    for texts in (configuration.defaults, *configuration.own.values()):
+        used |= {normal_key(key or name) for text in texts.values() for name, _, key in _references_in(text)}
+    unused = [key for key in _unused(configuration, section, used) if not COMMAND_KEY.fullmatch(key)]
+    if not unused:
+        return []
+    # Any image's template may ask for it.
+    for path in dict.fromkeys(filter(None, map(configuration.answer_file, configuration.images()))):
+        keys = asked(path)
+        if keys is None:
+            return []
+        used |= keys
+    return [_unused_key(section, key, used) for key in unused if key not in used]
+
+
+def _unused_sections(configuration: Configuration, image: str) -> list[str]:
+    """Return a sentence on each section that nothing uses and whose name is near to that of *image*."""
+    used = {*configuration.images(), configuration.default_section}
+    used |= {section for section in configuration.own if "upload-type" in configuration.texts(section)}
+    for texts in configuration.own.values():
+        used |= {texts.get("based-on", "").strip(), *split_list(texts.get("upload-destinations", ""))}
+        used |= {section for text in texts.values() for section, colon, _ in _references_in(text) if colon}
+    unused = [section for section in configuration.written if section not in used]
+    return [
+        f"[{section}]: nothing uses this section, as it has no installer. Did you mean [{image}]?"
+        for section in difflib.get_close_matches(image, unused, n=3, cutoff=0.85)
+    ]
+
+
+def _references(configuration: Configuration, section: str) -> set[str]:
+    """Return the keys of *section* that a ``${}`` of the configuration names."""
+    merged = [*configuration.texts(section).values()]
+    # A key for another architecture may be the only one that names a key.
+    merged += [
+        text for texts in (configuration.defaults, configuration.own.get(section, {})) for text in texts.values()
+    ]
+    found = {normal_key(name) for text in merged for name, colon, _ in _references_in(text) if not colon}
+    everywhere = [configuration.defaults, *configuration.own.values()]
+    return found | {
+        normal_key(key)
+        for texts in everywhere
+        for text in texts.values()
+        for name, _, key in _references_in(text)
+        if name == section and key
+    }
+
+
+def _references_in(text: str) -> list[tuple[str, str, str]]:
+    """Return what the ``${}`` of *text* name, parted at the colon: ``(key, "", "")`` or ``(section, ":", key)``."""
+    return [name.partition(":") for name in re.findall(r"\$\{([^}]+)\}", text.replace("$$", ""))]
+
+
+def _unused_key(section: str, key: str, used: Iterable[str], plain: Path | None = None) -> str:
+    """Return a sentence on *key*, which nothing uses; *plain* is the answer file that is no template."""
+    near = difflib.get_close_matches(key.partition("@")[0], sorted(used), n=1, cutoff=0.75)
+    if near:
+        return f"[{section}] {key}: nothing uses this key. Did you mean {near[0]}?"
+    if plain and not plain.name.endswith(".j2"):
+        return (
+            f"[{section}] {key}: nothing uses this key, as {plain} is no template. "
+            f"Write it into the answer file, or call that {plain.name}.j2 and use the key there."
+        )
+    return f"[{section}] {key}: nothing uses this key. Remove it, or name it in a value: ${{{key}}}."

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from . import checkpoint, publish
-from .base import files, locks, scratch, trust
+from .base import files, locks, openpgp, scratch, trust
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError
 from .base.log import logger
-from .finishing import sign
 from .model import READ_ONLY_NAME, VM_PREFIX, WORK_PREFIX, Build, Plan
 from .sources.installer import guest
 from .system import loop
@@ -207,7 +206,7 @@ def remove_left(output_dir: Path) -> Iterator[str]:
             if unused:
                 loop.umount(point)
                 yield f"mount {point}"
-    for directory in (*loop.remove_left_mount_points(), *sign.remove_left(), *scratch.remove_left()):
+    for directory in (*loop.remove_left_mount_points(), *openpgp.remove_left(), *scratch.remove_left()):
         yield f"directory {directory}"
 
 

@@ -27,7 +27,7 @@ LAYERS = [
     ("machines", "turns console arch"),
     ("", "model"),
     ("configuration", "unused files settings parsers"),
-    ("base", "scratch command files cleanup locks interrupts log events units errors trust fuse"),
+    ("base", "openpgp scratch command files cleanup locks interrupts log events units errors trust fuse"),
     # The version.
     ("", "__init__"),
 ]
@@ -157,6 +157,17 @@ def test_last_words_of_a_failed_program_are_taken_in_one_module() -> None:
         return isinstance(node, ast.Subscript) and "last_lines" in ast.dump(node.value)
 
     assert {name for name in MODULES if any(map(is_end_of_lines, ast.walk(tree(MODULES[name]))))} == {"base.errors"}
+
+
+def test_gpg_is_run_in_one_module() -> None:
+    """The list of the packages that have it names it, too."""
+    programs = {"gpg", "gpgv", "gpgconf", "gpg-agent"}
+    found = {
+        name: {node.value for node in ast.walk(tree(MODULES[name])) if isinstance(node, ast.Constant)}
+        for name in MODULES
+    }
+    assert {name for name, texts in found.items() if texts & programs} == {"base.openpgp", "base.command"}
+    assert programs <= found["base.openpgp"]
 
 
 def uses_of_the_terminal(name: str) -> list[str]:

@@ -3,8 +3,6 @@
 Each distribution has its own way; LAYOUTS tells by its URI which one a file has.
 """
 
-import base64
-import binascii
 import configparser
 import contextlib
 import datetime
@@ -21,8 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import command, scratch, trust
-from ..base.errors import BuildError, CommandError, ConfigurationError
+from ..base import command, openpgp, trust
+from ..base.errors import BuildError, ConfigurationError
 from ..base.log import logger
 from ..base.units import format_size
 from ..configuration.parsers import Source
@@ -36,7 +34,6 @@ KEYRINGS = Path("/usr/share/keyrings")
 # What a list may have, unpacked, and what xz may take for it: a few bytes unpack to gigabytes.
 _UNPACKED_SIZE = 64 << 20
 _UNPACKING_MEMORY = 128 << 20
-_GPGV_SECONDS = 60.0
 
 _BELIEVED = (
     "It and each directory above have to belong to root or you, with nobody else writing: "
@@ -214,7 +211,7 @@ class Verifier:
 
     def keyring(self, layout: Layout) -> Path:
         """Return the file of the keys that sign what *layout* has."""
-        if not shutil.which("gpgv", path=command.search_path()):
+        if not all(shutil.which(name, path=command.search_path()) for name in openpgp.VERIFIERS):
             raise _Unverifiable("there is no gpgv here", "Install it: apt-get install gpgv")
         if self._settings.keyring:
             return self._settings.keyring
@@ -369,97 +366,21 @@ def programs(settings: ImageSettings, sources: Iterable[Source]) -> list[str]:
         for uri in source.uris
         for layout in LAYOUTS
     )
-    return ["gpgv"] if signed else []
+    return [*openpgp.VERIFIERS] if signed else []
 
 
 # Signatures.
 
 
 def check_signature(keyring: Path, data: bytes, signature: bytes | None, where: str) -> tuple[bytes, str]:
-    """Return what of *data* is signed with a key of *keyring*, by *signature* or one around it; and that key.
-
-    BuildError, which names *where* it is from, unless one signature is good and its key valid today.
-    """
-    with scratch.directory() as directory:
-        (directory / "signed").write_bytes(data)
-        keys = directory / "keys.gpg"
-        keys.write_bytes(_binary_keys(keyring))
-        # The status lines, and no others, have the answer: the exit status is 0 for an expired key, and 2
-        # if of several signatures one is by a key that is not in the keyring.
-        argv = ["gpgv", "--status-fd", "1", "--weak-digest", "SHA1", "--keyring", str(keys)]
-        if signature is None:
-            argv += ["--output", str(directory / "text"), str(directory / "signed")]
-        else:
-            (directory / "signature").write_bytes(_binary_signature(signature))
-            argv += [str(directory / "signature"), str(directory / "signed")]
-        lines: list[str] = []
-
-        def keep(line: str) -> None:
-            lines.append(line)
-
-        with contextlib.suppress(CommandError):
-            command.run(argv, quiet=True, progress=keep, timeout=_GPGV_SECONDS)
-        statuses = [line.removeprefix("[GNUPG:] ").split() for line in lines if line.startswith("[GNUPG:] ")]
-        key, reason = _signature(statuses)
-        if key is None:
-            hint = "A good mirror has a good signature: try another, and update the package of the keyring"
-            if fetch.is_web_page(data):
-                reason, hint = "a web page came instead", fetch.PORTAL_HINT
-            raise BuildError(f"The signature of {where} is not accepted: {reason}.", hint=hint)
-        # What gpgv has read as signed: there may be other text around it.
-        return (directory / "text").read_bytes() if signature is None else data, key
-
-
-def _signature(statuses: list[list[str]]) -> tuple[str | None, str]:
-    """Return the fingerprint of a key with a good signature, None and why not if gpgv's *statuses* have none."""
-    faults = []
-    good = False
-    for words in statuses:
-        match words:
-            case ["NEWSIG", *_]:
-                good = False
-            case ["GOODSIG", *_]:
-                good = True
-            case ["VALIDSIG", key, *others] if good:
-                # The last is that of the primary key, by which a key is known.
-                return (others[8] if len(others) > 8 else key), ""
-            case ["EXPKEYSIG", key, *_]:
-                faults.append(f"key {key} has expired")
-            case ["REVKEYSIG", key, *_]:
-                faults.append(f"key {key} is revoked")
-            case ["EXPSIG", key, *_]:
-                faults.append(f"the signature by {key} has expired")
-            case ["BADSIG", key, *_]:
-                faults.append(f"it is not what key {key} has signed")
-            case ["NO_PUBKEY", key, *_]:
-                faults.append(f"key {key} is not in the keyring")
-            case ["NODATA" | "UNEXPECTED", *_]:
-                faults.append("there is no signature")
-    return None, "; ".join(dict.fromkeys(faults)) or "there is no good signature"
-
-
-def _binary_keys(keyring: Path) -> bytes:
-    """Return the keys of *keyring*, which may be armoured: gpgv reads binary ones only."""
+    """Return what ``openpgp.check_signature`` does, or raise its BuildError with what to do about a mirror."""
     try:
-        data = keyring.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(f"The keyring {keyring} can't be read: {error.strerror}.") from error
-    blocks = re.findall(
-        rb"-----BEGIN PGP PUBLIC KEY BLOCK-----\r?\n(?:[^\r\n]+\r?\n)*\r?\n(.*?)(?:\r?\n=[^\r\n]{4})?\r?\n-----END",
-        data,
-        re.DOTALL,
-    )
-    if not blocks:
-        return data
-    try:
-        return b"".join(base64.b64decode(block) for block in blocks)
-    except binascii.Error as error:
-        raise ConfigurationError(f"The keyring {keyring} has a broken block of keys: {error}.") from error
-
-
-def _binary_signature(signature: bytes) -> bytes:
-    """Return *signature* as it is: gpgv reads both forms, but says nothing at all of an empty one."""
-    return signature or b"-\n"
+        return openpgp.check_signature(keyring, data, signature, where)
+    except openpgp.SignatureError as error:
+        if fetch.is_web_page(data):
+            raise openpgp.SignatureError(where, "a web page came instead", hint=fetch.PORTAL_HINT) from error
+        hint = "A good mirror has a good signature: try another, and update the package of the keyring"
+        raise openpgp.SignatureError(where, error.reason, hint=hint) from error
 
 
 # Debian's archive.

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from image_factory.base import command
+from image_factory.base.command import programs
 from image_factory.base.errors import BuildError, CommandError, ConfigurationError, CrashError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -294,7 +295,7 @@ def test_timeout(tmp_path: Path) -> None:
 
 
 def test_timeout_while_it_prints_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_MOST_PRINTED", 1 << 40)
+    monkeypatch.setattr(programs, "_MOST_PRINTED", 1 << 40)
     with pytest.raises(BuildError, match="yes did not end within 1 s"):
         command.run(["yes", "x" * 4000], capture=True, timeout=1)
 
@@ -308,7 +309,7 @@ def test_grandchild_that_keeps_the_pipe_open_does_not_block(tmp_path: Path) -> N
 
 
 def test_grandchild_that_prints_for_ever_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_MOST_PRINTED", 1 << 40)
+    monkeypatch.setattr(programs, "_MOST_PRINTED", 1 << 40)
     start = time.monotonic()
     command.run(shell(f"setsid yes & echo $! > {tmp_path}/pid"), capture=True)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
@@ -543,8 +544,8 @@ def test_program_that_can_not_be_stopped_is_not_waited_for(
         raise PermissionError
 
     monkeypatch.setattr(os, "killpg", refuse)
-    monkeypatch.setattr(command, "_ROOTS_PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(command, "_KILL_SECONDS", 0.1)
+    monkeypatch.setattr(programs, "_ROOTS_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(programs, "_KILL_SECONDS", 0.1)
     start = time.monotonic()
     with pytest.raises(BuildError, match="did not end within 0 s"):
         command.run(["sleep", "20"], timeout=0.1, stop_seconds=0.1)

@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from . import events, interrupts
-from .errors import BuildError, CommandError, ConfigurationError, CrashError, command_hint, command_line
-from .log import logger
+from .. import events, interrupts
+from ..errors import BuildError, CommandError, ConfigurationError, CrashError, command_hint, command_line
+from ..log import logger
 
 _Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")

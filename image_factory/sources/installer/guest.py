@@ -32,8 +32,8 @@ from . import delivery
 from .installers import POWER_OFF
 from .watch import Limits, Watcher
 
-# What a progress bar writes over.
-_OVERWRITTEN = re.compile(rb"[^\r\n\x1b]*\r(?=[^\r\n\x1b])")
+# What a progress bar writes over.  It begins only where a line does, else a long one takes time with its square.
+_OVERWRITTEN = re.compile(rb"(?<![^\r\n\x1b])[^\r\n\x1b]*+\r(?=[^\r\n\x1b])")
 
 KVM_DEVICE = Path("/dev/kvm")
 

@@ -28,7 +28,7 @@ LAYERS = [
     ("", "model"),
     ("configuration", "unused files settings parsers"),
     ("base", "openpgp scratch"),
-    ("base.command", "__init__ programs"),
+    ("base.command", "__init__ apart conversations programs children output installed"),
     ("base", "files cleanup locks interrupts log events units errors trust fuse"),
     # The version.
     ("", "__init__"),
@@ -95,12 +95,12 @@ def test_what_is_read_as_imports() -> None:
     assert {"pipeline", "configuration.files", "base.log", "base.interrupts", ""} <= own_imports("cli")
     assert {"base.command", "downloads.fetch", "sources.installer.guest"} <= own_imports("sources.installer")
     assert "sources.installer" in own_imports("sources")
-    assert "subprocess" in imports("base.command.programs")
+    assert "subprocess" in imports("base.command.children")
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_command_starts_programs(name: str) -> None:
-    if name == "base.command.programs":
+    if name.startswith("base.command."):
         return
     found = {found.split(".")[0] for found in imports(name)}
     assert not found & {"subprocess", "pty", "multiprocessing", "asyncio", "ctypes"}
@@ -108,6 +108,19 @@ def test_only_command_starts_programs(name: str) -> None:
     for node in ast.walk(tree(MODULES[name])):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
             assert node.attr not in starters and not node.attr.startswith(("exec", "spawn")), f"line {node.lineno}"
+
+
+def test_each_process_is_started_in_one_place() -> None:
+    """What differs between programs is said in the arguments of one function."""
+    starting = {"Popen", "Process", "call", "check_call", "check_output", "getoutput", "run"}
+    known = ("subprocess.", "multiprocessing.", ".Process")
+
+    def starts(called: str, _: ast.Call) -> bool:
+        return called.rpartition(".")[2] in starting and called.startswith(known)
+
+    assert places(starts) == {"base.command.children"}
+    found = sorted(called for called, node in calls("base.command.children") if starts(called, node))
+    assert found == [".Process", "subprocess.Popen"]
 
 
 def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
@@ -168,7 +181,7 @@ def test_gpg_is_run_in_one_module() -> None:
         name: {node.value for node in ast.walk(tree(MODULES[name])) if isinstance(node, ast.Constant)}
         for name in MODULES
     }
-    assert {name for name, texts in found.items() if texts & programs} == {"base.openpgp", "base.command.programs"}
+    assert {name for name, texts in found.items() if texts & programs} == {"base.openpgp", "base.command.installed"}
     assert programs <= found["base.openpgp"]
 
 

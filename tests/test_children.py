@@ -14,7 +14,7 @@ import ctypes, os, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(REPOSITORY)!r})
 from image_factory.base import command, interrupts
-from image_factory.base.command import programs
+from image_factory.base.command.children import Children
 from image_factory.base.errors import BuildError
 
 def zombies():
@@ -51,7 +51,7 @@ def test_programs_that_are_asked_are_gone_before_their_answer_is_taken() -> None
             queries = [command.Query(["echo", str(number)]) for number in range(20)]
             print(wait_until_all_have_ended())
             print([query.answer(0.0) for query in queries] == [f"{number}\\n" for number in range(20)])
-            print(programs._Children.own, programs._Children.unattended)
+            print(Children.own, Children.unattended)
     """
     assert run(program).stdout == "[]\nTrue\nset() []\n"
 
@@ -141,6 +141,6 @@ def test_each_way_to_start_a_process_waits_for_it(how: str) -> None:
             companion.close()
         with command.reaping():
             {how}()
-            print(zombies(), children(), programs._Children.own)
+            print(zombies(), children(), Children.own)
     """
     assert run(program).stdout == "[] [] set()\n"

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from image_factory.base import command
-from image_factory.base.command import programs
+from image_factory.base.command import children, output
 from image_factory.base.errors import BuildError, CommandError, ConfigurationError, CrashError
+from image_factory.base.log import logger
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -81,12 +82,12 @@ def test_output_comes_while_the_program_runs(tmp_path: Path) -> None:
                 flag.touch()
 
     handler = Handler()
-    command.logger.addHandler(handler)
-    command.logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         command.run(shell(f"echo first; until [ -e {flag} ]; do sleep 0.05; done"), timeout=20)
     finally:
-        command.logger.removeHandler(handler)
+        logger.removeHandler(handler)
 
 
 def test_last_line_without_an_end(log: Callable[[], list[str]]) -> None:
@@ -133,7 +134,7 @@ def test_escape_sequences_do_not_reach_the_log(tmp_path: Path) -> None:
     program = f"""
         import sys; sys.path.insert(0, {str(REPOSITORY)!r})
         from pathlib import Path
-        from image_factory.base import command, log
+        from image_factory.base import command, errors, log
         log.set_up()
         with log.also_to_file(Path({str(tmp_path / "log")!r})):
             command.run(["printf", r"\\033[2J\\033]0;title\\007red \\033[31;1m\\233mtext\\010\\000\\n"])
@@ -141,7 +142,7 @@ def test_escape_sequences_do_not_reach_the_log(tmp_path: Path) -> None:
             command.run(["printf", r"x%070000d\\033[31m%065000d\\033]8;;http://a\\n", "0", "0"])
             try:
                 command.run(["sh", "-c", r"printf '\\033[31mred\\n'; exit 3"])
-            except command.CommandError as error:
+            except errors.CommandError as error:
                 print(log.printable(error.message))
     """
     done = subprocess.run(python(program), capture_output=True, check=True)
@@ -250,18 +251,67 @@ def test_missing_program() -> None:
     assert (caught.value.message, caught.value.hint) == ("Can't run no-such-program: No such file or directory", None)
 
 
-def test_missing_program_of_a_known_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BuildError) as caught:
-        command.run(["qemu-img", "info"])
-    assert caught.value.hint == "Install it: apt-get install qemu-utils"
-
-
 def test_program_that_can_not_be_executed(tmp_path: Path) -> None:
     (tmp_path / "broken").write_text("")
     (tmp_path / "broken").chmod(0o644)
     with pytest.raises(BuildError, match=r"Can't run .*/broken: Permission denied"):
         command.run([str(tmp_path / "broken")])
+
+
+def said_by_run(argv: list[str], _: Path) -> str:
+    return command.run(argv, capture=True)
+
+
+def said_by_read_until(argv: list[str], _: Path) -> str:
+    return command.read_until(argv, b"no such text", 30).decode()
+
+
+def said_by_background(argv: list[str], directory: Path) -> str:
+    with command.background(argv, directory / "log") as ended:
+        wait_for(lambda: ended() is not None)
+    return (directory / "log").read_text()
+
+
+def said_by_query(argv: list[str], _: Path) -> str:
+    return command.Query(argv).answer(time.monotonic() + 30) or "nothing"
+
+
+def said_by_conversation(argv: list[str], _: Path) -> str:
+    with command.conversation(argv, env=dict(os.environ), timeout=30, stop_seconds=1) as talk:
+        return "".join(f"{line}\n" for line in talk.ask("echo $LC_ALL; cat /dev/null"))
+
+
+@pytest.mark.parametrize(
+    "said", [said_by_run, said_by_read_until, said_by_background, said_by_query, said_by_conversation]
+)
+def test_programs_of_root_are_found_and_speak_english(
+    said: Callable[[list[str], Path], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    # It is in /usr/sbin, and becomes the program that it starts.
+    argv = ["start-stop-daemon", "--start", "--pidfile", "/nowhere", "--startas", "/bin/sh"]
+    if said is not said_by_conversation:
+        argv += ["--", "-c", "echo $LC_ALL"]
+    assert said(argv, tmp_path) == "C.UTF-8\n"
+
+
+def test_user_on_the_terminal_has_the_own_locale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    wanted = ["start-stop-daemon", "--start", "--pidfile", "/nowhere", "--startas", "/bin/sh"]
+    command.interact([*wanted, "--", "-c", f"echo $LC_ALL > {tmp_path}/said"])
+    assert (tmp_path / "said").read_text() == "de_DE.UTF-8\n"
+
+
+@pytest.mark.parametrize("start", [command.run, lambda argv: command.read_until(argv, b"", 1)])
+def test_program_that_is_missing_is_named_with_its_package(
+    start: Callable[[list[str]], object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match=r"^Can't run qemu-system-x86_64: No such file or directory$") as caught:
+        start(["qemu-system-x86_64"])
+    assert caught.value.hint == "Install it: apt-get install qemu-system-x86"
 
 
 def test_require_names_all_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -295,7 +345,7 @@ def test_timeout(tmp_path: Path) -> None:
 
 
 def test_timeout_while_it_prints_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "_MOST_PRINTED", 1 << 40)
+    monkeypatch.setattr(output, "MOST_PRINTED", 1 << 40)
     with pytest.raises(BuildError, match="yes did not end within 1 s"):
         command.run(["yes", "x" * 4000], capture=True, timeout=1)
 
@@ -309,7 +359,7 @@ def test_grandchild_that_keeps_the_pipe_open_does_not_block(tmp_path: Path) -> N
 
 
 def test_grandchild_that_prints_for_ever_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "_MOST_PRINTED", 1 << 40)
+    monkeypatch.setattr(output, "MOST_PRINTED", 1 << 40)
     start = time.monotonic()
     command.run(shell(f"setsid yes & echo $! > {tmp_path}/pid"), capture=True)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
@@ -544,8 +594,8 @@ def test_program_that_can_not_be_stopped_is_not_waited_for(
         raise PermissionError
 
     monkeypatch.setattr(os, "killpg", refuse)
-    monkeypatch.setattr(programs, "_ROOTS_PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(programs, "_KILL_SECONDS", 0.1)
+    monkeypatch.setattr(children, "_ROOTS_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(children, "KILL_SECONDS", 0.1)
     start = time.monotonic()
     with pytest.raises(BuildError, match="did not end within 0 s"):
         command.run(["sleep", "20"], timeout=0.1, stop_seconds=0.1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from image_factory.base import command
-from image_factory.base.command import programs
+from image_factory.base.command import output
 from image_factory.base.errors import BuildError
 from image_factory.finishing import seal
 from image_factory.model import Change
@@ -218,7 +218,7 @@ def test_sealing_of_very_many_files() -> None:
 
 
 def test_program_that_prints_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "_MOST_PRINTED", 1 << 20)
+    monkeypatch.setattr(output, "MOST_PRINTED", 1 << 20)
     with pytest.raises(BuildError, match="yes printed more than 1 MiB"):
         command.run(["yes"], capture=True)
     with (

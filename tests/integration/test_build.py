@@ -9,8 +9,9 @@ import shlex
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("machine")
 TODAY = date.today().isoformat()
 WORK = ".image-factory-stand-in"
 ANSWERS = "stand-in/hostname string golden\nd-i passwd/root-password password s3cret\n"
+# An ended child that the build waits for is a zombie for a moment, and longer while it is busy.
+ZOMBIE_SECONDS = 8.0
 SURVIVORS = ("var/log/dpkg.log", "var/log/installer-not-really", "root/.bashrc", "etc/fstab")
 INSTALLER_LOGS = (
     "root/anaconda-ks.cfg",
@@ -168,6 +171,43 @@ def unused_blocks_left(raw: Path, offset: int) -> int:
     return int(run("zerofree", "-n", "-v", f"{raw}?offset={offset}").stdout.splitlines()[-1].partition("/")[0])
 
 
+@contextmanager
+def children_reaped(build: Build) -> Iterator[None]:
+    """Watch the children of *build*, which runs inside: fail if one stays a zombie for long."""
+    ended = threading.Event()
+    running: set[int] = set()
+    # When each zombie was seen first, and the name of each that stayed.
+    since: dict[int, float] = {}
+    left: dict[int, str] = {}
+
+    def watch() -> None:
+        while not ended.wait(0.2):
+            found = run("pgrep", "-u", build.user.name, "-f", f"^/usr/bin/python3 {build.user.program}", check=False)
+            zombies = set()
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                with suppress(OSError):
+                    before, _, after = stat.read_text().rpartition(")")
+                    number, state, parent = int(stat.parent.name), *after.split()[:2]
+                    if parent in found.stdout.split():
+                        running.add(number)
+                        if state == "Z":
+                            zombies.add(number)
+                            if time.monotonic() - since.setdefault(number, time.monotonic()) > ZOMBIE_SECONDS:
+                                left[number] = before.partition("(")[2]
+            for number in since.keys() - zombies:
+                del since[number]
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    assert len(running) >= 5
+    assert left == {}
+
+
 def test_whole_build(build: Build) -> None:
     upload = build.user.directory(f"upload-{build.directory.name}")
     build.configure(
@@ -191,7 +231,8 @@ post-upload-command1 = sh -c 'echo one "$$1"' command ${{image}}
 
     dry = build.run("--dry-run")
     assert build.files() == {"answers.cfg", "image-factory.conf", older.name}
-    done = build.run()
+    with children_reaped(build):
+        done = build.run()
 
     raw, qcow2 = (build.directory / f"stand-in-{TODAY}.{image_format}" for image_format in ("raw", "qcow2"))
     log = build.directory / f"stand-in-{TODAY}.log"

@@ -1,21 +1,10 @@
 """Run programs, and functions in processes of their own: the only package that starts processes."""
 
-from .programs import (
-    PACKAGES,
-    Companion,
-    Conversation,
-    Query,
-    background,
-    call_apart,
-    call_watched,
-    conversation,
-    interact,
-    read_until,
-    reaping,
-    require,
-    run,
-    search_path,
-)
+from .apart import Companion, call_apart, call_watched
+from .children import reaping
+from .conversations import Conversation, conversation
+from .installed import PACKAGES, require, search_path
+from .programs import Query, background, interact, read_until, run
 
 __all__ = [
     "PACKAGES",

@@ -1,0 +1,49 @@
+"""Which programs this machine has, and which Debian package has each."""
+
+import os
+import shutil
+from collections.abc import Iterable
+
+from ..errors import ConfigurationError
+
+# The Debian package that has each program; see require().
+PACKAGES = {
+    "blkid": "util-linux",
+    "cpio": "cpio",
+    "fallocate": "util-linux",
+    "gpg": "gpg",
+    "gpg-agent": "gpg-agent",
+    "gpgconf": "gpgconf",
+    "gpgv": "gpgv",
+    "guestfish": "guestfish",
+    "qemu-img": "qemu-utils",
+    "qemu-system-aarch64": "qemu-system-arm",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "rsync": "rsync",
+    "sfdisk": "fdisk",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sudo": "sudo",
+    "virsh": "libvirt-clients",
+    "virt-install": "virtinst",
+    "xorriso": "xorriso",
+    "zerofree": "zerofree",
+}
+
+
+def search_path() -> str:
+    """Return PATH with the system directories that an ordinary user's PATH lacks on Debian."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+def require(programs: Iterable[str]) -> None:
+    """Raise ConfigurationError, naming every one of *programs* that is missing and its package."""
+    missing = [name for name in programs if not shutil.which(name, path=search_path())]
+    if missing:
+        packages = sorted({PACKAGES[name] for name in missing if name in PACKAGES})
+        own = sorted({name for name in missing if name not in PACKAGES})
+        hints = (
+            [f"Your own have to be executable, and on PATH or named by their path: {', '.join(own)}."] if own else []
+        )
+        hints += [f"Install them: apt-get install {' '.join(packages)}"] if packages else []
+        raise ConfigurationError(f"Missing programs: {', '.join(missing)}.", hint=" ".join(hints))

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from image_factory.base import command, events
+from image_factory.base import command, events, files
 from image_factory.base.errors import BuildError
 from image_factory.configuration.parsers import parse_source
 from image_factory.downloads import fetch
-from image_factory.finishing import checksum
 from image_factory.outputs import qcow2
 
 from .test_estimates import Clock
@@ -133,8 +132,7 @@ def test_real_qemu_img(told: Everything, often: None, tmp_path: Path) -> None:
 def test_checksum(told: Everything, often: None, tmp_path: Path, size: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(os.urandom(size))
-    with path.open("rb", buffering=0) as file:
-        assert checksum._sha256(file) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert files.digest_of(path, meter=events.Meter()) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert told.fractions == [min(1.0, (part << 20) / size) for part in range(1, -(-size // (1 << 20)) + 1)]
 
 

@@ -1,5 +1,6 @@
 """What the tests share: this machine made ready, two ordinary users, the installed program."""
 
+import datetime
 import fcntl
 import importlib.machinery
 import importlib.util
@@ -25,6 +26,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from image_factory.sources.installer import guest  # noqa: E402
+
+
+def young_day(now: float) -> str:
+    """Return a time zone, as TZ has it, whose day is between one and two hours old at *now*, a time of time.time()."""
+    # The sign says how far UTC is, not how far the zone is.
+    return f"TEST{int(now // 3600 % 24) - 1:+d}"
+
+
+# A run ends on the day on which it begins, at whatever hour.
+os.environ["TZ"] = young_day(time.time())
+time.tzset()
+TODAY = datetime.date.today().isoformat()
 
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -126,16 +139,29 @@ def hidden_kvm(kernel: Path) -> Iterator[None]:
 
 @contextmanager
 def daemon(name: str) -> Iterator[None]:
-    """Have the daemon *name* running."""
-    if run("pgrep", "-x", "-u", "root", name, check=False).returncode == 0:
-        yield
-        return
-    run(name, "-d")
-    try:
-        yield
-    finally:
-        run("pkill", "-x", "-u", "root", name, check=False)
-        wait_for(lambda: run("pgrep", "-x", "-u", "root", name, check=False).returncode, 20, f"{name} to end")
+    """Have the daemon *name* running; if a run of the tests has started it, the last one that needs it ends it."""
+
+    def is_gone() -> bool:
+        return run("pgrep", "-x", "-u", "root", name, check=False).returncode != 0
+
+    with Path(f"{RUNS}-{name}").open("a+") as runs:
+        # As with KVM.
+        with suppress(BlockingIOError):
+            fcntl.flock(runs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            runs.truncate(0)
+            if is_gone():
+                run(name, "-d")
+                print("started here", file=runs, flush=True)
+        fcntl.flock(runs, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            with suppress(BlockingIOError):
+                fcntl.flock(runs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                runs.seek(0)
+                if runs.read():
+                    run("pkill", "-x", "-u", "root", name, check=False)
+                    wait_for(is_gone, 20, f"{name} to end")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -200,6 +226,7 @@ class User:
             "USER": self.name,
             "PATH": "/usr/local/bin:/usr/bin:/bin",
             "LANG": "C.UTF-8",
+            "TZ": os.environ["TZ"],
             **self.environment,
             **environment,
         }
@@ -264,16 +291,38 @@ def vms(user: User, directory: Path) -> list[str]:
 
 
 def machine_state() -> list[str]:
-    """Return the loop devices, mounts and directories of builds on this machine."""
+    """Return the loop devices, mounts and directories of this run's builds; those of others come and go."""
     loops = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").stdout.splitlines()
-    # Others than this run's may come and go.
-    state = [line for line in loops if any(name in line for name in OWN)]
+    loops = [line for line in loops if any(name in line for name in OWN)]
+    devices = {line.split()[0] for line in loops}
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [
-        *state,
-        *(line for line in mounts if "/tmp/image-factory." in line),
-        *map(str, Path("/tmp").glob("image-factory.*")),
-    ]
+    mounts = [line for line in mounts if "/tmp/image-factory." in line]
+    sources = {line.split()[4]: line.rpartition(" - ")[2].split()[1] for line in mounts}
+    own_mounts = [line for line in mounts if sources[line.split()[4]] in devices]
+    found = list(Path("/tmp").glob("image-factory.*"))
+    if any(is_bare(path, sources) for path in found):
+        # Another's may be about to be mounted on.
+        time.sleep(0.5)
+    return [*loops, *own_mounts, *(str(path) for path in found if is_own(path, sources, devices))]
+
+
+def is_bare(directory: Path, sources: dict[str, str]) -> bool:
+    """Return whether none of the mount points of *sources* is below *directory*."""
+    return not any(point.startswith(f"{directory}/") for point in sources)
+
+
+def is_own(directory: Path, sources: dict[str, str], devices: set[str]) -> bool:
+    """Return whether the *directory* for mounts is of this run: one of its users', or of root's with its *devices*."""
+    try:
+        owner = directory.lstat().st_uid
+        name = pwd.getpwuid(owner).pw_name
+    except (FileNotFoundError, KeyError):
+        return False
+    if owner != 0:
+        return name.startswith(f"image-factory-{RUN}-")
+    return is_bare(directory, sources) or any(
+        point.startswith(f"{directory}/") and source in devices for point, source in sources.items()
+    )
 
 
 def left_behind(user: User, directory: Path) -> list[str]:

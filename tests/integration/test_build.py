@@ -13,17 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from ..conftest import REPOSITORY, User, left_behind, machine_state, run, vms, wait_for
+from ..conftest import REPOSITORY, TODAY, User, left_behind, machine_state, run, vms, wait_for
 
 pytestmark = pytest.mark.usefixtures("machine")
 
-TODAY = date.today().isoformat()
 WORK = ".image-factory-stand-in"
 ANSWERS = "stand-in/hostname string golden\nd-i passwd/root-password password s3cret\n"
 # An ended child that the build waits for is a zombie for a moment, and longer while it is busy.

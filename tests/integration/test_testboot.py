@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,9 +22,8 @@ from image_factory.configuration.files import Configuration
 from image_factory.model import Artifact, Plan
 
 from .. import golden
-from ..conftest import User, run, wait_for
+from ..conftest import TODAY, User, run, wait_for
 
-TODAY = date.today().isoformat()
 WORK = ".image-factory-golden"
 # So long may a boot take, on a busy machine.
 SECONDS = 420

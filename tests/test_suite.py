@@ -6,6 +6,7 @@ import time
 import pytest
 
 from .conftest import TODAY, User, run, young_day
+from .fault_table import ALL, CHECKED, pairs
 
 
 @pytest.mark.parametrize("hour", range(24))
@@ -20,3 +21,11 @@ def test_all_have_the_day_of_the_run(users: dict[str, User]) -> None:
     assert datetime.date.today().isoformat() == TODAY
     for user in users.values():
         assert user.run("date", "+%z %F").stdout == time.strftime(f"%z {TODAY}\n")
+
+
+def test_cells_that_make_check_has_cover_the_table() -> None:
+    """Each step and each fault for each user, and each class of faults at each step; and none of them for nothing."""
+    assert set(CHECKED) < set(ALL)
+    assert set().union(*map(pairs, CHECKED)) == set().union(*map(pairs, ALL))
+    for cell in CHECKED:
+        assert pairs(cell) - set().union(*(pairs(other) for other in CHECKED if other != cell)), cell

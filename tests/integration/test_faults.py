@@ -2,7 +2,8 @@
 
 The steps up to the installation are those of a real build; the installation itself is a copy of a
 disk that the stand-in installer has written once (see tests/faults/wrapper), but for the few cells of
-REAL.  The table is shown at the end, and written to the file that $FAULT_TABLE names.
+REAL.  Where the step comes after it, the build goes on from what one that stopped there has left.  The
+cells are those of fault_table.py.  The table is shown at the end, and written to the file that $FAULT_TABLE names.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -27,101 +27,23 @@ import pytest
 
 from image_factory.downloads import fetch
 
-from ..conftest import REPOSITORY, User, left_behind, machine_state, run, wait_for
-from .test_build import ANSWERS, TODAY, WORK, new_build
+from ..conftest import REPOSITORY, TODAY, User, left_behind, machine_state, run, wait_for
+from ..fault_table import ALL, CHECKED, EVENTS, IMAGE, KILLED, LOCKS, ORDER, PROGRAMS, SIGNALS, STALE, Cell
+from .test_build import ANSWERS, WORK, new_build
 
 pytestmark = pytest.mark.usefixtures("machine")
 
 FAULTS = REPOSITORY / "tests/faults"
-IMAGE = f"stand-in-{TODAY}.qcow2"
-
-# Each step: the name that the log has, the call of a program in it (a pattern of sh), or an event in Python
-# with a pattern of its arguments.
-PROGRAMS = {
-    "create": ("Creating the disk", "qemu-img create*"),
-    "cache": ("Caching the installer", "rsync*rsync://*"),
-    "install": ("Installing", "virt-install *"),
-    "read": ("Reading the partition table", "blkid *"),
-    "mount": ("Mounting the filesystems", "* mount-image *"),
-    "remove": ("Removing installer logs", "* remove *"),
-    "seal": ("Sealing", "* truncate *"),
-    "free": ("Freeing unused blocks", "* trim *"),
-    "unmount": ("Unmounting", "* umount *"),
-    "zero": ("Zeroing unused blocks", "zerofree *"),
-    "convert": ("Converting to qcow2", "qemu-img convert*"),
-    "reopen": (f"Reopening {IMAGE}", "qemu-img convert *audit.raw"),
-    "upload": (f"Uploading {IMAGE} to up", "rsync *.sha256sum *"),
-    "post-build": ("Running the post-build command", "notify *"),
+# Where a build goes on whose fault strikes at a later step: what --until calls it, and the steps.
+BEGINS = {
+    "install": ("read", "mount", "remove", "seal", "free", "unmount", "zero"),
+    "clean": ("convert", "checksum"),
+    "convert": ("reopen", "publish"),
+    "publish": ("upload", "post-build"),
 }
-EVENTS = {
-    "checksum": (f"Checksumming {IMAGE}", "open", "*.qcow2 r*"),
-    "publish": ("Publishing", "os.rename", "*.qcow2 *.qcow2 *"),
-}
-ORDER = list(
-    dict.fromkeys(["create", "cache", "cache-http", *list(PROGRAMS)[:11], "checksum", "reopen", "publish", *PROGRAMS])
-)
-
-SIGNALS = {"INT": 130, "TERM": 143, "HUP": 129, "KILL": -9}
-AT_PROGRAMS = [
-    "fails", "missing", "hangs", *(f"signal-{name}" for name in SIGNALS), "killed-group", "killed-while-hanging",
-    "killed-child", "full", "descriptors", "clock-back",
-]  # fmt: skip
-AT_EVENTS = ["fails", *(f"signal-{name}" for name in SIGNALS), "killed-group", "full", "descriptors", "clock-back"]
-KILLED = ("signal-KILL", "killed-group", "killed-while-hanging")
-STALE = ["stale-files", "stale-closed", "stale-mount-point", "stale-machine"]
-# In the middle of an HTTP download; one that ``breaks`` once goes on there, one that breaks ``always`` is tried again.
-AT_DOWNLOADS = [
-    *(f"signal-{name}" for name in SIGNALS), "killed-group", "full", "descriptors", "clock-back", "second", "breaks",
-    "breaks-always",
-]  # fmt: skip
-# What is in the place of the working directory; ``lock-stopped``: a build that has been stopped holds its lock.
-LOCKS = ["lock-of-another", "lock-is-link", "lock-is-file", "lock-stopped"]
-# The real installer and its machine.
-REAL = ["signal-TERM", "signal-KILL", "killed-child", "killed-machine", "libvirt-killed", "libvirt-gone"]
-
 
 # The last one has the durations of builds that have come to their end.
 CACHED = {"linux", "initrd.gz", ".linux.validators", ".initrd.gz.validators", ".durations.json", ".lock"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    step: str
-    fault: str
-    user: str
-    real: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.user}-{self.step}-{self.fault}{'-real' if self.real else ''}"
-
-
-def cells() -> Iterator[Cell]:
-    for user in ("root", "a"):
-        for step in ORDER:
-            if step in PROGRAMS:
-                yield from (Cell(step, fault, user) for fault in AT_PROGRAMS)
-                yield Cell(step, "second", user)
-            elif step in EVENTS:
-                yield from (Cell(step, fault, user) for fault in AT_EVENTS)
-        yield from (Cell("cache-http", fault, user) for fault in AT_DOWNLOADS)
-        yield Cell("unmount", "fails-always", user)
-        yield from (Cell("start", fault, user) for fault in [*STALE, *LOCKS])
-        yield from (Cell("install", fault, user, real=True) for fault in REAL)
-
-
-def is_slow(cell: Cell) -> bool:
-    """Whether *cell* is no part of make check, which has each step and each fault, but not all of both."""
-    if cell.fault.startswith("libvirt-"):
-        return (cell.user == "root") == (cell.fault == "libvirt-gone")
-    if cell.real or cell.fault in ("fails-always", "second"):
-        return cell.user == "root" or (cell.fault == "second" and cell.step != "convert")
-    if cell.step == "start":
-        return False
-    if cell.step == "cache-http":
-        return AT_DOWNLOADS.index(cell.fault) % 2 != (cell.user == "root")
-    faults = AT_PROGRAMS if cell.step in PROGRAMS else AT_EVENTS
-    return (ORDER.index(cell.step) + faults.index(cell.fault) + (cell.user == "root")) % 4 != 0
-
 
 TABLE: dict[Cell, str] = {}
 
@@ -192,6 +114,7 @@ class Place:
         self.before = set(machine_state())
         self.out, self.faults, self.programs = (directory / name for name in ("out", "faults", "bin"))
         self.cache = directory / "cache"
+        self.words: tuple[str, ...] = ()
         for path in (self.out, self.faults, self.programs, directory / "up"):
             path.mkdir()
             shutil.chown(path, user.name)
@@ -203,6 +126,7 @@ class Place:
             "HOME": str(user.home),
             "USER": user.name,
             "LANG": "C.UTF-8",
+            "TZ": os.environ["TZ"],
             "PATH": f"{self.programs}:/usr/bin:/bin",
             "PYTHONPATH": str(FAULTS),
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -256,12 +180,56 @@ upload_target = {self.directory}/up/
             errors="replace", start_new_session=True,
         )  # fmt: skip
 
+    def begin_at(self, checkpoint: Path) -> None:
+        """Have the first build go on from *checkpoint*, the copy of another place."""
+        run("cp", "--archive", "--sparse=always", "--no-target-directory", checkpoint / "out", self.out)
+        shutil.chown(self.out, self.user.name)
+        run("cp", "--archive", "--no-target-directory", checkpoint / "cache", self.cache)
+        file = self.out / WORK / "checkpoint.json"
+        origin = (checkpoint / "origin").read_text()
+        # The owner stays.
+        file.write_text(file.read_text().replace(f"{origin}/", f"{self.directory}/"))
+        self.words = ("--resume", "stand-in")
+
     def disarm(self) -> None:
         for path in self.faults.iterdir():
             path.rmdir() if path.is_dir() else path.unlink()
         for away in [*self.programs.glob("*.away"), *self.helper.parent.glob("*.away")]:
             away.rename(away.with_suffix(""))
         (self.out / "filler").unlink(missing_ok=True)
+
+
+class Checkpoints:
+    """What builds without a fault have left that stopped early, made when it is asked for."""
+
+    def __init__(self, stand_in: Path, installed: Path, faulty: Path) -> None:
+        self._files = stand_in, installed, faulty
+        self._places: dict[str, Place] = {}
+
+    def get(self, user: User, until: str) -> Path:
+        """Return the copy of what a build of *user* has left that stopped after *until*."""
+        if user.name not in self._places:
+            self._places[user.name] = Place(user, user.directory("checkpoints"), *self._files)
+        place = self._places[user.name]
+        copy = place.directory / until
+        if not copy.exists():
+            earlier = list(BEGINS)[: list(BEGINS).index(until)]
+            if earlier:
+                self.get(user, earlier[-1])
+            resume = ("--resume",) if earlier else ()
+            process = place.start(*resume, "--until", until, "stand-in")
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            copy.mkdir()
+            for path in (place.out, place.cache):
+                run("cp", "--archive", "--sparse=always", path, copy)
+            (copy / "origin").write_text(str(place.directory))
+        return copy
+
+
+@pytest.fixture(scope="session")
+def checkpoints(users: dict[str, User], stand_in: Path, installed: Path, faulty_prefix: Path) -> Checkpoints:
+    return Checkpoints(stand_in, installed, faulty_prefix)
 
 
 @pytest.fixture
@@ -272,6 +240,7 @@ def place(
     installed: Path,
     faulty_prefix: Path,
     clock: Path,
+    checkpoints: Checkpoints,
 ) -> Iterator[Place]:
     cell: Cell = request.param
     user = users[cell.user]
@@ -283,6 +252,9 @@ def place(
             run("mount", "-t", "tmpfs", "-o", f"size=300m,mode=755,uid={user.uid}", "tmpfs", found.out)
             found.older.write_text("older")
             shutil.chown(found.older, user.name)
+        for until, steps in BEGINS.items():
+            if cell.step in steps:
+                found.begin_at(checkpoints.get(user, until))
         try:
             yield found
         finally:
@@ -417,13 +389,10 @@ def expected_status(cell: Cell) -> set[int]:
     return {1}
 
 
-ALL = list(cells())
-
-
 @pytest.mark.parametrize(
     ("place", "cell"),
     [
-        pytest.param(cell, cell, id=str(cell), marks=[pytest.mark.slow_faults] if is_slow(cell) else [])
+        pytest.param(cell, cell, id=str(cell), marks=[] if cell in CHECKED else [pytest.mark.slow_faults])
         for cell in ALL
         if cell.step in [*PROGRAMS, *EVENTS] and not cell.real
     ],
@@ -432,7 +401,7 @@ ALL = list(cells())
 def test_fault(place: Place, cell: Cell) -> None:
     TABLE[cell] = "failed"
     arm(place, cell)
-    process = place.start()
+    process = place.start(*place.words)
     try:
         if cell.fault == "hangs":
             wait_for(lambda: (place.faults / "reached").exists() or process.poll() is not None, 120, "the fault")
@@ -451,7 +420,8 @@ def test_fault(place: Place, cell: Cell) -> None:
         yesterday = (date.fromisoformat(TODAY) - timedelta(days=1)).isoformat()
         assert re.search(rf"^{TODAY} .*\n{yesterday} ", errors, re.MULTILINE), errors
         assert re.search(rf"^{yesterday} .* INFO: {re.escape(named)}: done in [0-9]\.", errors, re.MULTILINE), errors
-    published = "INFO: Publishing: done" in errors
+    assert not place.words or "INFO: Installing ..." not in errors, errors
+    published = "INFO: Publishing: done" in errors or cell.step in BEGINS["publish"]
     if cell.fault not in ("full", "descriptors"):
         # A signal does not disturb the publishing itself.
         signalled = cell.step == "publish" and cell.fault in ("signal-INT", "signal-TERM", "signal-HUP")
@@ -528,7 +498,7 @@ def strike_installation(place: Place, fault: str, process: "subprocess.Popen[str
 @pytest.mark.parametrize(
     ("place", "cell"),
     [
-        pytest.param(cell, cell, id=str(cell), marks=[pytest.mark.slow_faults] if is_slow(cell) else [])
+        pytest.param(cell, cell, id=str(cell), marks=[] if cell in CHECKED else [pytest.mark.slow_faults])
         for cell in ALL
         if cell.real
     ],
@@ -667,7 +637,7 @@ def strike_download(place: Place, fault: str, process: "subprocess.Popen[str]") 
 @pytest.mark.parametrize(
     ("place", "cell"),
     [
-        pytest.param(cell, cell, id=str(cell), marks=[pytest.mark.slow_faults] if is_slow(cell) else [])
+        pytest.param(cell, cell, id=str(cell), marks=[] if cell in CHECKED else [pytest.mark.slow_faults])
         for cell in ALL
         if cell.step == "cache-http"
     ],

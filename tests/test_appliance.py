@@ -272,25 +272,6 @@ def test_both_ways_load_the_same(tmp_path: Path) -> None:
     print(f"Seconds for {len(packages)} packages: {seconds}")
 
 
-def test_logical_volume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A root on LVM, which this machine's kernel need not know, in a directory with an odd name."""
-    caplog.set_level("INFO", logger="image-factory")
-    build = make_build(tmp_path / "a, b=\"c\" 'd'\\x:é*")
-    disk = Disk(build.disk_path)
-    run("truncate", "-s", "300M", disk.path)
-    commands = """
-        part-disk /dev/sda mbr : pvcreate /dev/sda1 : vgcreate vg /dev/sda1 : lvcreate root vg 200
-        mkfs ext4 /dev/vg/root : mount /dev/vg/root / : mkdir-p /var/log/installer : mkdir /etc : touch /etc/fstab
-    """
-    lines = [f"add {appliance.quoted(str(disk.path))} format:raw", "run", *commands.replace("\n", ":").split(":")]
-    script = tmp_path / "script"
-    script.write_text("\n".join(line.strip() for line in lines) + "\n")
-    run("guestfish", "-f", script, env=appliance.environment(build, disk))
-    pipeline.clean_disk(build, disk)
-    pipeline.write_artifacts(build, disk)
-    assert "Removed /var/log/installer" in caplog.messages
-
-
 def test_nothing_is_left_in_the_chunks_of_a_thin_pool(tmp_path: Path) -> None:
     """A pool frees whole chunks of 64 KiB alone; here each one has blocks of files that stay, too.
 
@@ -315,7 +296,8 @@ def test_nothing_is_left_in_the_chunks_of_a_thin_pool(tmp_path: Path) -> None:
             (tree / name).write_bytes(data.ljust(4096, b"."))
     mixed = [name for number in range(64) for name in (f"{old}.{number}", f"root/{number}")]
     run("tar", "-C", tree, "-cf", tmp_path / "root.tar", "etc/fstab", *mixed)
-    run("truncate", "-s", "900M", disk.path)
+    # No larger than btrfs has to be: under emulation it takes long to fill it.
+    run("truncate", "-s", "400M", disk.path)
     lines = [
         f"add {appliance.quoted(str(disk.path))} format:raw",
         "run",
@@ -323,8 +305,8 @@ def test_nothing_is_left_in_the_chunks_of_a_thin_pool(tmp_path: Path) -> None:
         "pvcreate /dev/sda1",
         "vgcreate vg /dev/sda1",
         # The appliance lacks a program that lvm wants to check pools with.
-        'debug sh "ln -s /bin/true /usr/sbin/thin_check; lvm lvcreate -q -L 640M -T vg/pool"',
-        'debug sh "lvm lvcreate -q -V 200M -T vg/pool -n root; lvm lvcreate -q -V 320M -T vg/pool -n var"',
+        'debug sh "ln -s /bin/true /usr/sbin/thin_check; lvm lvcreate -q -L 300M -T vg/pool"',
+        'debug sh "lvm lvcreate -q -V 60M -T vg/pool -n root; lvm lvcreate -q -V 160M -T vg/pool -n var"',
         'debug sh "lvm vgchange -q -ay; udevadm settle"',
         *("mkfs ext4 /dev/vg/root", "mkfs btrfs /dev/vg/var"),
         *("mount /dev/vg/root /", f"tar-in {tmp_path}/root.tar /", "umount /"),
@@ -339,7 +321,7 @@ def test_nothing_is_left_in_the_chunks_of_a_thin_pool(tmp_path: Path) -> None:
     assert data.count(b"kept....") >= 128
     assert data.count(b"a secret of the build") == 0
     # What btrfs was filled with is no data any more.
-    assert disk.path.stat().st_blocks * 512 < 200 << 20
+    assert disk.path.stat().st_blocks * 512 < 80 << 20
 
 
 def lvm_disk(build: Build) -> Disk:
@@ -457,7 +439,10 @@ def test_no_filesystem(tmp_path: Path) -> None:
 
 
 def test_root_that_is_read_only(tmp_path: Path) -> None:
-    """It is writable while the system is worked on, and read-only again, also where the build before was killed."""
+    """It is writable while the system is worked on, and read-only again, also where the build before was killed.
+
+    A build whose appliance is killed ends with what guestfish says of it; QEMU's end is a release that fails, too.
+    """
     build = make_build(tmp_path / "build")
     disk = make_micro(build.disk_path)
     record = build.directory / READ_ONLY_NAME
@@ -468,7 +453,10 @@ def test_root_that_is_read_only(tmp_path: Path) -> None:
         tree.root.filesystem.trim()
     assert not record.exists()
     assert is_read_only(disk)
-    with pytest.raises(CommandError), mounts.mounted(build, disk):
+    with (
+        pytest.raises(CommandError, match=r"guestfish failed with status 1: .*libguestfs: error: "),
+        mounts.mounted(build, disk),
+    ):
         run("pkill", "-KILL", "-f", f"^[^ ]*qemu.*{tmp_path}")
     assert record.exists()
     # It is so at the end of what goes on with it, in the other way, too.
@@ -478,7 +466,10 @@ def test_root_that_is_read_only(tmp_path: Path) -> None:
 
 
 def test_directories_that_are_linked_into_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are 2**30 ways to the last one: the appliance gives them up, and answers what comes next."""
+    """There are 2**30 ways to the last one: the appliance gives them up, and answers what comes next.
+
+    All is released when the body raises what is no error of a build.
+    """
     build = make_build(tmp_path / "build")
     disk = make_disk(build, make_tree(tmp_path / "tree"), "ext4", "-b", "1024")
     lines = ["cd /root", *(f"mkdir d{number}" for number in range(31))]
@@ -486,7 +477,7 @@ def test_directories_that_are_linked_into_each_other(tmp_path: Path, monkeypatch
     script = tmp_path / "script"
     script.write_text("\n".join(lines))
     run("debugfs", "-w", "-f", script, f"{disk.path}?offset={OFFSET}")
-    with mounts.mounted(build, disk) as tree:
+    with pytest.raises(ZeroDivisionError), mounts.mounted(build, disk) as tree:
         assert tree.root.filesystem.usage("root")["d0"] == 31 << 10
         monkeypatch.setattr(appliance, "_ENTRIES", 1000)
         with pytest.raises(BuildError, match=r"^/root/d0 of the guest has more than 1000 entries\.$"):
@@ -496,25 +487,8 @@ def test_directories_that_are_linked_into_each_other(tmp_path: Path, monkeypatch
             with pytest.raises(BuildError, match=r" of the guest has too much below it to be looked at in 1 s\.$"):
                 action()
         assert tree.read(["root/.bashrc"]) == {"root/.bashrc": b"the text of 'root/.bashrc'\n"}
-
-
-def test_body_raises(tmp_path: Path) -> None:
-    build = make_build(tmp_path / "build")
-    disk = make_disk(build, make_tree(tmp_path / "tree"))
-    with pytest.raises(ZeroDivisionError), mounts.mounted(build, disk) as tree:
         assert tree.root.filesystem.volume.partition is not None
         raise ZeroDivisionError
-
-
-def test_appliance_is_killed(tmp_path: Path) -> None:
-    """The build ends with what guestfish says of it; QEMU's end is a release that fails, too."""
-    build = make_build(tmp_path / "build")
-    disk = make_disk(build, make_tree(tmp_path / "tree"))
-    with (
-        pytest.raises(CommandError, match=r"guestfish failed with status 1: .*libguestfs: error: "),
-        mounts.mounted(build, disk),
-    ):
-        run("pkill", "-KILL", "-f", f"^[^ ]*qemu.*{tmp_path}")
 
 
 def test_interrupted_while_the_appliance_boots(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from .base import command, events, interrupts, log
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
 from .base.units import format_size
-from .configuration.files import Configuration
-from .configuration.settings import ImageSettings, accepted_by, check_image_name, declarations
+from .configuration.files import Configuration, declared
+from .configuration.settings import ImageSettings, accepted_by, check_image_name
 from .configuration.unused import variables_named
 from .finishing import manifest
 from .model import Artifact, Plan
@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="images to build: sections of the configuration (default: the environment's IMAGE)",
     )
     parser.add_argument("--version", action="version", version=f"image-factory {__version__}")
-    for key, declaration in declarations(ImageSettings):
+    for key, declaration in declared(ImageSettings):
         if not declaration.flags:
             continue
         default = declaration.default_text()
@@ -146,7 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _flag_texts(arguments: argparse.Namespace) -> dict[str, str]:
     """Return the settings that were given as flags, as text that their parsers read."""
     texts = {}
-    for key, declaration in declarations(ImageSettings):
+    for key, declaration in declared(ImageSettings):
         value = getattr(arguments, key.replace("-", "_"), None) if declaration.flags else None
         if isinstance(value, bool):
             texts[key] = "yes" if value else "no"
@@ -179,19 +179,19 @@ def keys_listing(configuration: Configuration, image: str, flags: Mapping[str, s
     configuration.check_image(image)
     variables = configuration.variables(image, flags)
     answer_file = configuration.answer_file(image)
-    declared = answers.declared_keys(answer_file, configuration.arch(image)) if answer_file else {}
+    of_template = answers.declared_keys(answer_file, configuration.arch(image)) if answer_file else {}
     parts = [f"[{image}]"]
-    if declared:
+    if of_template:
         parts.append(f"# Keys of its answer file {answer_file}:")
     elif answer_file:
         parts.append(f"# {answer_file} is no template that declares keys.")
-    for key in declared.values():
+    for key in of_template.values():
         parts.append(_entry(variables, key.name, key.help, key.accepted, key.default))
     parts.append("# Variables of its values:")
-    named = [key for key in variables_named(configuration, image) if key not in declared]
+    named = [key for key in variables_named(configuration, image) if key not in of_template]
     parts.append("\n".join(_line(variables, key) for key in named) or "# none")
     parts.append("# Settings of image-factory:")
-    for name, declaration in declarations(ImageSettings):
+    for name, declaration in declared(ImageSettings):
         default = declaration.default_text() or ""
         parts.append(_entry(variables, name, declaration.help, accepted_by(declaration), default))
     return "\n\n".join(parts) + "\n"

@@ -5,7 +5,7 @@ import os
 
 from .base.errors import ConfigurationError
 from .configuration.files import Configuration
-from .configuration.parsers import FORMATS
+from .outputs import OUTPUTS
 
 # argcomplete's shell function sets it.
 VARIABLE = "_ARGCOMPLETE"
@@ -38,4 +38,4 @@ def _images(prefix: str, **_context: object) -> list[str]:
 def _formats(prefix: str, **_context: object) -> list[str]:
     before, comma, _ = prefix.rpartition(",")
     given = before.split(",")
-    return [f"{before}{comma}{name}" for name in FORMATS if name not in given]
+    return [f"{before}{comma}{name}" for name in OUTPUTS if name not in given]

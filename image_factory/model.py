@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from .configuration.settings import Destination, ImageSettings
 
@@ -26,6 +26,9 @@ DISK_NAME = "disk.raw"
 INVENTORY_NAME = "inventory.json"
 # What a system that is mounted has read-only, and is writable for a while.
 READ_ONLY_NAME = "read-only-subvolumes"
+
+# What an artifact can be made from.
+Origin = Literal["disk", "tree"]
 
 
 def libvirt_uri() -> str:

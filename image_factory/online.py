@@ -10,7 +10,7 @@ from .downloads import fetch
 from .model import Plan
 from .sources import SOURCES
 from .sources.installer import answers
-from .uploads import rsync
+from .uploads import UPLOADS
 
 # In QEMU's user network this machine has that address.
 _HOST = re.compile(r"(?<=://)10\.0\.2\.2(?=[:/]|$)")
@@ -38,7 +38,7 @@ def _problems(plan: Plan) -> Iterator[str | None]:
         yield _problem(plan, key, _HOST.sub("127.0.0.1", url), probe, said=url)
     for destination in {each.section: each for found in plan.destinations.values() for each in found}.values():
         try:
-            rsync.probe(destination, plan.output_dir)
+            UPLOADS[destination.type].probe(destination, plan.output_dir)
             logger.info("[%s] upload-target: %s can be reached.", destination.section, destination.target)
             yield None
         except BuildError as error:

@@ -25,7 +25,7 @@ from .sources import SOURCES
 from .sources.installer import answercheck, answers, guest
 from .sources.installer.watch import InstalledError
 from .system import inventory, mounts
-from .uploads import rsync
+from .uploads import UPLOADS
 
 # What --until can name; see _go_on.
 UNTIL = ("install", "clean", "convert", "publish", "upload")
@@ -99,7 +99,7 @@ def programs(plan: Plan) -> list[str]:
         names.append(plan.settings.post_build_command[0])
     for destinations in plan.destinations.values():
         for destination in destinations:
-            names += [*rsync.programs(destination), *(words[0] for words in destination.commands)]
+            names += [*UPLOADS[destination.type].programs(destination), *(words[0] for words in destination.commands)]
     # A path among them is relative to the directory that the command will run in.
     return [str(plan.output_dir / name) if "/" in name else name for name in dict.fromkeys(names)]
 

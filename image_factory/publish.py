@@ -13,7 +13,7 @@ from .base.log import logger, step
 from .checkpoint import Checkpoint
 from .configuration.settings import Destination
 from .model import MANIFEST_SUFFIX, SBOM_SUFFIX, SIGNATURE_SUFFIX, SUMS_SUFFIX, Artifact, Build, Plan
-from .uploads import rsync
+from .uploads import UPLOADS
 
 # In the working directory while artifacts are published: their names.
 _RECORD = "publishing"
@@ -138,7 +138,11 @@ def upload_commands(
     """Give the uploads, destination by destination: file, destination and the commands in their order."""
     for destinations in _uploads(plan, artifacts):
         for artifact, destination in destinations:
-            yield artifact, destination, [*rsync.commands(destination, artifact), *map(list, destination.commands)]
+            yield (
+                artifact,
+                destination,
+                [*UPLOADS[destination.type].commands(destination, artifact), *map(list, destination.commands)],
+            )
 
 
 def _uploads(plan: Plan, artifacts: Sequence[Artifact]) -> list[list[tuple[Artifact, Destination]]]:
@@ -165,7 +169,7 @@ def upload(plan: Plan, artifacts: Sequence[Artifact], done: Checkpoint | None = 
         for artifact, destination in destinations:
             try:
                 with step(f"Uploading {artifact.path.name} to {destination.section}"):
-                    rsync.upload(destination, artifact)
+                    UPLOADS[destination.type].upload(destination, artifact)
                     for argv in destination.commands:
                         command.run(argv, cwd=plan.output_dir)
             except BuildError as error:

@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 
 from image_factory import __version__
-from image_factory.configuration.settings import default_arch, default_firmware
+from image_factory.machines.arch import default_arch, default_firmware
 
 pytestmark = pytest.mark.usefixtures("machine")
 

@@ -10,9 +10,9 @@ import pytest
 
 from image_factory import cli, pipeline
 from image_factory.base.errors import ConfigurationError
-from image_factory.configuration.files import Configuration
-from image_factory.configuration.parsers import ARCHITECTURES
-from image_factory.configuration.settings import ImageSettings, declarations
+from image_factory.configuration.files import Configuration, declared
+from image_factory.configuration.settings import ImageSettings
+from image_factory.machines.arch import ARCHITECTURES
 from image_factory.model import Plan
 from image_factory.sources.installer import answers, forms
 
@@ -332,7 +332,7 @@ def test_keys_are_listed_with_their_values(tmp_path: Path) -> None:
     assert "\nmac = a\n" in text
     assert "\n# Accepted: auto, kvm or qemu; default: auto\nvirt-type = auto\n" in text
     assert "\n# Accepted: a whole number from 1 to 9999; default: 1\ncores = 1\n" in text
-    for key, declaration in declarations(ImageSettings):
+    for key, declaration in declared(ImageSettings):
         assert f"# {declaration.help}\n# Accepted: " in text, key
 
 

@@ -20,7 +20,7 @@ import yaml
 from image_factory import pipeline
 from image_factory.base.errors import ConfigurationError
 from image_factory.configuration.files import Configuration
-from image_factory.configuration.parsers import ARCHITECTURES, named_architectures
+from image_factory.machines.arch import ARCHITECTURES, named_architectures
 from image_factory.model import Build, Plan
 from image_factory.sources import installer
 from image_factory.sources.installer import answers, forms

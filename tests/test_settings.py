@@ -15,8 +15,8 @@ import pytest
 
 from image_factory.base.errors import ConfigurationError
 from image_factory.configuration import files as configuration_files
-from image_factory.configuration.files import Configuration
-from image_factory.configuration.parsers import InstallerFile, Source, named_architectures
+from image_factory.configuration.files import Configuration, declared
+from image_factory.configuration.parsers import InstallerFile, Source
 from image_factory.configuration.settings import (
     ANSWER_FILE_KEYS,
     Declaration,
@@ -24,11 +24,9 @@ from image_factory.configuration.settings import (
     ImageSettings,
     UploadSettings,
     check_image_name,
-    declarations,
-    default_arch,
-    default_firmware,
 )
 from image_factory.configuration.unused import unused_keys
+from image_factory.machines.arch import default_arch, default_firmware, named_architectures
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHIPPED_IMAGE = "Debian-13-server"
@@ -139,7 +137,7 @@ UPLOAD_ROWS: dict[str, tuple[str, Any]] = {
 
 def test_every_setting_has_a_row_and_help() -> None:
     for kind, rows in ((ImageSettings, IMAGE_ROWS), (UploadSettings, UPLOAD_ROWS)):
-        known = dict(declarations(kind))
+        known = dict(declared(kind))
         assert [key.replace("-", "_") for key in known] == list(rows)
         for key, declaration in known.items():
             assert re.fullmatch(r"\S.*[^.\s]", declaration.help), key
@@ -392,7 +390,7 @@ def test_bad_value_names_section_key_value_and_what_is_accepted(read: Read, key:
 
 
 @pytest.mark.parametrize(
-    ("key", "flag"), [(key, each.flags[-1]) for key, each in declarations(ImageSettings) if each.metavar]
+    ("key", "flag"), [(key, each.flags[-1]) for key, each in declared(ImageSettings) if each.metavar]
 )
 def test_bad_flag_names_the_flag(read: Read, key: str, flag: str) -> None:
     configuration = read(MINIMAL)
@@ -419,7 +417,7 @@ ANY_TEXT = {"distribution", "release", "append", "audit-skip", "seal-only", "sea
 
 @pytest.mark.parametrize(
     ("key", "declaration"),
-    [*declarations(ImageSettings), *declarations(UploadSettings)],
+    [*declared(ImageSettings), *declared(UploadSettings)],
     ids=lambda each: str(each)[:30],
 )
 def test_every_setting_refuses_something(key: str, declaration: Declaration) -> None:

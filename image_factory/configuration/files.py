@@ -9,13 +9,16 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..base import events
 from ..base.errors import ConfigurationError
-from .parsers import ARCHITECTURES, is_arch, parse_arch, parse_command
+from ..machines.arch import ARCHITECTURES, default_arch, default_firmware, is_arch
+from ..outputs import OUTPUTS
+from ..uploads import UPLOADS
+from .parsers import one_of, parse_arch, parse_command, some_of
 from .settings import (
     ANSWER_FILE_KEYS,
     Declaration,
@@ -23,8 +26,6 @@ from .settings import (
     ImageSettings,
     UploadSettings,
     declarations,
-    default_arch,
-    default_firmware,
 )
 
 SYSTEM_FILE = Path("/etc/image-factory.conf")
@@ -36,6 +37,18 @@ LISTED_KEYS = ("distribution", "release", "arch", "firmware")
 DESCRIBED_KEYS = (*LISTED_KEYS, "format", "virt-type", "cores", "ram", "image-size", "install-timeout", "test-boot")
 
 COMMAND_KEY = re.compile(r"post-upload-command[0-9]{0,9}")
+
+# The settings that name entries of a table of kinds.
+_KINDS: dict[str, tuple[Callable[..., Callable[[str], Any]], Collection[str]]] = {
+    "format": (some_of, OUTPUTS),
+    "upload-type": (one_of, UPLOADS),
+}
+
+
+def declared(kind: type[Any]) -> Iterator[tuple[str, Declaration]]:
+    """Give the key and the declaration of each setting of *kind*, with the names that the tables of kinds have."""
+    for key, declaration in declarations(kind):
+        yield key, declaration.accepting(*_KINDS[key]) if key in _KINDS else declaration
 
 
 def normal_key(key: str) -> str:
@@ -255,7 +268,7 @@ class Configuration:
 
     def _described(self, name: str, key: str) -> Any:
         try:
-            value = self._value(name, key, dict(declarations(ImageSettings))[key], {})
+            value = self._value(name, key, dict(declared(ImageSettings))[key], {})
             if key == "firmware" and (arch := self._described(name, "arch")):
                 return value or default_firmware(arch)
             # JSON has no infinity.
@@ -266,7 +279,7 @@ class Configuration:
 
     def summary(self, name: str) -> list[str]:
         """Return what there is to say of image *name*, by LISTED_KEYS; empty where it is not known, or wrong."""
-        known = dict(declarations(ImageSettings))
+        known = dict(declared(ImageSettings))
         found: dict[str, str] = {}
         for key in LISTED_KEYS:
             try:
@@ -301,7 +314,7 @@ class Configuration:
 
     def variables(self, name: str, flags: Mapping[str, str]) -> Variables:
         """Return the texts of the keys of image *name*, for its answer file: flags, files and defaults."""
-        defaults = {key: declaration.default_text() for key, declaration in declarations(ImageSettings)}
+        defaults = {key: declaration.default_text() for key, declaration in declared(ImageSettings)}
         given = {key: text for key, text in defaults.items() if text is not None and key not in self._parser[name]}
         given |= flags
         keys = dict.fromkeys([*given, *self._parser[name]])
@@ -319,7 +332,7 @@ class Configuration:
             )
         if section in self._broken:
             raise self._broken[section]
-        for key, declaration in declarations(UploadSettings):
+        for key, declaration in declared(UploadSettings):
             if declaration.default_text() is None and key not in self._parser[section]:
                 raise ConfigurationError(
                     f"[{section}] lacks '{key.replace('-', '_')}'. It is the {declaration.help}.",
@@ -346,7 +359,7 @@ class Configuration:
 
     def answer_file(self, name: str) -> Path | None:
         """Return the answer file of section *name*, None if it has none or does not name it well."""
-        known = dict(declarations(ImageSettings))
+        known = dict(declared(ImageSettings))
         for key in ANSWER_FILE_KEYS:
             if key in self._parser[name]:
                 with contextlib.suppress(ConfigurationError):
@@ -356,8 +369,7 @@ class Configuration:
 
     def _values(self, section: str, kind: type[Any], flags: Mapping[str, str]) -> dict[str, Any]:
         return {
-            key.replace("-", "_"): self._value(section, key, declaration, flags)
-            for key, declaration in declarations(kind)
+            key.replace("-", "_"): self._value(section, key, declaration, flags) for key, declaration in declared(kind)
         }
 
     def _value(self, section: str, key: str, declaration: Declaration, flags: Mapping[str, str]) -> Any:

@@ -13,14 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..base.units import parse_duration, parse_size
-
-FORMATS = ("raw", "qcow2")
-ARCHITECTURES = ("x86_64", "aarch64")
-# The distributions' names of them, which configuration files may have in a variable 'arch' of their own.
-# A 32-bit system runs on the machine of the 64-bit one.
-_ARCHITECTURE_NAMES = {"amd64": "x86_64", "i386": "x86_64", "i586": "x86_64", "i686": "x86_64", "arm64": "aarch64"}
-# What images can't be built for, but files may be of.
-_OTHER_ARCHITECTURES = ("armhf", "armv7l", "ppc64el", "ppc64le", "riscv64", "s390x", "loongarch64")
+from ..machines.arch import ARCHITECTURES, NAMES
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*")
 
@@ -86,15 +79,6 @@ def parse_long_duration(text: str) -> float:
             f"{number} is {number} seconds. Did you mean {number}m or {number}h?",
         )
     return seconds
-
-
-def parse_formats(text: str) -> tuple[str, ...]:
-    """Image formats, with commas."""
-    formats = tuple(dict.fromkeys(split_list(text)))
-    if not formats or not set(formats) <= set(FORMATS):
-        others = [word for word in formats if word not in FORMATS]
-        raise ValueError(f"{' or '.join(FORMATS)}, or several with commas", *_meant(" ".join(others), FORMATS))
-    return formats
 
 
 def parse_mac(text: str) -> str:
@@ -298,23 +282,22 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def some_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
+    """Return a parser of one or several of *choices*, with commas."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        words = tuple(dict.fromkeys(split_list(text)))
+        if not words or not set(words) <= set(choices):
+            others = [word for word in words if word not in choices]
+            raise ValueError(f"{' or '.join(choices)}, or several with commas", *_meant(" ".join(others), choices))
+        return words
+
+    return parse
+
+
 def parse_arch(text: str) -> str:
     """An architecture, by its name or by a distribution's."""
     name = text.strip().lower()
-    name = _ARCHITECTURE_NAMES.get(name, name)
-    if name not in ARCHITECTURES:
-        raise ValueError(" or ".join(ARCHITECTURES), *_meant(name, (*ARCHITECTURES, *_ARCHITECTURE_NAMES)))
-    return name
-
-
-def is_arch(name: str, arch: str) -> bool:
-    """Return whether *name*, in which ``-`` may stand for ``_``, is one of the architecture *arch*."""
-    name = name.replace("-", "_")
-    return _ARCHITECTURE_NAMES.get(name, name) == arch
-
-
-def named_architectures(text: str) -> set[str]:
-    """Return the architectures that the words of *text*, a path or a URI, name."""
-    names = _ARCHITECTURE_NAMES | {name: name for name in (*ARCHITECTURES, *_OTHER_ARCHITECTURES)}
-    found = re.findall(rf"(?<![a-z0-9])({'|'.join(names)})(?![a-z0-9])", text.lower())
-    return {names[name] for name in found}
+    if name not in NAMES:
+        raise ValueError(" or ".join(ARCHITECTURES), *_meant(name, NAMES))
+    return NAMES[name]

@@ -4,16 +4,15 @@ The INI reader, argparse, the defaults and the manual's check all come from the 
 """
 
 import os
-import platform
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import ConfigurationError
+from ..machines.arch import ARCHITECTURES, FIRMWARES, default_arch
 from .parsers import (
-    ARCHITECTURES,
     InstallerFile,
     Source,
     one_of,
@@ -24,7 +23,6 @@ from .parsers import (
     parse_boolean,
     parse_count,
     parse_file_name,
-    parse_formats,
     parse_key,
     parse_large_size,
     parse_limit,
@@ -42,10 +40,6 @@ from .parsers import (
     split_list,
 )
 
-UPLOAD_TYPES = ("rsync",)
-FIRMWARES = ("bios", "uefi", "hybrid")
-ANSWER_FILE_KEYS = ("preseed", "kickstart", "yast", "autoinstall", "agama")
-
 # The file names of an image have its name, date, format and ".manifest.json": together at most 255 bytes.
 _LONGEST_NAME = 200
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+~@-]*")
@@ -56,20 +50,13 @@ def default_cache_dir() -> str:
     return "/var/cache/image-factory" if os.geteuid() == 0 else "~/.cache/image-factory"
 
 
-def default_arch() -> str:
-    """Return the architecture of this machine, x86_64 if images can't be built for it."""
-    machine = platform.machine()
-    return machine if machine in ARCHITECTURES else "x86_64"
-
-
-def default_firmware(arch: str) -> str:
-    """Return the firmware of machines of *arch* when nothing is said of it."""
-    return "bios" if arch == "x86_64" else "uefi"
-
-
 @dataclass(frozen=True)
 class Declaration:
-    """What is known of a setting.  *default* is text, as a user would write it, or None."""
+    """What is known of a setting.  *default* is text, as a user would write it, or None.
+
+    A setting that names entries of a table of kinds takes any word: such a table lies above the settings, as its
+    entries need them.  ``files.declared`` has the names, which stand where *help* has ``{}``.
+    """
 
     parse: Callable[[str], Any]
     help: str
@@ -80,6 +67,10 @@ class Declaration:
     def default_text(self) -> str | None:
         """Return the default as a user would write it, None if there is none."""
         return self.default() if callable(self.default) else self.default
+
+    def accepting(self, parse: Callable[..., Callable[[str], Any]], names: Collection[str]) -> "Declaration":
+        """Return the declaration with the *names* that it accepts, which *parse* makes a parser of."""
+        return replace(self, parse=parse(*names), help=self.help.format(", ".join(names)))
 
 
 def _setting(*arguments: Any, **keywords: Any) -> Any:
@@ -121,9 +112,7 @@ class ImageSettings:
     cores: int = _setting(parse_count, "processors of the installation machine", "1")
     ram: int = _setting(parse_large_size, "memory of the installation machine", "1G")
     image_size: int = _setting(parse_large_size, "size of the disk", "2G", ("--image-size",), "SIZE")
-    format: tuple[str, ...] = _setting(
-        parse_formats, "raw, qcow2, or several with commas", "raw", ("-f", "--format"), "FORMAT"
-    )
+    format: tuple[str, ...] = _setting(split_list, "{}, or several with commas", "raw", ("-f", "--format"), "FORMAT")
     mac: str | None = _setting(
         parse_mac, "MAC address of the installation machine (default: libvirt's choice)", None, ("--mac",), "MAC"
     )
@@ -161,7 +150,7 @@ class ImageSettings:
         default_arch,
     )
     firmware: str = _setting(
-        one_of(*FIRMWARES), "what the image boots with: bios, uefi, or hybrid for both (default: bios, uefi on aarch64)"
+        one_of(*FIRMWARES), f"what the image boots with: {', '.join(FIRMWARES)} (default: bios, uefi on aarch64)"
     )
     cpu: str | None = _setting(
         parse_option, "virt-install's CPU (default: host-passthrough with KVM, mode=maximum without)"
@@ -218,7 +207,7 @@ class ImageSettings:
 class UploadSettings:
     """The settings of one upload destination."""
 
-    upload_type: str = _setting(one_of(*UPLOAD_TYPES), "kind of the upload")
+    upload_type: str = _setting(parse_line, "kind of the upload")
     upload_target: str = _setting(parse_target, "place to upload to, in the form that the upload type has")
     upload_args: tuple[str, ...] = _setting(parse_words, "extra arguments of the upload program", "")
 
@@ -251,6 +240,12 @@ def declarations(kind: type[Any]) -> Iterator[tuple[str, Declaration]]:
     """Give the key and the declaration of each setting of *kind*, keys with dashes."""
     for entry in fields(kind):
         yield entry.name.replace("_", "-"), entry.metadata["declaration"]
+
+
+# The settings that name the answer file, each for an installer of its own.
+ANSWER_FILE_KEYS = tuple(
+    key for key, each in declarations(ImageSettings) if each.parse in (parse_answer_file, parse_agama_file)
+)
 
 
 def check_image_name(name: str) -> None:

@@ -1,6 +1,7 @@
 """Facts per architecture."""
 
 import platform
+import re
 from dataclasses import dataclass
 
 
@@ -8,8 +9,10 @@ from dataclasses import dataclass
 class Architecture:
     """What differs between architectures.
 
-    *machines* are the machine types of libvirt by firmware, empty for virt-install's choice; a
-    firmware that is not among them can't be had.  *uefi_package* is Debian's, with UEFI for it.
+    *other_names* are the distributions' names of it; a 32-bit system runs on the machine of the 64-bit one.
+    *machines* are the machine types of libvirt by firmware, the one that is usual first, empty for
+    virt-install's choice; a firmware that is not among them can't be had.
+    *uefi_package* is Debian's, with UEFI for it.
     *probe_options* are QEMU's for a kernel that is started directly with KVM.  *test_machine* is QEMU's
     machine type for the test boot, *test_cpu* its processor under emulation, and *flawed_feature* one of
     that which QEMU emulates badly, but Enterprise Linux does not run without.
@@ -19,6 +22,7 @@ class Architecture:
     name: str
     qemu: str
     console: str
+    other_names: tuple[str, ...]
     machines: dict[str, str]
     uefi_package: str
     probe_options: tuple[str, ...]
@@ -33,6 +37,7 @@ ARCHITECTURES = {
         name="x86_64",
         qemu="qemu-system-x86_64",
         console="ttyS0",
+        other_names=("amd64", "i386", "i586", "i686"),
         machines={"bios": "", "uefi": "q35", "hybrid": "q35"},
         uefi_package="ovmf",
         probe_options=(),
@@ -52,6 +57,7 @@ ARCHITECTURES = {
         name="aarch64",
         qemu="qemu-system-aarch64",
         console="ttyAMA0",
+        other_names=("arm64",),
         machines={"uefi": "virt"},
         uefi_package="qemu-efi-aarch64",
         probe_options=("-machine", "virt", "-cpu", "host"),
@@ -67,6 +73,39 @@ ARCHITECTURES = {
         ),
     ),
 }
+
+
+# What any of them can boot with.
+FIRMWARES = tuple(dict.fromkeys(firmware for each in ARCHITECTURES.values() for firmware in each.machines))
+
+# The architectures by all of their names, which configuration files may have in a variable 'arch' of their own.
+NAMES = {name: each.name for each in ARCHITECTURES.values() for name in (each.name, *each.other_names)}
+# What images can't be built for, but files may be of.
+_OTHERS = ("armhf", "armv7l", "ppc64el", "ppc64le", "riscv64", "s390x", "loongarch64")
+
+
+def is_arch(name: str, arch: str) -> bool:
+    """Return whether *name*, in which ``-`` may stand for ``_``, is one of the architecture *arch*."""
+    name = name.replace("-", "_")
+    return NAMES.get(name, name) == arch
+
+
+def named_architectures(text: str) -> set[str]:
+    """Return the architectures that the words of *text*, a path or a URI, name."""
+    names = NAMES | {name: name for name in _OTHERS}
+    found = re.findall(rf"(?<![a-z0-9])({'|'.join(names)})(?![a-z0-9])", text.lower())
+    return {names[name] for name in found}
+
+
+def default_arch() -> str:
+    """Return the architecture of this machine, x86_64 if images can't be built for it."""
+    machine = platform.machine()
+    return machine if machine in ARCHITECTURES else "x86_64"
+
+
+def default_firmware(arch: str) -> str:
+    """Return the firmware of machines of *arch* when nothing is said of it."""
+    return next(iter(ARCHITECTURES[arch].machines))
 
 
 def is_host(name: str) -> bool:

@@ -2,14 +2,18 @@
 
 from typing import Protocol
 
-from ..model import Artifact, Build, Disk
+from ..model import Artifact, Build, Disk, Origin
 from . import qcow2, raw
 
 
 class Output(Protocol):
-    """A format of artifacts; *STEP* is the name of the step that writes it."""
+    """A format of artifacts; *STEP* is the name of the step that writes it.
+
+    *MADE_FROM* is ``disk`` where it is written from the closed disk, ``tree`` where from the mounted system.
+    """
 
     STEP: str
+    MADE_FROM: Origin
 
     def commands(self, build: Build) -> list[list[str]]:
         """Return the commands it will run."""

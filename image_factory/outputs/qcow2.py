@@ -5,8 +5,9 @@ from pathlib import Path
 
 from ..base import command
 from ..base.log import step
-from ..model import Artifact, Build, Disk
+from ..model import Artifact, Build, Disk, Origin
 
+MADE_FROM: Origin = "disk"
 STEP = "Converting to qcow2"
 
 

@@ -4,8 +4,9 @@ import os
 
 from ..base import command
 from ..base.log import step
-from ..model import Artifact, Build, Disk
+from ..model import Artifact, Build, Disk, Origin
 
+MADE_FROM: Origin = "disk"
 STEP = "Naming the raw image"
 
 

@@ -25,7 +25,7 @@ from jinja2 import (
 from jinja2.sandbox import SandboxedEnvironment
 
 from ...base.errors import ConfigurationError
-from ...configuration.parsers import ARCHITECTURES
+from ...machines.arch import ARCHITECTURES
 from ...model import Plan
 from . import forms
 

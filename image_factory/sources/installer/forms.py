@@ -27,7 +27,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from ...base.units import parse_size
-from ...configuration.parsers import is_arch, parse_boolean
+from ...configuration.parsers import parse_boolean
+from ...machines.arch import is_arch
 
 
 @dataclass(frozen=True)

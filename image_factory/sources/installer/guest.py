@@ -23,7 +23,7 @@ from ...base.cleanup import released
 from ...base.errors import BuildError, CommandError, ConfigurationError, command_line
 from ...base.log import logger, step, waiting
 from ...base.units import format_size, parse_duration
-from ...configuration.parsers import Source, named_architectures
+from ...configuration.parsers import Source
 from ...configuration.settings import ImageSettings
 from ...machines import arch
 from ...machines.console import Console
@@ -333,7 +333,7 @@ def _doubts(settings: ImageSettings, arch_text: str) -> list[str]:
             continue
         # The name of a host says nothing.
         path = str(source.path or urllib.parse.urlsplit(source.uri).path)
-        named = named_architectures(path)
+        named = arch.named_architectures(path)
         if re.fullmatch("i[356]86", arch_text.strip()) and re.search("amd64|x86_64", path):
             doubts.append(f"{key}: {path} is of 64 bits by its name, but arch is {arch_text.strip()}.")
         if named and settings.arch not in named:

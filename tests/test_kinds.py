@@ -1,0 +1,94 @@
+"""The tables of kinds: what a setting accepts is what stands there, and a build goes by it."""
+
+import datetime
+from pathlib import Path
+
+import pytest
+
+from image_factory import online, pipeline, publish
+from image_factory.base.errors import ConfigurationError
+from image_factory.configuration import files
+from image_factory.configuration.files import Configuration
+from image_factory.configuration.settings import ANSWER_FILE_KEYS, Destination, ImageSettings, UploadSettings
+from image_factory.machines import arch
+from image_factory.model import Artifact, Plan
+from image_factory.outputs import OUTPUTS, raw
+from image_factory.sources.installer import answercheck, delivery, installers
+from image_factory.uploads import UPLOADS
+
+
+class Elsewhere:
+    """A type of uploads that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def programs(self, destination: Destination) -> list[str]:
+        return ["send-elsewhere"]
+
+    def commands(self, destination: Destination, artifact: Artifact) -> list[list[str]]:
+        return [["send-elsewhere", artifact.path.name, destination.target]]
+
+    def upload(self, destination: Destination, artifact: Artifact) -> None:
+        self.asked.append(f"upload {artifact.path.name} to {destination.target}")
+
+    def probe(self, destination: Destination, directory: Path) -> None:
+        self.asked.append(f"probe {destination.target}")
+
+
+def configuration(directory: Path, text: str) -> Configuration:
+    (directory / "own.conf").write_text(f"[x]\nlinux = {directory}/l\ninitrd = {directory}/i\n{text}")
+    return Configuration({files.FILE_VARIABLE: str(directory / "own.conf")})
+
+
+def test_upload_goes_by_the_type_of_its_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = configuration(
+        tmp_path, "mount-via = loop\nupload_destinations = up\n[up]\nupload_type = elsewhere\nupload_target = there\n"
+    )
+    with pytest.raises(ConfigurationError, match=r"'elsewhere' is not accepted, only rsync\.$"):
+        found.destination("up", "x.raw", named_by="x")
+    elsewhere = Elsewhere()
+    monkeypatch.setitem(UPLOADS, "elsewhere", elsewhere)
+    settings = found.image("x", {"output-dir": str(tmp_path)})
+    destination = found.destination("up", "x.raw", named_by="x")
+    plan = Plan("x", settings, datetime.date(2024, 2, 29), tmp_path, {"raw": (destination,)})
+    artifact = Artifact(tmp_path / "x.raw", "raw", 4096)
+    assert {"send-elsewhere"} <= {*pipeline.programs(plan)}
+    assert "rsync" not in pipeline.programs(plan)
+    online.check(plan)
+    publish.upload(plan, [artifact])
+    assert elsewhere.asked == ["probe there", "upload x.raw to there"]
+    [(_, _, commands)] = publish.upload_commands(plan, [artifact])
+    assert commands == [["send-elsewhere", "x.raw", "there"]]
+
+
+def test_formats_are_the_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OUTPUTS, "tarball", raw)
+    assert configuration(tmp_path, "format = tarball, raw\n").image("x", {}).format == ("tarball", "raw")
+    with pytest.raises(ConfigurationError, match=r"only raw or qcow2 or tarball, or several with commas\.$"):
+        configuration(tmp_path, "format = zip\n").image("x", {})
+    assert dict(files.declared(ImageSettings))["format"].help == "raw, qcow2, tarball, or several with commas"
+
+
+def test_each_output_says_what_it_is_made_from() -> None:
+    assert {name: output.MADE_FROM for name, output in OUTPUTS.items()} == {"raw": "disk", "qcow2": "disk"}
+
+
+def test_kinds_are_those_of_settings() -> None:
+    known = {key for kind in (ImageSettings, UploadSettings) for key, _ in files.declared(kind)}
+    assert files._KINDS
+    assert files._KINDS.keys() <= known
+
+
+def test_each_answer_file_has_a_row_in_each_table_of_the_installer() -> None:
+    assert ANSWER_FILE_KEYS == ("preseed", "kickstart", "yast", "autoinstall", "agama")
+    for table in (delivery.DELIVERIES, answercheck._CHECKS):
+        assert tuple(table) == ANSWER_FILE_KEYS
+    for table in (installers.POWER_OFF, installers._BY_ANSWER_FILE):
+        assert tuple(table) == (*ANSWER_FILE_KEYS, None)
+
+
+def test_firmwares_are_those_of_the_architectures() -> None:
+    assert arch.FIRMWARES == ("bios", "uefi", "hybrid")
+    assert {name: arch.default_firmware(name) for name in arch.ARCHITECTURES} == {"x86_64": "bios", "aarch64": "uefi"}
+    assert [arch.NAMES[name] for name in ("x86_64", "i386", "arm64")] == ["x86_64", "x86_64", "aarch64"]

@@ -230,13 +230,14 @@ post-upload-command1 = sh -c 'echo one "$$1"' command ${{image}}
     dry = build.run("--dry-run")
     assert build.files() == {"answers.cfg", "image-factory.conf", older.name}
     with children_reaped(build):
-        done = build.run()
+        # Of each program the build record asks the version, and takes the answers at the end.
+        done = build.run("--json", "record.json")
 
     raw, qcow2 = (build.directory / f"stand-in-{TODAY}.{image_format}" for image_format in ("raw", "qcow2"))
     log = build.directory / f"stand-in-{TODAY}.log"
     checksums = {f"{path.name}.sha256sum" for path in (raw, qcow2)}
     console = f"stand-in-{TODAY}.console.log"
-    sources = {"answers.cfg", "image-factory.conf"}
+    sources = {"answers.cfg", "image-factory.conf", "record.json"}
     assert build.files() == {*sources, raw.name, qcow2.name, log.name, console, *checksums}
     for name in checksums:
         assert run("sha256sum", "--check", "--strict", name, cwd=build.directory).stdout.endswith(": OK\n")

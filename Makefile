@@ -57,18 +57,18 @@ faults: packages-check
 	tests/run-tests -m slow_faults
 
 demo: packages-demo
-	tests/demo
+	tests/programs/demo
 
 bench: packages-bench
-	tests/bench
-	tests/run-tests tests/bench_fleet.py -s
+	tests/programs/bench
+	tests/run-tests tests/programs/bench_fleet.py -s
 
 # MIRROR: URL of a Debian mirror as the guest sees it; LINUX, INITRD: the installer's kernel and initrd.
 acceptance: packages-acceptance
-	tests/acceptance
+	tests/programs/acceptance
 
 acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid: packages-acceptance
-	ONLY=$(@:acceptance-%=%) tests/acceptance
+	ONLY=$(@:acceptance-%=%) tests/programs/acceptance
 
 doc: $(MANUALS)
 
@@ -107,7 +107,7 @@ deb: packages-deb
 
 # The package on Debian 12 and 13, in chroots: built, checked by lintian, used by autopkgtest and piuparts.
 package-check: packages-package-check
-	tests/package-check
+	tests/programs/package-check
 
 version:
 	@echo $(VERSION)

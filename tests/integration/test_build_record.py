@@ -10,7 +10,7 @@ import pytest
 from image_factory import __version__
 from image_factory.told import record
 
-from ..test_record import checked, checked_file, full_disk, sha256
+from ..system.test_record import checked, checked_file, full_disk, sha256
 from .test_build import ANSWERS, TODAY, Build
 
 pytestmark = pytest.mark.usefixtures("machine")

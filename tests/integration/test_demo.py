@@ -34,7 +34,7 @@ def test_demo(machine: None, prefix: Path) -> None:
 @pytest.mark.parametrize("is_mount", [False, True])
 def test_daemon_without_kvm(machine: None, tmp_path: Path, is_mount: bool) -> None:
     """It has all other devices; and each mount is there once, as libvirt wants it.  So where KVM's node is a mount."""
-    loader = SourceFileLoader("demo", str(REPOSITORY / "tests/demo"))
+    loader = SourceFileLoader("demo", str(REPOSITORY / "tests/programs/demo"))
     spec = spec_from_loader("demo", loader)
     assert spec
     demo = module_from_spec(spec)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ..conftest import run
-from ..test_manifest import document_in, validated
-from ..test_record import checked_file
-from ..test_sign import ALICE, Keys, keys, sums_signed_by
+from ..system.test_manifest import document_in, validated
+from ..system.test_record import checked_file
+from ..system.test_sign import ALICE, Keys, keys, sums_signed_by
 from .test_build import TODAY, WORK, Build
 
 pytestmark = pytest.mark.usefixtures("machine")

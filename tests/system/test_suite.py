@@ -1,0 +1,31 @@
+"""The tests themselves: what they rest on, whatever the hour."""
+
+import datetime
+import time
+
+import pytest
+
+from ..conftest import TODAY, User, run, young_day
+from ..fault_table import ALL, CHECKED, pairs
+
+
+@pytest.mark.parametrize("hour", range(24))
+def test_run_does_not_go_over_midnight(hour: int) -> None:
+    now = 1_767_225_600 + 3600 * hour + 3599
+    assert (
+        run("date", "--date", f"@{now}", "+%H:%M", env={"TZ": young_day(now), "PATH": "/usr/bin"}).stdout == "01:59\n"
+    )
+
+
+def test_all_have_the_day_of_the_run(users: dict[str, User]) -> None:
+    assert datetime.date.today().isoformat() == TODAY
+    for user in users.values():
+        assert user.run("date", "+%z %F").stdout == time.strftime(f"%z {TODAY}\n")
+
+
+def test_cells_that_make_check_has_cover_the_table() -> None:
+    """Each step and each fault for each user, and each class of faults at each step; and none of them for nothing."""
+    assert set(CHECKED) < set(ALL)
+    assert set().union(*map(pairs, CHECKED)) == set().union(*map(pairs, ALL))
+    for cell in CHECKED:
+        assert pairs(cell) - set().union(*(pairs(other) for other in CHECKED if other != cell)), cell

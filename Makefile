@@ -31,6 +31,10 @@ packages-%:
 check: packages-check .venv/bin/ruff lint lint-groovy
 	tests/run-tests
 
+# The tests that need neither root nor a machine, a kernel or the network.
+check-unit: packages-unit
+	PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m pytest -p no:cacheprovider --quiet tests/unit
+
 lint: .venv/bin/ruff
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -117,4 +121,4 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .FORCE:
-.PHONY: all check lint lint-groovy faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb package-check version clean .FORCE
+.PHONY: all check check-unit lint lint-groovy faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb package-check version clean .FORCE

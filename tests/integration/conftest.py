@@ -35,3 +35,8 @@ def user_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in:
 def rootless_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
     """As the user who has no sudo rule."""
     yield from new_build(users["c"], request, stand_in)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine_without_useless_kvm(no_useless_kvm: None) -> None:
+    """What is chosen for a machine is the same wherever the tests run."""

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ..conftest import TODAY, User, run, young_day
+from ..conftest import REPOSITORY, TODAY, User, run, young_day
 from ..fault_table import ALL, CHECKED, pairs
 
 
@@ -29,3 +29,14 @@ def test_cells_that_make_check_has_cover_the_table() -> None:
     assert set().union(*map(pairs, CHECKED)) == set().union(*map(pairs, ALL))
     for cell in CHECKED:
         assert pairs(cell) - set().union(*(pairs(other) for other in CHECKED if other != cell)), cell
+
+
+def test_unit_tests_run_as_an_ordinary_user(users: dict[str, User]) -> None:
+    """Nothing is made ready for them, and they say of others what those need."""
+    pytest_of = ("/usr/bin/python3", "-B", "-m", "pytest", "-p", "no:cacheprovider", "-q")
+    directory = users["c"].directory("unit")
+    done = users["c"].run(*pytest_of, "--basetemp", directory / "base", "tests/unit/test_units.py", cwd=REPOSITORY)
+    assert " passed in " in done.stdout
+    done = users["c"].run(*pytest_of, "tests/system/test_suite.py", cwd=REPOSITORY, check=False)
+    assert done.returncode == 2
+    assert "they run as root: make check." in done.stdout

@@ -18,7 +18,7 @@ from .base.errors import ConfigurationError, reason_of
 from .base.events import Event, InputUsed
 from .base.log import logger, step
 from .model import DISK_NAME, INVENTORY_NAME, Artifact, Build, Disk, Plan
-from .sources.installer import answers
+from .sources import SOURCES
 
 FILE_NAME = "checkpoint.json"
 
@@ -76,16 +76,11 @@ class Checkpoint:
     def inputs_used(self, plan: Plan) -> Iterator[InputUsed]:
         """Give what the disk was installed from; of a file that has changed meanwhile, no path."""
         for key, origin, name, state, verified_by in self.used:
-            path = Path(name) if name else None
-            if key == plan.settings.answer_file_key:
-                # It is as it was, or the build would not be resumed; what a template became is gone.
-                source = plan.settings.answer_file
-                path = None if source is None or answers.is_template(source) else source
-            elif key == "answer-files":
-                path = Path(origin)
-            elif _state_of(path) != state:
-                path = None
-            yield InputUsed(key, origin, path, verified_by)
+            used = InputUsed(key, origin, Path(name) if name else None, verified_by)
+            original = SOURCES[plan.settings.source].original(plan, used)
+            if original is None and _state_of(used.path) != state:
+                original = dataclasses.replace(used, path=None)
+            yield original or used
 
     def has_served(self, destination: object) -> bool:
         """Return whether *destination*, as it is now, got its files."""
@@ -135,12 +130,9 @@ class InputsUsed:
 def begin(build: Build, disk: Disk, used: InputsUsed) -> Checkpoint:
     """Write the checkpoint of a build whose *disk* has just been installed from what it has *used*."""
     plan = build.plan
-    # The copy of the answer file that was used: the file itself may have changed since, or be gone.
-    copies = [event.path for event, _ in used.found if event.key == plan.settings.answer_file_key]
-    further = [event.path for event, _ in used.found if event.key == "answer-files" and event.path]
     found = Checkpoint(
         build.directory,
-        inputs_of(plan, *copies, further=further),
+        inputs_of(plan, [event for event, _ in used.found]),
         outputs_of(plan),
         plan.date.isoformat(),
         disk.virt_type,
@@ -287,25 +279,13 @@ def _why_not_the_disk(found: Checkpoint, directory: Path) -> str | None:
     return None
 
 
-def inputs_of(plan: Plan, answer_file: Path | None = None, *, further: Sequence[Path] = ()) -> dict[str, str]:
-    """Return a digest of each setting that makes an installed disk another one.
+def inputs_of(plan: Plan, used: Sequence[InputUsed] = ()) -> dict[str, str]:
+    """Return a digest of each setting that makes the disk another one, which its source knows.
 
-    *answer_file* and *further* files are what the installer got; else they are made anew, as they would be now.
+    *used* is what it was made from; else the digests are of what it would be made from now.
     """
-    settings = plan.settings
-    sources = {key: getattr(settings, key.replace("-", "_")) for key in ("linux", "initrd", "installer-image")}
-    texts = {key: source.uri for key, source in sources.items() if source is not None}
-    texts |= {"append": settings.append, "image-size": str(settings.image_size)}
-    digests = {key: _digest(text.encode()) for key, text in texts.items()}
-    if settings.answer_file and settings.answer_file_key:
-        digests[settings.answer_file_key] = (
-            files.digest_of(answer_file) if answer_file else _digest(answers.content(plan))
-        )
-    if settings.answer_files:
-        paths = further or [file.path for file in settings.answer_files]
-        names = [file.name for file in settings.answer_files]
-        digests["answer-files"] = _digest(repr(list(zip(names, map(_digest_if_there, paths), strict=False))).encode())
-    return digests
+    source = plan.settings.source
+    return {"source": _digest(source.encode())} | SOURCES[source].identity(plan, used)
 
 
 def outputs_of(plan: Plan) -> dict[str, str]:
@@ -325,10 +305,3 @@ def _state_of(path: Path | None) -> list[int]:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _digest_if_there(path: Path) -> str:
-    try:
-        return files.digest_of(path)
-    except OSError:
-        return ""

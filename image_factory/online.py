@@ -2,19 +2,16 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from .base.errors import BuildError, ConfigurationError
 from .base.log import logger, masked
 from .downloads import fetch
 from .model import Plan
 from .sources import SOURCES
-from .sources.installer import answers
 from .uploads import UPLOADS
 
 # In QEMU's user network this machine has that address.
 _HOST = re.compile(r"(?<=://)10\.0\.2\.2(?=[:/]|$)")
-_URL = re.compile(r"https?://\S+", re.IGNORECASE)
 
 
 def check(plan: Plan) -> None:
@@ -28,9 +25,10 @@ def check(plan: Plan) -> None:
 
 def _problems(plan: Plan) -> Iterator[str | None]:
     """Give what is wrong with each place in one line, None where nothing is."""
-    for key, uri, is_file in SOURCES["installer"].remote(plan):
+    source = SOURCES[plan.settings.source]
+    for key, uri, is_file in source.remote(plan):
         yield _problem(plan, key, uri, fetch.Probe(is_file=is_file))
-    urls = _urls_of_guest(plan)
+    urls = source.urls_of_guest(plan)
     # Behind a proxy of its own, only that knows what the guest can reach; and it answers what it likes.
     for key, url in ({"proxy": urls["proxy"]} if "proxy" in urls else urls).items():
         # The guest knows nothing of this machine's proxy.
@@ -53,19 +51,3 @@ def _problem(plan: Plan, key: str, uri: str, probe: fetch.Probe, said: str | Non
         return f"[{plan.image}] {key}: {masked(said or uri)}: {reason}"
     logger.info("[%s] %s: %s can be reached.", plan.image, key, said or uri)
     return None
-
-
-def _urls_of_guest(plan: Plan) -> dict[str, str]:
-    """Return the URLs that the template of *plan* asks for, by key: mirrors, a proxy."""
-    path: Path | None = plan.settings.answer_file
-    asked = answers.keys_asked_for(path) if path else set()
-    names = sorted(plan.variables) if asked is None else sorted(asked)
-    found = {}
-    for name in names:
-        try:
-            value = plan.variables[name.replace("-", "_")].strip()
-        except (KeyError, ConfigurationError):
-            continue
-        if _URL.fullmatch(value):
-            found[name] = value
-    return found

@@ -22,7 +22,7 @@ from .finishing import checksum, clean, manifest, seal, shrink, sign
 from .model import Artifact, Build, Disk, Plan
 from .outputs import OUTPUTS
 from .sources import SOURCES
-from .sources.installer import answercheck, answers, guest
+from .sources.installer import answers, guest
 from .sources.installer.watch import InstalledError
 from .system import inventory, mounts
 from .uploads import UPLOADS
@@ -63,7 +63,8 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
 
     Returns the plan with what is chosen on this machine.
     """
-    guest.check_machine(plan)
+    source = SOURCES[plan.settings.source]
+    source.check_machine(plan)
     testboot.check(plan)
     if resume and not checkpoint.read(plan.work_path):
         # Before the working directory is opened, so that what is there stays.
@@ -73,21 +74,20 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     command.require(programs(plan))
     if not resume:
         _check_space(plan)
-    guest.check_output_dir(plan)
+    source.check_here(plan)
     workspace.warn_of_others(plan)
     mounts.check(plan)
     sign.check(plan)
-    guest.check_libvirt(plan)
     if not resume:
         # Last, so that an error stands alone.
-        answercheck.warn(plan)
+        source.warn(plan)
     return plan
 
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that *plan* needs, the user's own commands among them."""
     names = [
-        *SOURCES["installer"].programs(plan),
+        *SOURCES[plan.settings.source].programs(plan),
         *mounts.programs(plan),
         *audit.programs(plan),
         *testboot.programs(plan),
@@ -106,9 +106,9 @@ def programs(plan: Plan) -> list[str]:
 
 def _check_files(plan: Plan, *, resume: bool) -> None:
     if not resume:
-        SOURCES["installer"].check(plan)
+        SOURCES[plan.settings.source].check(plan)
     _check_writable(f"[{plan.image}] output-dir", plan.output_dir)
-    if not resume and SOURCES["installer"].downloads(plan):
+    if not resume and SOURCES[plan.settings.source].downloads(plan):
         _check_writable(f"[{plan.image}] cache-dir", plan.cache_dir)
     if plan.log_path is not None and not os.access(plan.log_path.parent, os.W_OK) and plan.log_path.parent.exists():
         raise ConfigurationError(f"[{plan.image}] log-filename: {plan.log_path.parent} is not writable.")
@@ -183,7 +183,7 @@ def _installed(build: Build) -> tuple[Disk, Checkpoint]:
     inputs = checkpoint.InputsUsed()
     try:
         with events.observed(inputs):
-            disk = SOURCES["installer"].produce(build)
+            disk = SOURCES[build.plan.settings.source].produce(build)
     except InstalledError as error:
         if error.disk:
             checkpoint.begin(build, error.disk, inputs)
@@ -300,7 +300,7 @@ def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
     What is known only in the build stands in capitals or as XXXXXXXX.
     """
     build = Build(plan, plan.work_path, f"image-factory-{plan.image}-XXXXXXXX")
-    steps = SOURCES["installer"].describe(build)
+    steps = SOURCES[plan.settings.source].describe(build)
     shown = clean.SHOWN_LOGS if plan.settings.installer_logs else ()
     steps += mounts.describe(build, shown, clean.INSTALLER_LOGS, seal.calls(plan.settings))
     if plan.settings.manifest:

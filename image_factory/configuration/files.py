@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..base import events
 from ..base.errors import ConfigurationError
 from ..machines.arch import ARCHITECTURES, default_arch, default_firmware, is_arch
 from ..outputs import OUTPUTS
+from ..sources import SOURCES
 from ..uploads import UPLOADS
 from .parsers import one_of, parse_arch, parse_command, some_of
 from .settings import (
@@ -40,6 +41,7 @@ COMMAND_KEY = re.compile(r"post-upload-command[0-9]{0,9}")
 
 # The settings that name entries of a table of kinds.
 _KINDS: dict[str, tuple[Callable[..., Callable[[str], Any]], Collection[str]]] = {
+    "source": (one_of, SOURCES),
     "format": (some_of, OUTPUTS),
     "upload-type": (one_of, UPLOADS),
 }
@@ -254,7 +256,7 @@ class Configuration:
             for name, section in self._parser.items()
             if name != self._parser.default_section
             and "upload-type" not in section
-            and (name in self._broken or any(key in section for key in ("linux", "initrd", "installer-image")))
+            and (name in self._broken or any(key in section for source in SOURCES.values() for key in source.KEYS))
         ]
 
     def descriptions(self) -> list[dict[str, Any]]:
@@ -299,7 +301,7 @@ class Configuration:
         values = self._values(name, ImageSettings, flags)
         values["firmware"] = values["firmware"] or default_firmware(values["arch"])
         settings = ImageSettings(**values)
-        _check_sources(name, settings)
+        SOURCES[settings.source].check_settings(name, settings)
         return settings
 
     def check_image(self, name: str) -> None:
@@ -436,28 +438,3 @@ def _parsed(where: str, text: str, parse: Callable[[str], Any], shown: str | Non
         raise ConfigurationError(
             f"{where}: {shown or repr(text)} is not accepted, only {accepted}.", hint=hints[0] if hints else None
         ) from error
-
-
-def _named(keys: Sequence[str]) -> str:
-    return " and ".join(f"'{key}'" for key in keys)
-
-
-def _check_sources(name: str, settings: ImageSettings) -> None:
-    answers = [key for key in ANSWER_FILE_KEYS if getattr(settings, key)]
-    if len(answers) > 1:
-        raise ConfigurationError(
-            f"[{name}] has {_named(answers)}. An image has one answer file.", hint="Remove all but one."
-        )
-    if settings.installer_image:
-        return
-    missing = [key for key in ("linux", "initrd") if not getattr(settings, key)]
-    if missing:
-        what = {
-            "linux": "It is the URI of the netboot kernel.",
-            "initrd": "It is the URI of the netboot initrd.",
-            "linux initrd": "They are the URIs of the netboot kernel and initrd.",
-        }[" ".join(missing)]
-        raise ConfigurationError(
-            f"[{name}] lacks {_named(missing)}. {what}",
-            hint="Or name an ISO or an installation tree with 'installer_image'.",
-        )

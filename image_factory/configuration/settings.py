@@ -83,6 +83,7 @@ class ImageSettings:
 
     distribution: str | None = _setting(parse_line, "name of the distribution, for people")
     release: str | None = _setting(parse_line, "name of its release, for people")
+    source: str = _setting(parse_line, "what the disk is made by: {}", "installer")
     linux: Source | None = _setting(parse_mirrors, "path or URI of the netboot kernel")
     initrd: Source | None = _setting(parse_mirrors, "path or URI of the netboot initrd")
     installer_image: Source | None = _setting(

@@ -39,8 +39,8 @@ _ANSWER_SECONDS = 2.0
 
 # What they accept holds no secret.  Other texts may, so of those only a digest is told.
 _SETTINGS_WITHOUT_SECRETS = (
-    "format", "mount-via", "compression", "virt-type", "max-parallel", "install-timeout", "stall-timeout", "seal-only",
-    "seal-skip", "audit-skip", "test-boot-timeout",
+    "source", "format", "mount-via", "compression", "virt-type", "max-parallel", "install-timeout", "stall-timeout",
+    "seal-only", "seal-skip", "audit-skip", "test-boot-timeout",
 )  # fmt: skip
 
 _VERSION = re.compile(r"[0-9]+(?:\.[0-9]+)+[-+~.\w]*")

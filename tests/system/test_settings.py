@@ -71,6 +71,7 @@ def error_of(action: Callable[[], Any]) -> ConfigurationError:
 IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "distribution": ("CentOS\n  Stream", "CentOS Stream"),
     "release": ("10", "10"),
+    "source": ("Installer", "installer"),
     "linux": ("http://example.com/linux", Source("http://example.com/linux")),
     "initrd": ("/boot/initrd", Source("/boot/initrd", Path("/boot/initrd"))),
     "installer_image": ("file:///srv/a%20b.iso", Source("file:///srv/a%20b.iso", Path("/srv/a b.iso"))),
@@ -158,7 +159,8 @@ def test_image_setting_is_set(read: Read, written: str, name: str, text: str, va
     image = read(f"[x]\n{others}{missing}{written} = {text}\n").image("x", {})
     assert getattr(image, name) == value
     default = getattr(read("[x]\nlinux = /l2\ninitrd = /i2\n").image("x", {}), name)
-    assert default != value
+    # There is one source, which is the default.
+    assert (default == value) == (name == "source")
 
 
 @pytest.mark.parametrize("separator", "_-")
@@ -178,6 +180,7 @@ def test_upload_setting_is_set(read: Read, separator: str, name: str, row: tuple
 def test_defaults(read: Read) -> None:
     image = read(MINIMAL).image("x", {})
     assert image == ImageSettings(
+        source="installer",
         linux=Source("/boot/linux", Path("/boot/linux")),
         initrd=Source("/boot/initrd", Path("/boot/initrd")),
         append="",
@@ -400,6 +403,7 @@ def test_bad_flag_names_the_flag(read: Read, key: str, flag: str) -> None:
 
 # Of the others any text is accepted, but for what no argument of a program can have.
 ABSURD = {
+    "source": "installers",
     "linux": "ftp://a/b", "initrd": "ftp://a/b", "installer-image": "ftp://a/b", "linux-sha256": "abc",
     "initrd-sha256": "abc", "installer-image-sha256": "abc", "verify": "maybe", "keyring": "", "offline": "maybe",
     "preseed": "a b", "kickstart": "a b", "yast": "a b", "autoinstall": "a b", "agama": "a.yaml", "cores": "none",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from image_factory import checkpoint, cli, pipeline
+from image_factory.base import events
 from image_factory.base.errors import ConfigurationError
 from image_factory.configuration.files import Configuration
 from image_factory.model import Build, Plan
@@ -228,7 +229,7 @@ def test_checkpoint_has_the_rendered_file(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, "{{ name }}", "name = a")
     before = checkpoint.inputs_of(plan)
     (tmp_path / "copy").write_text("a")
-    assert checkpoint.inputs_of(plan, tmp_path / "copy") == before
+    assert checkpoint.inputs_of(plan, [events.InputUsed("preseed", "", tmp_path / "copy")]) == before
     assert checkpoint.inputs_of(make_plan(tmp_path, "{% if name %}{{ name }}{% endif %}", "name = a")) == before
     changed = checkpoint.inputs_of(make_plan(tmp_path, "{{ name }}", "name = b"))
     assert [key for key in before if before[key] != changed[key]] == ["preseed"]

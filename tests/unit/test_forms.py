@@ -98,7 +98,7 @@ def test_refused(tmp_path: Path, lines: str, message: str, hint: str) -> None:
 
 # A value of each key that no template takes.
 ABSURD = {
-    "dist": "a b", "release": "a b", "product": "Leap", "source": "ubuntu", "appstream-mirror": "x",
+    "dist": "a b", "release": "a b", "product": "Leap", "source-id": "ubuntu", "appstream-mirror": "x",
     "locale": "deutsch", "keyboard": "xx", "timezone": "Mars/Base", "packages": "a,b", "mirror": "x", "proxy": "x",
     "root-password-hash": "secret", "authorized-keys": "secret", "filesystem": "zfs", "kernel-arguments": "a'b",
     "weak-dependencies": "2",

@@ -1,18 +1,22 @@
 """The tables of kinds: what a setting accepts is what stands there, and a build goes by it."""
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from image_factory import online, pipeline, publish
+from image_factory import checkpoint, online, pipeline, publish
 from image_factory.base.errors import ConfigurationError
+from image_factory.base.events import InputUsed
 from image_factory.configuration import files
 from image_factory.configuration.files import Configuration
 from image_factory.configuration.settings import ANSWER_FILE_KEYS, Destination, ImageSettings, UploadSettings
 from image_factory.machines import arch
 from image_factory.model import Artifact, Plan
 from image_factory.outputs import OUTPUTS, raw
+from image_factory.sources import SOURCES
 from image_factory.sources.installer import answercheck, delivery, installers
 from image_factory.uploads import UPLOADS
 
@@ -92,3 +96,62 @@ def test_firmwares_are_those_of_the_architectures() -> None:
     assert arch.FIRMWARES == ("bios", "uefi", "hybrid")
     assert {name: arch.default_firmware(name) for name in arch.ARCHITECTURES} == {"x86_64": "bios", "aarch64": "uefi"}
     assert [arch.NAMES[name] for name in ("x86_64", "i386", "arm64")] == ["x86_64", "x86_64", "aarch64"]
+
+
+class Given:
+    """A source whose disk is there already, and which notes what it is asked."""
+
+    KEYS = ("given",)
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def check_settings(self, name: str, settings: ImageSettings) -> None:
+        self.asked.append(f"settings of {name}")
+
+    def identity(self, plan: Plan, used: Sequence[InputUsed] = ()) -> dict[str, str]:
+        return {"given": "".join(event.origin for event in used) or "now"}
+
+    def original(self, plan: Plan, used: InputUsed) -> InputUsed | None:
+        return InputUsed(used.key, used.origin, Path("/original"))
+
+    def programs(self, plan: Plan) -> list[str]:
+        return ["find-disk"]
+
+    def remote(self, plan: Plan) -> list[tuple[str, str, bool]]:
+        self.asked.append("remote")
+        return []
+
+    def urls_of_guest(self, plan: Plan) -> dict[str, str]:
+        self.asked.append("urls of the guest")
+        return {}
+
+
+def test_source_is_chosen_by_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.conf").write_text("[x]\ngiven = disk\nsource = given\nmount-via = loop\n[y]\nlinux = l\n")
+    environment = {files.FILE_VARIABLE: str(tmp_path / "own.conf")}
+    assert Configuration(environment).images() == ["y"]
+    with pytest.raises(ConfigurationError, match=r"^\[x\] source: 'given' is not accepted, only installer\.$"):
+        Configuration(environment).image("x", {})
+    source = Given()
+    monkeypatch.setitem(cast(dict[str, object], SOURCES), "given", source)
+    found = Configuration(environment)
+    assert found.images() == ["x", "y"]
+    settings = found.image("x", {})
+    assert settings.source == "given"
+    plan = Plan("x", settings, datetime.date(2024, 2, 29), tmp_path, {})
+    assert pipeline.programs(plan)[0] == "find-disk"
+    assert "virt-install" not in pipeline.programs(plan)
+    online.check(plan)
+    assert source.asked == ["settings of x", "remote", "urls of the guest"]
+    assert checkpoint.inputs_of(plan)["given"] == "now"
+    assert checkpoint.inputs_of(plan, [InputUsed("given", "before", None)])["given"] == "before"
+    with pytest.raises(ConfigurationError, match=r"^\[y\] lacks 'initrd'\."):
+        found.image("y", {})
+
+
+def test_checkpoint_is_of_one_source(tmp_path: Path) -> None:
+    """The disk of another source is another one, whatever else is the same."""
+    settings = configuration(tmp_path, "").image("x", {})
+    plan = Plan("x", settings, datetime.date(2024, 2, 29), tmp_path, {})
+    assert {"source", "linux", "initrd", "append", "image-size"} == checkpoint.inputs_of(plan).keys()

@@ -1,19 +1,98 @@
 """Make a disk with the distribution's own installer, run by virt-install."""
 
 import dataclasses
+import hashlib
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from ...base import command, events
+from ...base import command, events, files
 from ...base.errors import BuildError, ConfigurationError
 from ...base.log import masked, step
 from ...configuration.parsers import Source
-from ...configuration.settings import ImageSettings
+from ...configuration.settings import ANSWER_FILE_KEYS, ImageSettings
 from ...downloads import fetch, verify
 from ...machines import arch, turns
 from ...model import Build, Disk, Plan
 from . import answercheck, answers, delivery, guest
 from .watch import InstalledError
+
+_URL = re.compile(r"https?://\S+", re.IGNORECASE)
+
+# Each names something that an installer is made from.
+KEYS: tuple[str, ...] = ("linux", "initrd", "installer-image")
+
+
+def _named(keys: Sequence[str]) -> str:
+    return " and ".join(f"'{key}'" for key in keys)
+
+
+def check_settings(name: str, settings: ImageSettings) -> None:
+    """Raise ConfigurationError unless *settings* name an installer, and one answer file at most."""
+    answers = [key for key in ANSWER_FILE_KEYS if getattr(settings, key)]
+    if len(answers) > 1:
+        raise ConfigurationError(
+            f"[{name}] has {_named(answers)}. An image has one answer file.", hint="Remove all but one."
+        )
+    if settings.installer_image:
+        return
+    missing = [key for key in ("linux", "initrd") if not getattr(settings, key)]
+    if missing:
+        what = {
+            "linux": "It is the URI of the netboot kernel.",
+            "initrd": "It is the URI of the netboot initrd.",
+            "linux initrd": "They are the URIs of the netboot kernel and initrd.",
+        }[" ".join(missing)]
+        raise ConfigurationError(
+            f"[{name}] lacks {_named(missing)}. {what}",
+            hint="Or name an ISO or an installation tree with 'installer_image'.",
+        )
+
+
+def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str]:
+    """Return a digest of each setting that makes an installed disk another one.
+
+    *used* is what the installer got: the files themselves may have changed since, or be gone.  Without it they are
+    made anew, as they would be now.
+    """
+    settings = plan.settings
+    sources = {key: getattr(settings, key.replace("-", "_")) for key in KEYS}
+    texts = {key: source.uri for key, source in sources.items() if source is not None}
+    texts |= {"append": settings.append, "image-size": str(settings.image_size)}
+    digests = {key: _digest(text.encode()) for key, text in texts.items()}
+    key = settings.answer_file_key
+    if key:
+        copy = next((event.path for event in used if event.key == key), None)
+        digests[key] = files.digest_of(copy) if copy else _digest(answers.content(plan))
+    if settings.answer_files:
+        copies = [event.path for event in used if event.key == "answer-files" and event.path]
+        paths = copies or [file.path for file in settings.answer_files]
+        names = [file.name for file in settings.answer_files]
+        digests["answer-files"] = _digest(repr(list(zip(names, map(_digest_if_there, paths), strict=False))).encode())
+    return digests
+
+
+def original(plan: Plan, used: events.InputUsed) -> events.InputUsed | None:
+    """Return the input *used* of a build that is resumed, None if the installer did not get a copy of it.
+
+    The original is as it was, or the build would not be resumed; what a template became is gone.
+    """
+    if used.key == plan.settings.answer_file_key:
+        source = plan.settings.answer_file
+        return dataclasses.replace(used, path=None if source is None or answers.is_template(source) else source)
+    return dataclasses.replace(used, path=Path(used.origin)) if used.key == "answer-files" else None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest_if_there(path: Path) -> str:
+    try:
+        return files.digest_of(path)
+    except OSError:
+        return ""
 
 
 def programs(plan: Plan) -> list[str]:
@@ -52,6 +131,22 @@ def remote(plan: Plan) -> list[tuple[str, str, bool]]:
     ]
 
 
+def urls_of_guest(plan: Plan) -> dict[str, str]:
+    """Return the URLs that the template of *plan* asks for, by key: mirrors, a proxy."""
+    path = plan.settings.answer_file
+    asked = answers.keys_asked_for(path) if path else set()
+    names = sorted(plan.variables) if asked is None else sorted(asked)
+    found = {}
+    for name in names:
+        try:
+            value = plan.variables[name.replace("-", "_")].strip()
+        except (KeyError, ConfigurationError):
+            continue
+        if _URL.fullmatch(value):
+            found[name] = value
+    return found
+
+
 def is_tree(source: Source) -> bool:
     """Whether *source* is an installation tree, which virt-install reads itself, and no ISO file."""
     if source.path is not None:
@@ -81,6 +176,22 @@ def check(plan: Plan) -> None:
         _check_readable(f"[{plan.image}] answer-files", file.path)
     answercheck.check(plan)
     verify.Verifier(plan).check_cache(_sources(plan.settings))
+
+
+def check_machine(plan: Plan) -> None:
+    """Raise ConfigurationError if there is no such machine, or not here."""
+    guest.check_machine(plan)
+
+
+def check_here(plan: Plan) -> None:
+    """Raise ConfigurationError if libvirt does not answer, or can't use the output directory."""
+    guest.check_output_dir(plan)
+    guest.check_libvirt(plan)
+
+
+def warn(plan: Plan) -> None:
+    """Warn of what the installer may not like in the answer file."""
+    answercheck.warn(plan)
 
 
 def _check_tree(plan: Plan, tree: Source) -> None:

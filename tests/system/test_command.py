@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -618,10 +619,33 @@ def test_conversation_answers() -> None:
         assert shell.do("printf '%s' $LC_ALL; echo") == ["C.UTF-8"]
 
 
+def test_conversation_of_bytes() -> None:
+    """They are no lines; what is too much is taken all the same, so that the next answer is that of its question."""
+    with talk() as shell:
+        assert shell.ask_bytes(r"printf 'a\0\377\r\n \n b'", 9) == b"a\0\xff\r\n \n b"
+        assert shell.ask_bytes("true", 0) == b""
+        assert shell.ask_bytes("head -c 3000000 /dev/zero", 3000000) == bytes(3000000)
+        for count in (1001, 3000000):
+            with pytest.raises(BuildError, match=r"^sh printed more than 1000 bytes\.$"):
+                shell.ask_bytes(f"head -c {count} /dev/zero", 1000)
+            assert shell.ask("echo next") == ["next"]
+
+
+def test_command_that_is_too_long_for_a_conversation() -> None:
+    """guestfish would take its end for another command."""
+    with talk() as shell:
+        assert shell.ask("echo " + "x" * 8185) == ["x" * 8185]
+        for ask in (shell.ask, shell.do, partial(shell.ask_bytes, most=9999)):
+            with pytest.raises(BuildError, match=r"^sh takes no command of more than 8190 bytes\.$"):
+                ask("echo " + "x" * 8186)
+        assert shell.ask("echo next") == ["next"]
+
+
+@pytest.mark.parametrize("way", ["ask", "ask_bytes"])
 @pytest.mark.parametrize(("line", "status"), [("echo why; exit 3", 3), ("echo why; kill -KILL $$", -9)])
-def test_conversation_that_the_program_ends(line: str, status: int) -> None:
+def test_conversation_that_the_program_ends(line: str, status: int, way: str) -> None:
     with pytest.raises(CommandError, match="why") as raised, talk() as shell:
-        shell.ask(line)
+        _ = shell.ask(line) if way == "ask" else shell.ask_bytes(line, 1)
     assert raised.value.status == status
 
 

@@ -17,6 +17,9 @@ from ..log import logger
 from . import output
 from .children import closed, start, stop
 
+# guestfish reads so many bytes of a line at most, and takes the rest of it for the next one.
+_LONGEST_COMMAND = 8190
+
 
 class Conversation:
     """A program that reads commands, one a line, and knows the command ``echo``; see ``conversation``."""
@@ -50,8 +53,7 @@ class Conversation:
         lines: list[str] = []
         left = output.MOST_PRINTED
         with interrupts.interruptible():
-            with contextlib.suppress(BrokenPipeError):
-                self._stdin.write(f"{line}\necho {self._end}\n".encode())
+            self._say(line)
             for answer in self._lines():
                 if answer == self._end:
                     return lines
@@ -60,6 +62,35 @@ class Conversation:
                 if left < 0:
                     raise output.too_much(self._name)
             raise self._failure()
+
+    def ask_bytes(self, line: str, most: int) -> bytes:
+        """Give the command *line*, return the bytes that it prints, which are no lines.
+
+        Raises what ``ask`` does, and BuildError, when all has been taken, if they are more than *most*.
+        """
+        end = f"{self._end}\n".encode()
+        data, is_too_much = bytearray(), False
+        deadline = time.monotonic() + self._seconds
+        with interrupts.interruptible():
+            self._say(line)
+            while not data.endswith(end):
+                if is_too_much := is_too_much or len(data) > most + len(end):
+                    del data[: -len(end)]
+                more = self._read(deadline)
+                if not more:
+                    self._last_lines.extend(data.decode("utf-8", errors="replace").splitlines())
+                    raise self._failure()
+                data += more
+        if is_too_much or len(data) > most + len(end):
+            raise BuildError(f"{self._name} printed more than {most} bytes.")
+        return bytes(data[: -len(end)])
+
+    def _say(self, line: str) -> None:
+        # What is beyond it would be another command.
+        if len(line) > _LONGEST_COMMAND:
+            raise BuildError(f"{self._name} takes no command of more than {_LONGEST_COMMAND} bytes.")
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.write(f"{line}\necho {self._end}\n".encode())
 
     def end(self) -> None:
         """Let the program come to its end, which is to be a good one."""
@@ -84,15 +115,19 @@ class Conversation:
             if newline or len(line) > output.LONGEST_LINE:
                 self._unread = rest
                 return line
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._stdout, selectors.EVENT_READ)
-                if not output.ready(selector, deadline):
-                    raise BuildError(f"{self._name} did not answer within {self._seconds:.0f} s.")
-            data = os.read(self._stdout.fileno(), 65536)
+            data = self._read(deadline)
             if not data:
                 self._unread = b""
                 return line or None
             self._unread += data
+
+    def _read(self, deadline: float) -> bytes:
+        """Return what is printed next, nothing at the end of the output."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._stdout, selectors.EVENT_READ)
+            if not output.ready(selector, deadline):
+                raise BuildError(f"{self._name} did not answer within {self._seconds:.0f} s.")
+        return os.read(self._stdout.fileno(), 65536)
 
     def _failure(self) -> CommandError:
         """Return why the program, which has closed its output, did not answer."""

@@ -10,9 +10,9 @@ import re
 import stat
 import tarfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..base import command
@@ -46,8 +46,13 @@ _SHOWN = 16 << 20
 _HEADING = 1 << 10
 # A file that is read as a whole has at most so many bytes.
 _WHOLE = 1 << 20
-# So long is a list of names at most, and what is loaded of a file at once.
+# So long is a list of names at most.
 _LARGEST_ANSWER = 65 << 20
+# So much of a file is asked for at once: a message of libguestfs has 4 MiB at most.
+_AT_ONCE = 2 << 20
+# Of so many names the status is asked for at once: guestfish takes no line of 8 KiB, and longer names one by one.
+_NAMES_AT_ONCE = 64
+_LONGEST_NAME = 48
 _LOST_AND_FOUND = "lost+found"
 _LABEL = "security.selinux"
 
@@ -55,6 +60,15 @@ _LABEL = "security.selinux"
 _KEYS_SHOWN = 48 << 20
 _KEY_MARK = "PRIVATE KEY"
 _KEY_STORES = ("bks", "der", "jceks", "jks", "key", "keystore", "p12", "p8", "pfx", "pk8")
+
+# For names that it reads, du counts a directory with several names once, and doesn't go there again.
+_USED = 'printf ".\\0" | du -s -k --files0-from=-'
+
+# What the kernel says of a name that is not there, or of one that can't be.
+_NOT_THERE = (": No such file or directory", ": Not a directory", ": File name too long")
+
+# A structure of numbers of libguestfs', as those of lstatns and statvfs.
+Status = dict[str, int]
 
 # So many entries of a top directory are measured.
 _USAGES = 256
@@ -174,6 +188,8 @@ class ApplianceFilesystem:
     place: str
     volume: Volume
     subvolumes: tuple[Subvolume, ...] = ()
+    # Those that are known to be there, without a link on the way.
+    _directories: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def has(self, path: str) -> bool:
         """Return whether *path* is there, without a link on the way."""
@@ -196,38 +212,44 @@ class ApplianceFilesystem:
     def _files(self, path: str, deadline: float, depth: int = 0) -> Iterator[str]:
         if time.monotonic() > deadline:
             raise _endless(path)
-        if self._is("dir", path):
+        kind = self._kind(path)
+        if kind == "directory":
             for name in self._names(path) if depth < _DEEPEST else []:
                 yield from self._files(f"{path}/{name}", deadline, depth + 1)
-        elif self._is("file", path):
+        elif kind == "file":
             yield path
 
     def _shown(self, path: str, limit: int) -> tuple[str, int]:
         """Return what shows the last *limit* bytes of the file *path*, and how many they are."""
         size = self._size(path)
         hidden = max(0, size - limit)
-        data = self._into_file("download-offset", path, str(hidden), str(size - hidden))
+        data = self._content(path, hidden, size - hidden)
         text = data.decode("utf-8", errors="replace")
         heading = f"==> /{_shown_name(path)} <==\n" + (f"... {hidden} bytes are not shown.\n" if hidden else "")
         return heading + text + ("" if text.endswith("\n") or not text else "\n"), len(data)
 
     def entries(self, patterns: Sequence[str]) -> list[Entry]:
         """Return what *patterns* match."""
-        return [Entry(path, self._kind(path)) for path in self._matching_any(patterns)]
+        return [Entry(path, _kind_of(status)) for path, status in self._statuses(self._matching_any(patterns)).items()]
 
-    def _kind(self, path: str) -> str:
-        return _KINDS.get(stat.S_IFMT(self._status(path)["st_mode"]), "other")
+    def _kind(self, path: str) -> str | None:
+        """Return what *path* is, None if it is not there."""
+        status = self._status(path)
+        return _kind_of(status) if status else None
 
     def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
         """Return the files that *patterns* match."""
-        paths = self._matching_any(patterns)
-        return {path: self._into_file("download", path) for path in paths if self._is_file(path, _WHOLE)}
+        return {
+            path: self._content(path, 0, status["st_size"])
+            for path, status in self._statuses(self._matching_any(patterns)).items()
+            if _kind_of(status) == "file" and status["st_size"] <= _WHOLE
+        }
 
     def write(self, path: str, data: bytes, mode: int) -> None:
         """Have *data* in the file *path*."""
         directory = self._made(path.rpartition("/")[0])
         is_new = not self.has(path)
-        if not is_new and not self._is("file", path):
+        if not is_new and self._kind(path) != "file":
             raise BuildError(f"/{_shown_name(path)} of the guest is no regular file.")
         self._make_changeable(directory, *([] if is_new else [path]))
         file = _scratch(self.build)
@@ -245,7 +267,7 @@ class ApplianceFilesystem:
             self._make_changeable(parent)
             self.guestfish.do(f"mkdir-mode {self._word(path)} 0755")
             self._copy_label(parent, path)
-        elif path and not self._is("dir", path):
+        elif path and self._kind(path) != "directory":
             raise BuildError(f"/{_shown_name(path)} of the guest is no directory.")
         return path
 
@@ -265,33 +287,32 @@ class ApplianceFilesystem:
         if not self.has(path) or self.has(new):
             raise BuildError(f"/{_shown_name(path)} of the guest can't be named {name}.")
         self._make_changeable(directory, path)
+        self._directories.clear()
         self.guestfish.do(f"rename {self._word(path)} {self._word(new)}")
 
     def remove(self, patterns: Sequence[str]) -> list[Change]:
         """Remove what *patterns* match; the size of a directory is what it takes on the disk."""
         removed = []
-        for path in self._matching_any(patterns):
+        paths = self._matching_any(patterns)
+        self._directories.clear()
+        for path in paths:
             gone = self._measured(path)
             if self.guestfish.do(f"-rm-rf {self._word(path)}"):
                 self._make_changeable(path.rpartition("/")[0], path)
-                if self._is("dir", path):
+                if self._kind(path) == "directory":
                     self._walk(path, "chattr -R -f -i -a .")
                 self.guestfish.do(f"rm-rf {self._word(path)}")
             removed.append(gone)
         return removed
 
     def _measured(self, path: str) -> Change:
-        if self._is("dir", path):
+        kind = self._kind(path)
+        if kind == "directory":
             count = self._number(path, f"find . -printf . | head -c {_ENTRIES + 1} | wc -c")
             if count > _ENTRIES:
                 raise BuildError(f"/{_shown_name(path)} of the guest has more than {_ENTRIES} entries.")
-            return Change(_shown_name(path), count, self._taken(path))
-        return Change(_shown_name(path), 1, self._size(path) if self._is("file", path) else 0)
-
-    def _taken(self, path: str) -> int:
-        """Return the bytes that the directory *path*, with all below it, takes on the disk."""
-        # For names that it reads, du counts a directory with several names once, and doesn't go there again.
-        return self._number(path, 'printf ".\\0" | du -s -k --files0-from=-') << 10
+            return Change(_shown_name(path), count, self._number(path, _USED) << 10)
+        return Change(_shown_name(path), 1, self._size(path) if kind == "file" else 0)
 
     def _number(self, directory: str, script: str) -> int:
         """Return the number that the shell's *script* prints first; see _walk."""
@@ -332,40 +353,74 @@ class ApplianceFilesystem:
             self.guestfish.ask(f"-set-e2attrs {self._word(path)} ia clear:true")
 
     def _size(self, path: str) -> int:
-        return int(self.guestfish.ask(f"filesize {self._word(path)}")[-1])
+        return (self._status(path) or {}).get("st_size", 0)
 
     def load(self, path: str, most: int, offset: int = 0) -> bytes | None:
         """Return at most *most* bytes at *offset* of the file *path*."""
-        # One question for all links on the way, where _matching has one for each directory.
-        if self.guestfish.ask(f"-realpath {self._word(path)}")[-1:] != [f"{self.place}/{path}"]:
+        status = self._status(path) if self._is_directory(path.rpartition("/")[0]) else None
+        if status is None or _kind_of(status) != "file":
             return None
-        status = self._status(path)
-        if not stat.S_ISREG(status["st_mode"]):
+        return self._content(path, offset, min(most, status["st_size"] - offset))
+
+    def _content(self, path: str, offset: int, size: int) -> bytes:
+        """Return *size* bytes at *offset* of the file *path*, which has them."""
+        # libguestfs' download waits for udev each time, which takes 0.3 s under emulation.
+        parts = []
+        for start in range(offset, offset + size, _AT_ONCE):
+            count = min(_AT_ONCE, offset + size - start)
+            parts.append(self.guestfish.ask_bytes(f"pread {self._word(path)} {count} {start}", _AT_ONCE))
+        return b"".join(parts)
+
+    def _is_directory(self, path: str) -> bool:
+        """Return whether *path* is a directory, and no link is on the way there."""
+        parent, _, name = path.rpartition("/")
+        if path and path not in self._directories:
+            if name in ("", ".", "..") or not self._is_directory(parent) or self._kind(path) != "directory":
+                return False
+            self._directories.add(path)
+        return True
+
+    def _status(self, path: str) -> Status | None:
+        """Return the status of *path*, a link itself, None if it is not there."""
+        lines = self.guestfish.ask(f"-lstatns {self._word(path)}")
+        # The path of what is wrong has bytes of the guest's.
+        if lines and lines[0].startswith("st_dev: "):
+            return _numbers(lines)
+        if lines and lines[-1].endswith(_NOT_THERE):
             return None
-        size = min(most, status["st_size"] - offset)
-        return self._into_file("download-offset", path, str(offset), str(size)) if size > 0 else b""
+        reason = lines[-1].rpartition(": ")[2] if lines else "libguestfs says nothing of it"
+        raise BuildError(f"/{_shown_name(path)} of the guest can't be looked at: {_shown_name(reason)}")
 
-    def _is_file(self, path: str, largest: int) -> bool:
-        """Return whether *path* is a file of at most *largest* bytes."""
-        status = self._status(path)
-        return stat.S_ISREG(status["st_mode"]) and status["st_size"] <= largest
-
-    def _status(self, path: str) -> dict[str, int]:
-        return self._fields(f"lstatns {self._word(path)}")
+    def _statuses(self, paths: Sequence[str]) -> dict[str, Status]:
+        """Return the statuses of those of *paths* that are there, of many of a directory at once."""
+        known: dict[str, Status] = {}
+        for directory, names in _groups(paths):
+            answer = "\n".join(self.guestfish.ask(f'lstatnslist {self._word(directory)} "{" ".join(names)}"'))
+            statuses = (_numbers(part.splitlines()) for part in answer.split("\n}"))
+            for name, status in zip(names, statuses, strict=False):
+                # Of what it can't look at the inode is -1.
+                if status.get("st_ino", -1) >= 0:
+                    known[os.path.join(directory, name)] = status
+        found = {path: known.get(path) or self._status(path) for path in paths}
+        return {path: status for path, status in found.items() if status}
 
     def usage(self, top: str) -> dict[str, int]:
-        """Return what the entries of the directory *top* take."""
-        found = {".": 0}
-        for name in self._names(top)[:_USAGES]:
-            path = os.path.join(top, name)
-            if self._is("dir", path):
-                found[_shown_name(name)] = self._taken(path)
-            else:
-                found["."] += int(self.guestfish.ask(f"du {self._word(path)}")[-1]) << 10
+        """Return what the entries of the directory *top* take; what has several names counts once."""
+        names = [os.path.join(top, name) for name in self._names(top)[:_USAGES]]
+        others = (status for status in self._statuses(names).values() if _kind_of(status) != "directory")
+        found = {".": sum(status["st_blocks"] * 512 for status in others)}
+        script = (
+            f'find . -mindepth 1 -maxdepth 1 -type d -printf "%P/\\0" | sort -z | head -z -n {_USAGES} | '
+            'du -s -k -0 --files0-from=- | tr "\\n\\0" "?\\n"'
+        )
+        for line in self._walk(top, script):
+            size, _, name = line.partition("\t")
+            found[_shown_name(name.rstrip("/").replace("\ufffd", "?"))] = int(size) << 10
         return found
 
     def delete_subvolumes(self, paths: Sequence[str]) -> None:
         """Remove the subvolumes at *paths*."""
+        self._directories.clear()
         for path in paths:
             self.guestfish.do(f"btrfs-subvolume-delete {self._word(path)}")
         # Their blocks are given back some time later, and no command of libguestfs waits for that.
@@ -433,12 +488,8 @@ class ApplianceFilesystem:
         lines = self.guestfish.ask(f"-debug sh {quoted(f'cat /sys/class/block/{name}/queue/discard_granularity')}")
         return next((int(line) for line in lines if line.isdigit()), 0)
 
-    def _statvfs(self, field: str) -> int:
-        return self._fields(f"statvfs {self.place}")[field]
-
-    def _fields(self, question: str) -> dict[str, int]:
-        lines = [line.split(": ", 1) for line in self.guestfish.ask(question)]
-        return {words[0]: int(words[1]) for words in lines if len(words) == 2}
+    def _statvfs(self, name: str) -> int:
+        return _numbers(self.guestfish.ask(f"statvfs {self.place}"))[name]
 
     def _word(self, path: str) -> str:
         return quoted(f"{self.place}/{path}")
@@ -449,35 +500,47 @@ class ApplianceFilesystem:
 
     def _matching_any(self, patterns: Sequence[str]) -> list[str]:
         """Return the paths that *patterns* match, each once; a directory is read once for all."""
-        known: dict[str, list[str]] = {}
-
-        def names(directory: str) -> list[str]:
-            if directory not in known:
-                parent, _, name = directory.rpartition("/")
-                there = not directory or (name in names(parent) and self._is("dir", directory))
-                known[directory] = self._names(directory) if there else []
-            return known[directory]
-
+        names: dict[str, list[str]] = {}
         found = []
         for pattern in patterns:
             parent, _, name_pattern = pattern.rpartition("/")
-            for name in names(parent):
+            if parent not in names:
+                names[parent] = self._names(parent) if self._is_directory(parent) else []
+            for name in names[parent]:
                 if fnmatch.fnmatchcase(name, name_pattern) and name != _LOST_AND_FOUND:
                     found.append(os.path.join(parent, name))
         return list(dict.fromkeys(found))
 
-    def _is(self, kind: str, path: str) -> bool:
-        return self.guestfish.ask(f"is-{kind} {self._word(path)}")[-1:] == ["true"]
-
     def _names(self, directory: str) -> list[str]:
-        return sorted(os.fsdecode(name) for name in self._into_file("ls0", directory).split(b"\0") if name)
-
-    def _into_file(self, verb: str, path: str, *more: str) -> bytes:
         file = _scratch(self.build)
-        self.guestfish.ask(" ".join([verb, self._word(path), quoted(str(file)), *more]))
+        self.guestfish.ask(f"ls0 {self._word(directory)} {quoted(str(file))}")
         if file.stat().st_size > _LARGEST_ANSWER:
-            raise BuildError(f"/{_shown_name(path)} of the guest has more than {_LARGEST_ANSWER >> 20} MiB of names.")
-        return file.read_bytes()
+            where = _shown_name(directory)
+            raise BuildError(f"/{where} of the guest has more than {_LARGEST_ANSWER >> 20} MiB of names.")
+        return sorted(os.fsdecode(name) for name in file.read_bytes().split(b"\0") if name)
+
+
+def _numbers(lines: Iterable[str]) -> Status:
+    """Return the fields of a structure that guestfish prints in *lines*, all of which are numbers."""
+    found = (re.fullmatch(r" *(\w+): (-?[0-9]+)", line) for line in lines)
+    return {match[1]: int(match[2]) for match in found if match}
+
+
+def _kind_of(status: Status) -> str:
+    return _KINDS.get(stat.S_IFMT(status["st_mode"]), "other")
+
+
+def _groups(paths: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Give directories with names of *paths* in them, some at once, that are words of guestfish's lists as they are."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        directory, _, name = path.rpartition("/")
+        if len(name) <= _LONGEST_NAME and re.fullmatch(r"[A-Za-z0-9._+@-]+", name):
+            group = groups.setdefault(directory, [])
+            group.append(name)
+            if len(group) == _NAMES_AT_ONCE:
+                yield directory, groups.pop(directory)
+    yield from groups.items()
 
 
 def _shell_word(text: str) -> str:

@@ -245,15 +245,27 @@ def make_dpkg_tree(directory: Path) -> Path:
     return directory
 
 
-def test_both_ways_load_the_same(tmp_path: Path) -> None:
+def test_both_ways_load_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the appliance a file takes three short questions: each program that libguestfs runs there takes its time."""
     tree_directory = make_dpkg_tree(tmp_path / "tree")
+    asked: list[str] = []
+    say = Conversation._say
+
+    def note(talk: Conversation, line: str) -> None:
+        asked.append(line.split()[0])
+        say(talk, line)
+
+    monkeypatch.setattr(Conversation, "_say", note)
     found, seconds = {}, {}
     for way in ("loop", "guestfs"):
         build = make_build(tmp_path / way, way)
         with mounts.mounted(build, make_disk(build, tree_directory)) as tree:
+            asked.clear()
             start = time.monotonic()
             packages = inventory.read_packages(tree.load, build.directory / "rpm")
             seconds[way] = time.monotonic() - start
+            assert set(asked) <= {"-lstatns", "pread"}
+            assert len(asked) <= 3 * PACKAGES + 20
             whole = (tree_directory / "etc/binary").read_bytes()
             assert tree.load("etc/binary", len(whole) + 1) == whole
             assert tree.load("etc/binary", 1000, 5000) == whole[5000:6000]
@@ -270,6 +282,60 @@ def test_both_ways_load_the_same(tmp_path: Path) -> None:
     assert list(usage) == [".", "etc", "lost+found", "odd name", "root", "usr", "var"]
     assert usage["usr"] > 1 << 20
     print(f"Seconds for {len(packages)} packages: {seconds}")
+
+
+# Names that are no words as they are, and those that a directory of an installer may have any number of.
+ODD_NAMES = (b"a b", b"a\nst_dev: 1\nb", b"-l", b"{a,b}", b"'q\"$(id)`~", b"\xff", b".h", b"lost+found")
+
+
+def test_what_is_asked_of_many_files(tmp_path: Path) -> None:
+    """Of many at once: as of each alone, whatever they are called, and where the way leads through a link, nothing."""
+    top = make_tree(tmp_path / "tree") / "etc/many"
+    top.mkdir()
+    data = {f"n{number}": os.urandom(number) for number in range(900)}
+    for name in ODD_NAMES:
+        data[os.fsdecode(name)] = name
+    for name, content in data.items():
+        (top / name).write_bytes(content)
+    (top / "directory").mkdir()
+    (top / "link").symlink_to("n1")
+    os.mkfifo(top / "fifo")
+    (top.parent / "linked").symlink_to("many")
+    with (top / "too long").open("w") as file:
+        file.truncate((1 << 20) + 1)
+    build = make_build(tmp_path / "build")
+    descriptor = os.open(tmp_path / "tree/var/log/installer", os.O_RDONLY)
+    for _ in range(8):
+        os.mkdir(b"\xff" * 255, dir_fd=descriptor)
+        below = os.open(b"\xff" * 255, os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = below
+    os.close(descriptor)
+    del data["lost+found"]
+    with mounts.mounted(build, make_disk(build, tmp_path / "tree")) as tree:
+        found = {
+            entry.path: entry.kind for entry in tree.entries(["etc/many/*", "etc/linked/*", "etc/none/*", "etc/*"])
+        }
+        kinds = {"etc/many/directory": "directory", "etc/many/link": "link", "etc/many/fifo": "other"}
+        files = {f"etc/many/{name}": content for name, content in data.items()}
+        assert found == {
+            **dict.fromkeys([*files, "etc/many/too long", "etc/fstab"], "file"),
+            **kinds,
+            "etc/many": "directory",
+            "etc/linked": "link",
+        }
+        assert tree.read(["etc/many/*", "etc/linked/*"]) == files
+        assert tree.load("etc/many/../fstab", 9) is None
+        # guestfish would take the end of so long a name for a command of its own.
+        with pytest.raises(BuildError, match="guestfish takes no command of more than"):
+            tree.show(["var/log/installer"])
+        # A directory is looked at anew when it may be another.
+        assert tree.load("etc/many/n1", 9) == data["n1"]
+        tree.rename("etc/many", "other")
+        assert tree.load("etc/many/n1", 9) is None
+        assert tree.load("etc/other/n1", 9) == data["n1"]
+        tree.remove(["etc/other"])
+        assert tree.load("etc/other/n1", 9) is None
 
 
 def test_nothing_is_left_in_the_chunks_of_a_thin_pool(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from .base import files
 from .base.errors import ConfigurationError, reason_of
 from .base.events import Event, InputUsed
 from .base.log import logger, step
-from .model import DISK_NAME, INVENTORY_NAME, Artifact, Build, Disk, Plan
+from .model import DISK_NAME, INVENTORY_NAME, Artifact, Build, Plan
 from .sources import SOURCES
 
 FILE_NAME = "checkpoint.json"
@@ -127,15 +127,15 @@ class InputsUsed:
             self.found.append((event, _state_of(event.path)))
 
 
-def begin(build: Build, disk: Disk, used: InputsUsed) -> Checkpoint:
-    """Write the checkpoint of a build whose *disk* has just been installed from what it has *used*."""
+def begin(build: Build, used: InputsUsed) -> Checkpoint:
+    """Write the checkpoint of a *build* whose disk has just been installed from what it has *used*."""
     plan = build.plan
     found = Checkpoint(
         build.directory,
         inputs_of(plan, [event for event, _ in used.found]),
         outputs_of(plan),
         plan.date.isoformat(),
-        disk.virt_type,
+        build.virt_type,
         [
             (event.key, event.origin, str(event.path) if event.path else None, state, event.verified_by)
             for event, state in used.found

@@ -155,8 +155,8 @@ def _flag_texts(arguments: argparse.Namespace) -> dict[str, str]:
     return texts
 
 
-def _print_steps(plan: Plan) -> None:
-    for name, commands in pipeline.describe_build(plan):
+def _print_steps(plan: Plan, arguments: argparse.Namespace) -> None:
+    for name, commands in pipeline.described(plan, resume=arguments.resume, until=arguments.until):
         _say(f"# {name}\n")
         for argv in commands:
             _say(f"#   {' '.join(argv[1:])}\n" if argv[0] == "#" else f"{command_line(argv)}\n")
@@ -393,7 +393,7 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
         if kept:
             kept.plan_checked(plan, pipeline.programs(plan))
         if arguments.dry_run:
-            _print_steps(plan)
+            _print_steps(plan, arguments)
         elif arguments.check:
             guest.warn_of_slow_libvirt(plan)
             if arguments.online:
@@ -445,7 +445,7 @@ def _run_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
     for plan in plans:
         if arguments.dry_run:
             _say(f"# {plan.image}:\n")
-            _print_steps(plan)
+            _print_steps(plan, arguments)
         else:
             _say(f"{_verdict(plan.image, warnings[plan.image])}\n")
 

@@ -108,11 +108,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Build:
-    """A build under way: its plan, its own *directory* and the name of its virtual machine."""
+    """A build under way: its plan, its own *directory* and the name of its virtual machine.
+
+    *virt_type* is what virtual machines can use here, ``kvm`` or ``qemu``.
+    """
 
     plan: Plan
     directory: Path
     vm_name: str
+    virt_type: str = "qemu"
 
     @property
     def disk_path(self) -> Path:
@@ -132,10 +136,9 @@ class Build:
 
 @dataclass(frozen=True)
 class Disk:
-    """A raw disk with an installed system; *virt_type* is what virtual machines can use here, ``kvm`` or ``qemu``."""
+    """A raw disk with an installed system."""
 
     path: Path
-    virt_type: str = "qemu"
 
 
 @dataclass(frozen=True)

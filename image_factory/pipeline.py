@@ -5,10 +5,11 @@ import dataclasses
 import datetime
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from . import checkpoint, publish, workspace
+from . import checkpoint, outputs, publish, workspace
 from .base import command, events, interrupts
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, NoSystemError
 from .base.log import logger
@@ -20,15 +21,74 @@ from .configuration.files import Configuration
 from .configuration.settings import check_image_name
 from .finishing import checksum, clean, manifest, seal, shrink, sign
 from .model import Artifact, Build, Disk, Plan
-from .outputs import OUTPUTS
+from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
 from .sources import SOURCES
 from .sources.installer import answers, guest
 from .sources.installer.watch import InstalledError
-from .system import inventory, mounts
-from .uploads import UPLOADS
+from .system import mounts
 
-# What --until can name; see _go_on.
-UNTIL = ("install", "clean", "convert", "publish", "upload")
+
+@dataclass(frozen=True)
+class Stage:
+    """Parts of a build after which it can stop: *name* is what ``--until`` calls it.
+
+    *reached* is what the checkpoint calls a build that is through with it, and has it for good.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    reached: str | None = None
+
+
+def _installing(build: Build) -> Steps:
+    return SOURCES[build.plan.settings.source].steps(build)
+
+
+def _cleaning(build: Build) -> Steps:
+    inside = [
+        *clean.steps(build),
+        *seal.steps(build),
+        *manifest.listing_steps(build),
+        *shrink.mounted_steps(build),
+    ]
+    yield Group([mounted(inside, lambda build: build.disk_path)], _explained, show)
+
+
+def _explained(state: State, steps: Sequence[Step | Group]) -> State:
+    try:
+        return carry_out(state, steps)
+    except NoSystemError:
+        guest.log_console(state.build)
+        raise
+
+
+def _checksumming(build: Build) -> Steps:
+    return checksum.steps(build, outputs.formats(build.plan))
+
+
+# The whole build, in its order.  All that has to know what a build does reads it here.
+STAGES = (
+    Stage("install", (Part(_installing, lambda plan: SOURCES[plan.settings.source].programs(plan)),), "installed"),
+    Stage("clean", (Part(_cleaning, mounts.programs, mounts.check), Part(shrink.steps, shrink.programs)), "cleaned"),
+    Stage(
+        "convert",
+        (
+            Part(manifest.late_steps),
+            Part(outputs.steps),
+            Part(_checksumming),
+            Part(manifest.steps),
+            Part(sign.steps, sign.programs, sign.check),
+        ),
+        "converted",
+    ),
+    Stage("check", (Part(audit.steps, audit.programs), Part(testboot.steps, testboot.programs, testboot.check))),
+    Stage("publish", (Part(publish.steps),), "published"),
+    Stage("upload", (Part(publish.upload_steps, publish.programs),)),
+    Stage("notify", (Part(publish.post_build_steps, publish.post_build_programs),)),
+)
+
+# What --until can name: after the last one nothing is left to do.
+UNTIL = tuple(stage.name for stage in STAGES[:-1])
 
 
 def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str], *, resume: bool = False) -> Plan:
@@ -65,7 +125,6 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     """
     source = SOURCES[plan.settings.source]
     source.check_machine(plan)
-    testboot.check(plan)
     if resume and not checkpoint.read(plan.work_path):
         # Before the working directory is opened, so that what is there stays.
         raise checkpoint.nothing_to_resume(plan)
@@ -76,8 +135,9 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
         _check_space(plan)
     source.check_here(plan)
     workspace.warn_of_others(plan)
-    mounts.check(plan)
-    sign.check(plan)
+    for stage in STAGES:
+        for part in stage.parts:
+            part.check(plan)
     if not resume:
         # Last, so that an error stands alone.
         source.warn(plan)
@@ -86,20 +146,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that *plan* needs, the user's own commands among them."""
-    names = [
-        *SOURCES[plan.settings.source].programs(plan),
-        *mounts.programs(plan),
-        *audit.programs(plan),
-        *testboot.programs(plan),
-        *sign.programs(plan),
-        "fallocate",
-        "zerofree",
-    ]
-    if plan.settings.post_build_command:
-        names.append(plan.settings.post_build_command[0])
-    for destinations in plan.destinations.values():
-        for destination in destinations:
-            names += [*UPLOADS[destination.type].programs(destination), *(words[0] for words in destination.commands)]
+    names = [name for stage in STAGES for part in stage.parts for name in part.programs(plan)]
     # A path among them is relative to the directory that the command will run in.
     return [str(plan.output_dir / name) if "/" in name else name for name in dict.fromkeys(names)]
 
@@ -154,22 +201,33 @@ def build_image(
     *resume* goes on from what a build that failed has left; *until*, one of UNTIL, stops after that and
     leaves what there is then, to be resumed.  *shell_on_error* lets the user look at the disk.
     """
-    with workspace.opened(plan, resume=resume) as build, _shell_on_error(build, shell_on_error):
+    chosen = _Chosen()
+    with (
+        workspace.opened(plan, resume=resume) as build,
+        events.observed(chosen),
+        _shell_on_error(build, chosen, shell_on_error),
+    ):
+        state = State(build, Disk(build.disk_path))
         if resume:
             done = checkpoint.resumed(plan, build.directory)
-            disk = Disk(build.disk_path, done.virt_type)
+            state = _gone_on(state, done)
             for used in done.inputs_used(plan):
                 events.tell(used)
-            events.tell(events.VirtTypeChosen(disk.virt_type))
+            events.tell(events.VirtTypeChosen(done.virt_type))
         else:
-            disk, done = _installed(build)
+            state, done = _installed(state, chosen)
         events.tell(events.Installed())
         try:
-            artifacts = _go_on(build, disk, done, until)
+            if done.is_at("published"):
+                publish.tell(done.artifacts)
+                manifest.tell_difference(done.artifacts)
+            state = _carried_out(state, done, until)
             if until:
                 # Without it nothing would stay.
                 done.write()
-            return artifacts
+            else:
+                done.forget()
+            return [*state.artifacts]
         except NoSystemError:
             done.forget()
             raise
@@ -178,18 +236,41 @@ def build_image(
             raise
 
 
-def _installed(build: Build) -> tuple[Disk, Checkpoint]:
-    """Return the installed disk, and the checkpoint there; it is there too where the installation's end is not good."""
+class _Chosen:
+    """An observer that keeps what virtual machines can use here: what fails has no state to tell it."""
+
+    virt_type = "qemu"
+
+    def notice(self, event: events.Event) -> None:
+        """Keep it."""
+        if isinstance(event, events.VirtTypeChosen):
+            self.virt_type = event.name
+
+
+def _gone_on(state: State, done: Checkpoint) -> State:
+    """Return *state* with what there is of an earlier build."""
+    build = dataclasses.replace(state.build, virt_type=done.virt_type)
+    cleans = not done.is_at("cleaned")
+    return dataclasses.replace(state, build=build, artifacts=tuple(done.artifacts), served=done, cleans=cleans)
+
+
+def steps_of(stage: Stage, build: Build) -> Steps:
+    """Give the steps of *stage* in their order."""
+    return [step for part in stage.parts for step in part.steps(build)]
+
+
+def _installed(state: State, chosen: _Chosen) -> tuple[State, Checkpoint]:
+    """Install; return the checkpoint there, which is there too where the installation's end is not good."""
     inputs = checkpoint.InputsUsed()
     try:
         with events.observed(inputs):
-            disk = SOURCES[build.plan.settings.source].produce(build)
+            state = carry_out(state, steps_of(STAGES[0], state.build))
     except InstalledError as error:
-        if error.disk:
-            checkpoint.begin(build, error.disk, inputs)
-            _hint_at_resuming(build, error)
+        checkpoint.begin(dataclasses.replace(state.build, virt_type=chosen.virt_type), inputs)
+        _hint_at_resuming(state.build, error)
         raise
-    return disk, checkpoint.begin(build, disk, inputs)
+    done = checkpoint.begin(state.build, inputs)
+    return dataclasses.replace(state, served=done), done
 
 
 def _hint_at_resuming(build: Build, error: ImageFactoryError) -> None:
@@ -198,7 +279,7 @@ def _hint_at_resuming(build: Build, error: ImageFactoryError) -> None:
 
 
 @contextlib.contextmanager
-def _shell_on_error(build: Build, wanted: bool) -> Iterator[None]:
+def _shell_on_error(build: Build, chosen: _Chosen, wanted: bool) -> Iterator[None]:
     """Have a shell opened in the root filesystem of the disk when something fails inside."""
     try:
         yield
@@ -207,126 +288,45 @@ def _shell_on_error(build: Build, wanted: bool) -> Iterator[None]:
             logger.error("%s", error.message)
             logger.error("A shell is opened where the build failed; the build ends when you leave it.")
             try:
-                mounts.shell(build, Disk(build.disk_path))
+                mounts.shell(dataclasses.replace(build, virt_type=chosen.virt_type), Disk(build.disk_path))
             except BuildError as reason:
                 logger.error("The shell, or its end, failed: %s", reason.message)
         raise
 
 
-def _go_on(build: Build, disk: Disk, done: Checkpoint, until: str | None) -> list[Artifact]:
-    """Do what is not *done* yet."""
-    plan = build.plan
-    if until == "install":
-        return []
-    if not done.is_at("cleaned"):
-        clean_disk(build, disk)
-        done.reach("cleaned")
-    if until == "clean":
-        return []
-    if done.is_at("published"):
-        publish.tell(done.artifacts)
-        manifest.tell_difference(done.artifacts)
-    elif not done.is_at("converted"):
-        done.reach("converted", write_artifacts(build, disk))
-    if until == "convert":
-        return done.artifacts
-    if not done.is_at("published"):
-        # Also after --resume, whatever was found before: it is what is published.
-        audit.audit_artifacts(build, disk, done.artifacts)
-        testboot.test_boot(build, disk, done.artifacts)
-        # No signal disturbs the publishing itself; one that came before or meanwhile is not lost.
+def _left(done: Checkpoint | None, until: str | None) -> list[Stage]:
+    """Return the stages that a build has yet to go through: those that are not *done*, up to *until*."""
+    last = [stage.name for stage in STAGES].index(until or STAGES[-1].name)
+    first = 0
+    for number, stage in enumerate(STAGES, 1):
+        if done and stage.reached and done.is_at(stage.reached):
+            first = number
+    return [*STAGES[first : last + 1]]
+
+
+def _carried_out(state: State, done: Checkpoint, until: str | None) -> State:
+    """Go through the stages that are left; each is written down when it is reached."""
+    # Still with the lock: a second build would replace the files under an upload.
+    for stage in _left(done, until):
+        state = carry_out(state, steps_of(stage, state.build))
+        if stage.reached:
+            done.reach(stage.reached, [*state.artifacts])
+        # A signal that came meanwhile is not lost.
         interrupts.check()
-        done.reach("published", publish.move_into_place(build, done.artifacts))
-        manifest.tell_difference(done.artifacts)
-        interrupts.check()
-    if until == "publish":
-        return done.artifacts
-    # Still with the lock: a second build would replace the files under the upload.
-    publish.upload(plan, done.artifacts, done)
-    if until != "upload":
-        publish.run_post_build_command(plan, done.artifacts)
-        done.forget()
-    return done.artifacts
+    return state
 
 
-def clean_disk(build: Build, disk: Disk) -> None:
-    """Remove from the installed disk what does not belong into an image."""
-    try:
-        with mounts.mounted(build, disk) as tree:
-            clean.show_installer_logs(build, tree)
-            clean.remove_installer_logs(build, tree)
-            seal.seal(build, tree)
-            inventory.take_inventory(build, tree)
-            unfreed = shrink.trim_filesystems(build, disk, tree)
-            shrink.zero_logical_volumes(build, tree, unfreed)
-    except NoSystemError:
-        guest.log_console(build)
-        raise
-    shrink.zero_unused_blocks(build, disk, unfreed)
-    shrink.zero_swap(build, disk, tree.volumes)
-
-
-def write_artifacts(build: Build, disk: Disk) -> list[Artifact]:
-    """Write what is to be published, with checksums, manifests and signature, in the working directory."""
-    if build.plan.settings.manifest and not inventory.taken(build):
-        # The build is resumed, and the disk was cleaned when no manifest was wanted.
-        with mounts.mounted(build, disk) as tree:
-            inventory.take_inventory(build, tree)
-    artifacts = [checksum.add_sha256(build, artifact) for artifact in write_outputs(build, disk)]
-    return sign.sign_all(build, manifest.add_manifests(build, artifacts))
-
-
-def write_outputs(build: Build, disk: Disk) -> list[Artifact]:
-    """Write each format that is asked for, and the raw image if it is to be kept."""
-    formats = _formats(build.plan)
-    written = {name: OUTPUTS[name].write(build, disk) for name in _raw_last(formats)}
-    wanted = build.plan.settings.format
-    return [dataclasses.replace(written[name], upload=name in wanted) for name in formats]
-
-
-def _formats(plan: Plan) -> list[str]:
-    wanted = plan.settings.format
-    return [*wanted, *(["raw"] if plan.settings.keep_raw and "raw" not in wanted else [])]
-
-
-def _raw_last(formats: list[str]) -> list[str]:
-    """Return *formats* with raw at the end: it is the disk itself, and none can be written after it."""
-    return sorted(formats, key="raw".__eq__)
-
-
-def describe_build(plan: Plan) -> list[tuple[str, list[list[str]]]]:
+def described(plan: Plan, *, resume: bool = False, until: str | None = None) -> list[Shown]:
     """Return the steps of *plan* in their order, as the log names them, each with its commands.
 
-    What is known only in the build stands in capitals or as XXXXXXXX.
+    What is known only in the build stands in capitals or as XXXXXXXX.  *resume* and *until* are as in ``build_image``.
     """
-    build = Build(plan, plan.work_path, f"image-factory-{plan.image}-XXXXXXXX")
-    steps = SOURCES[plan.settings.source].describe(build)
-    shown = clean.SHOWN_LOGS if plan.settings.installer_logs else ()
-    steps += mounts.describe(build, shown, clean.INSTALLER_LOGS, seal.calls(plan.settings))
-    if plan.settings.manifest:
-        # While the filesystems are mounted.
-        names = [name for name, _ in steps]
-        steps.insert(names.index("Freeing unused blocks"), (inventory.STEP, []))
-    # Only where they can't be freed, and where there is some.
-    steps.append(("Zeroing unused blocks", [shrink.zerofree_argv(build.disk_path, "OFFSET")]))
-    steps.append(("Zeroing swap space", [shrink.punch_argv(build.disk_path, "OFFSET", "SIZE")]))
-    formats = _formats(plan)
-    steps += [(OUTPUTS[name].STEP, OUTPUTS[name].commands(build)) for name in _raw_last(formats)]
-    artifacts = [
-        Artifact(plan.output_dir / plan.file_name(name), name, plan.settings.image_size, name in plan.settings.format)
-        for name in formats
-    ]
-    artifacts = sign.named(plan, manifest.named(plan, artifacts))
-    steps += [(f"Checksumming {artifact.path.name}", []) for artifact in artifacts]
-    if plan.settings.manifest:
-        steps.append((manifest.STEP, []))
-    steps += sign.describe(build)
-    steps += audit.describe(build, formats)
-    steps += testboot.describe(build, artifacts)
-    steps.append(("Publishing", []))
-    for artifact, destination, commands in publish.upload_commands(plan, artifacts):
-        steps.append((f"Uploading {artifact.path.name} to {destination.section}", commands))
-    post_build = publish.post_build_argv(plan, artifacts)
-    if post_build:
-        steps.append(("Running the post-build command", [post_build]))
-    return steps
+    # Where KVM is to be probed, emulation may be what comes of it.
+    virt_type = "qemu" if plan.settings.virt_type == "auto" else plan.settings.virt_type
+    build = Build(plan, plan.work_path, f"image-factory-{plan.image}-XXXXXXXX", virt_type)
+    state = State(build, Disk(build.disk_path))
+    done = None
+    if resume:
+        done = checkpoint.resumed(plan, plan.work_path)
+        state = _gone_on(state, done)
+    return [shown for stage in _left(done, until) for shown in show(state, steps_of(stage, state.build))]

@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .base import command, events, files
+from .base import command, events, files, interrupts
 from .base.errors import BuildError, reason_of
-from .base.log import logger, step
-from .checkpoint import Checkpoint
+from .base.log import logger
 from .configuration.settings import Destination
+from .finishing import manifest, sign
 from .model import MANIFEST_SUFFIX, SBOM_SUFFIX, SIGNATURE_SUFFIX, SUMS_SUFFIX, Artifact, Build, Plan
+from .outputs import planned
+from .parts import Group, Shown, State, Step, carry_out, doing, show
 from .uploads import UPLOADS
 
 # In the working directory while artifacts are published: their names.
@@ -25,7 +27,7 @@ def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifac
     Older files of these names are replaced; they come back if one can't be.
     """
     target = build.plan.output_dir
-    with step("Publishing"), _recorded(build, artifacts), contextlib.ExitStack() as undo:
+    with _recorded(build, artifacts), contextlib.ExitStack() as undo:
         for path in _files(artifacts):
             undo.callback(_replace(path, target / path.name, build.directory))
         undo.pop_all()
@@ -132,17 +134,30 @@ def _keep(target: Path, older: Path) -> None:
         files.move(target, older)
 
 
-def upload_commands(
-    plan: Plan, artifacts: Sequence[Artifact]
-) -> Iterator[tuple[Artifact, Destination, list[list[str]]]]:
-    """Give the uploads, destination by destination: file, destination and the commands in their order."""
-    for destinations in _uploads(plan, artifacts):
-        for artifact, destination in destinations:
-            yield (
-                artifact,
-                destination,
-                [*UPLOADS[destination.type].commands(destination, artifact), *map(list, destination.commands)],
-            )
+def steps(build: Build) -> Iterator[Step]:
+    """Give the step that publishes."""
+
+    def run(state: State) -> State:
+        # No signal disturbs the publishing itself; one that came before is not lost.
+        interrupts.check()
+        artifacts = move_into_place(state.build, state.artifacts)
+        manifest.tell_difference(artifacts)
+        return dataclasses.replace(state, artifacts=tuple(artifacts))
+
+    yield Step("Publishing", run)
+
+
+def upload_steps(build: Build) -> Iterator[Group]:
+    """Give the uploads, destination by destination."""
+    uploads = _uploads(build.plan, published(build.plan))
+    if uploads:
+        groups = [_to_destination(build.plan, destinations) for destinations in uploads]
+        yield Group(groups, _upload_to_each, show)
+
+
+def published(plan: Plan) -> list[Artifact]:
+    """Return the artifacts of *plan* with their final names, and the names of what belongs to them."""
+    return sign.named(plan, manifest.named(plan, planned(plan, plan.output_dir)))
 
 
 def _uploads(plan: Plan, artifacts: Sequence[Artifact]) -> list[list[tuple[Artifact, Destination]]]:
@@ -154,54 +169,97 @@ def _uploads(plan: Plan, artifacts: Sequence[Artifact]) -> list[list[tuple[Artif
     ]
 
 
-def upload(plan: Plan, artifacts: Sequence[Artifact], done: Checkpoint | None = None) -> None:
-    """Upload *artifacts* to each destination in turn; BuildError, after all of them, names each that failed.
+def _to_destination(plan: Plan, destinations: Sequence[tuple[Artifact, Destination]]) -> Group:
+    """Return the steps that upload to one destination, which gets nothing more after a failure.
 
-    A destination gets nothing more after a failure: what failed for one file takes as long to fail
-    for the next.  One that has all already, as *done* knows, is left out.
+    What failed for one file takes as long to fail for the next.
     """
-    failures: list[tuple[str, BuildError]] = []
-    for destinations in _uploads(plan, artifacts):
-        whole = [destination for _, destination in destinations]
-        if done and done.has_served(whole):
+    whole = [destination for _, destination in destinations]
+
+    def run(state: State, steps: Sequence[Step | Group]) -> State:
+        if state.served and state.served.has_served(whole):
             logger.info("%s has all files already.", whole[0].section)
-            continue
-        for artifact, destination in destinations:
-            try:
-                with step(f"Uploading {artifact.path.name} to {destination.section}"):
-                    UPLOADS[destination.type].upload(destination, artifact)
-                    for argv in destination.commands:
-                        command.run(argv, cwd=plan.output_dir)
-            except BuildError as error:
-                logger.error("Uploading %s to %s failed: %s", artifact.path.name, destination.section, error.message)
-                failures.append((f"{artifact.path.name} to {destination.section}", error))
-                break
-        else:
-            if done:
-                done.serve(whole)
+            return state
+        state = carry_out(state, steps)
+        if state.served:
+            state.served.serve(whole)
+        return state
+
+    def shown(state: State, steps: Sequence[Step | Group]) -> list[Shown]:
+        return [] if state.served and state.served.has_served(whole) else show(state, steps)
+
+    return Group([_upload(plan, artifact, destination) for artifact, destination in destinations], run, shown)
+
+
+def _upload(plan: Plan, artifact: Artifact, destination: Destination) -> Step:
+    def run(state: State) -> None:
+        # With its digests, which are not known before.
+        [made] = [made for made in state.artifacts if made.format == artifact.format]
+        try:
+            UPLOADS[destination.type].upload(destination, made)
+            for argv in destination.commands:
+                command.run(argv, cwd=plan.output_dir)
+        except BuildError as error:
+            logger.error("Uploading %s to %s failed: %s", artifact.path.name, destination.section, error.message)
+            raise _UploadError(f"{artifact.path.name} to {destination.section}", error) from error
+
+    commands = [*UPLOADS[destination.type].commands(destination, artifact), *destination.commands]
+    return Step(f"Uploading {artifact.path.name} to {destination.section}", doing(run), commands)
+
+
+class _UploadError(BuildError):
+    """*What* could not be uploaded, for the reason *error*."""
+
+    def __init__(self, what: str, error: BuildError) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.what = what
+
+
+def _upload_to_each(state: State, groups: Sequence[Step | Group]) -> State:
+    """Upload to each destination in turn; BuildError, after all of them, names each that failed."""
+    failures: list[_UploadError] = []
+    for group in groups:
+        try:
+            state = carry_out(state, [group])
+        except _UploadError as error:
+            failures.append(error)
     if failures:
-        raise _upload_error(failures) from failures[-1][1]
+        raise _upload_error(failures) from failures[-1]
+    return state
 
 
-def _upload_error(failures: Sequence[tuple[str, BuildError]]) -> BuildError:
+def _upload_error(failures: Sequence[_UploadError]) -> BuildError:
     """Return the error that names all *failures*."""
-    message = "; ".join(f"Uploading {what} failed: {error.message}" for what, error in failures)
+    message = "; ".join(f"Uploading {error.what} failed: {error.message}" for error in failures)
     if len(failures) == 1:
-        return BuildError(message, hint=failures[0][1].hint)
-    return BuildError(message, hint=" ".join(f"{what}: {error.hint}" for what, error in failures if error.hint))
+        return BuildError(message, hint=failures[0].hint)
+    return BuildError(message, hint=" ".join(f"{error.what}: {error.hint}" for error in failures if error.hint))
 
 
-def post_build_argv(plan: Plan, artifacts: Sequence[Artifact]) -> list[str] | None:
-    """Return the user's command with the artifacts' file names, None if there is none."""
-    if not plan.settings.post_build_command:
-        return None
-    names = [artifact.path.name for artifact in artifacts if artifact.upload]
-    return [*plan.settings.post_build_command, *names]
+def post_build_steps(build: Build) -> Iterator[Step]:
+    """Give the step that runs the user's command beside the artifacts, with their file names, if there is one."""
+    plan = build.plan
+    if plan.settings.post_build_command:
+        names = [artifact.path.name for artifact in planned(plan, plan.output_dir) if artifact.upload]
+        argv = [*plan.settings.post_build_command, *names]
+        run = doing(lambda state: _post_build(argv, plan))
+        yield Step("Running the post-build command", run, [argv])
 
 
-def run_post_build_command(plan: Plan, artifacts: Sequence[Artifact]) -> None:
-    """Run the user's command beside the artifacts, with their file names."""
-    argv = post_build_argv(plan, artifacts)
-    if argv:
-        with step("Running the post-build command"):
-            command.run(argv, cwd=plan.output_dir)
+def _post_build(argv: Sequence[str], plan: Plan) -> None:
+    command.run(argv, cwd=plan.output_dir)
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that the uploads of *plan* need, the user's own commands among them."""
+    destinations = [destination for found in plan.destinations.values() for destination in found]
+    return [
+        name
+        for destination in destinations
+        for name in (*UPLOADS[destination.type].programs(destination), *(words[0] for words in destination.commands))
+    ]
+
+
+def post_build_programs(plan: Plan) -> list[str]:
+    """Return the user's own program, if there is one."""
+    return [*(plan.settings.post_build_command or [])[:1]]

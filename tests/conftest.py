@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from image_factory import pipeline  # noqa: E402
+from image_factory.model import Artifact, Build, Disk  # noqa: E402
+from image_factory.parts import State, Steps, carry_out, show  # noqa: E402
 from image_factory.sources.installer import guest  # noqa: E402
 
 
@@ -83,6 +86,27 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:.0f} s for {what}")
         time.sleep(0.1)
+
+
+def state_of(build: Build, artifacts: Sequence[Artifact] = ()) -> State:
+    """Return the state of *build*, which has *artifacts*."""
+    return State(build, Disk(build.disk_path), artifacts=tuple(artifacts))
+
+
+def steps_of(build: Build, name: str) -> Steps:
+    """Return the steps of the stage *name* of *build*."""
+    [stage] = [stage for stage in pipeline.STAGES if stage.name == name]
+    return pipeline.steps_of(stage, build)
+
+
+def done_stage(build: Build, name: str) -> State:
+    """Carry out the steps of the stage *name* on the disk of *build*; return the state after them."""
+    return carry_out(state_of(build), steps_of(build, name))
+
+
+def shown(build: Build, steps: Steps) -> dict[str, list[list[str]]]:
+    """Return the commands of *steps* as a dry run shows them, by the names of the steps."""
+    return {name: [[*argv] for argv in commands] for name, commands in show(state_of(build), steps)}
 
 
 def copy_checkout(directory: Path) -> None:

@@ -223,6 +223,16 @@ def observed(*observers: Observer) -> Iterator[None]:
         _observers.reset(token)
 
 
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Have nobody told of what happens inside."""
+    token = _observers.set(())
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
 def tell(event: Event) -> None:
     """Tell all observers of *event*."""
     for observer in _observers.get():

@@ -212,6 +212,16 @@ def also_to_file(path: Path, *, append: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def silenced() -> Iterator[None]:
+    """Log nothing of what is done inside."""
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+@contextmanager
 def waiting(reason: str) -> Iterator[Callable[[str], None]]:
     """Show, and log, that all inside is a wait, and why; what is given takes another *reason* when that has changed.
 

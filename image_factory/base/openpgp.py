@@ -198,7 +198,7 @@ def _refused(error: CommandError, name: str) -> BuildError:
 
 
 @contextmanager
-def secret_key(name: str) -> Iterator[SecretKey]:
+def secret_key(name: str, *, quiet: bool = False) -> Iterator[SecretKey]:
     """Give the secret key *name*, a file's path if it has a slash; BuildError if there is none that can be used."""
     if "/" not in name:
         yield SecretKey(_find([], name, name), ())
@@ -208,7 +208,7 @@ def secret_key(name: str) -> Iterator[SecretKey]:
     with scratch.directory(HOME_PREFIX, _remove_home) as home:
         options = ["--homedir", str(home)]
         try:
-            command.run(import_argv(options, file), quiet=True, timeout=_SECONDS)
+            command.run(import_argv(options, file), quiet=quiet, timeout=_SECONDS)
         except CommandError as error:
             raise BuildError(
                 f"gpg can't read the key file {file}.", hint="gpg --export-secret-keys makes one."

@@ -7,7 +7,6 @@ import re
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,13 @@ from pathlib import Path
 from ..base import command, events, interrupts
 from ..base.cleanup import released
 from ..base.errors import BuildError, CommandError, ConfigurationError
-from ..base.log import logger, step
+from ..base.log import logger
 from ..base.units import format_size
-from ..model import Artifact, Build, Disk, Partition, Plan
+from ..model import Artifact, Build, Partition, Plan
+from ..outputs import planned
+from ..parts import Group, State, Step, carry_out, doing, mounted, on_tree, show
 from ..sources.installer import answers, delivery
-from ..system import layout, mounts
+from ..system import layout
 from ..system.tree import Tree
 from . import keys, leftovers, search
 from .leftovers import Asked, Files, Look
@@ -440,76 +441,82 @@ def compare_argv(artifact: Artifact, other: Artifact) -> list[str]:
     return ["qemu-img", "compare", "-f", artifact.format, "-F", other.format, str(artifact.path), str(other.path)]
 
 
-def describe(build: Build, formats: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
-    """Return the steps of the audit of the artifacts in *formats*, with their commands; none if it isn't wanted."""
-    if not build.plan.settings.audit:
-        return []
-    names = [build.plan.file_name(name) for name in formats]
-    artifact, *others = (
-        Artifact(build.directory / name, image_format, 0) for name, image_format in zip(names, formats, strict=True)
-    )
-    return [
-        *((f"Comparing {other.path.name}", [compare_argv(artifact, other)]) for other in others),
-        (f"Reopening {artifact.path.name}", [reopen_argv(artifact, copy_path(build))]),
-        (f"Searching {artifact.path.name}", []),
-        # It is mounted and unmounted like the disk before.
-        (f"Auditing {artifact.path.name}", []),
-    ]
-
-
 def copy_path(build: Build) -> Path:
     """Return where the copy is that is looked into."""
     return build.directory / "audit.raw"
 
 
-@contextmanager
-def _reopened(build: Build, artifact: Artifact) -> Iterator[Path]:
-    """Give a raw copy of what a guest would see of *artifact*, which nothing that mounts it can change."""
-    copy = copy_path(build)
-    with released(partial(copy.unlink, missing_ok=True)):
-        with step(f"Reopening {artifact.path.name}"):
-            # Others get through the working directory of root's builds.
-            command.run(reopen_argv(artifact, copy), umask=0o077)
-        yield copy
+class _Audit:
+    """The audit of the artifacts of a build, of which each has what the first one has."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._checks = _checks(plan)
+        self._hits: list[Hit] = []
+        self._findings: list[Finding] = []
+        self._known: list[bytes] = []
+
+    def reopened(self, state: State, steps: Sequence[Step | Group]) -> State:
+        """Carry out *steps* with a raw copy of what a guest would see, which nothing that mounts it can change."""
+        copy = copy_path(state.build)
+        with released(partial(copy.unlink, missing_ok=True)):
+            state = carry_out(state, steps)
+            self._findings += describe_hits(copy, self._hits, self._known)
+        order = sorted(self._findings, key=lambda found: NAMES.index(found.check))
+        _tell(state.build.plan, state.artifacts[0], self._checks, order)
+        return state
+
+    def search(self, state: State) -> None:
+        """Search the copy's bytes: before it is mounted, as what is in a journal would be written."""
+        copy = copy_path(state.build)
+        _, secrets = secrets_of(state.build)
+        size = copy.stat().st_blocks * 512
+        self._hits = search.search(copy, needles(self._checks, secrets))
+        logger.info("Searched %s of data.", format_size(size))
+
+    def look(self, build: Build, tree: Tree) -> None:
+        """Look at the files of the copy, which is mounted."""
+        asked, _ = secrets_of(build)
+        self._findings = audit_files(tree, asked, self._checks)
+        self._findings += [
+            Finding(check.name, what) for check in self._checks if check.name == "copies" for what in tree.copies
+        ]
+        if any(check.name == KEYS for check in self._checks):
+            more, self._known = audit_keys(tree, build.directory, self._findings)
+            self._findings += more
 
 
-def audit_artifacts(build: Build, disk: Disk, artifacts: Sequence[Artifact]) -> None:
-    """Raise BuildError if *artifacts*, of which each has what the first one has, have what must not be cloned."""
+def steps(build: Build) -> Iterator[Step | Group]:
+    """Give the steps of the audit, if it is wanted."""
     plan = build.plan
-    if not plan.settings.audit or not artifacts:
+    if not plan.settings.audit:
         return
-    artifact, *others = artifacts
-    for other in others:
-        _compare(artifact, other)
-    checks = _checks(plan)
-    asked, secrets = secrets_of(build)
-    with _reopened(build, artifact) as copy:
-        # Before it is mounted: what is in a journal would be written.
-        with step(f"Searching {artifact.path.name}"):
-            size = copy.stat().st_blocks * 512
-            hits = search.search(copy, needles(checks, secrets))
-            logger.info("Searched %s of data.", format_size(size))
-        with mounts.mounted(build, Disk(copy, disk.virt_type)) as tree, step(f"Auditing {artifact.path.name}"):
-            findings = audit_files(tree, asked, checks)
-            findings += [
-                Finding(check.name, what) for check in checks if check.name == "copies" for what in tree.copies
-            ]
-            known: list[bytes] = []
-            if any(check.name == KEYS for check in checks):
-                more, known = audit_keys(tree, build.directory, findings)
-                findings += more
-        findings += describe_hits(copy, hits, known)
-    _tell(plan, artifact, checks, sorted(findings, key=lambda found: NAMES.index(found.check)))
+    artifact, *others = planned(plan, build.directory)
+    for number, other in enumerate(others, 1):
+        argv = compare_argv(artifact, other)
+        yield Step(f"Comparing {other.path.name}", doing(partial(_compare, number)), [argv])
+    audit = _Audit(plan)
+    name = artifact.path.name
+    inside: list[Step | Group] = [
+        Step(f"Reopening {name}", doing(_reopen), [reopen_argv(artifact, copy_path(build))]),
+        Step(f"Searching {name}", doing(audit.search)),
+        mounted([Step(f"Auditing {name}", on_tree(audit.look))], copy_path),
+    ]
+    yield Group(inside, audit.reopened, show)
 
 
-def _compare(artifact: Artifact, other: Artifact) -> None:
-    with step(f"Comparing {other.path.name}"):
-        try:
-            command.run(compare_argv(artifact, other))
-        except CommandError as error:
-            if error.status != 1:
-                raise
-            raise BuildError(f"{other.path.name} has not the contents of {artifact.path.name}.") from error
+def _reopen(state: State) -> None:
+    # Others get through the working directory of root's builds.
+    command.run(reopen_argv(state.artifacts[0], copy_path(state.build)), umask=0o077)
+
+
+def _compare(number: int, state: State) -> None:
+    artifact, other = state.artifacts[0], state.artifacts[number]
+    try:
+        command.run(compare_argv(artifact, other))
+    except CommandError as error:
+        if error.status != 1:
+            raise
+        raise BuildError(f"{other.path.name} has not the contents of {artifact.path.name}.") from error
 
 
 def _tell(plan: Plan, artifact: Artifact, checks: Sequence[Check], findings: Sequence[Finding]) -> None:

@@ -19,18 +19,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..base import command, events, files, interrupts
 from ..base.cleanup import released
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.events import BootCheck, BootTested
-from ..base.log import logger, step
+from ..base.log import logger
 from ..base.units import format_duration, parse_duration
 from ..configuration.settings import ImageSettings
 from ..machines import arch
 from ..machines.console import Console
-from ..model import Artifact, Build, Disk, Plan
+from ..model import Artifact, Build, Plan
+from ..outputs import planned
+from ..parts import State, Step, doing
 from ..sources.installer import guest
 from ..told import junit
 from . import bootreport
@@ -555,35 +558,54 @@ def _why_no_sshd(found: _Guest, port: int) -> str:
 # The step
 
 
-def test_boot(build: Build, disk: Disk, artifacts: Sequence[Artifact]) -> None:
-    """Boot *artifacts* if that is asked for; BuildError says what is wrong with them.
+class _TestBoot:
+    """The boots of a build's artifacts: their results are told to observers, and written beside the artifacts."""
 
-    The results are told to observers, and written beside the artifacts, whatever they are.
-    """
-    plan = build.plan
-    if not plan.settings.test_boot:
+    def __init__(self) -> None:
+        self._done: list[BootTested] = []
+        self._reports: list[Message] = []
+
+    def boot(self, number: int, firmware: str, state: State) -> None:
+        """Boot an artifact for the *number*-th time; BuildError says what is wrong with it."""
+        build = state.build
+        artifact, _ = boots(build.plan.settings, state.artifacts)[number - 1]
+        start = time.monotonic()
+        checks, report, lines = _boot(_Machine(build, artifact, firmware, build.virt_type, number), self._reports)
+        checks.append(judged("unchanged", _why_changed(artifact)))
+        self._done.append(BootTested(artifact.path.name, firmware, time.monotonic() - start, tuple(checks)))
+        events.tell(self._done[-1])
+        _write_results(build, self._done, lines)
+        _log(checks)
+        problems = [check.message for check in checks if check.outcome == "failed"]
+        if problems:
+            _explain(report, lines)
+            raise BuildError(
+                f"{artifact.path.name} failed its test boot with {firmware}: {'; '.join(problems)}.",
+                hint=f"All results are in {build.plan.junit_path}.",
+            )
+        if report:
+            self._reports.append(report)
+
+
+def steps(build: Build) -> Iterator[Step]:
+    """Give the steps of the test boot, if it is wanted."""
+    settings = build.plan.settings
+    if not settings.test_boot:
         return
-    done: list[BootTested] = []
-    reports: list[Message] = []
-    for number, (artifact, firmware) in enumerate(boots(plan.settings, artifacts), 1):
-        machine = _Machine(build, artifact, firmware, disk.virt_type, number)
-        with step(f"Booting {artifact.path.name} with {firmware}"):
-            start = time.monotonic()
-            checks, report, lines = _boot(machine, reports)
-            checks.append(judged("unchanged", _why_changed(artifact)))
-            done.append(BootTested(artifact.path.name, firmware, time.monotonic() - start, tuple(checks)))
-            events.tell(done[-1])
-            _write_results(build, done, lines)
-            _log(checks)
-            problems = [check.message for check in checks if check.outcome == "failed"]
-            if problems:
-                _explain(report, lines)
-                raise BuildError(
-                    f"{artifact.path.name} failed its test boot with {firmware}: {'; '.join(problems)}.",
-                    hint=f"All results are in {plan.junit_path}.",
-                )
-            if report:
-                reports.append(report)
+    test = _TestBoot()
+    for number, (artifact, firmware) in enumerate(boots(settings, planned(build.plan, build.directory)), 1):
+        machine = _Machine(build, artifact, firmware, build.virt_type, number)
+        commands = [
+            overlay_argv(machine),
+            key_argv(machine),
+            seed_argv(machine),
+            qemu_argv(machine, "02:XX:XX:XX:XX:XX", "PORT"),
+            ssh_argv(machine, "PORT", _LOGIN),
+        ]
+        if settings.test_script:
+            commands.append(ssh_argv(machine, "PORT", _RUN_SCRIPT))
+        boot = doing(partial(test.boot, number, firmware))
+        yield Step(f"Booting {artifact.path.name} with {firmware}", boot, commands)
 
 
 def _why_changed(artifact: Artifact) -> str:
@@ -614,25 +636,3 @@ def _explain(report: Message | None, lines: Sequence[str]) -> None:
             logger.error("guest's journal: %s", line)
     for line in list(lines)[-_SHOWN_LINES:]:
         logger.error("console: %s", line)
-
-
-def describe(build: Build, artifacts: Sequence[Artifact]) -> list[tuple[str, list[list[str]]]]:
-    """Return the steps of the test boot, each with its commands."""
-    settings = build.plan.settings
-    if not settings.test_boot:
-        return []
-    steps = []
-    for number, (artifact, firmware) in enumerate(boots(settings, artifacts), 1):
-        virt_type = "qemu" if settings.virt_type == "auto" else settings.virt_type
-        machine = _Machine(build, artifact, firmware, virt_type, number)
-        commands = [
-            overlay_argv(machine),
-            key_argv(machine),
-            seed_argv(machine),
-            qemu_argv(machine, "02:XX:XX:XX:XX:XX", "PORT"),
-            ssh_argv(machine, "PORT", _LOGIN),
-        ]
-        if settings.test_script:
-            commands.append(["#", *ssh_argv(machine, "PORT", _RUN_SCRIPT), "<", str(settings.test_script)])
-        steps.append((f"Booting {artifact.path.name} with {firmware}", commands))
-    return steps

@@ -1,8 +1,11 @@
 """Show and remove what the installers leave behind."""
 
+from collections.abc import Iterator
+
 from ..base import interrupts
-from ..base.log import logger, step
+from ..base.log import logger
 from ..model import Build
+from ..parts import Step, on_tree
 from ..system.tree import Tree
 
 # Paths below the root; the last part may have ``*``.
@@ -34,18 +37,22 @@ SHOWN_LOGS = (
 )
 
 
+def steps(build: Build) -> Iterator[Step]:
+    """Give the steps on the mounted system."""
+    if build.plan.settings.installer_logs:
+        yield Step("Showing installer logs", on_tree(show_installer_logs))
+    yield Step("Removing installer logs", on_tree(remove_installer_logs))
+
+
 def show_installer_logs(build: Build, tree: Tree) -> None:
-    """Print the installer's logs into the log, if that is wanted."""
-    if not build.plan.settings.installer_logs:
-        return
-    with step("Showing installer logs"), interrupts.interruptible():
+    """Print the installer's logs into the log."""
+    with interrupts.interruptible():
         for line in tree.show(SHOWN_LOGS).splitlines():
             logger.info("| %s", line)
 
 
 def remove_installer_logs(build: Build, tree: Tree) -> None:
     """Remove the installer's logs."""
-    with step("Removing installer logs"):
-        for gone in tree.remove(INSTALLER_LOGS):
-            interrupts.check()
-            logger.info("Removed /%s", gone.path)
+    for gone in tree.remove(INSTALLER_LOGS):
+        interrupts.check()
+        logger.info("Removed /%s", gone.path)

@@ -16,12 +16,11 @@ from typing import Any
 
 from .. import __version__
 from ..base import events
-from ..base.log import logger, step
+from ..base.log import logger
 from ..base.units import format_size
 from ..model import MANIFEST_SUFFIX, SBOM_SUFFIX, Artifact, Build, Plan
-from ..system.inventory import Inventory, Package, taken
-
-STEP = "Writing manifests"
+from ..parts import Group, Shown, State, Step, mounted, on_tree
+from ..system.inventory import Inventory, Package, take_inventory, taken
 
 SCHEMA_VERSION = 1
 
@@ -34,24 +33,53 @@ _LARGEST = 64 << 20
 _NAMED = 40
 
 
+def listing_steps(build: Build) -> Iterator[Step]:
+    """Give the step on the mounted system that a manifest needs, if one is wanted."""
+    if build.plan.settings.manifest:
+        yield Step("Listing packages", on_tree(take_inventory))
+
+
+def late_steps(build: Build) -> Iterator[Group]:
+    """Give what lists the packages where no manifest was wanted yet when the disk was cleaned, and one is now."""
+    if not build.plan.settings.manifest:
+        return
+    group = mounted([*listing_steps(build)], lambda build: build.disk_path)
+
+    def shown(state: State, steps: Sequence[Step | Group]) -> list[Shown]:
+        return group.shown(state, steps) if is_needed(state) else []
+
+    def is_needed(state: State) -> bool:
+        return not state.cleans and not taken(state.build)
+
+    yield dataclasses.replace(group, shown=shown, when=is_needed)
+
+
+def steps(build: Build) -> Iterator[Step]:
+    """Give the step that writes manifests, if they are wanted."""
+
+    def run(state: State) -> State:
+        return dataclasses.replace(state, artifacts=tuple(add_manifests(state.build, state.artifacts)))
+
+    if build.plan.settings.manifest:
+        yield Step("Writing manifests", run)
+
+
 def add_manifests(build: Build, artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """Write a manifest and an SBOM beside each of *artifacts*, if they are wanted, and return these with them."""
-    inventory = taken(build) if build.plan.settings.manifest else None
-    if inventory is None:
-        return list(artifacts)
-    with step(STEP):
-        sizes = {artifact.format: artifact.path.stat().st_blocks * 512 for artifact in artifacts}
-        difference = find_difference(build.plan, inventory, sizes)
-        found = []
-        for artifact in artifacts:
-            texts = {
-                MANIFEST_SUFFIX: manifest(build.plan, inventory, artifact, difference),
-                SBOM_SUFFIX: sbom(build.plan, inventory, artifact),
-            }
-            written = tuple(_write(artifact.path, suffix, document) for suffix, document in texts.items())
-            found.append(dataclasses.replace(artifact, companions=(*artifact.companions, *written)))
-        for line in difference_lines(difference):
-            logger.info("%s", line)
+    """Write a manifest and an SBOM beside each of *artifacts*, and return these with them."""
+    inventory = taken(build)
+    assert inventory is not None
+    sizes = {artifact.format: artifact.path.stat().st_blocks * 512 for artifact in artifacts}
+    difference = find_difference(build.plan, inventory, sizes)
+    found = []
+    for artifact in artifacts:
+        texts = {
+            MANIFEST_SUFFIX: manifest(build.plan, inventory, artifact, difference),
+            SBOM_SUFFIX: sbom(build.plan, inventory, artifact),
+        }
+        written = tuple(_write(artifact.path, suffix, document) for suffix, document in texts.items())
+        found.append(dataclasses.replace(artifact, companions=(*artifact.companions, *written)))
+    for line in difference_lines(difference):
+        logger.info("%s", line)
     return found
 
 

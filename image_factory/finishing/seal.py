@@ -6,18 +6,20 @@ the appliance a call is what takes time.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..base import events, interrupts
 from ..base.errors import ConfigurationError
-from ..base.log import logger, step
+from ..base.log import logger
 from ..base.units import format_size
 from ..configuration.settings import ImageSettings
 from ..model import Build, Change, Plan
+from ..parts import Step, on_tree
 from ..system import fstab, registrations
 from ..system.privileged import takes_directory, takes_name
 from ..system.registrations import DROPBEAR, KEYS, REGISTRATIONS, Key, is_of, program
+from ..system.rehearsal import Call
 from ..system.tree import Tree
 from . import apt, media
 
@@ -812,38 +814,25 @@ def operations(settings: ImageSettings) -> list[Operation]:
     ]
 
 
-def calls(settings: ImageSettings) -> dict[str, list[str]]:
-    """Return the calls of the helper that seal the root filesystem, with what is known of them before a build."""
-    chosen = operations(settings)
-    if not chosen:
-        return {}
-    nothing = System({}, {}, ("root",), tuple(operation.name for operation in chosen))
-    planned = [operation.actions(nothing) for operation in chosen]
-    known = {
-        "list": [*_looked_at(chosen)],
-        "read": [*_read(chosen), *_read_in_homes(chosen, nothing.homes)],
-        "remove": [pattern for actions in planned for pattern in actions.remove],
-        "truncate": [pattern for actions in planned for pattern in actions.empty],
-        "write": ["MODE", "FILE"],
-        "rename": ["FILE", "NAME"],
-    }
-    return {verb: words for verb, words in known.items() if words}
+def steps(build: Build) -> Iterator[Step]:
+    """Give the step on the mounted system, if it is wanted."""
+    if operations(build.plan.settings):
+        # What is rewritten, and which name is another one then, only the system tells.
+        told = (Call("write", ("FILE", "MODE")), Call("rename", ("FILE", "NAME")))
+        yield Step(STEP, on_tree(seal), calls=told)
 
 
 def seal(build: Build, tree: Tree) -> None:
-    """Take from the system *tree* what a clone must not have, if that is wanted; log and tell what it was."""
+    """Take from the system *tree* what a clone must not have; log and tell what it was."""
     chosen = operations(build.plan.settings)
-    if not chosen:
-        return
-    with step(STEP):
-        # Looking changes nothing, so a signal may come at any point.
-        with interrupts.interruptible():
-            system = look_at(tree, chosen)
-            planned = {operation.name: operation.actions(system) for operation in chosen}
-        removed, emptied = _carry_out(tree, list(planned.values()))
-        for operation in chosen:
-            actions = planned[operation.name]
-            _tell(operation.name, actions, _taken(removed, actions.remove), _taken(emptied, actions.empty), system)
+    # Looking changes nothing, so a signal may come at any point.
+    with interrupts.interruptible():
+        system = look_at(tree, chosen)
+        planned = {operation.name: operation.actions(system) for operation in chosen}
+    removed, emptied = _carry_out(tree, list(planned.values()))
+    for operation in chosen:
+        actions = planned[operation.name]
+        _tell(operation.name, actions, _taken(removed, actions.remove), _taken(emptied, actions.empty), system)
 
 
 def look_at(tree: Tree, chosen: Sequence[Operation]) -> System:

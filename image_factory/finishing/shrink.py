@@ -1,15 +1,18 @@
 """Free the blocks that no file uses, and what has been swapped out."""
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..base import command, interrupts
 from ..base.errors import CommandError
-from ..base.log import logger, step
+from ..base.log import logger
 from ..base.units import format_size
-from ..model import Build, Disk, Volume
+from ..model import Build, Disk, Partition, Plan, Volume
+from ..parts import State, Step, doing, tree_of
 from ..system import layout
+from ..system.rehearsal import Call
 from ..system.tree import Tree
 
 _ZEROFREE_FILESYSTEMS = ("ext2", "ext3", "ext4")
@@ -21,24 +24,62 @@ _PAGES = (4096, 8192, 16384, 65536)
 _CHUNK = 1 << 20
 
 
-def trim_filesystems(build: Build, disk: Disk, tree: Tree) -> list[Volume]:
+def mounted_steps(build: Build) -> Iterator[Step]:
+    """Give the steps on the mounted system."""
+
+    def trim(state: State) -> State:
+        return dataclasses.replace(state, unfreed=tuple(trim_filesystems(state.disk, tree_of(state))))
+
+    yield Step("Freeing unused blocks", trim)
+    # Only a system with logical volumes has them.
+    calls = (Call("zero_unused_blocks", ("VOLUME",)), Call("zero_swap", ("VOLUME",)))
+    yield Step(
+        "Zeroing logical volumes",
+        doing(lambda state: zero_logical_volumes(tree_of(state), state.unfreed)),
+        when=lambda state: has_logical_to_zero(tree_of(state), state.unfreed),
+        calls=calls,
+    )
+
+
+def steps(build: Build) -> Iterator[Step]:
+    """Give the steps on the disk, which is mounted no more."""
+    disk = build.disk_path
+    yield Step(
+        "Zeroing unused blocks",
+        doing(lambda state: zero_unused_blocks(state.disk, state.unfreed)),
+        [zerofree_argv(disk, "OFFSET")],
+        when=lambda state: bool(_with_unused_blocks(state.unfreed)),
+    )
+    yield Step(
+        "Zeroing swap space",
+        doing(lambda state: zero_swap(state.disk, state.volumes)),
+        [punch_argv(disk, "OFFSET", "SIZE")],
+        when=lambda state: bool(_with_swap(state.volumes)),
+    )
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that freeing and zeroing need."""
+    return ["fallocate", "zerofree"]
+
+
+def trim_filesystems(disk: Disk, tree: Tree) -> list[Volume]:
     """Give the unused blocks of the mounted filesystems back; return those that are not all zeros then.
 
     They are holes of the disk's file then.  A file has no holes that are smaller than a block of
     the filesystem that it is on, and a thin pool of LVM frees no less than a chunk.
     """
     unfreed = []
-    with step("Freeing unused blocks"):
-        for filesystem in tree.filesystems:
-            volume = filesystem.volume
-            freed = filesystem.trim()
-            if freed is None:
-                logger.info("%s can't free blocks, or what the disk is on can't.", _name(volume))
-            else:
-                logger.info("%s had %s unused.", _name(volume), format_size(freed))
-            at_once = max(os.statvfs(disk.path).f_bsize, filesystem.discard_size())
-            if freed is None or filesystem.block_size() < at_once:
-                unfreed.append(volume)
+    for filesystem in tree.filesystems:
+        volume = filesystem.volume
+        freed = filesystem.trim()
+        if freed is None:
+            logger.info("%s can't free blocks, or what the disk is on can't.", _name(volume))
+        else:
+            logger.info("%s had %s unused.", _name(volume), format_size(freed))
+        at_once = max(os.statvfs(disk.path).f_bsize, filesystem.discard_size())
+        if freed is None or filesystem.block_size() < at_once:
+            unfreed.append(volume)
     return unfreed
 
 
@@ -59,45 +100,57 @@ def punch_argv(disk: Path, offset: int | str, size: int | str) -> list[str]:
     return ["fallocate", "--punch-hole", "--offset", str(offset), "--length", str(size), str(disk)]
 
 
-def zero_unused_blocks(build: Build, disk: Disk, unfreed: Sequence[Volume]) -> None:
+def _with_unused_blocks(unfreed: Sequence[Volume]) -> list[Partition]:
+    """Return the partitions among *unfreed* whose unused blocks can be zeroed."""
+    return [volume.partition for volume in unfreed if volume.filesystem in _ZEROFREE_FILESYSTEMS and volume.partition]
+
+
+def zero_unused_blocks(disk: Disk, unfreed: Sequence[Volume]) -> None:
     """Zero what is in the unused blocks of those of *unfreed* that are partitions with ext2, ext3 or ext4.
 
     It reads them one by one, which takes longer than the conversion of the disk: only for what could
     not be freed.
     """
-    found = [volume.partition for volume in unfreed if volume.filesystem in _ZEROFREE_FILESYSTEMS]
-    partitions = [partition for partition in found if partition]
-    if not partitions:
-        return
-    with step("Zeroing unused blocks"):
-        for partition in partitions:
-            command.run(zerofree_argv(disk.path, partition.offset))
+    for partition in _with_unused_blocks(unfreed):
+        command.run(zerofree_argv(disk.path, partition.offset))
 
 
-def zero_logical_volumes(build: Build, tree: Tree, unfreed: Sequence[Volume]) -> None:
-    """Do to the logical volumes of *tree* what the other two do to partitions, while it is mounted."""
-    blocks = [volume for volume in unfreed if not volume.partition]
+def _logical(tree: Tree, unfreed: Sequence[Volume]) -> tuple[list[Volume], list[Volume]]:
+    """Return the logical volumes of *tree* whose blocks are to be zeroed, and those with swap space."""
     swap = [volume for volume in tree.volumes if not volume.partition and volume.filesystem == layout.SWAP]
-    if tree.logical is None or not (blocks or swap):
-        return
+    return [volume for volume in unfreed if not volume.partition], swap
+
+
+def has_logical_to_zero(tree: Tree, unfreed: Sequence[Volume]) -> bool:
+    """Return whether ``zero_logical_volumes`` has something to do."""
+    return tree.logical is not None and any(_logical(tree, unfreed))
+
+
+def zero_logical_volumes(tree: Tree, unfreed: Sequence[Volume]) -> None:
+    """Do to the logical volumes of *tree* what the other two do to partitions, while it is mounted."""
+    assert tree.logical is not None
+    blocks, swap = _logical(tree, unfreed)
     thin = {found.volume.name for found in tree.filesystems if found.discard_size() > found.block_size()}
-    with step("Zeroing logical volumes"):
-        for volume in blocks:
-            if volume.filesystem in _ZEROFREE_FILESYSTEMS:
-                tree.logical.zero_unused_blocks(volume)
-            elif volume.name in thin and not tree.logical.fill_unused_blocks(volume):
-                logger.warning("The unused blocks of %s are not zeroed: its thin pool is too small.", volume.name)
-        for volume in swap:
-            tree.logical.zero_swap(volume)
+    for volume in blocks:
+        if volume.filesystem in _ZEROFREE_FILESYSTEMS:
+            tree.logical.zero_unused_blocks(volume)
+        elif volume.name in thin and not tree.logical.fill_unused_blocks(volume):
+            logger.warning("The unused blocks of %s are not zeroed: its thin pool is too small.", volume.name)
+    for volume in swap:
+        tree.logical.zero_swap(volume)
 
 
-def zero_swap(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
+def _with_swap(volumes: Sequence[Volume]) -> list[tuple[Volume, Partition]]:
+    """Return those of *volumes* that are partitions with swap space."""
+    return [(volume, volume.partition) for volume in volumes if volume.filesystem == layout.SWAP and volume.partition]
+
+
+def zero_swap(disk: Disk, volumes: Sequence[Volume]) -> None:
     """Zero what was swapped out to those of *volumes* that are partitions, but for the header: UUID and label stay."""
-    found = [(volume, volume.partition) for volume in volumes if volume.filesystem == layout.SWAP]
-    partitions = [(volume, partition) for volume, partition in found if partition]
+    partitions = _with_swap(volumes)
     if not partitions:
         return
-    with step("Zeroing swap space"), disk.path.open("r+b") as file:
+    with disk.path.open("r+b") as file:
         for volume, partition in partitions:
             start = os.pread(file.fileno(), max(_PAGES), partition.offset)
             page = next((size for size in _PAGES if start[:size].endswith(_SWAP_MAGIC)), None)

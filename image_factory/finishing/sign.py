@@ -1,16 +1,15 @@
 """Sign what is published: one detached OpenPGP signature of the checksums of all files, by gpg."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..base import files, openpgp, scratch
 from ..base.errors import BuildError, ConfigurationError
-from ..base.log import logger, step
-from ..base.openpgp import HOME_PREFIX, import_argv, sign_argv
+from ..base.log import logger
+from ..base.openpgp import HOME_PREFIX, export_argv, import_argv, sign_argv
 from ..model import SIGNATURE_SUFFIX, SUMS_SUFFIX, Artifact, Build, Plan
-
-STEP = "Signing"
+from ..parts import State, Step
 
 
 def programs(plan: Plan) -> list[str]:
@@ -24,7 +23,7 @@ def check(plan: Plan) -> None:
     if not name:
         return
     try:
-        with scratch.directory() as directory, openpgp.secret_key(name) as key:
+        with scratch.directory() as directory, openpgp.secret_key(name, quiet=True) as key:
             sums = directory / "sums"
             sums.touch()
             openpgp.sign(key, sums, _signature(sums), quiet=True)
@@ -32,24 +31,39 @@ def check(plan: Plan) -> None:
         raise ConfigurationError(f"[{plan.image}] sign-key: {error.message}", hint=error.hint) from error
 
 
+def steps(build: Build) -> Iterator[Step]:
+    """Give the step that signs, if there is a ``sign-key``."""
+    name = build.plan.settings.sign_key
+    if not name:
+        return
+    sums = build.directory / f"{build.plan.base_name}{SUMS_SUFFIX}"
+    options: tuple[str, ...] = ()
+    if "/" in name:
+        options = ("--homedir", str(scratch.PARENT / f"{HOME_PREFIX}XXXXXXXX"))
+    commands = [sign_argv(options, "FINGERPRINT", sums, _signature(sums)), export_argv(options, "FINGERPRINT")]
+
+    def run(state: State) -> State:
+        return dataclasses.replace(state, artifacts=tuple(sign_all(state.build, state.artifacts)))
+
+    yield Step("Signing", run, [import_argv(options, Path(name)), *commands] if options else commands)
+
+
 def sign_all(build: Build, artifacts: Sequence[Artifact]) -> list[Artifact]:
     """Write the checksums of *artifacts* and all that belongs to them, sign these, and return them with both files.
 
-    Nothing is done without a ``sign-key``; BuildError if it doesn't sign.
+    BuildError if the ``sign-key`` doesn't sign.
     """
     name = build.plan.settings.sign_key
-    if not name:
-        return list(artifacts)
-    with step(STEP):
-        sums = build.directory / f"{build.plan.base_name}{SUMS_SUFFIX}"
-        signature = _signature(sums)
-        sums.write_text(_sums(artifacts), encoding="utf-8")
-        try:
-            with openpgp.secret_key(name) as key:
-                openpgp.sign(key, sums, signature)
-        except BuildError as error:
-            raise BuildError(f"{sums.name} can't be signed: {error.message}", hint=error.hint) from error
-        logger.info("%s is signed with key %s.", sums.name, key.fingerprint)
+    assert name is not None
+    sums = build.directory / f"{build.plan.base_name}{SUMS_SUFFIX}"
+    signature = _signature(sums)
+    sums.write_text(_sums(artifacts), encoding="utf-8")
+    try:
+        with openpgp.secret_key(name) as key:
+            openpgp.sign(key, sums, signature)
+    except BuildError as error:
+        raise BuildError(f"{sums.name} can't be signed: {error.message}", hint=error.hint) from error
+    logger.info("%s is signed with key %s.", sums.name, key.fingerprint)
     written = tuple((path.name, files.digest_of(path)) for path in (sums, signature))
     return [dataclasses.replace(found, companions=(*found.companions, *written)) for found in artifacts]
 
@@ -69,18 +83,6 @@ def _sums(artifacts: Sequence[Artifact]) -> str:
         pairs = [(artifact.path.name, artifact.sha256), of_checksum, *artifact.companions]
         lines += [f"{digest}  {name}\n" for name, digest in pairs]
     return "".join(lines)
-
-
-def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
-    """Return the step with its commands, if there is something to sign."""
-    name = build.plan.settings.sign_key
-    if not name:
-        return []
-    sums = build.directory / f"{build.plan.base_name}{SUMS_SUFFIX}"
-    if "/" not in name:
-        return [(STEP, [sign_argv((), name, sums, _signature(sums))])]
-    options = ("--homedir", str(scratch.PARENT / f"{HOME_PREFIX}XXXXXXXX"))
-    return [(STEP, [import_argv(options, Path(name)), sign_argv(options, "FINGERPRINT", sums, _signature(sums))])]
 
 
 def _signature(sums: Path) -> Path:

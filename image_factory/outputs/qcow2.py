@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from ..base import command
-from ..base.log import step
 from ..model import Artifact, Build, Disk, Origin
 
 MADE_FROM: Origin = "disk"
@@ -43,6 +42,5 @@ def commands(build: Build) -> list[list[str]]:
 def write(build: Build, disk: Disk) -> Artifact:
     """Convert the disk."""
     path = build.directory / build.plan.file_name("qcow2")
-    with step(STEP):
-        command.run(convert_argv(build, path), progress=parse_progress)
+    command.run(convert_argv(build, path), progress=parse_progress)
     return Artifact(path, "qcow2", disk.path.stat().st_size)

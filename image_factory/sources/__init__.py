@@ -5,7 +5,8 @@ from typing import Protocol
 
 from ..base.events import InputUsed
 from ..configuration.settings import ImageSettings
-from ..model import Build, Disk, Plan
+from ..model import Build, Plan
+from ..parts import Steps
 from . import installer
 
 
@@ -50,11 +51,8 @@ class Source(Protocol):
     def urls_of_guest(self, plan: Plan) -> dict[str, str]:
         """Return the URLs that its guest fetches from, by key."""
 
-    def describe(self, build: Build) -> list[tuple[str, list[list[str]]]]:
-        """Return its steps, each with the commands it will run."""
-
-    def produce(self, build: Build) -> Disk:
-        """Make the disk; BuildError if that fails."""
+    def steps(self, build: Build) -> Steps:
+        """Give the steps that make the disk; InstalledError of one where the disk is of use all the same."""
 
 
 SOURCES: dict[str, Source] = {"installer": installer}

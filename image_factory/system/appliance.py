@@ -10,7 +10,7 @@ import re
 import stat
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,8 @@ from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.log import logger, step
 from ..model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
 from . import assembly, layout
+from .rehearsal import Call
 from .tree import Branch, Tree
-
-STEP = "Mounting the filesystems"
 
 BOOT = Path("/boot")
 MODULES = Path("/lib/modules")
@@ -107,31 +106,46 @@ def _sort_key(kernel: Path) -> list[tuple[int, str]]:
     return [(int(digits or 0), other) for digits, other in re.findall(r"([0-9]+)|([^0-9]+)", _version(kernel))]
 
 
-def describe(
-    build: Build, shown: Sequence[str], removed: Sequence[str], sealed: Mapping[str, Sequence[str]]
-) -> list[tuple[str, list[list[str]]]]:
-    """Return the steps on the tree with their commands; nothing is *shown* or *sealed* if that is empty."""
-    # The commands for guestfish itself are no commands for a shell.
-    place = "/partition-N"
-    mounting = (f"mkmountpoint {place}", _mount_line("DEVICE", place))
-    return [
-        (STEP, [_ARGV, *_comments(_add_line(Disk(build.disk_path)), "run", *mounting)]),
-        *(
-            [("Showing installer logs", _comments(*(f"download {place}/{pattern}" for pattern in shown)))]
-            if shown
-            else []
-        ),
-        ("Removing installer logs", _comments(*(f"rm-rf {place}/{pattern}" for pattern in removed))),
-        *([("Sealing", _comments(*_sealing_lines(place, sealed)))] if sealed else []),
-        ("Freeing unused blocks", [_punch_argv(build), *_comments("sync", f"-fstrim {place}")]),
-        ("Unmounting", _comments("umount-all", "shutdown")),
-    ]
+# The commands of guestfish, by the operations of a filesystem, for each of their paths.
+_LINES = {
+    "show": "pread {place}/{}",
+    "entries": "ls0 {place}/{}",
+    "read": "pread {place}/{}",
+    "load": "pread {place}/{}",
+    "write": "upload LOCAL {place}/{}",
+    "rename": "rename {place}/{} {place}/NAME",
+    "remove": "rm-rf {place}/{}",
+    "truncate": "truncate {place}/{}",
+    "usage": "du {place}/{}",
+    "zero_unused_blocks": "zerofree {}",
+    "fill_unused_blocks": "zero-free-space {place}",
+    "zero_swap": "mkswap {}",
+}
+_PLACE = "/partition-N"
 
 
-def _sealing_lines(place: str, sealed: Mapping[str, Sequence[str]]) -> list[str]:
-    verbs = {"list": "ls0", "read": "download", "remove": "rm-rf", "truncate": "truncate"}
-    lines = [f"{verb} {place}/{pattern}" for name, verb in verbs.items() for pattern in sealed.get(name, ())]
-    return [*lines, f"upload LOCAL {place}/FILE", f"rename {place}/FILE {place}/NAME"]
+def mounting(build: Build, disk: Path) -> list[list[str]]:
+    """Return the commands that mount the system on *disk*; those for guestfish itself are none for a shell."""
+    lines = (f"mkmountpoint {_PLACE}", _mount_line("DEVICE", _PLACE))
+    return [_ARGV, *_comments(_add_line(Disk(disk)), "run", *lines)]
+
+
+def commands(build: Build, calls: Sequence[Call]) -> list[list[str]]:
+    """Return the commands that *calls* on the system are."""
+    found: list[list[str]] = []
+    for call in calls:
+        if call.operation == "trim":
+            found += [_punch_argv(build), *_comments("sync", f"-fstrim {_PLACE}")]
+        elif line := _LINES.get(call.operation):
+            # What is behind a path is its new name or its mode.
+            paths = call.words[:1] if call.operation in ("write", "rename") else call.words
+            found += _comments(*(line.format(path, place=_PLACE) for path in paths))
+    return found
+
+
+def unmounting(build: Build) -> list[list[str]]:
+    """Return the commands that unmount it."""
+    return _comments("umount-all", "shutdown")
 
 
 def _comments(*lines: str) -> list[list[str]]:
@@ -170,11 +184,11 @@ def quoted(text: str) -> str:
     ) + '"'  # fmt: skip
 
 
-def environment(build: Build, disk: Disk) -> dict[str, str]:
+def environment(build: Build) -> dict[str, str]:
     """Return the environment of guestfish: no libvirt, and no KVM where it can't be used."""
     # Its files go away with the working directory, also when it is killed.
     variables = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_TMPDIR": str(build.directory)}
-    if disk.virt_type == "qemu":
+    if build.virt_type == "qemu":
         variables["LIBGUESTFS_BACKEND_SETTINGS"] = "force_tcg"
     return {**os.environ, **variables}
 
@@ -598,9 +612,9 @@ class ApplianceLogicalVolumes:
 @contextmanager
 def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tree]:
     """Give the system on *volumes* of *disk*, mounted in the appliance; NoSystemError if there is none."""
-    environ = environment(build, disk)
+    environ = environment(build)
     with ExitStack() as stack:
-        with step(STEP):
+        with step(assembly.MOUNTING):
             guestfish = stack.enter_context(
                 command.conversation(_ARGV, env=environ, timeout=_ANSWER_SECONDS, stop_seconds=_STOP_SECONDS)
             )
@@ -609,7 +623,7 @@ def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tre
             found = _mount_all(build, guestfish, [*volumes, *_logical_volumes(guestfish, volumes)])
         with assembly.writable(found, disk.path.parent):
             yield found
-        with step("Unmounting"):
+        with step(assembly.UNMOUNTING):
             guestfish.do("umount-all")
             guestfish.do("shutdown")
 
@@ -623,7 +637,7 @@ def shell(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:
         # Not at once: where the mount point is a link of the guest's, it would be mounted somewhere else.
         logger.info("For %s: mount-options %s %s %s", point, ",".join(options) or '""', device, point)
     argv = [*_ARGV, "--format=raw", "--add", str(disk.path), "--mount", ":".join(root)]
-    command.interact(argv, env=environment(build, disk))
+    command.interact(argv, env=environment(build))
 
 
 def _mount_words(branch: Branch) -> tuple[str, ...]:

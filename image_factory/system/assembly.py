@@ -21,6 +21,10 @@ from . import fstab, layout
 from .privileged import takes_top
 from .tree import Branch, Snapshot, Tree, Unreached
 
+# What the log calls the steps that mount a system and unmount it, whatever the way.
+MOUNTING = "Mounting the filesystems"
+UNMOUNTING = "Unmounting"
+
 # Of a guest's text in a message.
 _LONGEST_QUOTE = 100
 

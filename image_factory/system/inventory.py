@@ -19,13 +19,11 @@ from typing import Any, Protocol
 
 from ..base import interrupts
 from ..base.errors import BuildError
-from ..base.log import logger, printable, step
+from ..base.log import logger, printable
 from ..base.units import format_size
 from ..model import INVENTORY_NAME, Build
 from . import rpmdb
 from .tree import Tree
-
-STEP = "Listing packages"
 
 
 class Read(Protocol):
@@ -100,17 +98,14 @@ class Inventory:
 
 
 def take_inventory(build: Build, tree: Tree) -> None:
-    """Write down in the working directory what is in the system *tree*, if there is to be a manifest."""
-    if not build.plan.settings.manifest:
-        return
-    with step(STEP):
-        # Reading changes nothing, so a signal may come at any point.
-        with interrupts.interruptible():
-            found = Inventory(read_os(tree.load), read_packages(tree.load, build.directory), _sizes(tree))
-        known = sum(package.licenses is not None for package in found.packages)
-        name = found.os.get("pretty_name", "The system")
-        logger.info("%s has %d packages; the licenses of %d are known.", name, len(found.packages), known)
-        _path(build).write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
+    """Write down in the working directory what is in the system *tree*."""
+    # Reading changes nothing, so a signal may come at any point.
+    with interrupts.interruptible():
+        found = Inventory(read_os(tree.load), read_packages(tree.load, build.directory), _sizes(tree))
+    known = sum(package.licenses is not None for package in found.packages)
+    name = found.os.get("pretty_name", "The system")
+    logger.info("%s has %d packages; the licenses of %d are known.", name, len(found.packages), known)
+    _path(build).write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
 
 
 def _sizes(tree: Tree) -> dict[str, int]:

@@ -6,7 +6,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,8 @@ from ..base.errors import BuildError, ConfigurationError
 from ..base.log import logger, step, waiting
 from ..model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
 from . import assembly, layout, privileged
+from .rehearsal import Call
 from .tree import Tree
-
-STEP = "Mounting the filesystems"
 
 # The helper mounts nowhere else.
 MOUNT_DIRECTORY = Path("/tmp")
@@ -166,21 +165,41 @@ def unsuited(plan: Plan) -> str | None:
     return f"{plan.output_dir} is on {found.kind}, which a user has mounted: the helper mounts no image from there."
 
 
-def describe(
-    build: Build, shown: Sequence[str], removed: Sequence[str], sealed: Mapping[str, Sequence[str]]
-) -> list[tuple[str, list[list[str]]]]:
-    """Return the steps on the tree with their commands; nothing is *shown* or *sealed* if that is empty."""
-    place = f"{MOUNT_DIRECTORY}/{MOUNT_PREFIX}XXXXXXXX/partition-N"
+# The verbs of the helper, by the operations of a filesystem; what is not here needs no root.
+_VERBS = {
+    "show": "show",
+    "entries": "list",
+    "read": "read",
+    "write": "write",
+    "rename": "rename",
+    "remove": "remove",
+    "truncate": "truncate",
+    "usage": "usage",
+    "key_files": "keys",
+    "trim": "trim",
+}
+_PLACE = f"{MOUNT_DIRECTORY}/{MOUNT_PREFIX}XXXXXXXX/partition-N"
+
+
+def mounting(build: Build, disk: Path) -> list[list[str]]:
+    """Return the commands that mount the system on *disk*."""
     helper = privileged.helper_argv
-    mount = helper("mount-image", str(build.disk_path), "OFFSET", "SIZE", place)
     return [
-        (STEP, [mount, helper("list", place, *layout.ROOT_MARKS), helper("read", place, *assembly.MOUNT_LISTS)]),
-        *([("Showing installer logs", [helper("show", place, *shown)])] if shown else []),
-        ("Removing installer logs", [helper("remove", place, *removed)]),
-        *([("Sealing", [helper(verb, place, *words) for verb, words in sealed.items()])] if sealed else []),
-        ("Freeing unused blocks", [helper("trim", place)]),
-        ("Unmounting", [helper("umount", place)]),
+        helper("mount-image", str(disk), "OFFSET", "SIZE", _PLACE),
+        helper("list", _PLACE, *layout.ROOT_MARKS),
+        helper("read", _PLACE, *assembly.MOUNT_LISTS),
     ]
+
+
+def commands(build: Build, calls: Sequence[Call]) -> list[list[str]]:
+    """Return the commands that *calls* on the system are."""
+    known = [(_VERBS[call.operation], call.words) for call in calls if call.operation in _VERBS]
+    return [privileged.helper_argv(verb, _PLACE, *filter(None, words)) for verb, words in known]
+
+
+def unmounting(build: Build) -> list[list[str]]:
+    """Return the commands that unmount it."""
+    return [privileged.helper_argv("umount", _PLACE)]
 
 
 @contextmanager
@@ -188,7 +207,7 @@ def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tre
     """Give the system on *volumes* of *disk*, mounted; NoSystemError if there is none."""
     # The directory around the mount points is the user's alone: no one else sees the guest's files.
     with _mount_directory(mount_record(disk.path.parent)) as directory, released(partial(_umount_all, directory)):
-        with step(STEP):
+        with step(assembly.MOUNTING):
             found = _mount_all(disk, volumes, directory)
         with assembly.writable(found, disk.path.parent):
             yield found
@@ -314,7 +333,7 @@ def _umount_all(directory: Path) -> None:
     points = [path for path in _mount_points(directory) if os.path.ismount(path)]
     if not points:
         return
-    with step("Unmounting"):
+    with step(assembly.UNMOUNTING):
         failures = []
         for path in points:
             try:

@@ -1,15 +1,17 @@
 """How the filesystems of a disk are reached: each way is a module with the functions of ``Way``."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from ..base import command
 from ..base.errors import BuildError, ConfigurationError
 from ..base.log import logger, step
 from ..model import Build, Disk, Plan, Volume
-from . import appliance, layout, loop, privileged
+from . import appliance, assembly, layout, loop, privileged
+from .rehearsal import Call
 from .tree import Tree
 
 STEP = "Reading the partition table"
@@ -24,10 +26,14 @@ class Way(Protocol):
     def check(self, plan: Plan) -> None:
         """Raise ConfigurationError if it is known already that it can't be gone here."""
 
-    def describe(
-        self, build: Build, shown: Sequence[str], removed: Sequence[str], sealed: Mapping[str, Sequence[str]]
-    ) -> list[tuple[str, list[list[str]]]]:
-        """Return the steps on the tree, each with its commands; nothing is *shown* or *sealed* if that is empty."""
+    def mounting(self, build: Build, disk: Path) -> list[list[str]]:
+        """Return the commands that mount the system on *disk*."""
+
+    def commands(self, build: Build, calls: Sequence[Call]) -> list[list[str]]:
+        """Return the commands that *calls* on the system are."""
+
+    def unmounting(self, build: Build) -> list[list[str]]:
+        """Return the commands that unmount it."""
 
     def mounted(self, build: Build, disk: Disk, volumes: Sequence[Volume]) -> AbstractContextManager[Tree]:
         """Give the system on *volumes*, the partitions of *disk*, mounted; NoSystemError if there is none."""
@@ -49,13 +55,20 @@ def check(plan: Plan) -> None:
     _way(plan).check(plan)
 
 
-def describe(
-    build: Build, shown: Sequence[str], removed: Sequence[str], sealed: Mapping[str, Sequence[str]]
-) -> list[tuple[str, list[list[str]]]]:
-    """Return the steps on the tree, each with its commands; nothing is *shown* or *sealed* if that is empty."""
-    image = build.disk_path
-    reading = [layout.table_argv(image), layout.probe_argv(image, "OFFSET", "SIZE")]
-    return [(STEP, reading), *_way(build.plan).describe(build, shown, removed, sealed)]
+Described = list[tuple[str, list[list[str]]]]
+
+
+def around(build: Build, disk: Path) -> tuple[Described, Described]:
+    """Return the steps that mount the system on *disk*, and those that unmount it, each with its commands."""
+    way = _way(build.plan)
+    reading = [layout.table_argv(disk), layout.probe_argv(disk, "OFFSET", "SIZE")]
+    mounting = [(STEP, reading), (assembly.MOUNTING, way.mounting(build, disk))]
+    return mounting, [(assembly.UNMOUNTING, way.unmounting(build))]
+
+
+def commands(build: Build, calls: Sequence[Call]) -> list[list[str]]:
+    """Return the commands that *calls* on the mounted system are."""
+    return _way(build.plan).commands(build, calls)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from typing import cast
 
 import pytest
 
-from image_factory import pipeline
 from image_factory.base import interrupts
 from image_factory.base.command import Conversation
 from image_factory.base.errors import BuildError, CommandError, ConfigurationError, Interrupted, NoSystemError
@@ -25,7 +24,7 @@ from image_factory.model import READ_ONLY_NAME, Build, Change, Disk, Partition, 
 from image_factory.system import appliance, inventory, loop, mounts
 from image_factory.system.tree import Branch
 
-from ..conftest import OWN, machine_state, run, wait_for
+from ..conftest import OWN, done_stage, machine_state, run, wait_for
 from .test_loop import is_read_only, make_micro
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -167,8 +166,8 @@ def finish_both(builds: dict[str, Build], caplog: pytest.LogCaptureFixture) -> d
     for way, build in builds.items():
         caplog.clear()
         start = time.monotonic()
-        pipeline.clean_disk(build, Disk(build.disk_path))
-        [artifact] = pipeline.write_artifacts(build, Disk(build.disk_path))
+        done_stage(build, "clean")
+        [artifact] = done_stage(build, "convert").artifacts
         print(f"{way}: finished in {time.monotonic() - start:.1f} s")
         artifact.path.rename(image(build))
         said[way] = shown_and_removed(caplog.messages)
@@ -380,9 +379,9 @@ def test_nothing_is_left_in_the_chunks_of_a_thin_pool(tmp_path: Path) -> None:
     ]
     script = tmp_path / "script"
     script.write_text("\n".join(lines) + "\n")
-    run("guestfish", "-f", script, env=appliance.environment(build, disk))
+    run("guestfish", "-f", script, env=appliance.environment(build))
     assert disk.path.read_bytes().count(b"a secret of the build") >= 128
-    pipeline.clean_disk(build, disk)
+    done_stage(build, "clean")
     data = disk.path.read_bytes()
     assert data.count(b"kept....") >= 128
     assert data.count(b"a secret of the build") == 0
@@ -654,7 +653,7 @@ def test_what_a_shell_mounts(name: str, number: int | None, kind: str, top: str,
 
 def test_environment(tmp_path: Path) -> None:
     build = make_build(tmp_path / "build")
-    environment = appliance.environment(build, Disk(build.disk_path, "qemu"))
+    environment = appliance.environment(dataclasses.replace(build, virt_type="qemu"))
     assert environment["LIBGUESTFS_BACKEND"] == "direct"
     assert environment["LIBGUESTFS_BACKEND_SETTINGS"] == "force_tcg"
-    assert "LIBGUESTFS_BACKEND_SETTINGS" not in appliance.environment(build, Disk(build.disk_path, "kvm"))
+    assert "LIBGUESTFS_BACKEND_SETTINGS" not in appliance.environment(dataclasses.replace(build, virt_type="kvm"))

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from image_factory import pipeline
 from image_factory.base.errors import BuildError
+from image_factory.checks import audit
 from image_factory.model import Build, Disk
+from image_factory.parts import carry_out
 from image_factory.system import appliance, loop, mounts
 
-from ..conftest import REPOSITORY, machine_state, run
+from ..conftest import REPOSITORY, done_stage, machine_state, run
 from .test_appliance import make_build as any_build
 from .test_seal import make_build
 
@@ -84,7 +85,7 @@ def test_snapshots_are_found_and_sealed(tmp_path: Path, way: str, caplog: pytest
     make_snapshots(build.disk_path)
     assert KEY in build.disk_path.read_bytes()
     caplog.set_level("INFO", logger="image-factory")
-    pipeline.clean_disk(build, Disk(build.disk_path))
+    done_stage(build, "clean")
     assert "/ is on partition 2 (btrfs, subvolume root)." in caplog.messages
     assert sorted(message.partition("system: ")[2] for message in caplog.messages if "more than the" in message) == [
         f"{copy}." for copy in COPIES
@@ -108,11 +109,10 @@ def test_snapshots_are_found_and_sealed(tmp_path: Path, way: str, caplog: pytest
 def test_snapshots_are_a_finding_of_the_audit(tmp_path: Path) -> None:
     build = make_build(tmp_path / "build", "seal = yes\nseal-skip = snapshots\naudit = yes\nmount-via = loop\n")
     make_snapshots(build.disk_path)
-    disk = Disk(build.disk_path)
-    pipeline.clean_disk(build, disk)
-    artifacts = pipeline.write_artifacts(build, disk)
+    done_stage(build, "clean")
+    state = done_stage(build, "convert")
     with pytest.raises(BuildError, match="has what must not be cloned: ") as caught:
-        pipeline.audit.audit_artifacts(build, disk, artifacts)
+        carry_out(state, audit.steps(build))
     assert all(copy in caught.value.message for copy in COPIES)
     assert "audit-skip = copies" in (caught.value.hint or "")
 
@@ -135,12 +135,12 @@ def test_system_partition(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         only_loop = any_build(tmp_path / "other", "loop", seal=True)
         only_loop.disk_path.symlink_to(build.disk_path)
         with pytest.raises(BuildError) as caught:
-            pipeline.clean_disk(only_loop, Disk(build.disk_path))
+            done_stage(only_loop, "clean")
         assert caught.value.message == (
             "/efi can't be looked into: partition 1 has vfat, for which this machine's kernel has no driver."
         )
         assert "mount-via = guestfs" in (caught.value.hint or "")
-    pipeline.clean_disk(build, Disk(build.disk_path))
+    done_stage(build, "clean")
     assert {"/efi is on partition 1 (vfat).", "Removed /efi/loader/random-seed"} <= set(caplog.messages)
     with mounts.mounted(build, Disk(build.disk_path)) as tree:
         assert [entry.path for entry in tree.entries(["efi/*", "efi/loader/*"])] == ["efi/EFI", "efi/loader"]
@@ -167,7 +167,7 @@ def lvm_disk(build: Build) -> Disk:
     ]
     script = build.directory / "script"
     script.write_text("\n".join(lines) + "\n")
-    run("guestfish", "-f", script, env=appliance.environment(build, disk))
+    run("guestfish", "-f", script, env=appliance.environment(build))
     return disk
 
 
@@ -178,9 +178,9 @@ def test_logical_volume_and_its_snapshot(tmp_path: Path, caplog: pytest.LogCaptu
     """
     caplog.set_level("INFO", logger="image-factory")
     build = any_build(tmp_path / "a, b=\"c\" 'd'\\x:é*", "guestfs")
-    disk = lvm_disk(build)
-    pipeline.clean_disk(build, disk)
-    pipeline.write_artifacts(build, disk)
+    lvm_disk(build)
+    done_stage(build, "clean")
+    done_stage(build, "convert")
     assert {
         "/ is on /dev/a-group/system (ext4).",
         "The disk has more than the system: /dev/a-group/before is a snapshot of system.",

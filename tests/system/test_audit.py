@@ -5,6 +5,7 @@ integration/test_audit.py.
 """
 
 import base64
+import dataclasses
 import datetime
 import json
 import os
@@ -21,9 +22,11 @@ from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.checks import audit, search
 from image_factory.checks.audit import Finding, Secrets
 from image_factory.configuration.files import Configuration
-from image_factory.model import Artifact, Build, Disk, Plan
+from image_factory.model import Artifact, Build, Plan
+from image_factory.parts import Group, State, Step, carry_out, doing
 from image_factory.sources.installer import answers, delivery
 
+from ..conftest import state_of
 from ..unit.test_leftovers import HASH, KEY, OTHER_HASH
 
 M = 1 << 20
@@ -432,7 +435,11 @@ def test_each_format_is_read_and_stays_as_it_is(tmp_path: Path, disk: Path, imag
     in_a_deleted_file(disk, KINDS["passwords"])
     artifact = artifact_of(build := build_of(tmp_path, "audit = yes"), image_format, disk)
     before = artifact.path.read_bytes()
-    with pytest.raises(RuntimeError, match="inside"), audit._reopened(build, artifact) as copy:
+    [group] = audit.steps(build)
+    assert isinstance(group, Group)
+    copy = audit.copy_path(build)
+
+    def look(_: State) -> None:
         assert copy.read_bytes() == disk.read_bytes()
         assert copy.stat().st_mode & 0o777 == 0o600
         assert copy.stat().st_blocks * 512 < SIZE // 2
@@ -440,27 +447,32 @@ def test_each_format_is_read_and_stays_as_it_is(tmp_path: Path, disk: Path, imag
         assert finding.check == "passwords"
         copy.write_bytes(b"changed")
         raise RuntimeError("inside")
+
+    steps = [group.steps[0], Step("Looking", doing(look))]
+    with pytest.raises(RuntimeError, match="inside"):
+        carry_out(state_of(build, [artifact]), [dataclasses.replace(group, steps=steps)])
     assert artifact.path.read_bytes() == before
     assert [path.name for path in build.directory.iterdir()] == [artifact.path.name]
 
 
 def test_artifacts_that_differ(tmp_path: Path, disk: Path) -> None:
     """What is found in one of them is said of all."""
-    build = build_of(tmp_path, "audit = yes")
+    build = build_of(tmp_path, "audit = yes\nformat = qcow2, raw")
+    compare, _ = audit.steps(build)
     first = artifact_of(build, "qcow2", disk)
     second = artifact_of(build, "raw", disk)
-    audit._compare(first, second)
+    carry_out(state_of(build, [first, second]), [compare])
     put(second.path, SWAP + M, b"x")
     with pytest.raises(BuildError, match=r"^x\.raw has not the contents of x\.qcow2\.$"):
-        audit._compare(first, second)
+        carry_out(state_of(build, [first, second]), [compare])
     second.path.unlink()
     with pytest.raises(BuildError, match="qemu-img failed with status 2"):
-        audit._compare(first, second)
+        carry_out(state_of(build, [first, second]), [compare])
 
 
 def test_without_audit_nothing_is_done(tmp_path: Path) -> None:
     build = build_of(tmp_path, "")
-    audit.audit_artifacts(build, Disk(tmp_path / "none"), [Artifact(tmp_path / "none", "raw", 1)])
+    assert list(audit.steps(build)) == []
 
 
 class Told:

@@ -13,10 +13,11 @@ from image_factory import checkpoint, pipeline
 from image_factory.base import events
 from image_factory.base.errors import BuildError, NoSystemError
 from image_factory.checks import audit
-from image_factory.model import Artifact, Build, Disk, Plan
+from image_factory.model import Artifact, Build, Plan
+from image_factory.parts import carry_out
 from image_factory.system import registrations
 
-from ..conftest import REPOSITORY, machine_state
+from ..conftest import REPOSITORY, machine_state, state_of
 from ..leftovers import LEFTOVERS
 from ..unit.test_leftovers import CLEAN, HASH, KEY, PLANTED, Contents, fill
 from .test_audit import PROXY, M, Told, build_of
@@ -68,7 +69,7 @@ def audited(build: Build, artifacts: list[Artifact]) -> events.Audited:
     before, observer = state(), Told()
     with events.observed(observer):
         try:
-            audit.audit_artifacts(build, Disk(build.disk_path), artifacts)
+            carry_out(state_of(build, artifacts), audit.steps(build))
         except BuildError:
             assert observer.events
             assert observer.events[0].findings
@@ -81,7 +82,7 @@ def audited(build: Build, artifacts: list[Artifact]) -> events.Audited:
 
 
 def test_clean_image_of_two_formats(tmp_path: Path) -> None:
-    build = make_build(tmp_path / "build", "loop")
+    build = make_build(tmp_path / "build", "loop", "format = qcow2, raw\n")
     fill(tmp_path / "top", CLEAN)
     event = audited(build, make_artifacts(build, tmp_path / "top", "qcow2", "raw"))
     assert event == events.Audited("x.qcow2", audit.NAMES, ())
@@ -124,7 +125,7 @@ def test_deleted_and_published(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     argv = ["debugfs", "-w", "-R", "rm gone", f"{artifacts[0].path}?offset={M}"]
     subprocess.run(argv, check=True, capture_output=True)
     with pytest.raises(BuildError) as caught:
-        audit.audit_artifacts(build, Disk(build.disk_path), artifacts)
+        carry_out(state_of(build, artifacts), audit.steps(build))
     assert caught.value.message.startswith("x.raw has what must not be cloned: the hash of a password, elsewhere than")
     assert (caught.value.hint or "").endswith("audit-skip = passwords, answer-file, proxy-password")
     for text in (caplog.text, str(caught.value), caught.value.hint or ""):
@@ -137,7 +138,7 @@ def test_image_without_a_system(tmp_path: Path) -> None:
     artifacts = make_artifacts(build, tmp_path / "top", "raw")
     subprocess.run(["mke2fs", "-q", "-F", "-E", f"offset={M}", artifacts[0].path, "80M"], check=True)
     with pytest.raises(NoSystemError):
-        audit.audit_artifacts(build, Disk(build.disk_path), artifacts)
+        carry_out(state_of(build, artifacts), audit.steps(build))
     assert not audit.copy_path(build).exists()
 
 
@@ -146,7 +147,7 @@ def installed(directory: Path, contents: Contents) -> Build:
     build = make_build(directory, "loop", "format = qcow2, raw\n")
     fill(directory / "top", contents)
     make_artifacts(build, directory / "top")
-    done = checkpoint.begin(build, Disk(build.disk_path), checkpoint.InputsUsed())
+    done = checkpoint.begin(build, checkpoint.InputsUsed())
     done.reach("cleaned")
     return build
 
@@ -187,19 +188,23 @@ def test_build_publishes_nothing_else(tmp_path: Path) -> None:
 
 def test_dry_run_has_its_commands(tmp_path: Path) -> None:
     plan = make_build(tmp_path / "build", "loop", "format = qcow2, raw\n").plan
-    steps = dict(pipeline.describe_build(plan))
-    names = list(steps)
+    described = pipeline.described(plan)
+    steps, names = dict(described), [name for name, _ in described]
     raw, qcow2 = (plan.file_name(name) for name in ("raw", "qcow2"))
     first = names.index(f"Comparing {raw}")
     assert names[first:-1] == [
         f"Comparing {raw}",
-        *(f"{verb} {qcow2}" for verb in ("Reopening", "Searching", "Auditing")),
+        *(f"{verb} {qcow2}" for verb in ("Reopening", "Searching")),
+        "Reading the partition table",
+        "Mounting the filesystems",
+        f"Auditing {qcow2}",
+        "Unmounting",
     ]
     assert names[-1] == "Publishing"
     [[program, verb, *_, target]] = steps[f"Reopening {qcow2}"]
     assert (program, verb, target) == ("qemu-img", "convert", str(plan.work_path / "audit.raw"))
     off = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, audit=False))
-    assert not {name.split()[0] for name, _ in pipeline.describe_build(off)} & {"Comparing", "Reopening", "Auditing"}
+    assert not {name.split()[0] for name, _ in pipeline.described(off)} & {"Comparing", "Reopening", "Auditing"}
 
 
 @pytest.mark.parametrize("sealed", ["yes", "no"])
@@ -215,7 +220,7 @@ def test_what_is_sealed_passes(tmp_path: Path, sealed: str) -> None:
     accounts = {name: CLEAN[name] for name in ("etc/passwd", "etc/shadow")}
     fill(tmp_path / "top", clean | makers | planted | system | accounts)
     make_artifacts(build, tmp_path / "top")
-    checkpoint.begin(build, Disk(build.disk_path), checkpoint.InputsUsed())
+    checkpoint.begin(build, checkpoint.InputsUsed())
     if sealed == "yes":
         assert len(pipeline.build_image(build.plan, resume=True)) == 1
         return

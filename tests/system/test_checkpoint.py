@@ -52,7 +52,7 @@ def begin(build: Build) -> Checkpoint:
         used.notice(events.InputUsed(key, str(path), path))
     used.notice(events.InputUsed("installer-image", "http://tree", None, "somebody"))
     used.notice(events.VirtTypeChosen("qemu"))
-    return checkpoint.begin(build, Disk(build.disk_path, "qemu"), used)
+    return checkpoint.begin(build, used)
 
 
 def test_what_is_to_be_read_only_again_is_known_to_who_goes_on(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_answers_that_change_during_the_installation(tmp_path: Path) -> None:
     used = checkpoint.InputsUsed()
     used.notice(events.InputUsed("preseed", str(tmp_path / "a.cfg"), copy))
     (tmp_path / "a.cfg").write_text("other answers")
-    checkpoint.begin(build, Disk(build.disk_path, "qemu"), used)
+    checkpoint.begin(build, used)
     with pytest.raises(ConfigurationError, match=r"^\[x\] preseed changed since the disk was installed\.$"):
         checkpoint.resumed(build.plan, build.directory)
     (tmp_path / "a.cfg").write_text("answers")
@@ -269,7 +269,7 @@ def test_answer_file_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "a.cfg").rename(copy)
     used = checkpoint.InputsUsed()
     used.notice(events.InputUsed("preseed", str(tmp_path / "a.cfg"), copy))
-    checkpoint.begin(build, Disk(build.disk_path, "qemu"), used)
+    checkpoint.begin(build, used)
     assert checkpoint.read(build.directory)
 
 
@@ -282,7 +282,7 @@ def test_further_files_of_the_answers(tmp_path: Path) -> None:
     used = checkpoint.InputsUsed()
     used.notice(events.InputUsed("answer-files", str(tmp_path / "b"), copy))
     (tmp_path / "b").write_text("changed")
-    found = checkpoint.begin(build, Disk(build.disk_path, "qemu"), used)
+    found = checkpoint.begin(build, used)
     with pytest.raises(ConfigurationError, match="answer-files changed since the disk was installed"):
         checkpoint.resumed(build.plan, build.directory)
     (tmp_path / "b").write_text("b")

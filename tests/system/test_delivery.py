@@ -3,6 +3,7 @@
 import dataclasses
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.configuration.files import Configuration
 from image_factory.configuration.parsers import parse_answer_files, parse_source
 from image_factory.model import Build
+from image_factory.parts import Group, Step, carry_out, doing
 from image_factory.sources import installer
 from image_factory.sources.installer import delivery, guest
 
+from ..conftest import shown, state_of
+
 REPOSITORY = Path(__file__).resolve().parents[2]
+
 SECRET = "hunter2"
 
 
@@ -31,6 +36,20 @@ def make_build(directory: Path, key: str, name: str, text: str = SECRET, extra: 
     build = Build(plan, plan.work_path, "MACHINE")
     build.directory.mkdir()
     return build
+
+
+def install(build: Build, instead: Callable[[], object]) -> None:
+    """Do what comes before and after the installation, and *instead* of that."""
+    *_, turn = installer.steps(build)
+    assert isinstance(turn, Group)
+    group = turn.steps[-1]
+    assert isinstance(group, Group)
+    *before, last = group.steps
+    assert isinstance(last, Step)
+    assert last.name == "Installing"
+    carry_out(
+        state_of(build), [dataclasses.replace(group, steps=[*before, Step(last.name, doing(lambda _: instead()))])]
+    )
 
 
 # key, the user's file -> its name for the installer, the kernel's argument, the label of the seed disk
@@ -71,8 +90,9 @@ def test_no_answer_file(tmp_path: Path) -> None:
     plan = pipeline.make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(tmp_path / "image-factory.conf")}), "x", {})
     build = Build(plan, build.directory, "MACHINE")
     assert guest.kernel_arguments(plan.settings) == ""
-    with delivery.seeded(build):
-        assert list(build.directory.iterdir()) == []
+    found: list[Path] = []
+    install(build, lambda: found.extend(build.directory.iterdir()))
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -85,13 +105,16 @@ def test_no_answer_file(tmp_path: Path) -> None:
 def test_seed_disk(tmp_path: Path, key: str, files: dict[str, str]) -> None:
     build = make_build(tmp_path, key, "a.json")
     delivery.write_copy(build)
-    with delivery.seeded(build):
-        seed = build.directory / "seed.iso"
+    seed = build.directory / "seed.iso"
+
+    def look() -> None:
         assert stat.S_IMODE(seed.stat().st_mode) == 0o600
         assert read_seed(seed, tmp_path / "read") == files
         assert label_of(seed) == delivery.DELIVERIES[key].label
         # Joliet's names, beside Rock Ridge's.
         assert all(name.encode("utf-16-be") in seed.read_bytes() for name in files)
+
+    install(build, look)
     assert not seed.exists()
 
 
@@ -114,9 +137,8 @@ def test_path_with_odd_characters(tmp_path: Path) -> None:
     directory.mkdir()
     build = make_build(directory, "autoinstall", "a.yaml")
     delivery.write_copy(build)
-    with delivery.seeded(build):
-        seed = build.directory / "seed.iso"
-        assert set(read_seed(seed, tmp_path / "read")) == {"user-data", "meta-data"}
+    install(build, lambda: read_seed(build.directory / "seed.iso", tmp_path / "read"))
+    assert {path.name for path in (tmp_path / "read").iterdir()} == {"user-data", "meta-data"}
 
 
 def test_further_files_in_the_initrd(tmp_path: Path) -> None:
@@ -134,7 +156,7 @@ def test_further_files_in_the_initrd(tmp_path: Path) -> None:
     assert delivery.write_further(build) == [(tmp_path / "b.ks", answers / "b.ks"), (tmp_path / "c", answers / "d.cfg")]
     assert (answers / "b.ks").read_bytes() == b"{{ b }}\r\n"
     assert {stat.S_IMODE(path.stat().st_mode) for path in answers.iterdir()} == {0o600}
-    assert ["#", "copy", f"{tmp_path}/c", "->", f"{answers}/d.cfg"] in dict(installer.describe(build))[
+    assert ["#", "copy", f"{tmp_path}/c", "->", f"{answers}/d.cfg"] in shown(build, installer.steps(build))[
         "Caching the installer"
     ]
 
@@ -145,9 +167,8 @@ def test_further_files_on_the_seed_disk(tmp_path: Path) -> None:
     delivery.check(build.plan)
     delivery.write_copy(build)
     delivery.write_further(build)
-    with delivery.seeded(build):
-        argv = ["xorriso", "-osirrox", "on", "-indev", build.directory / "seed.iso", "-extract", "/", tmp_path / "read"]
-        subprocess.run(argv, capture_output=True, check=True)
+    argv = ["xorriso", "-osirrox", "on", "-indev", build.directory / "seed.iso", "-extract", "/", tmp_path / "read"]
+    install(build, lambda: subprocess.run(argv, capture_output=True, check=True))
     assert (tmp_path / "read/scripts/b.sh").read_text() == "b"
     # A person makes the same.
     commands = delivery.by_hand_argvs(build)
@@ -194,25 +215,33 @@ def test_names_that_further_files_can_not_have(text: str) -> None:
 def test_seed_disk_goes_when_the_installation_fails(tmp_path: Path, error: BaseException) -> None:
     build = make_build(tmp_path, "agama", "a.json")
     delivery.write_copy(build)
-    with pytest.raises(type(error)), delivery.seeded(build):
-        assert delivery.seed_path(build) is not None
+
+    def fail() -> None:
+        assert (build.directory / "seed.iso").exists()
         raise error
+
+    with pytest.raises(type(error)):
+        install(build, fail)
     assert [path.name for path in build.directory.iterdir()] == ["answers"]
 
 
 def test_seed_disk_that_can_not_be_made(tmp_path: Path) -> None:
     build = make_build(tmp_path, "agama", "a.json")
-    with pytest.raises(BuildError, match="xorriso failed"), delivery.seeded(build):
-        pytest.fail("there is nothing to put on it")
+    with pytest.raises(BuildError, match="xorriso failed"):
+        install(build, lambda: pytest.fail("there is nothing to put on it"))
     assert list(build.directory.iterdir()) == []
 
 
 def test_seed_disk_that_can_not_be_removed(tmp_path: Path) -> None:
     build = make_build(tmp_path, "agama", "a.json")
     delivery.write_copy(build)
-    with pytest.raises(OSError, match=r"seed\.iso"), delivery.seeded(build):
+
+    def replace() -> None:
         (build.directory / "seed.iso").unlink()
         (build.directory / "seed.iso").mkdir()
+
+    with pytest.raises(OSError, match=r"seed\.iso"):
+        install(build, replace)
 
 
 @pytest.mark.parametrize("name", ["a", "a.yaml", "a.j2", "a.json.yaml", "json"])
@@ -231,14 +260,14 @@ def test_agama_knows_its_files_by_the_suffix(tmp_path: Path, name: str) -> None:
 )
 def test_boot_files_of_an_iso(tmp_path: Path, key: str, name: str, boot_files: str) -> None:
     build = make_build(tmp_path, key, name, extra="installer_image = /media/x.iso\narch = x86_64")
-    [argv] = dict(installer.describe(build))["Installing"]
+    [argv] = [argv for argv in shown(build, installer.steps(build))["Installing"] if argv[0] == "virt-install"]
     location = argv[argv.index("--location") + 1]
     assert location == ",".join(filter(None, (f"{build.directory}/installer.iso", boot_files)))
 
 
 def test_dry_run(tmp_path: Path) -> None:
     build = make_build(tmp_path, "autoinstall", "a.yaml.j2")
-    steps = dict(installer.describe(build))
+    steps = shown(build, installer.steps(build))
     answers = build.directory / "answers"
     assert ["#", "render", str(tmp_path / "a.yaml.j2"), "->", str(answers / "user-data")] in steps[
         "Caching the installer"
@@ -248,7 +277,9 @@ def test_dry_run(tmp_path: Path) -> None:
 
 
 def test_dry_run_without_a_seed_disk(tmp_path: Path) -> None:
-    assert "Making the seed disk" not in dict(installer.describe(make_build(tmp_path, "preseed", "a")))
+    build = make_build(tmp_path, "preseed", "a")
+    assert "Making the seed disk" not in shown(build, installer.steps(build))
+    assert list(delivery.seed_steps(build)) == []
 
 
 def test_checkpoint(tmp_path: Path) -> None:
@@ -266,8 +297,8 @@ def test_repeating_by_hand(tmp_path: Path, key: str, name: str) -> None:
     """The commands make the same seed disk, which others can't read."""
     build = make_build(tmp_path, key, name)
     delivery.write_copy(build)
-    with delivery.seeded(build):
-        files = read_seed(build.directory / "seed.iso", tmp_path / "read")
+    files: dict[str, str] = {}
+    install(build, lambda: files.update(read_seed(build.directory / "seed.iso", tmp_path / "read")))
     (tmp_path / "image-factory").symlink_to(REPOSITORY / "image-factory")
     *commands, _pool, virt_install = guest.by_hand_argvs(build, ["--location", "L"], "kvm")
     environment = {

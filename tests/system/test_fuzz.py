@@ -204,7 +204,7 @@ def read_everything(place: Path, data: bytes) -> None:
             refused(configuration.destination, name, "x.raw", named_by="x")
             plan = refused(pipeline.make_plan, configuration, name, {"output-dir": str(place)})
             if plan is not None:
-                argvs = [argv for _, commands in pipeline.describe_build(mounts.chosen(plan)) for argv in commands]
+                argvs = [argv for _, commands in pipeline.described(mounts.chosen(plan)) for argv in commands]
                 assert all(isinstance(word, str) and "\0" not in word for argv in argvs for word in argv)
 
 

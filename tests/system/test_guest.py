@@ -155,7 +155,10 @@ def test_no_uefi_for_hybrid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_kvm_of_another_architecture(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"^\[image\] virt-type: KVM runs no aarch64 on x86_64\.$"):
         guest.check_machine(plan(tmp_path, "arch = aarch64\nvirt-type = kvm"))
-    assert guest.choose_virt_type(plan(tmp_path, "arch = aarch64"), Path("/netboot/linux")) == "qemu"
+    assert guest.known_virt_type(plan(tmp_path, "arch = aarch64")) == "qemu"
+    # It is to be probed.
+    assert guest.known_virt_type(plan(tmp_path)) is None
+    assert guest.probed_virt_type(plan(tmp_path), None) == "qemu"
 
 
 @pytest.mark.parametrize("character", "&<>'\"")
@@ -241,7 +244,7 @@ class TestProbe:
 
     @pytest.mark.parametrize("chosen", ["kvm", "qemu"])
     def test_settings_decide(self, tmp_path: Path, chosen: str) -> None:
-        assert guest.choose_virt_type(plan(tmp_path, f"virt-type = {chosen}"), None) == chosen
+        assert guest.known_virt_type(plan(tmp_path, f"virt-type = {chosen}")) == chosen
 
 
 @pytest.mark.parametrize(
@@ -361,10 +364,10 @@ echo >>{tmp_path}/calls
     build = Build(plan(tmp_path, f"vnc = {vnc}\n", tmp_path), tmp_path / "work", "vm")
     build.directory.mkdir()
     if calls == 3:
-        guest.install(build, guest.Media((), ()), "qemu")
+        guest.install(build, guest.Media((), ()))
     else:
         with pytest.raises(BuildError, match=said.partition(":")[0]):
-            guest.install(build, guest.Media((), ()), "qemu")
+            guest.install(build, guest.Media((), ()))
     assert (tmp_path / "calls").read_text() == "\n" * calls
     assert not build.vm_record.exists()
 

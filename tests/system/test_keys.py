@@ -238,7 +238,7 @@ def test_keys_on_a_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     configuration.write_text(f"[x]\nlinux = /l\ninitrd = /i\noutput-dir = {tmp_path}\nmount-via = {way}\n")
     plan = pipeline.make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)}), "x", {})
     build = Build(plan, tmp_path, "none")
-    disk = Disk(tmp_path / "disk.raw", "qemu")
+    disk = Disk(tmp_path / "disk.raw")
     run("truncate", "-s", "34M", disk.path)
     subprocess.run(["sfdisk", "--quiet", disk.path], input="label: gpt\nstart=1MiB\n", text=True, check=True)
     run("mke2fs", "-q", "-t", "ext4", "-d", top, "-E", "offset=1048576", disk.path, "32M")

@@ -68,11 +68,47 @@ def test_the_manual_has_the_options_of_the_command_line() -> None:
     assert set(entries(MANUAL, "OPTIONS")) == set(options(cli.make_parser()))
 
 
-def test_the_manual_has_each_step_that_is_logged() -> None:
-    terms = entries(MANUAL, "STEPS")
-    for path in (REPOSITORY / "image_factory").rglob("*.py"):
-        for name in re.findall(r'\b(?:step\(|STEP = )f?"([^"{]+)', path.read_text(encoding="utf-8")):
-            assert any(term.startswith(name) for term in terms), f"{path.name} logs the step {name!r}"
+ALL_KEYS = """
+[x]
+linux = {here}/file
+initrd = {here}/file
+autoinstall = {here}/answers
+virt-type = auto
+mount-via = {way}
+installer-logs = yes
+seal = yes
+audit = yes
+manifest = yes
+sign-key = {here}/key
+test-boot = yes
+format = raw, qcow2
+upload-destinations = here
+post-build-command = true
+[here]
+upload-type = rsync
+upload-target = host:/srv
+"""
+
+
+@pytest.mark.parametrize("way", ["loop", "guestfs"])
+def test_the_manual_has_each_step_of_a_build_in_its_order(tmp_path: Path, way: str) -> None:
+    (tmp_path / "answers").write_text("#cloud-config\nautoinstall: {}\n")
+    (tmp_path / "x.conf").write_text(ALL_KEYS.format(here=tmp_path, way=way))
+    configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(tmp_path / "x.conf")})
+    plan = pipeline.make_plan(configuration, "x", {"output-dir": str(tmp_path)})
+    places = {"FILE": r"\S+", "SECTION": r"\S+", "FIRMWARE": r"\w+"}
+    terms = [re.sub("|".join(places), lambda match: places[match[0]], term) for term in entries(MANUAL, "STEPS")]
+    found = []
+    for name, _ in pipeline.described(plan):
+        matching = [number for number, term in enumerate(terms) if re.fullmatch(term, name)]
+        assert len(matching) == 1, f"the manual has not the step {name!r}"
+        found += matching
+    # The audit mounts its copy as the disk was mounted.
+    once = list(dict.fromkeys(found))
+    assert once == sorted(once)
+    # What else is logged as a step: a wait, and what --resume looks at.
+    others = [term for number, term in enumerate(terms) if number not in found]
+    assert others == ["Waiting for other installations", "Checking the images"]
 
 
 def test_the_manual_has_each_check_of_the_audit_with_its_sentence() -> None:

@@ -1,7 +1,6 @@
 """Uploads by the real rsync to a real sshd and a real daemon: broken, refused, damaged, and mended."""
 
 import contextlib
-import datetime
 import logging
 import os
 import shutil
@@ -17,10 +16,9 @@ import pytest
 
 from image_factory.base import events, interrupts
 from image_factory.base.errors import BuildError, Interrupted
-from image_factory.configuration.files import Configuration
 from image_factory.configuration.settings import Destination
 from image_factory.finishing import checksum
-from image_factory.model import Artifact, Build, Plan
+from image_factory.model import Artifact
 from image_factory.uploads import rsync
 
 from ..conftest import User, run, wait_for
@@ -44,14 +42,10 @@ def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 @pytest.fixture
 def artifact(tmp_path: Path) -> Artifact:
     """A file that no compression makes smaller, with its checksum."""
-    configuration = tmp_path / "own.conf"
-    configuration.write_text("[x]\nlinux = /l\ninitrd = /i\n")
-    settings = Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)}).image("x", {})
-    build = Build(Plan("x", settings, datetime.date(2024, 2, 29), tmp_path, {}), tmp_path, "vm")
     path = tmp_path / "output" / NAME
     path.parent.mkdir()
     path.write_bytes(os.urandom(SIZE))
-    return checksum.add_sha256(build, Artifact(path, "raw", SIZE))
+    return checksum.add_sha256(Artifact(path, "raw", SIZE))
 
 
 def free_port() -> int:

@@ -22,9 +22,8 @@ from image_factory.finishing import seal
 from image_factory.finishing.seal import System
 from image_factory.model import Build, Disk
 from image_factory.system import layout, loop, mounts, registrations
-from image_factory.system.tree import Tree
 
-from ..conftest import REPOSITORY, machine_state, run
+from ..conftest import REPOSITORY, done_stage, machine_state, run, shown, steps_of
 from ..leftovers import LEFTOVERS, MACHINE_ID, PROXY, SURVIVORS, Leftover
 
 OFFSET = 1 << 20
@@ -215,8 +214,7 @@ def test_leftovers_are_of_all_operations() -> None:
 def test_nothing_is_done_unless_it_is_asked_for(tmp_path: Path) -> None:
     build = make_build(tmp_path, "")
     # It would not even be looked at.
-    seal.seal(build, Tree((), (), ()))
-    assert seal.calls(build.plan.settings) == {}
+    assert list(seal.steps(build)) == []
 
 
 def test_operations_are_chosen(tmp_path: Path) -> None:
@@ -263,16 +261,19 @@ def test_sealing_twice_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_shows_the_calls(tmp_path: Path) -> None:
-    build = make_build(tmp_path)
-    for way in mounts.WAYS.values():
-        steps = dict(way.describe(build, (), ("x",), seal.calls(build.plan.settings)))
+    for way in mounts.WAYS:
+        build = make_build(tmp_path, f"seal = yes\nmount-via = {way}")
+        steps = shown(build, steps_of(build, "clean"))
         words = " ".join(word for command in steps["Sealing"] for word in command)
         assert "etc/ssh/ssh_host_*key*" in words
         assert "etc/machine-id" in words
-        assert "Sealing" not in dict(way.describe(build, (), ("x",), {}))
-    commands = dict(loop.describe(build, (), ("x",), seal.calls(build.plan.settings)))["Sealing"]
+        off = make_build(tmp_path, f"seal = no\nmount-via = {way}")
+        assert "Sealing" not in shown(off, steps_of(off, "clean"))
+    build = make_build(tmp_path, "seal = yes\nmount-via = loop")
+    commands = shown(build, steps_of(build, "clean"))["Sealing"]
     verbs = [next(word for word in command if word.islower() and word.isalpha()) for command in commands]
-    assert verbs == ["list", "read", "remove", "truncate", "write", "rename"]
+    # What is in the homes is read when these are known.
+    assert verbs == ["list", "read", "read", "remove", "truncate", "write", "rename"]
 
 
 def test_nothing_is_left_in_the_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -283,7 +284,7 @@ def test_nothing_is_left_in_the_blocks(tmp_path: Path, caplog: pytest.LogCapture
     secrets = (b"a secret of the build machine", b"hunter2", b"$6$salt", b"-----BEGIN OPENSSH", b"LPKSHHRH")
     before = disk.path.read_bytes()
     assert all(secret in before for secret in secrets)
-    pipeline.clean_disk(build, disk)
+    done_stage(build, "clean")
     after = disk.path.read_bytes()
     assert [secret for secret in secrets if secret in after] == []
     assert b"ssh-ed25519 AAAA somebody" in after

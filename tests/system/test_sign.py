@@ -15,6 +15,7 @@ from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.finishing import sign
 from image_factory.model import Artifact, Build, Plan
 
+from ..conftest import shown
 from .test_manifest import named, published
 
 ALICE, BOB, LOCKED, OLD, REVOKED = (
@@ -192,18 +193,22 @@ def test_key_file_needs_no_home_and_touches_none(
 def test_without_a_key_nothing_is_done(place: Place) -> None:
     sign.check(place.plan)
     assert sign.programs(place.plan) == []
-    assert sign.describe(Build(place.plan, place.plan.work_path, "vm")) == []
-    assert sign.sign_all(Build(place.plan, place.plan.output_dir, "vm"), place.artifacts) == place.artifacts
+    assert list(sign.steps(Build(place.plan, place.plan.work_path, "vm"))) == []
 
 
 def test_dry_run_shows_the_commands(place: Place) -> None:
     build = Build(place.with_key("/srv/key"), place.plan.work_path, "vm")
-    [(name, [import_key, sign_it])] = sign.describe(build)
+    [(name, [import_key, sign_it, export])] = shown(build, sign.steps(build)).items()
     assert name == "Signing"
     assert import_key[-2:] == ["--import", "/srv/key"]
     assert sign_it[-1] == str(build.directory / "x-2024-02-29.SHA256SUMS")
-    [(_, [only])] = sign.describe(Build(place.with_key(ALICE), place.plan.work_path, "vm"))
-    assert ALICE in only
+    assert export[-2:] == ["--export", "FINGERPRINT"]
+    build = Build(place.with_key(ALICE), place.plan.work_path, "vm")
+    [(_, own)] = shown(build, sign.steps(build)).items()
+    # With the user's own home, into which nothing is imported.
+    sums = Path(sign_it[-1])
+    signature = sums.with_name(f"{sums.name}.asc")
+    assert own == [sign.sign_argv((), "FINGERPRINT", sums, signature), sign.export_argv((), "FINGERPRINT")]
     names = [name for name, _ in sign.named(build.plan, place.artifacts)[0].companions]
     assert names[2:] == ["x-2024-02-29.SHA256SUMS", "x-2024-02-29.SHA256SUMS.asc"]
 

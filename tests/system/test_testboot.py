@@ -12,6 +12,7 @@ from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.checks import testboot
 from image_factory.configuration.files import Configuration
 from image_factory.model import Artifact, Build, Plan
+from image_factory.outputs import planned
 from image_factory.sources.installer import guest
 
 GIB = 1 << 30
@@ -118,10 +119,17 @@ def test_programs(tmp_path: Path) -> None:
 
 def test_described(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "firmware = hybrid\ntest-script = /srv/it's.sh")
-    steps = dict(pipeline.describe_build(plan))
+    steps = dict(pipeline.described(plan))
     assert {f"Booting {plan.file_name('raw')} with {firmware}" for firmware in ("bios", "uefi")} < set(steps)
-    last = steps[f"Booting {plan.file_name('raw')} with uefi"][-1]
-    assert last[-2:] == ["<", "/srv/it's.sh"]
+    build = Build(plan, plan.work_path, "image-factory-x-XXXXXXXX")
+    *_, (artifact, _) = testboot.boots(plan.settings, planned(plan, plan.work_path))
+    made = testboot._Machine(build, artifact, "uefi", "qemu", 2)
+    commands = steps[f"Booting {plan.file_name('raw')} with uefi"]
+    assert commands[-2:] == [
+        testboot.ssh_argv(made, "PORT", words) for words in (testboot._LOGIN, testboot._RUN_SCRIPT)
+    ]
+    # It is the one in the working directory, which is not published yet.
+    assert str(plan.work_path / plan.file_name("raw")) in commands[0]
 
 
 def test_time_limits(tmp_path: Path) -> None:

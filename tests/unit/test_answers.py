@@ -14,6 +14,8 @@ from image_factory.model import Build, Plan
 from image_factory.sources import installer
 from image_factory.sources.installer import answers, delivery, guest
 
+from ..conftest import shown
+
 SECRET = "$6$salt$hunter2"
 
 
@@ -211,7 +213,7 @@ def test_what_the_installer_gets(tmp_path: Path, name: str, verb: str) -> None:
     assert guest.kernel_arguments(plan.settings) == "preseed/url=file:///a.cfg"
     words = guest.virt_install_argv(build, ["--location", "LOCATION"], "TYPE")
     assert words[words.index("--initrd-inject") + 1] == str(copy)
-    commands = dict(installer.describe(build))["Caching the installer"]
+    commands = shown(build, installer.steps(build))["Caching the installer"]
     assert ["#", verb, str(tmp_path / name), "->", str(copy)] in commands
 
 

@@ -14,11 +14,14 @@ from image_factory.configuration import files
 from image_factory.configuration.files import Configuration
 from image_factory.configuration.settings import ANSWER_FILE_KEYS, Destination, ImageSettings, UploadSettings
 from image_factory.machines import arch
-from image_factory.model import Artifact, Plan
+from image_factory.model import Artifact, Build, Plan
 from image_factory.outputs import OUTPUTS, raw
+from image_factory.parts import carry_out
 from image_factory.sources import SOURCES
 from image_factory.sources.installer import answercheck, delivery, installers
 from image_factory.uploads import UPLOADS
+
+from ..conftest import shown, state_of
 
 
 class Elsewhere:
@@ -60,9 +63,10 @@ def test_upload_goes_by_the_type_of_its_destination(tmp_path: Path, monkeypatch:
     assert {"send-elsewhere"} <= {*pipeline.programs(plan)}
     assert "rsync" not in pipeline.programs(plan)
     online.check(plan)
-    publish.upload(plan, [artifact])
+    build = Build(plan, tmp_path, "vm")
+    carry_out(state_of(build, [artifact]), publish.upload_steps(build))
     assert elsewhere.asked == ["probe there", "upload x.raw to there"]
-    [(_, _, commands)] = publish.upload_commands(plan, [artifact])
+    [commands] = shown(build, publish.upload_steps(build)).values()
     assert commands == [["send-elsewhere", "x.raw", "there"]]
 
 

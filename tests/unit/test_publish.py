@@ -18,7 +18,11 @@ from image_factory.configuration.files import Configuration
 from image_factory.configuration.settings import Destination, ImageSettings
 from image_factory.finishing import checksum
 from image_factory.model import Artifact, Build, Plan
+from image_factory.outputs import planned
+from image_factory.parts import carry_out
 from image_factory.uploads import rsync
+
+from ..conftest import shown, state_of
 
 DATE = datetime.date(2024, 2, 29)
 RAW, QCOW2 = "x-2024-02-29.raw", "x-2024-02-29.qcow2"
@@ -37,14 +41,15 @@ class Place:
         configuration = path / "own.conf"
         configuration.write_text("[x]\nlinux = /l\ninitrd = /i\n")
         self.settings: ImageSettings = Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)}).image("x", {})
+        self.changed: dict[str, object] = {"format": ("raw", "qcow2"), **settings}
         self.artifacts: list[Artifact] = []
         for image_format in ("raw", "qcow2"):
             artifact = Artifact(self.work / f"x-2024-02-29.{image_format}", image_format, 4096)
             artifact.path.write_text(f"new {image_format}\n")
-            self.artifacts.append(checksum.add_sha256(self.build(), artifact))
+            self.artifacts.append(checksum.add_sha256(artifact))
 
     def plan(self, *destinations: Destination, command: tuple[str, ...] = ()) -> Plan:
-        settings = ImageSettings(**{**self.settings.__dict__, "post_build_command": command})
+        settings = ImageSettings(**{**self.settings.__dict__, **self.changed, "post_build_command": command})
         return Plan("x", settings, DATE, self.output, {"raw": destinations, "qcow2": destinations})
 
     def build(self) -> Build:
@@ -69,6 +74,20 @@ class Place:
         return files
 
 
+def build_of(plan: Plan) -> Build:
+    return Build(plan, plan.work_path, "image-factory-x-00000000")
+
+
+def upload(plan: Plan, artifacts: list[Artifact]) -> None:
+    build = build_of(plan)
+    carry_out(state_of(build, artifacts), publish.upload_steps(build))
+
+
+def post_build(plan: Plan, artifacts: list[Artifact]) -> None:
+    build = build_of(plan)
+    carry_out(state_of(build, artifacts), publish.post_build_steps(build))
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
@@ -90,7 +109,7 @@ def test_checksum_of_an_empty_file_and_of_one_with_holes(place: Place) -> None:
     for size in (0, 300 << 20):
         with place.artifacts[0].path.open("wb") as file:
             file.truncate(size)
-        found = checksum.add_sha256(place.build(), place.artifacts[0])
+        found = checksum.add_sha256(place.artifacts[0])
         done = subprocess.run(["sha256sum", found.path], capture_output=True, text=True, check=True)
         assert found.sha256 == done.stdout.split()[0]
 
@@ -217,7 +236,7 @@ def test_companions_are_uploaded_and_verified_after_the_checksum(
     place.give_companions()
     destination = Destination("up", "rsync", f"{there}/", (), ())
     artifacts = publish.move_into_place(place.build(), place.artifacts)
-    publish.upload(place.plan(destination), artifacts)
+    upload(place.plan(destination), artifacts)
     assert calls(recorded, place.output) == [
         ["rsync", *OPTIONS, name, name + SUM, f"{name}.manifest.json", SUMS, f"{there}/"] for name in (RAW, QCOW2)
     ]
@@ -228,7 +247,7 @@ def test_companions_are_uploaded_and_verified_after_the_checksum(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rsync, "PAUSE_SECONDS", ())
         with pytest.raises(BuildError, match=f"{SUMS} has another SHA-256 there"):
-            publish.upload(place.plan(frozen), artifacts)
+            upload(place.plan(frozen), artifacts)
 
 
 # Uploads; test_rsync.py has those that fail.
@@ -274,7 +293,7 @@ def test_uploads_in_their_order_with_the_real_rsync(place: Place, tmp_path: Path
         Destination("second", "rsync", f"{second}/", (), (("tell", "2"),)),
     )
     artifacts = publish.move_into_place(place.build(), place.artifacts)
-    publish.upload(place.plan(*destinations), artifacts)
+    upload(place.plan(*destinations), artifacts)
     assert calls(recorded, place.output) == [
         ["rsync", *OPTIONS, "--chmod=u=rw,go=", "-q", RAW, RAW + SUM, f"{first}/"],
         ["tell", "1 a", "$x"],
@@ -295,24 +314,26 @@ def test_uploads_in_their_order_with_the_real_rsync(place: Place, tmp_path: Path
 
 def test_commands_are_those_that_a_dry_run_shows(place: Place) -> None:
     destination = Destination("up", "rsync", "host:/srv/", ("-e", "ssh -p 2"), (("tell", RAW),))
-    artifact = place.artifacts[0]
     sums = f"cd /srv/ && sha256sum {RAW} {RAW}{SUM} || shasum -a 256 {RAW} {RAW}{SUM}"
     commands = [
         ["rsync", *OPTIONS, "-e", "ssh -p 2", RAW, RAW + SUM, "host:/srv/"],
         ["ssh", "-p", "2", "host", sums],
         ["tell", RAW],
     ]
-    found = list(publish.upload_commands(place.plan(destination), [artifact]))
-    assert found == [(artifact, destination, commands)]
+    build = build_of(place.plan(destination))
+    found = shown(build, publish.upload_steps(build))
+    assert list(found) == [f"Uploading {RAW} to up", f"Uploading {QCOW2} to up"]
+    assert found[f"Uploading {RAW} to up"] == commands
 
 
 def test_artifact_that_is_only_kept_is_not_uploaded(place: Place, recorded: Path) -> None:
-    plan = place.plan(Destination("up", "rsync", "/srv/", (), ()), command=("tell",))
-    kept = Artifact(place.output / RAW, "raw", 4096, upload=False)
-    other = Artifact(place.output / QCOW2, "qcow2", 4096)
-    assert list(publish.upload_commands(plan, [kept])) == []
-    assert [call[0] for call in publish.upload_commands(plan, [kept, other])] == [other]
-    assert publish.post_build_argv(plan, [kept, other]) == ["tell", QCOW2]
+    place.changed = {"format": ("qcow2",), "keep_raw": True}
+    build = build_of(place.plan(Destination("up", "rsync", "/srv/", (), ()), command=("tell",)))
+    kept, other = reversed(planned(build.plan, place.output))
+    assert (kept.format, kept.upload, other.format, other.upload) == ("raw", False, "qcow2", True)
+    assert publish._uploads(build.plan, [kept]) == []
+    assert list(shown(build, publish.upload_steps(build))) == [f"Uploading {QCOW2} to up"]
+    assert [*shown(build, publish.post_build_steps(build)).values()] == [[["tell", QCOW2]]]
     assert not recorded.exists()
 
 
@@ -325,7 +346,7 @@ def test_upload_that_fails_does_not_stop_the_others(place: Place, tmp_path: Path
     )
     artifacts = publish.move_into_place(place.build(), place.artifacts)
     with pytest.raises(BuildError) as caught:
-        publish.upload(place.plan(*destinations), artifacts)
+        upload(place.plan(*destinations), artifacts)
     assert caught.value.message.startswith(f"Uploading {RAW} to first failed: rsync: ")
     assert caught.value.message.endswith("No such file or directory (2)")
     assert caught.value.hint is not None
@@ -345,7 +366,7 @@ def test_each_destination_that_fails_is_named(place: Place, tmp_path: Path) -> N
     )
     artifacts = publish.move_into_place(place.build(), place.artifacts)
     with pytest.raises(BuildError) as caught:
-        publish.upload(place.plan(*destinations), artifacts)
+        upload(place.plan(*destinations), artifacts)
     first, second = caught.value.message.split("; ")
     assert first.startswith(f"Uploading {RAW} to first failed: ")
     assert second == f"Uploading {RAW} to second failed: sh failed with status 9: refused"
@@ -362,7 +383,7 @@ def test_command_after_an_upload_that_fails_ends_what_follows_there(
     destination = Destination("up", "rsync", f"{tmp_path}/there/", (), commands)
     artifacts = publish.move_into_place(place.build(), place.artifacts)
     with pytest.raises(BuildError, match="sh failed with status 9: refused"):
-        publish.upload(place.plan(destination), artifacts)
+        upload(place.plan(destination), artifacts)
     assert [call[0] for call in calls(recorded, place.output)] == ["rsync"]
 
 
@@ -370,7 +391,7 @@ def test_post_build_command(place: Place, recorded: Path, caplog: pytest.LogCapt
     caplog.set_level(logging.INFO, logger="image-factory")
     plan = place.plan(command=("tell", "It is there"))
     artifacts = publish.move_into_place(place.build(), place.artifacts)
-    publish.run_post_build_command(plan, artifacts)
+    post_build(plan, artifacts)
     assert calls(recorded, place.output) == [["tell", "It is there", RAW, QCOW2]]
     assert f"Running: {shlex.join(['tell', 'It is there', RAW, QCOW2])}" in caplog.messages
 
@@ -378,18 +399,19 @@ def test_post_build_command(place: Place, recorded: Path, caplog: pytest.LogCapt
 def test_first_argument_of_the_post_build_command_is_the_image(place: Place) -> None:
     plan = place.plan(command=("sh", "-c", 'test -f "$1" && sha256sum --check "$1.sha256sum"', "sh"))
     artifacts = publish.move_into_place(place.build(), place.artifacts)
-    publish.run_post_build_command(plan, artifacts)
+    post_build(plan, artifacts)
 
 
 def test_no_post_build_command(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="image-factory")
-    publish.run_post_build_command(place.plan(), place.artifacts)
+    assert list(publish.post_build_steps(place.build())) == []
+    post_build(place.plan(), place.artifacts)
     assert caplog.messages == []
 
 
 def test_post_build_command_that_fails(place: Place) -> None:
     with pytest.raises(CommandError):
-        publish.run_post_build_command(place.plan(command=("false",)), place.artifacts)
+        post_build(place.plan(command=("false",)), place.artifacts)
 
 
 # Killed while it publishes.

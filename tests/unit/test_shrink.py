@@ -10,11 +10,11 @@ import pytest
 
 from image_factory.finishing import shrink
 from image_factory.model import Build, Disk, Volume
+from image_factory.parts import State, carry_out
 from image_factory.system import layout
 from image_factory.system.tree import Tree
 
 M = 1 << 20
-BUILD = cast(Build, None)
 
 
 def make_disk(tmp_path: Path, *options: str, size: int = 16) -> tuple[Disk, bytes]:
@@ -47,7 +47,7 @@ def test_swap_is_zeroed_but_for_its_header(
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     disk, swap = make_disk(tmp_path, "-p", str(page))
     before, data = swap_of(disk), disk.path.read_bytes()
-    shrink.zero_swap(BUILD, disk, layout.read_volumes(disk.path))
+    shrink.zero_swap(disk, layout.read_volumes(disk.path))
     after = disk.path.read_bytes()
     assert after == data[: 2 * M] + swap[:page] + bytes(16 * M - page) + data[18 * M :]
     assert swap_of(disk) == before
@@ -58,7 +58,10 @@ def test_swap_is_zeroed_but_for_its_header(
 
 def test_no_swap(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    shrink.zero_swap(BUILD, Disk(tmp_path / "none"), [Volume("partition 1", M, "ext4"), Volume("/dev/a/b", M, "swap")])
+    build = cast(Build, SimpleNamespace(disk_path=tmp_path / "none"))
+    volumes = (Volume("partition 1", M, "ext4"), Volume("/dev/a/b", M, "swap"))
+    carry_out(State(build, Disk(build.disk_path), volumes=volumes), shrink.steps(build))
+    shrink.zero_swap(Disk(build.disk_path), volumes)
     assert caplog.messages == []
 
 
@@ -69,7 +72,7 @@ def test_swap_of_another_kind_stays(tmp_path: Path, caplog: pytest.LogCaptureFix
         file.seek(2 * M + 4086)
         file.write(b"SWAP-SPACE")
     data = disk.path.read_bytes()
-    shrink.zero_swap(BUILD, disk, volumes)
+    shrink.zero_swap(disk, volumes)
     assert disk.path.read_bytes() == data
     assert "The swap space on partition 2 is of an unknown kind, and stays as it is." in caplog.messages
 
@@ -81,6 +84,8 @@ def test_only_thin_volumes_are_filled(chunk: int, filled: list[str]) -> None:
     filesystem = SimpleNamespace(volume=volume, discard_size=lambda: chunk, block_size=lambda: 4096)
     found: list[str] = []
     logical = SimpleNamespace(fill_unused_blocks=lambda volume: found.append(volume.name) or True)
-    tree = SimpleNamespace(volumes=[volume], filesystems=[filesystem], logical=logical)
-    shrink.zero_logical_volumes(BUILD, cast(Tree, tree), [volume])
+    tree = cast(Tree, SimpleNamespace(volumes=[volume], filesystems=[filesystem], logical=logical))
+    assert shrink.has_logical_to_zero(tree, [volume])
+    assert not shrink.has_logical_to_zero(tree, [])
+    shrink.zero_logical_volumes(tree, [volume])
     assert found == filled

@@ -4,19 +4,21 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from ...base import command, events, files
+from ...base.cleanup import released
 from ...base.errors import BuildError, ConfigurationError
-from ...base.log import masked, step
+from ...base.log import masked
 from ...configuration.parsers import Source
 from ...configuration.settings import ANSWER_FILE_KEYS, ImageSettings
 from ...downloads import fetch, verify
 from ...machines import arch, turns
-from ...model import Build, Disk, Plan
+from ...model import Build, Plan
+from ...parts import Group, State, Step, carry_out, doing, show
 from . import answercheck, answers, delivery, guest
-from .watch import InstalledError
 
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 
@@ -230,8 +232,76 @@ def _netboot(build: Build) -> Path:
     return build.directory / "netboot"
 
 
-def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
-    """Return the steps with the commands they will run."""
+def steps(build: Build) -> Iterator[Step | Group]:
+    """Give the steps that make the disk."""
+    installation = _Installation()
+    yield Step("Creating the disk", doing(_create), [create_argv(build)])
+    yield Step("Caching the installer", doing(installation.cache), _fetches(build))
+    plan = build.plan
+    probe = Step(
+        "Probing KVM",
+        installation.probe,
+        [guest.probe_argv(Path("KERNEL"), plan.settings.arch)],
+        when=lambda state: state.build.virt_type == _UNKNOWN,
+    )
+    virt_type = plan.settings.virt_type
+    if virt_type == "auto":
+        virt_type = _UNKNOWN if arch.is_host(plan.settings.arch) else "qemu"
+    argvs = guest.installing_argvs(build, _media(build), virt_type)
+    install = Group(
+        [*delivery.seed_steps(build), Step("Installing", doing(installation.install), argvs)], _with_seed, show
+    )
+    yield Group([*([probe] if virt_type == _UNKNOWN else []), install], _in_turn, show)
+
+
+# What virtual machines can use before KVM was probed.
+_UNKNOWN = "VIRT-TYPE"
+
+
+class _Installation:
+    """What the steps of an installation tell each other: what is booted, and the installer's kernel."""
+
+    def __init__(self) -> None:
+        self._media: guest.Media | None = None
+        self._kernel: Path | None = None
+
+    def cache(self, state: State) -> None:
+        self._media, self._kernel = prepare_installer(state.build)
+        _copy_answer_file(state.build)
+
+    def probe(self, state: State) -> State:
+        virt_type = guest.probed_virt_type(state.build.plan, self._kernel)
+        return _with_virt_type(state, virt_type)
+
+    def install(self, state: State) -> None:
+        assert self._media is not None
+        events.tell(events.VirtTypeChosen(state.build.virt_type))
+        guest.install(state.build, self._media)
+
+
+def _create(state: State) -> None:
+    # Others get through the working directory of root's builds.
+    command.run(create_argv(state.build), umask=0o077)
+
+
+def _in_turn(state: State, steps: Sequence[Step | Group]) -> State:
+    """Carry out *steps* when this machine has room; who waits holds up no one, and has done what needs no machine."""
+    settings = state.build.plan.settings
+    with turns.taken(settings.max_parallel, settings.ram, settings.cores):
+        return carry_out(_with_virt_type(state, guest.known_virt_type(state.build.plan) or _UNKNOWN), steps)
+
+
+def _with_virt_type(state: State, virt_type: str) -> State:
+    return dataclasses.replace(state, build=dataclasses.replace(state.build, virt_type=virt_type))
+
+
+def _with_seed(state: State, steps: Sequence[Step | Group]) -> State:
+    with released(partial(delivery.remove_seed, state.build)):
+        return carry_out(state, steps)
+
+
+def _fetches(build: Build) -> list[list[str]]:
+    """Return the commands that bring the installer and the answer file."""
     plan = build.plan
     settings = plan.settings
     fetches = []
@@ -248,44 +318,20 @@ def describe(build: Build) -> list[tuple[str, list[list[str]]]]:
         verb = "render" if answers.is_template(settings.answer_file) else "copy"
         fetches.append(["#", verb, str(settings.answer_file), "->", str(copy)])
         fetches += [["#", "copy", str(file.path), "->", str(copy.parent / file.name)] for file in settings.answer_files]
-    if settings.installer_image is None:
-        location = _location(build)
-    elif is_tree(settings.installer_image):
-        location = ("--location", str(settings.installer_image.path or settings.installer_image.uri))
-    else:
-        location = _location_of_iso(build, _own_iso(build))
-    virt_type = settings.virt_type
-    if virt_type == "auto":
-        virt_type = "VIRT-TYPE" if arch.is_host(settings.arch) else "qemu"
-    return [
-        ("Creating the disk", [create_argv(build)]),
-        ("Caching the installer", fetches),
-        *([("Probing KVM", [guest.probe_argv(Path("KERNEL"), settings.arch)])] if virt_type == "VIRT-TYPE" else []),
-        *delivery.seed_commands(build),
-        ("Installing", [guest.virt_install_argv(build, location, virt_type)]),
-    ]
+    if settings.installer_image and not is_tree(settings.installer_image) and settings.virt_type == "auto":
+        # Until one of them is there.
+        fetches += [extract_argv(build, _own_iso(build), kernel) for kernel in _kernels(build)]
+    return fetches
 
 
-def produce(build: Build) -> Disk:
-    """Install onto a new disk; BuildError if that fails, InstalledError if the disk is of use all the same."""
-    with step("Creating the disk"):
-        # Others get through the working directory of root's builds.
-        command.run(create_argv(build), umask=0o077)
-    with step("Caching the installer"):
-        media, kernel = prepare_installer(build)
-        _copy_answer_file(build)
-    settings = build.plan.settings
-    # Not before: who waits holds up no one, and has done what needs no machine.
-    with turns.taken(settings.max_parallel, settings.ram, settings.cores):
-        virt_type = guest.choose_virt_type(build.plan, kernel)
-        events.tell(events.VirtTypeChosen(virt_type))
-        disk = Disk(build.disk_path, virt_type)
-        try:
-            guest.install(build, media, virt_type)
-        except InstalledError as error:
-            error.disk = disk
-            raise
-    return disk
+def _media(build: Build) -> tuple[str, str]:
+    """Return virt-install's arguments for what is booted."""
+    image = build.plan.settings.installer_image
+    if image is None:
+        return _location(build)
+    if is_tree(image):
+        return "--location", str(image.path or image.uri)
+    return _location_of_iso(build, _own_iso(build))
 
 
 def _location(build: Build) -> tuple[str, str]:
@@ -356,14 +402,23 @@ def _kernel_of_tree(build: Build, path: Path | None) -> Path | None:
     return next((path / kernel for kernel in _kernels(build) if (path / kernel).is_file()), None)
 
 
+def _probe_kernel(build: Build) -> Path:
+    return build.directory / "probe-kernel"
+
+
+def extract_argv(build: Build, iso: Path, kernel: str) -> list[str]:
+    """Return the command that copies *kernel* out of *iso*."""
+    return ["xorriso", "-osirrox", "on", "-indev", str(iso), "-extract", f"/{kernel}", str(_probe_kernel(build))]
+
+
 def _kernel_of_iso(build: Build, iso: Path) -> Path | None:
     """Copy the kernel of *iso* out of it, for the probe of KVM; None if it isn't found."""
     if build.plan.settings.virt_type != "auto":
         return None
-    target = build.directory / "probe-kernel"
+    target = _probe_kernel(build)
     for kernel in _kernels(build):
         try:
-            command.run(["xorriso", "-osirrox", "on", "-indev", str(iso), "-extract", f"/{kernel}", str(target)])
+            command.run(extract_argv(build, iso, kernel))
         except BuildError:
             continue
         os.chmod(target, 0o600)

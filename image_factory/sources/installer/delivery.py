@@ -2,16 +2,15 @@
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...base import command
-from ...base.cleanup import released
 from ...base.errors import ConfigurationError, reason_of
-from ...base.log import logger, step
+from ...base.log import logger
 from ...configuration.settings import ImageSettings
 from ...model import Build, Plan
+from ...parts import Step, doing
 from . import answers
 
 
@@ -217,12 +216,16 @@ def seed_argv(build: Build) -> list[str]:
     ]  # fmt: skip
 
 
-def seed_commands(build: Build) -> list[tuple[str, list[list[str]]]]:
-    """Return the step that makes the seed disk, with its commands, if the delivery needs one."""
-    if seed_path(build) is None:
-        return []
-    written = [["#", "write", str(path)] for path, _ in _others(build)]
-    return [("Making the seed disk", [*written, seed_argv(build)])]
+def seed_steps(build: Build) -> Iterator[Step]:
+    """Give the step that makes the seed disk, if the delivery needs one."""
+    if seed_path(build):
+        written = [["#", "write", str(path)] for path, _ in _others(build)]
+        make = doing(lambda state: _make_seed(state.build))
+        yield Step("Making the seed disk", make, [*written, seed_argv(build)])
+
+
+def _make_seed(build: Build) -> None:
+    command.run(seed_argv(build), umask=0o077)
 
 
 def by_hand_argvs(build: Build) -> list[list[str]]:
@@ -246,14 +249,8 @@ def by_hand_argvs(build: Build) -> list[list[str]]:
     return argvs
 
 
-@contextmanager
-def seeded(build: Build) -> Iterator[None]:
-    """Have the seed disk there inside, if the delivery needs one; it has the answer file's secrets."""
+def remove_seed(build: Build) -> None:
+    """Remove the seed disk, which has the answer file's secrets, if there is one."""
     path = seed_path(build)
-    if path is None:
-        yield
-        return
-    with released(lambda: path.unlink(missing_ok=True)):
-        with step("Making the seed disk"):
-            command.run(seed_argv(build), umask=0o077)
-        yield
+    if path:
+        path.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from ...base import command, files, fuse, interrupts
 from ...base.cleanup import released
 from ...base.errors import BuildError, CommandError, ConfigurationError, command_line
-from ...base.log import logger, step, waiting
+from ...base.log import logger, waiting
 from ...base.units import format_size, parse_duration
 from ...configuration.parsers import Source
 from ...configuration.settings import ImageSettings
@@ -437,22 +437,52 @@ def _is_qemu_of(name: str, cmdline: bytes) -> bool:
     )
 
 
-def _remove_vm(name: str) -> None:
-    virsh = ["virsh", "--connect", libvirt_uri()]
+def _names_argv(*states: str, what: str = "list") -> list[str]:
+    return [*_virsh(), what, "--name", *states]
 
+
+def _undefine_argv(name: str) -> list[str]:
+    return [*_virsh(), "undefine", name, "--nvram"]
+
+
+def _pool_destroy_argv(name: str) -> list[str]:
+    return [*_virsh(), "pool-destroy", name]
+
+
+def _virsh() -> list[str]:
+    return ["virsh", "--connect", libvirt_uri()]
+
+
+def _remove_vm(name: str) -> None:
     def names(*states: str, what: str = "list") -> list[str]:
-        return command.run([*virsh, what, "--name", *states], capture=True, timeout=_VIRSH_SECONDS).split()
+        return command.run(_names_argv(*states, what=what), capture=True, timeout=_VIRSH_SECONDS).split()
 
     if name in names():
         # It may power off by itself at this moment.
         with contextlib.suppress(CommandError):
-            command.run([*virsh, "destroy", name], timeout=_VIRSH_SECONDS)
+            command.run([*_virsh(), "destroy", name], timeout=_VIRSH_SECONDS)
     if name in names("--all"):
-        command.run([*virsh, "undefine", name, "--nvram"], timeout=_VIRSH_SECONDS)
+        command.run(_undefine_argv(name), timeout=_VIRSH_SECONDS)
     if name in names("--all"):
         raise BuildError("it is still there")
     if name in names(what="pool-list"):
-        command.run([*virsh, "pool-destroy", name], timeout=_VIRSH_SECONDS)
+        command.run(_pool_destroy_argv(name), timeout=_VIRSH_SECONDS)
+
+
+def installing_argvs(build: Build, media: Sequence[str], virt_type: str) -> list[list[str]]:
+    """Return the commands of an installation whose guest powers off by itself."""
+    name = build.vm_name
+    return [
+        pool_argv(build),
+        virt_install_argv(build, media, virt_type),
+        _state_argv(build),
+        _names_argv(),
+        _names_argv("--all"),
+        _undefine_argv(name),
+        _names_argv("--all"),
+        _names_argv(what="pool-list"),
+        _pool_destroy_argv(name),
+    ]
 
 
 def machines() -> Iterator[tuple[str, Path]]:
@@ -514,18 +544,20 @@ def limits(settings: ImageSettings, virt_type: str) -> Limits:
     return Limits(whole, stall)
 
 
-def install(build: Build, media: Media, virt_type: str) -> None:
+def install(build: Build, media: Media) -> None:
     """Run the installer until the guest is off; BuildError unless it has come to its end by itself.
 
     InstalledError where the disk may have a whole system all the same.
     """
+
+    virt_type = build.virt_type
 
     def remove() -> None:
         remove_vm(build.vm_name)
         build.vm_record.unlink(missing_ok=True)
 
     deadline = time.monotonic() + _DISPLAY_SECONDS
-    with delivery.seeded(build), step("Installing"), released(remove), _explained(build, media, virt_type):
+    with released(remove), _explained(build, media, virt_type):
         # Before there is a machine: it says what a killed build has left.
         build.vm_record.write_text(build.vm_name + "\n", encoding="utf-8")
         argv = virt_install_argv(build, media.arguments, virt_type)
@@ -548,13 +580,16 @@ def _check_end(build: Build, watcher: Watcher) -> None:
             POWER_OFF[build.plan.settings.answer_file_key],
         )
         return
-    argv = ["virsh", "--connect", build.plan.libvirt_uri, "domstate", "--reason", build.vm_name]
-    state = command.run(argv, capture=True, timeout=_VIRSH_SECONDS).strip()
+    state = command.run(_state_argv(build), capture=True, timeout=_VIRSH_SECONDS).strip()
     if not powered_off(build, state):
         raise BuildError(
             f"The installation machine did not power off by itself: {state}.",
             hint=f"What it printed is in {build.plan.console_path}.",
         )
+
+
+def _state_argv(build: Build) -> list[str]:
+    return [*_virsh(), "domstate", "--reason", build.vm_name]
 
 
 def powered_off(build: Build, state: str) -> bool:
@@ -618,19 +653,22 @@ def _run_virt_install(build: Build, argv: list[str], virt_type: str, deadline: f
     return watcher
 
 
-def choose_virt_type(plan: Plan, kernel: Path | None) -> str:
-    """Return ``kvm`` or ``qemu``.
-
-    ``auto`` takes KVM only when *kernel* prints under it, as /dev/kvm may be there, and open, and
-    useless, where this machine is a virtual one itself.
-    """
+def known_virt_type(plan: Plan) -> str | None:
+    """Return ``kvm`` or ``qemu`` where it is known without a probe of KVM, else None."""
     if plan.settings.virt_type != "auto":
         return plan.settings.virt_type
     if not arch.is_host(plan.settings.arch):
         logger.info("KVM runs no %s on %s: it is emulated.", plan.settings.arch, platform.machine())
         return "qemu"
-    with step("Probing KVM"):
-        reason = why_libvirt_has_no_kvm(kernel, plan.settings.arch, as_root=plan.as_root)
+    return None
+
+
+def probed_virt_type(plan: Plan, kernel: Path | None) -> str:
+    """Return ``kvm`` if *kernel* prints under it, else ``qemu``.
+
+    /dev/kvm may be there, and open, and useless, where this machine is a virtual one itself.
+    """
+    reason = why_libvirt_has_no_kvm(kernel, plan.settings.arch, as_root=plan.as_root)
     if reason is None:
         return "kvm"
     logger.warning(

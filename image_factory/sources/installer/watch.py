@@ -12,7 +12,7 @@ from ...base import command, events
 from ...base.errors import BuildError
 from ...base.units import format_duration
 from ...machines.console import Console
-from ...model import Build, Disk
+from ...model import Build
 from . import installers
 from .installers import Failure
 
@@ -69,12 +69,7 @@ class InstallationError(BuildError):
 
 
 class InstalledError(InstallationError):
-    """The machine has come to an end after which its disk may have a whole system, or none.
-
-    Whoever installs sets *disk*, which is kept for --resume.
-    """
-
-    disk: Disk | None = None
+    """The machine has come to an end after which its disk may have a whole system, or none: it is kept for --resume."""
 
 
 class Watcher:

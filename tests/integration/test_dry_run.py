@@ -1,0 +1,190 @@
+"""A dry run shows what the build does: each step that is logged, and each command, with all keys of a recipe on."""
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from image_factory import checkpoint, pipeline
+from image_factory.configuration.files import Configuration
+from image_factory.parts import Group, Step, always
+
+from .. import golden
+from ..conftest import User, left_behind, run
+from .test_build import logged_commands
+
+pytestmark = pytest.mark.usefixtures("machine")
+
+# Of which user, by which way, and whether the image is booted, which takes minutes and a system that boots.
+CELLS = [("root", "loop", False), ("a", "loop", False), ("root", "guestfs", False), ("c", "guestfs", True)]
+
+
+@dataclass
+class Place:
+    """A build of an image with all keys, as *user*."""
+
+    user: User
+    directory: Path
+    boots: bool
+
+    def configure(self, stand_in: Path, mount_via: str) -> None:
+        """Write the configuration, and make a key to sign with."""
+        key = self.directory / "key.asc"
+        home = self.directory / "gnupg"
+        self.user.run("mkdir", "-m", "700", home)
+        gpg = ["gpg", "--homedir", home, "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+        self.user.run(*gpg, "--quick-generate-key", "a <a@example.com>")
+        self.user.run("sh", "-c", f"umask 077; {shlex.join(map(str, gpg))} --export-secret-keys --armor >{key}")
+        self.user.run("gpgconf", "--homedir", home, "--kill", "all")
+        (self.directory / "answers.cfg").write_text("d-i netcfg/get_hostname string golden\n")
+        (self.directory / "script").write_text("#!/bin/sh\ntrue\n")
+        (self.directory / "image-factory.conf").write_text(f"""
+[stand-in]
+linux = {stand_in}/linux
+initrd = {stand_in}/initrd.gz
+preseed = {self.directory}/answers.cfg
+append = console=ttyS0
+image-size = {golden.DISK_SIZE}
+ram = 512M
+virt-type = qemu
+max-parallel = none
+mount-via = {mount_via}
+installer-logs = yes
+seal = yes
+audit = yes
+manifest = yes
+sign-key = {key}
+test-boot = {"yes" if self.boots else "no"}
+{"test-boot-timeout = 10m" if self.boots else ""}
+{f"test-script = {self.directory}/script" if self.boots else ""}
+format = qcow2
+keep-raw = yes
+log-file = yes
+upload_destinations = here
+post-build-command = sh -c 'echo built'
+[here]
+upload_type = rsync
+upload_target = {self.user.directory(f"upload-{self.directory.name}")}/
+post-upload-command = stat ${{image}}
+""")
+
+    def run(self, *flags: str) -> str:
+        """Run image-factory; return what it prints and logs."""
+        variables = {"IMAGE_FACTORY_CONFIG": str(self.directory / "image-factory.conf"), "SSH_AUTH_SOCK": ""}
+        argv = self.user.argv(self.user.program, *flags, "stand-in", **variables)
+        done = run(*argv, cwd=self.directory)
+        return done.stdout if "--dry-run" in flags else done.stderr
+
+    def sometimes(self) -> set[str]:
+        """Return the steps that only some disks need."""
+        configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(self.directory / "image-factory.conf")})
+        plan = pipeline.make_plan(configuration, "stand-in", {"output-dir": str(self.directory)})
+        found = set()
+
+        def look(steps: object) -> None:
+            for item in steps:  # type: ignore[attr-defined]
+                if isinstance(item, Group):
+                    look(item.steps)
+                elif isinstance(item, Step) and item.when is not always:
+                    found.add(item.name)
+
+        build = pipeline.Build(plan, plan.work_path, "x")
+        for stage in pipeline.STAGES:
+            look(pipeline.steps_of(stage, build))
+        return found
+
+    def replace_disk(self) -> None:
+        """Put a disk with Debian, which boots, where the one of the stand-in is."""
+        disk = self.directory / ".image-factory-stand-in/disk.raw"
+        run("cp", "--sparse=always", golden.disk(), disk)
+        shutil.chown(disk, self.user.name)
+
+
+@pytest.fixture(params=CELLS, ids=lambda cell: "-".join(map(str, cell)))
+def place(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Place]:
+    name, mount_via, boots = request.param
+    made = Place(users[name], users[name].directory(f"dry-{mount_via}-{os.urandom(2).hex()}"), boots)
+    made.configure(stand_in, mount_via)
+    yield made
+    assert left_behind(made.user, made.directory) == []
+    shutil.rmtree(made.directory)
+
+
+def announced(printed: str) -> dict[str, list[list[str]]]:
+    """Return the steps that a dry run has printed, in their order, each with its commands."""
+    steps: list[tuple[str, list[list[str]]]] = []
+    for line in printed.splitlines():
+        if line.startswith("# "):
+            if not line.startswith("#   "):
+                steps.append((line[2:], []))
+        else:
+            steps[-1][1].append(normal(shlex.split(line)))
+    return steps  # type: ignore[return-value]
+
+
+def logged(log: str) -> list[tuple[str, list[list[str]]]]:
+    """Return the steps that a build has logged, in the order of their beginnings, each with its commands."""
+    steps: list[tuple[str, list[list[str]]]] = []
+    # Programs print lines with three dots, too.
+    names = set(re.findall(r" INFO: (.*): done in [0-9.]+ s$", log, re.MULTILINE))
+    for line in log.splitlines():
+        text = line.partition(" INFO: ")[2]
+        if (match := re.fullmatch(r"(.*) \.\.\.", text)) and match[1] in names:
+            steps.append((match[1], []))
+        elif text.startswith("Running: ") and steps:
+            steps[-1][1].append(normal(logged_commands(line)[0]))
+    return steps
+
+
+def normal(argv: list[str]) -> list[str]:
+    """Replace what a dry run can't know."""
+    text = "\0".join(argv)
+    for pattern, replacement in (
+        (r"/tmp/image-factory\.[^/\0]+/", "/tmp/image-factory.XXXXXXXX/"),
+        (r"image-factory-gpg\.[^/\0]+", "image-factory-gpg.XXXXXXXX"),
+        (r"image-factory-stand-in-[0-9a-f]{8}\b", "image-factory-stand-in-XXXXXXXX"),
+        (r"(\.raw)\0[0-9]+\0[0-9]+\0/tmp", "\\1\0OFFSET\0SIZE\0/tmp"),
+        (r"-O\0[0-9]+\0-S\0[0-9]+", "-O\0OFFSET\0-S\0SIZE"),
+        (r"/partition-[0-9]+\b", "/partition-N"),
+        (r"\?offset=[0-9]+", "?offset=OFFSET"),
+        (r"(--offset)\0[0-9]+\0(--length)\0[0-9]+", "\\1\0OFFSET\0\\2\0SIZE"),
+        (r"\b[0-9A-F]{40}\b", "FINGERPRINT"),
+        (r"\b02(:[0-9a-f]{2}){5}", "02:XX:XX:XX:XX:XX"),
+        (r"hostfwd=tcp:127\.0\.0\.1:[0-9]+-", "hostfwd=tcp:127.0.0.1:PORT-"),
+        (r"-p\0[0-9]+\0", "-p\0PORT\0"),
+    ):
+        text = re.sub(pattern, replacement, text)
+    return text.split("\0")
+
+
+def compare(place: Place, printed: str, log: str) -> None:
+    shown, done = announced(printed), logged(log)
+    sometimes = place.sometimes()
+    names = [name for name, _ in done]
+    assert [name for name, _ in shown if name not in sometimes or name in names] == names
+    left = iter(shown)
+    for name, commands in done:
+        wanted = next(found for step, found in left if step == name)
+        # Some are run for each partition, what writes a FILE only where there is one to be written, and files that were
+        # found are read.
+        found, expected = {*map(str, commands)}, {*map(str, wanted)}
+        looks = {str(argv) for argv in commands if name.startswith("Auditing") and {"list", "read"} & {*argv}}
+        assert expected - {text for text in expected if "'FILE'" in text} | looks == found, name
+
+
+def test_each_step_and_each_command_is_in_the_dry_run(place: Place) -> None:
+    printed = place.run("--dry-run")
+    until = place.run("--dry-run", "--until", "install")
+    assert printed.startswith(until)
+    compare(place, until, place.run("--until", "install"))
+    if place.boots:
+        place.replace_disk()
+    rest = place.run("--dry-run", "--resume")
+    assert printed == until + rest
+    compare(place, rest, place.run("--resume"))
+    assert not (place.directory / checkpoint.FILE_NAME).exists()

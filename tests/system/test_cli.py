@@ -615,12 +615,12 @@ guestfish
 #   mkmountpoint /partition-N
 #   mount-options noatime DEVICE /partition-N
 # Showing installer logs
-#   download /partition-N/root/install.log*
-#   download /partition-N/var/log/anaconda*
-#   download /partition-N/var/log/installer/syslog
-#   download /partition-N/var/log/installer/status
-#   download /partition-N/var/log/YaST2/y2log
-#   download /partition-N/var/adm/autoinstall/logs
+#   pread /partition-N/root/install.log*
+#   pread /partition-N/var/log/anaconda*
+#   pread /partition-N/var/log/installer/syslog
+#   pread /partition-N/var/log/installer/status
+#   pread /partition-N/var/log/YaST2/y2log
+#   pread /partition-N/var/adm/autoinstall/logs
 # Removing installer logs
 #   rm-rf /partition-N/root/anaconda-ks.cfg
 #   rm-rf /partition-N/root/original-ks.cfg
@@ -635,6 +635,9 @@ guestfish
 fallocate --punch-hole --length 4096 {disk.parent}/appliance-file
 #   sync
 #   -fstrim /partition-N
+# Zeroing logical volumes
+#   zerofree VOLUME
+#   mkswap VOLUME
 # Unmounting
 #   umount-all
 #   shutdown

@@ -250,8 +250,8 @@ class _Chosen:
 def _gone_on(state: State, done: Checkpoint) -> State:
     """Return *state* with what there is of an earlier build."""
     build = dataclasses.replace(state.build, virt_type=done.virt_type)
-    cleans = not done.is_at("cleaned")
-    return dataclasses.replace(state, build=build, artifacts=tuple(done.artifacts), served=done, cleans=cleans)
+    artifacts = tuple(done.artifacts) if done.is_at("converted") else ()
+    return dataclasses.replace(state, build=build, artifacts=artifacts, served=done, cleans=not done.is_at("cleaned"))
 
 
 def steps_of(stage: Stage, build: Build) -> Steps:

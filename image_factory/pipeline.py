@@ -133,11 +133,12 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     command.require(programs(plan))
     if not resume:
         _check_space(plan)
-    source.check_here(plan)
     workspace.warn_of_others(plan)
     for stage in STAGES:
         for part in stage.parts:
             part.check(plan)
+    # libvirt leaves files of its own where it is asked.
+    source.check_here(plan)
     if not resume:
         # Last, so that an error stands alone.
         source.warn(plan)

@@ -18,7 +18,7 @@ from ..conftest import REPOSITORY, run
         "image-factory --format ": ["raw", "qcow2"],
         "image-factory -f raw,": ["raw,qcow2"],
         "image-factory --format=q": ["qcow2"],
-        "image-factory --until c": ["clean", "convert"],
+        "image-factory --until c": ["clean", "convert", "check"],
         "image-factory --output-dir /usr/sb": ["/usr/sbin/"],
         "image-factory --no-such": [],
     }.items(),

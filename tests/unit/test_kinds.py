@@ -67,7 +67,7 @@ def test_upload_goes_by_the_type_of_its_destination(tmp_path: Path, monkeypatch:
     carry_out(state_of(build, [artifact]), publish.upload_steps(build))
     assert elsewhere.asked == ["probe there", "upload x.raw to there"]
     [commands] = shown(build, publish.upload_steps(build)).values()
-    assert commands == [["send-elsewhere", "x.raw", "there"]]
+    assert commands == [["send-elsewhere", "x-2024-02-29.raw", "there"]]
 
 
 def test_formats_are_the_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,12 +97,19 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Have a signal raise Interrupted after the body, where it could inside: what is drawn stays whole."""
+def held() -> Iterator[None]:
+    """Let a signal wait inside for the next place: what is acquired is in someone's hands then."""
     depth, _state.depth = _state.depth, 0
     try:
         yield
     finally:
         _state.depth = depth
-    if depth:
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Have a signal raise Interrupted after the body, where it could inside: what is drawn stays whole."""
+    with held():
+        yield
+    if _state.depth:
         _raise_pending()

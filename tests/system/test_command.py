@@ -469,6 +469,28 @@ def test_signal_while_another_program_is_started() -> None:
     assert (done.returncode, done.stderr) == (143, "")
 
 
+@pytest.mark.parametrize("moment", ["before", "after_in_parent", "after_in_child"])
+def test_signal_while_a_program_is_started_leaves_none_behind(moment: str) -> None:
+    """Also where a signal may come at any point: who is to stop the program has it in hand first."""
+    program = f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(REPOSITORY)!r})
+        from image_factory.base import command, errors, interrupts
+        us = os.getpid()
+        os.register_at_fork({moment}=lambda: os.kill(us, signal.SIGTERM))
+        with interrupts.handled(), command.reaping():
+            try:
+                with interrupts.interruptible():
+                    command.run(["sleep", "60"])
+            except errors.Interrupted as error:
+                with open(f"/proc/self/task/{{os.getpid()}}/children") as children:
+                    print(children.read())
+                sys.exit(error.exit_status)
+    """
+    done = subprocess.run(python(program), capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "\n", "")
+
+
 def test_program_is_stopped_where_the_signal_for_it_is_ignored() -> None:
     """As SIGINT is in the background jobs of a shell script."""
     program = f"""

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from .. import interrupts
 from ..errors import BuildError, command_line
 from ..log import logger
 from . import installed
@@ -80,9 +81,11 @@ def _reap() -> None:
 
 @contextmanager
 def _starting() -> Iterator[None]:
+    """Have a process started inside, which nobody else waits for and no signal cuts off from who is to stop it."""
     Children.starting += 1
     try:
-        yield
+        with interrupts.held():
+            yield
     finally:
         Children.starting -= 1
         _reap()

@@ -151,7 +151,7 @@ def conversation(
     its files.
     """
     logger.info("Running: %s", command_line(argv))
-    process = start(argv, stdin=subprocess.PIPE, env=env, umask=0o077, ends_with_us=None)
+    process = start(argv, stdin=subprocess.PIPE, env=env, umask=0o077, heeds=signal.SIGTERM, ends_with_us=None)
     with closed(process):
         try:
             talk = Conversation(process, argv[0], timeout)

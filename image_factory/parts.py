@@ -73,16 +73,24 @@ class Step:
     calls: Sequence[Call] = ()
 
 
+def show(state: State, steps: "Steps") -> list[Shown]:
+    """Return *steps* as a dry run shows them, those among them that only some builds have."""
+    shown: list[Shown] = []
+    for item in steps:
+        shown += item.shown(state, item.steps) if isinstance(item, Group) else [Shown(item.name, item.commands)]
+    return shown
+
+
 @dataclass(frozen=True)
 class Group:
     """*Steps* that belong together: *run* carries them out, by ``carry_out``.
 
-    *shown* is how a dry run shows them.
+    *shown* is how a dry run shows them, one after the other if nothing else is said.
     """
 
     steps: Sequence["Step | Group"]
     run: Callable[[State, Sequence["Step | Group"]], State]
-    shown: Callable[[State, Sequence["Step | Group"]], list[Shown]]
+    shown: Callable[[State, Sequence["Step | Group"]], list[Shown]] = show
     when: Callable[[State], bool] = always
 
 
@@ -112,14 +120,6 @@ def carry_out(state: State, steps: Steps) -> State:
             with step(item.name):
                 state = item.run(state)
     return state
-
-
-def show(state: State, steps: Steps) -> list[Shown]:
-    """Return *steps* as a dry run shows them, those among them that only some builds have."""
-    shown: list[Shown] = []
-    for item in steps:
-        shown += item.shown(state, item.steps) if isinstance(item, Group) else [Shown(item.name, item.commands)]
-    return shown
 
 
 def doing(function: Callable[[State], None]) -> Callable[[State], State]:
@@ -163,6 +163,7 @@ def mounted(steps: Sequence[Step], disk_of: Callable[[Build], Path]) -> Group:
 def _rehearsal(build: Build, step: Step) -> Commands:
     """Return the commands of a *step* on the mounted system, found out by carrying it out on one that is empty."""
     calls: list[Call] = []
+    # What only some systems need has nothing to do on an empty one.
     if step.when is always:
         with scratch.directory() as directory, rehearsed(calls) as tree:
             apart = dataclasses.replace(build, directory=directory)

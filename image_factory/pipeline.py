@@ -51,7 +51,7 @@ def _cleaning(build: Build) -> Steps:
         *manifest.listing_steps(build),
         *shrink.mounted_steps(build),
     ]
-    yield Group([mounted(inside, lambda build: build.disk_path)], _explained, show)
+    yield Group([mounted(inside, lambda build: build.disk_path)], _explained)
 
 
 def _explained(state: State, steps: Sequence[Step | Group]) -> State:

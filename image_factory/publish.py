@@ -152,7 +152,7 @@ def upload_steps(build: Build) -> Iterator[Group]:
     uploads = _uploads(build.plan, published(build.plan))
     if uploads:
         groups = [_to_destination(build.plan, destinations) for destinations in uploads]
-        yield Group(groups, _upload_to_each, show)
+        yield Group(groups, _upload_to_each)
 
 
 def published(plan: Plan) -> list[Artifact]:
@@ -194,7 +194,7 @@ def _to_destination(plan: Plan, destinations: Sequence[tuple[Artifact, Destinati
 def _upload(plan: Plan, artifact: Artifact, destination: Destination) -> Step:
     def run(state: State) -> None:
         # With its digests, which are not known before.
-        [made] = [made for made in state.artifacts if made.format == artifact.format]
+        made = next(found for found in state.artifacts if found.format == artifact.format)
         try:
             UPLOADS[destination.type].upload(destination, made)
             for argv in destination.commands:

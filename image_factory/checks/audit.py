@@ -18,7 +18,7 @@ from ..base.log import logger
 from ..base.units import format_size
 from ..model import Artifact, Build, Partition, Plan
 from ..outputs import planned
-from ..parts import Group, State, Step, carry_out, doing, mounted, on_tree, show
+from ..parts import Group, State, Step, carry_out, doing, mounted, on_tree
 from ..sources.installer import answers, delivery
 from ..system import layout
 from ..system.tree import Tree
@@ -501,7 +501,7 @@ def steps(build: Build) -> Iterator[Step | Group]:
         Step(f"Searching {name}", doing(audit.search)),
         mounted([Step(f"Auditing {name}", on_tree(audit.look))], copy_path),
     ]
-    yield Group(inside, audit.reopened, show)
+    yield Group(inside, audit.reopened)
 
 
 def _reopen(state: State) -> None:

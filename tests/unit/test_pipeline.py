@@ -8,7 +8,7 @@ import pytest
 from image_factory import checkpoint, pipeline
 from image_factory.checkpoint import Checkpoint
 from image_factory.model import Build
-from image_factory.parts import Group, State, Step, carry_out, doing, show
+from image_factory.parts import Group, State, Step, Steps, carry_out, doing, show
 
 from ..conftest import state_of
 from .test_estimates import make_plan
@@ -48,12 +48,11 @@ def test_steps_are_carried_out_and_shown_alike(tmp_path: Path) -> None:
     def step(name: str, *, when: bool = True) -> Step:
         return Step(name, doing(lambda state: done.append(name)), [[name]], when=lambda state: when)
 
-    def both(state: State, steps: object) -> State:
+    def both(state: State, steps: Steps) -> State:
         done.append("begin")
-        state = carry_out(state, steps)  # type: ignore[arg-type]
-        return dataclasses.replace(state, cleans=False)
+        return dataclasses.replace(carry_out(state, steps), cleans=False)
 
-    steps = [step("a"), Group([step("b"), step("c", when=False)], both, show), step("d")]
+    steps = [step("a"), Group([step("b"), step("c", when=False)], both), step("d")]
     state = state_of(Build(make_plan(tmp_path), tmp_path, "vm"))
     assert carry_out(state, steps) == dataclasses.replace(state, cleans=False)
     assert done == ["a", "begin", "b", "d"]

@@ -155,9 +155,8 @@ def test_no_uefi_for_hybrid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_kvm_of_another_architecture(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"^\[image\] virt-type: KVM runs no aarch64 on x86_64\.$"):
         guest.check_machine(plan(tmp_path, "arch = aarch64\nvirt-type = kvm"))
-    assert guest.known_virt_type(plan(tmp_path, "arch = aarch64")) == "qemu"
-    # It is to be probed.
-    assert guest.known_virt_type(plan(tmp_path)) is None
+    assert not guest.has_to_probe(plan(tmp_path, "arch = aarch64").settings)
+    assert guest.has_to_probe(plan(tmp_path).settings)
     assert guest.probed_virt_type(plan(tmp_path), None) == "qemu"
 
 
@@ -244,7 +243,7 @@ class TestProbe:
 
     @pytest.mark.parametrize("chosen", ["kvm", "qemu"])
     def test_settings_decide(self, tmp_path: Path, chosen: str) -> None:
-        assert guest.known_virt_type(plan(tmp_path, f"virt-type = {chosen}")) == chosen
+        assert not guest.has_to_probe(plan(tmp_path, f"virt-type = {chosen}").settings)
 
 
 @pytest.mark.parametrize(

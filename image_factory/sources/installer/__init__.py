@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import platform
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,13 +12,13 @@ from pathlib import Path
 from ...base import command, events, files
 from ...base.cleanup import released
 from ...base.errors import BuildError, ConfigurationError
-from ...base.log import masked
+from ...base.log import logger, masked
 from ...configuration.parsers import Source
 from ...configuration.settings import ANSWER_FILE_KEYS, ImageSettings
 from ...downloads import fetch, verify
 from ...machines import arch, turns
 from ...model import Build, Plan
-from ...parts import Group, State, Step, carry_out, doing, show
+from ...parts import Group, State, Step, carry_out, doing
 from . import answercheck, answers, delivery, guest
 
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
@@ -32,10 +33,10 @@ def _named(keys: Sequence[str]) -> str:
 
 def check_settings(name: str, settings: ImageSettings) -> None:
     """Raise ConfigurationError unless *settings* name an installer, and one answer file at most."""
-    answers = [key for key in ANSWER_FILE_KEYS if getattr(settings, key)]
-    if len(answers) > 1:
+    given = [key for key in ANSWER_FILE_KEYS if getattr(settings, key)]
+    if len(given) > 1:
         raise ConfigurationError(
-            f"[{name}] has {_named(answers)}. An image has one answer file.", hint="Remove all but one."
+            f"[{name}] has {_named(given)}. An image has one answer file.", hint="Remove all but one."
         )
     if settings.installer_image:
         return
@@ -237,25 +238,19 @@ def steps(build: Build) -> Iterator[Step | Group]:
     installation = _Installation()
     yield Step("Creating the disk", doing(_create), [create_argv(build)])
     yield Step("Caching the installer", doing(installation.cache), _fetches(build))
-    plan = build.plan
-    probe = Step(
-        "Probing KVM",
-        installation.probe,
-        [guest.probe_argv(Path("KERNEL"), plan.settings.arch)],
-        when=lambda state: state.build.virt_type == _UNKNOWN,
-    )
-    virt_type = plan.settings.virt_type
-    if virt_type == "auto":
-        virt_type = _UNKNOWN if arch.is_host(plan.settings.arch) else "qemu"
-    argvs = guest.installing_argvs(build, _media(build), virt_type)
-    install = Group(
-        [*delivery.seed_steps(build), Step("Installing", doing(installation.install), argvs)], _with_seed, show
-    )
-    yield Group([*([probe] if virt_type == _UNKNOWN else []), install], _in_turn, show)
+    settings = build.plan.settings
+    probe_argv = guest.probe_argv(Path("KERNEL"), settings.arch)
+    probes = [Step("Probing KVM", installation.probe, [probe_argv])] if guest.has_to_probe(settings) else []
+    argvs = guest.installing_argvs(build, _media(build), _virt_type(settings))
+    install = Step("Installing", doing(installation.install), argvs)
+    yield Group([*probes, Group([*delivery.seed_steps(build), install], _with_seed)], _in_turn)
 
 
-# What virtual machines can use before KVM was probed.
-_UNKNOWN = "VIRT-TYPE"
+def _virt_type(settings: ImageSettings) -> str:
+    """Return what virtual machines can use as far as it is known before KVM is probed."""
+    if guest.has_to_probe(settings):
+        return "VIRT-TYPE"
+    return "qemu" if settings.virt_type == "auto" else settings.virt_type
 
 
 class _Installation:
@@ -287,8 +282,10 @@ def _create(state: State) -> None:
 def _in_turn(state: State, steps: Sequence[Step | Group]) -> State:
     """Carry out *steps* when this machine has room; who waits holds up no one, and has done what needs no machine."""
     settings = state.build.plan.settings
+    if settings.virt_type == "auto" and not arch.is_host(settings.arch):
+        logger.info("KVM runs no %s on %s: it is emulated.", settings.arch, platform.machine())
     with turns.taken(settings.max_parallel, settings.ram, settings.cores):
-        return carry_out(_with_virt_type(state, guest.known_virt_type(state.build.plan) or _UNKNOWN), steps)
+        return carry_out(_with_virt_type(state, _virt_type(settings)), steps)
 
 
 def _with_virt_type(state: State, virt_type: str) -> State:

@@ -653,14 +653,9 @@ def _run_virt_install(build: Build, argv: list[str], virt_type: str, deadline: f
     return watcher
 
 
-def known_virt_type(plan: Plan) -> str | None:
-    """Return ``kvm`` or ``qemu`` where it is known without a probe of KVM, else None."""
-    if plan.settings.virt_type != "auto":
-        return plan.settings.virt_type
-    if not arch.is_host(plan.settings.arch):
-        logger.info("KVM runs no %s on %s: it is emulated.", plan.settings.arch, platform.machine())
-        return "qemu"
-    return None
+def has_to_probe(settings: ImageSettings) -> bool:
+    """Return whether a probe of KVM decides what the machine uses: KVM runs no other architecture."""
+    return settings.virt_type == "auto" and arch.is_host(settings.arch)
 
 
 def probed_virt_type(plan: Plan, kernel: Path | None) -> str:

@@ -102,16 +102,27 @@ class Variables(Mapping[str, str]):
         return len(self._keys)
 
 
+class _Parser(configparser.RawConfigParser):
+    """A parser of files, whose keys it knows by ``normal_key``."""
+
+    def optionxform(self, optionstr: str) -> str:
+        """Return the key *optionstr* as it is known here."""
+        return normal_key(optionstr)
+
+
+class _Interpolating(_Parser, configparser.ConfigParser):
+    """A parser that fills in ``${variables}``."""
+
+
 class Configuration:
     """The configuration files, read and merged; values are parsed when they are asked for."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Read the files that apply; ConfigurationError if one can't be read."""
-        self._parser = configparser.ConfigParser(
+        self._parser = _Interpolating(
             defaults={"data-dir": str(find_data_dir()).replace("$", "$$")},
             interpolation=configparser.ExtendedInterpolation(),
         )
-        self._parser.optionxform = normal_key  # type: ignore[assignment,method-assign]
         # The keys of each section in the files of the user, which are to be warned of if nothing uses them.
         self.written: dict[str, set[str]] = {}
         if environment.get(FILE_VARIABLE):
@@ -172,8 +183,7 @@ class Configuration:
 
     def _note_keys(self, lines: list[str]) -> None:
         # Without a section of defaults, [DEFAULT] is one like the others, which have their own keys alone.
-        parser = configparser.RawConfigParser(default_section="")
-        parser.optionxform = normal_key  # type: ignore[assignment,method-assign]
+        parser = _Parser(default_section="")
         parser.read_file(lines)
         for section in parser.sections():
             self.written.setdefault(section, set()).update(parser.options(section))

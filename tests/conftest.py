@@ -22,13 +22,12 @@ from types import ModuleType
 import hypothesis
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+from image_factory import pipeline
+from image_factory.model import Artifact, Build, Disk
+from image_factory.parts import State, Steps, carry_out, show
+from image_factory.sources.installer import guest
 
-from image_factory import pipeline  # noqa: E402
-from image_factory.model import Artifact, Build, Disk  # noqa: E402
-from image_factory.parts import State, Steps, carry_out, show  # noqa: E402
-from image_factory.sources.installer import guest  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def young_day(now: float) -> str:

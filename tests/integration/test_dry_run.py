@@ -12,7 +12,7 @@ import pytest
 
 from image_factory import checkpoint, pipeline
 from image_factory.configuration.files import Configuration
-from image_factory.parts import Group, Step, always
+from image_factory.parts import Group, Steps, always
 
 from .. import golden
 from ..conftest import User, left_behind, run
@@ -86,11 +86,11 @@ post-upload-command = stat ${{image}}
         plan = pipeline.make_plan(configuration, "stand-in", {"output-dir": str(self.directory)})
         found = set()
 
-        def look(steps: object) -> None:
-            for item in steps:  # type: ignore[attr-defined]
+        def look(steps: Steps) -> None:
+            for item in steps:
                 if isinstance(item, Group):
                     look(item.steps)
-                elif isinstance(item, Step) and item.when is not always:
+                elif item.when is not always:
                     found.add(item.name)
 
         build = pipeline.Build(plan, plan.work_path, "x")
@@ -115,7 +115,7 @@ def place(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path
     shutil.rmtree(made.directory)
 
 
-def announced(printed: str) -> dict[str, list[list[str]]]:
+def announced(printed: str) -> list[tuple[str, list[list[str]]]]:
     """Return the steps that a dry run has printed, in their order, each with its commands."""
     steps: list[tuple[str, list[list[str]]]] = []
     for line in printed.splitlines():
@@ -124,7 +124,7 @@ def announced(printed: str) -> dict[str, list[list[str]]]:
                 steps.append((line[2:], []))
         else:
             steps[-1][1].append(normal(shlex.split(line)))
-    return steps  # type: ignore[return-value]
+    return steps
 
 
 def logged(log: str) -> list[tuple[str, list[list[str]]]]:

@@ -1,6 +1,7 @@
 """The tables of kinds: what a setting accepts is what stands there, and a build goes by it."""
 
 import datetime
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -21,7 +22,7 @@ from image_factory.sources import SOURCES
 from image_factory.sources.installer import answercheck, delivery, installers
 from image_factory.uploads import UPLOADS
 
-from ..conftest import shown, state_of
+from ..conftest import REPOSITORY, shown, state_of
 
 
 class Elsewhere:
@@ -159,3 +160,10 @@ def test_checkpoint_is_of_one_source(tmp_path: Path) -> None:
     settings = configuration(tmp_path, "").image("x", {})
     plan = Plan("x", settings, datetime.date(2024, 2, 29), tmp_path, {})
     assert {"source", "linux", "initrd", "append", "image-size"} == checkpoint.inputs_of(plan).keys()
+
+
+def test_the_record_s_schema_has_the_keys_of_all_inputs() -> None:
+    """Those of what an installer is made from, and of what it is given."""
+    schema = json.loads((REPOSITORY / "data/build-record.schema.json").read_text())
+    known = schema["properties"]["inputs"]["items"]["properties"]["key"]["enum"]
+    assert sorted(known) == sorted(["configuration", *SOURCES["installer"].KEYS, *ANSWER_FILE_KEYS, "answer-files"])

@@ -376,15 +376,17 @@ def _open_lock(path: Path) -> int:
 
 
 def _take_lock(descriptor: int, path: Path) -> None:
-    def reason() -> str:
-        return f"Waiting for another build that writes to {path.parent}{locks.by_whom(path)}."
+    def reason(who: str) -> str:
+        return f"Waiting for another build that writes to {path.parent}{who}."
 
     try:
         if _is_taken(descriptor):
             return
-        with waiting(reason()) as say:
+        with waiting(reason(locks.by_whom(path))) as say:
             while not _is_taken(descriptor):
-                say(reason())
+                # Who is about to let go of it may not be seen any more.
+                if who := locks.by_whom(path):
+                    say(reason(who))
                 with interrupts.interruptible():
                     time.sleep(_POLL_SECONDS)
                 events.tell(events.TimePassed())

@@ -48,6 +48,8 @@ hypothesis.settings.load_profile("untimed")
 UNIT = REPOSITORY / "tests/unit"
 KVM = Path("/dev/kvm")
 HIDDEN_KVM = Path("/dev/kvm.off")
+# Seconds that a test waits for what has to come; a loaded machine may take its time.
+PATIENCE = 180
 # What tells two runs of the tests at once from each other, in the names of their users and files: see run-tests.
 RUN = os.environ.get("TEST_RUN", "check")
 OWN = (f"/if-{RUN}.", "/pytest-of-" if RUN == "check" else f"/pytest-{RUN}/")
@@ -78,13 +80,13 @@ def run(*argv: str | Path, check: bool = True, **keywords: object) -> subprocess
     return done
 
 
-def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Call *condition* until it is true; fail after *seconds*."""
+def wait_for(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    """Call *condition* until it is true; fail after *seconds*, which are given where being quick is a promise."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:.0f} s for {what}")
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def state_of(build: Build, artifacts: Sequence[Artifact] = ()) -> State:
@@ -183,7 +185,7 @@ def daemon(name: str) -> Iterator[None]:
                 runs.seek(0)
                 if runs.read():
                     run("pkill", "-x", "-u", "root", name, check=False)
-                    wait_for(is_gone, 20, f"{name} to end")
+                    wait_for(is_gone, f"{name} to end")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -300,7 +302,7 @@ def remove_user(name: str) -> None:
         run("pkill", "-KILL", "-u", name, check=False)
         return run("pgrep", "-u", name, check=False).returncode != 0
 
-    wait_for(gone, 20, f"the processes of {name} to end")
+    wait_for(gone, f"the processes of {name} to end")
     # libguestfs keeps its appliance there.
     shutil.rmtree(f"/var/tmp/.guestfs-{pwd.getpwnam(name).pw_uid}", ignore_errors=True)
     run("userdel", name)

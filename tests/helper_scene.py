@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import User, machine_state, run
+from .conftest import PATIENCE, User, machine_state, run
 
 IMAGE_SIZE = 16 << 20
 # In the tables below: directories of user a and of user b, a mounted image of each, a file of root's.
@@ -32,7 +32,7 @@ class Scene:
         """Run the helper through sudo as *user*."""
         own = self.users[user]
         argv: list[str | bytes] = [*own.argv("sudo", "-n", own.helper, **environment), *words]
-        done = subprocess.run(argv, input=stdin, capture_output=True, cwd=own.home, timeout=60)
+        done = subprocess.run(argv, input=stdin, capture_output=True, cwd=own.home, timeout=PATIENCE)
         texts = (output.decode(errors="replace") for output in (done.stdout, done.stderr))
         return subprocess.CompletedProcess(done.args, done.returncode, *texts)
 

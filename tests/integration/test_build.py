@@ -111,9 +111,7 @@ virt-type = qemu
     def wait_for_guest(self, line: str) -> None:
         """Wait until the guest has printed *line*."""
         console = self.directory / ".image-factory-stand-in/console.log"
-        wait_for(
-            lambda: console.is_file() and line in console.read_text(errors="replace"), 90, f"{line!r} on the console"
-        )
+        wait_for(lambda: console.is_file() and line in console.read_text(errors="replace"), f"{line!r} on the console")
 
     def files(self) -> set[str]:
         return {path.name for path in self.directory.iterdir()}

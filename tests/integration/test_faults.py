@@ -27,7 +27,7 @@ import pytest
 
 from image_factory.downloads import fetch
 
-from ..conftest import REPOSITORY, TODAY, User, left_behind, machine_state, run, wait_for
+from ..conftest import PATIENCE, REPOSITORY, TODAY, User, left_behind, machine_state, run, wait_for
 from ..fault_table import ALL, CHECKED, EVENTS, IMAGE, KILLED, LOCKS, ORDER, PROGRAMS, SIGNALS, STALE, Cell
 from .test_build import ANSWERS, WORK, new_build
 
@@ -270,7 +270,7 @@ def drop_what_can_be_resumed(place: Place) -> None:
         kept = json.loads((work / "checkpoint.json").read_text())["kept"]
         assert {path.name for path in work.iterdir()} <= set(kept)
         process = place.start("--cleanup")
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
 
 
@@ -323,9 +323,9 @@ def write(path: Path, text: str) -> None:
 
 
 def second_build(place: Place) -> None:
-    wait_for((place.faults / "reached").exists, 120, "the first build")
+    wait_for((place.faults / "reached").exists, "the first build")
     second = place.start()
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=PATIENCE)
     assert second.returncode == 2
     assert f"Another build of stand-in is under way in {place.out}." in errors
     write(place.faults / "go", "")
@@ -339,13 +339,13 @@ def recover(place: Place, cell: Cell) -> bool:
     place.disarm()
     if (place.out / WORK / "checkpoint.json").is_file() and hash_of(cell) % 3 == 0:
         # What was killed can be gone on with, wherever it was.
-        _, errors = (process := place.start("--resume", "stand-in")).communicate(timeout=90)
+        _, errors = (process := place.start("--resume", "stand-in")).communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
         assert "INFO: Installing ..." not in errors
         return True
     if hash_of(cell) % 2:
         process = place.start("--cleanup")
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
         assert all(re.match("(virtual machine|mount|directory) ", line) for line in output.splitlines())
         # The cache belongs to the next build of the image.
@@ -356,7 +356,7 @@ def recover(place: Place, cell: Cell) -> bool:
     write(place.faults / "call", "qemu-img convert*")
     write(place.faults / "fault", "fails-always")
     process = place.start()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, errors
     assert "Converting to qcow2: failed" in errors
     return False
@@ -404,7 +404,7 @@ def test_fault(place: Place, cell: Cell) -> None:
     process = place.start(*place.words)
     try:
         if cell.fault == "hangs":
-            wait_for(lambda: (place.faults / "reached").exists() or process.poll() is not None, 120, "the fault")
+            wait_for(lambda: (place.faults / "reached").exists() or process.poll() is not None, "the fault")
             process.terminate()
         if cell.fault == "second":
             second_build(place)
@@ -478,7 +478,7 @@ def bring_libvirt_back(user: User) -> None:
             run("libvirtd", "-d")
         return user.run("virsh", "--connect", user.libvirt_uri, "uri", check=False).returncode == 0
 
-    wait_for(answers, 30, "libvirt to come back")
+    wait_for(answers, "libvirt to come back")
 
 
 def strike_installation(place: Place, fault: str, process: "subprocess.Popen[str]") -> None:
@@ -513,9 +513,9 @@ def test_fault_of_the_installation(place: Place, cell: Cell) -> None:
     # Else a session's libvirt starts by itself.
     process = place.start(REAL_INSTALLATION="yes", LIBVIRT_AUTOSTART="0" if gone else "1")
     try:
-        wait_for(lambda: console.is_file() and "stand-in: " in console.read_text(errors="replace"), 90, "the guest")
+        wait_for(lambda: console.is_file() and "stand-in: " in console.read_text(errors="replace"), "the guest")
         strike_installation(place, cell.fault, process)
-        _, errors = process.communicate(timeout=90)
+        _, errors = process.communicate(timeout=PATIENCE)
         machines = machines_of(place)
     finally:
         process.kill()
@@ -652,10 +652,10 @@ def test_fault_of_a_download(place: Place, cell: Cell, netboot_files: dict[str, 
         place.configure(f"http://127.0.0.1:{server.server_port}")
         process = place.start()
         try:
-            wait_for(server.reached.is_set, 30, "the download")
+            wait_for(server.reached.is_set, "the download")
             strike_download(place, cell.fault, process)
             server.go.set()
-            _, errors = process.communicate(timeout=90)
+            _, errors = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
         assert process.returncode in expected_status(cell), errors
@@ -676,7 +676,7 @@ def test_fault_of_a_download(place: Place, cell: Cell, netboot_files: dict[str, 
         server.fault = ""
         write(place.faults / "call", "qemu-img convert*")
         write(place.faults / "fault", "fails-always")
-        _, errors = place.start().communicate(timeout=60)
+        _, errors = place.start().communicate(timeout=PATIENCE)
         assert "Converting to qcow2: failed" in errors
         check_cache(place, netboot_files, {"/linux", "/initrd.gz"})
     assert leftovers(place) == [], errors
@@ -715,7 +715,7 @@ def test_stale_directory(place: Place, cell: Cell) -> None:
     TABLE[cell] = "failed"
     make_stale(place, cell.fault)
     process = place.start()
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert "Cleaning up after a build of stand-in that was killed." in errors
     assert leftovers(place) == []
@@ -727,7 +727,7 @@ def refused(place: Place, message: str) -> None:
     start = time.monotonic()
     second = place.start()
     try:
-        _, errors = second.communicate(timeout=60)
+        _, errors = second.communicate(timeout=PATIENCE)
     finally:
         second.kill()
     assert second.returncode == 2, errors
@@ -782,12 +782,12 @@ def test_lock_of_a_stopped_build(place: Place, cell: Cell) -> None:
     write(place.faults / "fault", "second")
     first = place.start()
     try:
-        wait_for((place.faults / "reached").exists, 30, "the first build")
+        wait_for((place.faults / "reached").exists, "the first build")
         first.send_signal(signal.SIGSTOP)
         refused(place, f"Another build of stand-in is under way in {place.out}.")
         first.send_signal(signal.SIGCONT)
         write(place.faults / "go", "")
-        _, errors = first.communicate(timeout=90)
+        _, errors = first.communicate(timeout=PATIENCE)
     finally:
         first.kill()
     assert first.returncode == 0, errors
@@ -805,26 +805,26 @@ def test_cleanup_spares_what_runs(place: Place) -> None:
     write(place.faults / "fault", "hangs")
     process = place.start()
     try:
-        wait_for((place.faults / "reached").exists, 30, "the build")
+        wait_for((place.faults / "reached").exists, "the build")
         before = what_is_there(place)
         assert any("/tmp/image-factory." in line for line in before)
         for words in (["--cleanup"], ["--cleanup", "--output-dir", str(place.directory)]):
             cleanup = place.start(*words)
-            output, errors = cleanup.communicate(timeout=60)
+            output, errors = cleanup.communicate(timeout=PATIENCE)
             assert (cleanup.returncode, output) == (0, ""), errors
             assert what_is_there(place) == before
         process.kill()
     finally:
         process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     place.disarm()
     # The mount of a build elsewhere is found too, its directory only where it is looked for.
     for words, kinds in ((["-o", str(place.directory)], {"mount", "directory"}), ([], {"directory"})):
         cleanup = place.start("--cleanup", *words)
-        output, errors = cleanup.communicate(timeout=60)
+        output, errors = cleanup.communicate(timeout=PATIENCE)
         assert cleanup.returncode == 0, errors
         assert {line.partition(" ")[0] for line in output.splitlines()} == kinds, errors
     cleanup = place.start("--cleanup")
-    assert (*cleanup.communicate(timeout=60)[:1], cleanup.returncode) == ("", 0)
+    assert (*cleanup.communicate(timeout=PATIENCE)[:1], cleanup.returncode) == ("", 0)
     assert leftovers(place) == []
     check_files(place, published=False)

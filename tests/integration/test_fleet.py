@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ..conftest import User, left_behind, run, wait_for
+from ..conftest import PATIENCE, User, left_behind, run, wait_for
 from .test_build import TODAY, Build, new_build
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -132,17 +132,17 @@ def test_end_of_the_command_ends_its_builds(user_build: Build, number: signal.Si
     configure(user_build, extra="post-build-command = sh -c 'exec sleep 600'", first="", second="stand-in=hang")
     with started(user_build, "first", "second") as process:
         console = user_build.directory / ".image-factory-second/console.log"
-        wait_for(lambda: console.is_file() and "partition" in console.read_text(errors="replace"), 200, "the machine")
-        wait_for(lambda: (user_build.directory / f"first-{TODAY}.qcow2").exists(), 100, "the first image")
+        wait_for(lambda: console.is_file() and "partition" in console.read_text(errors="replace"), "the machine")
+        wait_for(lambda: (user_build.directory / f"first-{TODAY}.qcow2").exists(), "the first image")
         oldest = run("pgrep", "-o", "-u", user_build.user.name, "-f", f"^/usr/bin/python3 {user_build.user.program}")
         user_build.user.run("kill", f"-{number.name.removeprefix('SIG')}", oldest.stdout.strip())
-        said, _ = process.communicate(timeout=100)
+        said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode in (status, 128 + number), said
 
     def builds() -> str:
         return run("pgrep", "-u", user_build.user.name, "-f", str(user_build.user.program), check=False).stdout
 
-    wait_for(lambda: not builds(), 60, "the builds to end")
+    wait_for(lambda: not builds(), "the builds to end")
     assert run("pgrep", "-u", user_build.user.name, "-x", "sleep", check=False).stdout == ""
     assert left_behind(user_build.user, user_build.directory) == [
         # What --resume goes on with.

@@ -1,5 +1,6 @@
 """Who may read and write what a build makes, whatever umask it is given; and its children while it runs."""
 
+import os
 import stat
 import subprocess
 import time
@@ -25,13 +26,16 @@ def place(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path
 
 def below(directory: Path) -> Iterator[tuple[Path, int]]:
     """Give what is in *directory* with its mode; files may come and go meanwhile."""
-    for path in directory.rglob("*"):
-        try:
-            mode = path.lstat().st_mode
-        except OSError:
-            continue
-        if not stat.S_ISLNK(mode) and not stat.S_ISSOCK(mode):
-            yield path, mode
+    # Path.rglob() of Debian 12's Python fails at a directory that has gone.
+    for place, directories, files in os.walk(directory):
+        for name in (*directories, *files):
+            path = Path(place, name)
+            try:
+                mode = path.lstat().st_mode
+            except OSError:
+                continue
+            if not stat.S_ISLNK(mode) and not stat.S_ISSOCK(mode):
+                yield path, mode
 
 
 def zombies(pid: int) -> set[str]:

@@ -116,7 +116,7 @@ def test_signal(build: Build) -> None:
         build.wait_for_guest("stand-in: partitioning")
         assert stat.S_IMODE(seed(build).stat().st_mode) == 0o600
         os.kill(build.pid(), signal.SIGTERM)
-        wait_for(lambda: not seed(build).exists(), 60, "the seed disk to go")
+        wait_for(lambda: not seed(build).exists(), "the seed disk to go")
         assert process.wait(60) == 128 + signal.SIGTERM
     assert delivered("agama", digest) in said(build)
     assert SECRET not in build.stderr()

@@ -286,10 +286,10 @@ def stopped(scene: Scene, stop: Callable[["subprocess.Popen[bytes]", int], None]
     """Start a build, have *stop* called when QEMU runs; return the status and what was printed."""
     scene.prepare()
     with scene.started() as process:
-        wait_for(lambda: scene.qemu() or process.poll() is not None, 90, "QEMU")
+        wait_for(lambda: scene.qemu() or process.poll() is not None, "QEMU")
         stop(process, scene.qemu()[0])
         process.wait(60)
-    wait_for(lambda: not scene.qemu(), 10, "QEMU to end")
+    wait_for(lambda: not scene.qemu(), "QEMU to end", 30)
     return process.returncode, (scene.directory / "stderr").read_text()
 
 

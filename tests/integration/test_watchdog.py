@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ..conftest import run, vms, wait_for
+from ..conftest import PATIENCE, run, vms, wait_for
 from .test_build import TODAY, Build
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -59,7 +59,7 @@ def test_guest_that_halts(user_build: Build) -> None:
     with user_build.started() as process:
         user_build.wait_for_guest("reboot: System halted")
         start = time.monotonic()
-        wait_for(lambda: "The guest has halted" in user_build.stderr(), 30, "the end of the halted machine")
+        wait_for(lambda: "The guest has halted" in user_build.stderr(), "the end of the halted machine")
         took = time.monotonic() - start
         assert process.wait(120) == 0
     print(f"ended {took:.1f} s after the guest had halted")
@@ -104,7 +104,7 @@ def test_commands_by_hand(user_build: Build) -> None:
     name = shlex.split(attach[1])[-1]
     try:
         script = ["script", "--quiet", "--return", "--command", by_hand[1], "/dev/null"]
-        shown = run(*user_build.user.argv(*script), check=False, cwd=user_build.directory, timeout=60).stdout
+        shown = run(*user_build.user.argv(*script), check=False, cwd=user_build.directory, timeout=PATIENCE).stdout
         assert "stand-in: error: unknown mode 'no-such-mode'" in shown
     finally:
         virsh = user_build.user.argv("virsh", "--connect", user_build.user.libvirt_uri)

@@ -587,7 +587,7 @@ def test_nothing_is_left_when_the_program_is_killed(tmp_path: Path) -> None:
         assert process.stdout.readline() == b"mounted\n"
         assert appliances()
         process.kill()
-    wait_for(lambda: not set(state()) - set(before), 20, "the appliance to end, and its files to be removed")
+    wait_for(lambda: not set(state()) - set(before), "the appliance to end, and its files to be removed")
     assert not list((tmp_path / "holder").glob("libguestfs*"))
 
 

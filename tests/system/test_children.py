@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ..conftest import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 HEAD = f"""
@@ -29,7 +31,7 @@ def zombies():
     return found
 
 def wait_until_all_have_ended():
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + {PATIENCE}
     while time.monotonic() < deadline and zombies() + children():
         time.sleep(0.02)
     return zombies() + children()
@@ -41,7 +43,7 @@ def children():
 
 def run(program: str, *before: str) -> subprocess.CompletedProcess[str]:
     argv = [*before, sys.executable, "-c", HEAD + textwrap.dedent(program)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_programs_that_are_asked_are_gone_before_their_answer_is_taken() -> None:

@@ -20,6 +20,8 @@ import pytest
 from image_factory import __version__
 from image_factory.machines.arch import default_arch, default_firmware
 
+from ..conftest import PATIENCE
+
 pytestmark = pytest.mark.usefixtures("machine")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -160,7 +162,7 @@ class Place:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
         )
 
     def files(self) -> list[Path]:
@@ -915,7 +917,7 @@ def test_signal_in_the_checks(place: Place, signum: signal.Signals, status: int)
             if line.endswith("virsh: there\n"):
                 break
         process.send_signal(signum)
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
     assert (process.returncode, stdout) == (status, "")
     assert stderr == f"image-factory: error: Stopped by {signum.name}.\n"
 
@@ -957,7 +959,7 @@ def console(job: Place, *arguments: str) -> tuple[int, list[str]]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=120,
+        timeout=PATIENCE,
     )
     text = done.stdout.decode()
     assert re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text) is None
@@ -1026,7 +1028,7 @@ def test_signal_with_several_images(job: Place, signum: signal.Signals, status: 
             if line.startswith("hangs: ") and "virt-install: ?bell" in line:
                 break
         process.send_signal(signum)
-        lines = process.communicate(timeout=60)[0].splitlines()
+        lines = process.communicate(timeout=PATIENCE)[0].splitlines()
     assert process.returncode == status
     assert lines[-1] == f"image-factory: error: Stopped by {signum.name}."
     ends = [re.sub(r"^ +[0-9. ]+  ", "", line) for line in lines[lines.index("Images:") + 1 : -1]]
@@ -1085,7 +1087,7 @@ def test_build_that_waits_for_its_turn(job: Place, installation: socket.socket) 
         assert not (work / "vm-name").exists()
         assert (work / "disk.raw").stat().st_blocks * 512 <= 4096
         installation.close()
-        rest = process.communicate(timeout=60)[0]
+        rest = process.communicate(timeout=PATIENCE)[0]
     assert "INFO: Waiting for other installations: done in " in rest
     assert f"image-factory: error: {REASON}\n" in rest
 

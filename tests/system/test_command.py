@@ -25,7 +25,11 @@ from image_factory.base.command import children, output
 from image_factory.base.errors import BuildError, CommandError, ConfigurationError, CrashError
 from image_factory.base.log import logger
 
+from ..conftest import PATIENCE, wait_for
+
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Seconds in which what is stopped has to go: less than it would run for.
+QUICK = 30
 
 
 @pytest.fixture
@@ -49,13 +53,6 @@ def gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # Output.
@@ -207,7 +204,7 @@ def test_no_controlling_terminal() -> None:
             pass
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    assert subprocess.run(python(program), timeout=30).returncode == 0
+    assert subprocess.run(python(program), timeout=PATIENCE).returncode == 0
 
 
 def test_working_directory(tmp_path: Path) -> None:
@@ -269,7 +266,7 @@ def said_by_read_until(argv: list[str], _: Path) -> str:
 
 def said_by_background(argv: list[str], directory: Path) -> str:
     with command.background(argv, directory / "log") as ended:
-        wait_for(lambda: ended() is not None)
+        wait_for(lambda: ended() is not None, "its end")
     return (directory / "log").read_text()
 
 
@@ -391,7 +388,7 @@ def test_program_that_ignores_the_signal_is_killed_with_its_group(tmp_path: Path
     assert time.monotonic() - start < 8
     pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 2
-    wait_for(lambda: all(map(gone, pids)))
+    wait_for(lambda: all(map(gone, pids)), "their end", QUICK)
 
 
 def test_what_a_program_leaves_behind_when_it_is_stopped_is_killed(tmp_path: Path) -> None:
@@ -399,7 +396,7 @@ def test_what_a_program_leaves_behind_when_it_is_stopped_is_killed(tmp_path: Pat
     script = f"(trap '' TERM; exec sleep 60) & echo $! > {tmp_path}/pid; trap exit TERM; wait"
     with pytest.raises(BuildError):
         command.run(shell(script), timeout=0.5)
-    wait_for(lambda: gone(int((tmp_path / "pid").read_text())))
+    wait_for(lambda: gone(int((tmp_path / "pid").read_text())), "its end", QUICK)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -417,12 +414,12 @@ def test_signal_to_us_stops_the_program(tmp_path: Path, number: signal.Signals, 
                 sys.exit(error.exit_status)
     """
     with subprocess.Popen(python(program), stdout=subprocess.PIPE, text=True) as process:
-        wait_for((tmp_path / "pids").exists)
+        wait_for((tmp_path / "pids").exists, "its children")
         pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
         process.send_signal(number)
-        stdout, _ = process.communicate(timeout=30)
+        stdout, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, stdout) == (128 + number, f"Stopped by {number.name}.\n")
-    wait_for(lambda: all(map(gone, pids)))
+    wait_for(lambda: all(map(gone, pids)), "their end", QUICK)
 
 
 @pytest.mark.parametrize("end", ["kill -TERM $$", "exit 143"], ids=["killed", "told"])
@@ -438,7 +435,7 @@ def test_signal_that_comes_to_the_program_first(tmp_path: Path, end: str) -> Non
                 sys.exit(error.exit_status)
     """
     with subprocess.Popen(python(program)) as process:
-        wait_for((tmp_path / "ended").exists)
+        wait_for((tmp_path / "ended").exists, "its end", QUICK)
         time.sleep(0.5)
         process.terminate()
         assert process.wait(30) == 143
@@ -465,7 +462,7 @@ def test_signal_while_another_program_is_started() -> None:
             except errors.Interrupted as error:
                 sys.exit(error.exit_status)
     """
-    done = subprocess.run(python(program), capture_output=True, text=True, timeout=30)
+    done = subprocess.run(python(program), capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (143, "")
 
 
@@ -487,7 +484,7 @@ def test_signal_while_a_program_is_started_leaves_none_behind(moment: str) -> No
                     print(children.read())
                 sys.exit(error.exit_status)
     """
-    done = subprocess.run(python(program), capture_output=True, text=True, timeout=30)
+    done = subprocess.run(python(program), capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (143, "\n", "")
 
 
@@ -503,7 +500,7 @@ def test_program_is_stopped_where_the_signal_for_it_is_ignored() -> None:
         except errors.BuildError as error:
             print(error)
     """
-    done = subprocess.run(python(program), capture_output=True, text=True, timeout=30)
+    done = subprocess.run(python(program), capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout == "sleep did not end within 0 s\n", done.stderr
 
 
@@ -545,12 +542,12 @@ def test_program_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
         command.run(["sh", "-c", "echo $$ >{tmp_path}/pid; exec sleep 600"])
     """
     parent = subprocess.Popen(python(program))
-    wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+    wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()), "its start")
     pid = int((tmp_path / "pid").read_text())
     assert not gone(pid)
     parent.kill()
     parent.wait()
-    wait_for(lambda: gone(pid))
+    wait_for(lambda: gone(pid), "its end", QUICK)
 
 
 def test_call_apart_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
@@ -568,12 +565,12 @@ def test_call_apart_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
         command.call_apart(hang, Path({str(tmp_path / "pid")!r}), 600)
     """
     parent = subprocess.Popen(python(program))
-    wait_for((tmp_path / "pid").exists)
+    wait_for((tmp_path / "pid").exists, "its start")
     pid = int((tmp_path / "pid").read_text())
     assert not gone(pid)
     parent.kill()
     parent.wait()
-    wait_for(lambda: gone(pid))
+    wait_for(lambda: gone(pid), "its end", QUICK)
 
 
 @pytest.mark.parametrize("what", ["fork", "pipe"])
@@ -711,11 +708,11 @@ def test_conversation_ends_with_its_parent_that_is_killed(tmp_path: Path) -> Non
             time.sleep(600)
     """
     parent = subprocess.Popen(python(program))
-    wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+    wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()), "its start")
     pid = int((tmp_path / "pid").read_text())
     parent.kill()
     parent.wait()
-    wait_for(lambda: gone(pid))
+    wait_for(lambda: gone(pid), "its end", QUICK)
     assert (tmp_path / "tidy").exists()
 
 
@@ -770,10 +767,7 @@ class TestBackground:
         subprocess.run(["/usr/bin/python3", "-c", script], cwd=REPOSITORY, check=False)
         pid = int(log.read_text())
         stat = Path(f"/proc/{pid}/stat")
-        deadline = time.monotonic() + 10
-        while is_there(stat) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not is_there(stat)
+        wait_for(lambda stat=stat: not is_there(stat), "its end", QUICK)
 
 
 def test_a_program_may_read_a_file(tmp_path: Path) -> None:

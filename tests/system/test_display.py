@@ -26,11 +26,11 @@ import pytest
 from image_factory.base import events
 from image_factory.told import display, estimates
 
+from ..conftest import PATIENCE
 from ..unit.test_estimates import Clock, make_plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZES = [(80, 24), (200, 50)]
-SECONDS = 60.0
 
 # Each program draws into its terminal, and has its log in the file that it is given.
 HEAD = f"""
@@ -116,14 +116,14 @@ class Terminal:
         self._slave = None
         try:
             yield process
-            process.wait(SECONDS)
+            process.wait(PATIENCE)
         finally:
             process.kill()
             process.wait()
 
     def read(self, until: Callable[["Terminal"], bool] = lambda terminal: False) -> None:
         """Read until *until* holds, or the program has closed the terminal."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + PATIENCE
         while not until(self):
             assert select.select([self.master], [], [], deadline - time.monotonic())[0], self.output[-2000:]
             try:
@@ -565,7 +565,7 @@ def place() -> Iterator[Path]:
         (directory / "bin").mkdir()
         for name, text in (
             ("virsh", VIRSH),
-            ("virt-install", "#!/bin/sh\necho installing\nexec sleep ${INSTALL_SECONDS:-3}\n"),
+            ("virt-install", "#!/bin/sh\necho installing\nexec sleep ${INSTALL_PATIENCE:-3}\n"),
         ):
             (directory / "bin" / name).write_text(text)
             (directory / "bin" / name).chmod(0o755)
@@ -616,7 +616,7 @@ def test_program_on_a_terminal(place: Path, size: tuple[int, int]) -> None:
 
 def test_program_that_is_stopped(place: Path) -> None:
     terminal = Terminal(80, 24)
-    argv, variables = program(place, INSTALL_SECONDS="60")
+    argv, variables = program(place, INSTALL_PATIENCE="60")
     with terminal.started(argv, cwd=place, env=variables) as process:
         terminal.read(until=lambda terminal: terminal.shows("▸ Installing"))
         process.send_signal(signal.SIGTERM)

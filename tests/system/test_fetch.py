@@ -25,6 +25,8 @@ from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.configuration.parsers import Source, parse_source
 from image_factory.downloads import fetch
 
+from ..conftest import wait_for
+
 OLD = b"old content\n"
 PART = 1000
 # Three parts, the last one short.
@@ -727,15 +729,14 @@ def rsync(tmp_path: Path) -> Iterator[RsyncDaemon]:
     program = shutil.which("rsync")
     assert program
     argv = [program, "--daemon", "--no-detach", "--address=127.0.0.1", f"--port={port}", f"--config={configuration}"]
+
+    def listens() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL) as process:
         try:
-            deadline = time.monotonic() + 10
-            while True:
-                with socket.socket() as client:
-                    if client.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_for(listens, "rsync to listen")
             yield found
         finally:
             process.terminate()

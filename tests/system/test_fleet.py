@@ -5,8 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import pytest
 
 from image_factory import cli, fleet
 from image_factory.fleet import Failure, Outcome
+
+from ..conftest import PATIENCE, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -92,7 +93,7 @@ def started(program: str, directory: Path, *images: str) -> Iterator["subprocess
 def run(program: str, directory: Path, *images: str) -> list[str]:
     """Return the lines that *program* prints, sorted: those of different builds come as they come."""
     with started(program, directory, *images) as process:
-        stdout, _ = process.communicate(timeout=60)
+        stdout, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stdout
     return sorted(stdout.splitlines())
 
@@ -100,13 +101,6 @@ def run(program: str, directory: Path, *images: str) -> list[str]:
 def times(directory: Path, image: str) -> dict[str, float]:
     lines = (directory / image).read_text().splitlines()
     return {text.split()[0]: float(at) for at, text in (line.split(" ", 1) for line in lines)}
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_finishing_runs_beside_the_next_installation(tmp_path: Path) -> None:
@@ -177,9 +171,9 @@ def test_failure_of_one_does_not_stop_the_others(tmp_path: Path) -> None:
 def test_signal_stops_all(tmp_path: Path, number: signal.Signals, status: int) -> None:
     """All get the one that has come, the next is not begun, and the end is when all have released what they had."""
     with started(WAITING, tmp_path, "a", "installing", "later") as process:
-        wait_for((tmp_path / "installing").exists)
+        wait_for((tmp_path / "installing").exists, "the installation")
         process.send_signal(number)
-        stdout, _ = process.communicate(timeout=30)
+        stdout, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == status
     stopped = f"Failure(message='Stopped by {number.name}.', hint=None)"
     assert sorted(stdout.splitlines()) == [
@@ -194,9 +188,9 @@ def test_signal_stops_all(tmp_path: Path, number: signal.Signals, status: int) -
 def test_ctrl_c_reaches_the_builds_once(tmp_path: Path) -> None:
     """A terminal sends it to the whole group of processes."""
     with started(WAITING, tmp_path, "a", "installing") as process:
-        wait_for((tmp_path / "installing").exists)
+        wait_for((tmp_path / "installing").exists, "the installation")
         os.killpg(process.pid, signal.SIGINT)
-        stdout, _ = process.communicate(timeout=30)
+        stdout, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Already stopping" not in stdout
 
@@ -204,10 +198,10 @@ def test_ctrl_c_reaches_the_builds_once(tmp_path: Path) -> None:
 def test_killed_fleet_takes_its_builds_with_it(tmp_path: Path) -> None:
     """They release what they have, though no one reads what they say any more."""
     with started(WAITING, tmp_path, "a", "installing") as process:
-        wait_for((tmp_path / "installing").exists)
+        wait_for((tmp_path / "installing").exists, "the installation")
         process.kill()
         process.wait(30)
-        wait_for(lambda: all("released" in times(tmp_path, image) for image in ("a", "installing")))
+        wait_for(lambda: all("released" in times(tmp_path, image) for image in ("a", "installing")), "both turns")
 
 
 def test_much_output_of_all_comes_through(tmp_path: Path) -> None:

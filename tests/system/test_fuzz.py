@@ -37,6 +37,8 @@ from image_factory.configuration.settings import ImageSettings, UploadSettings, 
 from image_factory.sources.installer import guest
 from image_factory.system import layout, mounts
 
+from ..conftest import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 SECONDS = 20
@@ -338,9 +340,9 @@ QEMU_SIZES = (
 @pytest.mark.parametrize("text", QEMU_SIZES)
 def test_qemu_img_reads_the_same_size(tmp_path: Path, text: str) -> None:
     image = tmp_path / "disk.raw"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", image, text], check=True, timeout=60)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", image, text], check=True, timeout=PATIENCE)
     info = ["qemu-img", "info", "-f", "raw", "--output=json", image]
-    found = json.loads(subprocess.run(info, check=True, capture_output=True, timeout=60).stdout)["virtual-size"]
+    found = json.loads(subprocess.run(info, check=True, capture_output=True, timeout=PATIENCE).stdout)["virtual-size"]
     # It makes whole sectors.
     assert found == -(-units.parse_size(text) // 512) * 512
 
@@ -348,7 +350,7 @@ def test_qemu_img_reads_the_same_size(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ["0x", "1.5.5G", "-1", "1GX", "G", "1,5G", "nan", "9" * 40])
 def test_what_qemu_img_refuses_is_refused(tmp_path: Path, text: str) -> None:
     argv = ["qemu-img", "create", "-q", "-f", "raw", tmp_path / "disk.raw", text]
-    assert subprocess.run(argv, capture_output=True, timeout=60).returncode
+    assert subprocess.run(argv, capture_output=True, timeout=PATIENCE).returncode
     with pytest.raises(ValueError, match="a size above zero"):
         units.parse_size(text)
 
@@ -655,7 +657,9 @@ def filesystem(request: pytest.FixtureRequest, place: Path) -> Path:
 def helper(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
     argv = [HELPER, *arguments]
-    return subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def mount_and_release(image: Path) -> int:
@@ -840,7 +844,7 @@ def run_logged(log: Path, stderr: Path, *argv: str) -> int:
     """Run *argv* with the logs given; return the most memory that it took, in bytes."""
     words = [sys.executable, "-c", LOGGED, log, *argv]
     with stderr.open("wb") as file:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, timeout=120)
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, timeout=PATIENCE)
     assert done.returncode == 0
     return int(done.stdout) * K
 
@@ -915,7 +919,7 @@ def test_debug_shows_no_controls(tmp_path: Path) -> None:
     """
     argv = [sys.executable, "-c", textwrap.dedent(program), REPOSITORY]
     with (tmp_path / "stderr").open("wb") as stderr:
-        assert subprocess.run(argv, stderr=stderr, timeout=60).returncode == 1
+        assert subprocess.run(argv, stderr=stderr, timeout=PATIENCE).returncode == 1
     text = (tmp_path / "stderr").read_text()
     assert "Traceback" in text
     assert "CommandError: sh failed with status 1: red??" in text

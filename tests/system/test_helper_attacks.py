@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from ..conftest import machine_state, run, wait_for
+from ..conftest import PATIENCE, machine_state, run, wait_for
 from ..helper_scene import Scene, own_mount, scene
 
 __all__ = ["scene"]
@@ -256,7 +256,9 @@ def test_surroundings(scene: Scene, image: Path, point: Path, name: str) -> None
     def call(*words: str) -> int:
         script = f'IMAGE=$1 HELPER=$2; shift 2; W="$*"; shift $#; {SURROUNDINGS[name]} exec "$@" sudo -n $HELPER $W'
         line = user.argv("sh", "-c", script, "sh", image, user.helper, *words)
-        return subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, cwd=user.home, timeout=60).returncode
+        return subprocess.run(
+            line, stdin=subprocess.DEVNULL, capture_output=True, cwd=user.home, timeout=PATIENCE
+        ).returncode
 
     mounted = call(*scene.mount_words(image, point)) == 0
     assert mounted == os.path.ismount(point)
@@ -369,7 +371,7 @@ def test_ended_at_any_time(
         end = start(scene, words)
         time.sleep(delays.uniform(0, duration))
         end()
-        wait_for(lambda: not calls(point), 20, "the helper to end")
+        wait_for(lambda: not calls(point), "the helper to end")
         if not os.path.ismount(point) and point.owner() != user.name:
             user.run("rmdir", point)
             user.run("mkdir", "-m", "700", point)
@@ -710,7 +712,7 @@ def test_mount_that_the_kernel_does_not_end(scene: Scene, image: Path, point: Pa
     assert process.stdout is not None
     assert process.stderr is not None
     if end != "deadline":
-        wait_for(lambda: waits_in_the_kernel(process.pid), 20, "the mount")
+        wait_for(lambda: waits_in_the_kernel(process.pid), "the mount")
     if end == "signal":
         process.terminate()
     elif end == "reader":
@@ -726,7 +728,7 @@ def test_mount_that_the_kernel_does_not_end(scene: Scene, image: Path, point: Pa
         "killed": "",
     }
     assert reason[end] in said
-    wait_for(lambda: not calls(point), 5, "the end of the mount")
+    wait_for(lambda: not calls(point), "the end of the mount")
     process.stdout.close()
     process.stderr.close()
     if end == "killed":

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ..conftest import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -30,7 +32,7 @@ def run(program: str, number: signal.Signals, *before: str) -> subprocess.Comple
         [*before, sys.executable, "-c", HEAD + textwrap.dedent(program), str(int(number))],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+
+from ..conftest import PATIENCE, wait_for
 
 TESTS = Path(__file__).resolve().parents[1]
 REPOSITORY = TESTS.parent
@@ -52,7 +53,7 @@ def pipeline(root: Path, parameters: dict[str, object]) -> Iterator[subprocess.P
 
 
 def finished(process: subprocess.Popen[str], root: Path) -> Outcome:
-    output, log = process.communicate(timeout=60)
+    output, log = process.communicate(timeout=PATIENCE)
     calls = [json.loads(line) for line in (root / "calls").read_text().splitlines()]
     (root / "calls").unlink()
     try:
@@ -145,10 +146,7 @@ def test_an_image_that_takes_too_long_is_stopped_alone(tmp_path: Path) -> None:
 
 def test_aborting_stops_the_builds_and_keeps_the_logs(tmp_path: Path) -> None:
     with pipeline(tmp_path, {"IMAGES": "slow|good"}) as process:
-        deadline = time.monotonic() + 30
-        while not (workspace(tmp_path, "slow") / "started").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for((workspace(tmp_path, "slow") / "started").exists, "the build")
         (tmp_path / "agents/abort").touch()
         outcome = finished(process, tmp_path)
     assert outcome.details("failed") == ["aborted"]

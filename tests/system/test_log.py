@@ -13,6 +13,8 @@ import pytest
 
 from image_factory.base import errors, events, log
 
+from ..conftest import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # As the released program has it.
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} image-factory \[\d+\] (INFO|WARNING|ERROR): (.*)")
@@ -87,7 +89,7 @@ log.set_up()
 
 def run(program: str, path: Path | str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", HEAD + textwrap.dedent(program), path], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", HEAD + textwrap.dedent(program), path], capture_output=True, text=True, timeout=PATIENCE
     )
 
 

@@ -226,7 +226,7 @@ def building(disk: Disk) -> Iterator["subprocess.Popen[bytes]"]:
 def test_signal_between_the_mounts(tmp_path: Path, count: int) -> None:
     disk = make_disk(tmp_path, *["ext2"] * 8, root=7)
     with building(disk) as process:
-        wait_for(lambda: len(mounts_of(disk)) >= count, 20, "the mounts")
+        wait_for(lambda: len(mounts_of(disk)) >= count, "the mounts")
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 143
     assert mounts_of(disk) == []
@@ -237,11 +237,11 @@ def test_signal_between_the_mounts(tmp_path: Path, count: int) -> None:
 def test_clean_up_after_a_build_that_was_killed_between_the_mounts(tmp_path: Path, count: int) -> None:
     disk = make_disk(tmp_path, *["ext2"] * 8, root=7)
     with building(disk) as process:
-        wait_for(lambda: len(mounts_of(disk)) >= count, 20, "the mounts")
+        wait_for(lambda: len(mounts_of(disk)) >= count, "the mounts")
         process.kill()
         process.wait()
     # The helper that was under way may come to its end yet.
-    wait_for(lambda: run("pgrep", "-f", f"mount-image {disk.path}", check=False).returncode, 20, "the helper's end")
+    wait_for(lambda: run("pgrep", "-f", f"mount-image {disk.path}", check=False).returncode, "the helper's end")
     assert len(loop.release_left_mounts(tmp_path)) >= count
     assert mounts_of(disk) == []
 

@@ -65,7 +65,7 @@ def server(port: int, *argv: str | Path) -> Iterator[None]:
             return client.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        wait_for(listens, 20, f"{argv[0]} to listen")
+        wait_for(listens, f"{argv[0]} to listen")
         yield
     finally:
         process.terminate()

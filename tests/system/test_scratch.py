@@ -94,7 +94,7 @@ def test_build_that_is_killed_while_it_fetches_a_list(scheme: str) -> None:
             reader.communicate()
             # What it has started ends with it.
             connection.settimeout(20)
-            wait_for(lambda: connection.recv(4096) == b"", 20, "the connection to end")
+            wait_for(lambda: connection.recv(4096) == b"", "the connection to end")
     assert len(left) == (scheme == "rsync")
     for path in left:
         assert path in scratch.remove_left()

@@ -9,8 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from image_factory.model import Build
 from image_factory.sources import installer
 from image_factory.told import estimates
 
-from ..conftest import REPOSITORY, User, run
+from ..conftest import PATIENCE, REPOSITORY, User, run, wait_for
 from .test_verify import (
     DAY,
     INITRD,
@@ -117,11 +116,11 @@ def test_processes_that_share_a_cache(mirrors: tuple[Mirror, Mirror], builder: B
     ]
     said = []
     try:
-        wait_for(lambda: len(fresh.requests) > 2 * PROCESSES)
+        wait_for(lambda: len(fresh.requests) > 2 * PROCESSES, "the first requests")
         for number, files in enumerate(published[1:]):
             fresh.files = files
             seen = len(fresh.requests)
-            wait_for(lambda seen=seen: len(fresh.requests) > seen + 3 * PROCESSES)
+            wait_for(lambda seen=seen: len(fresh.requests) > seen + 3 * PROCESSES, "more requests")
             if number == 2:
                 running[0].kill()
         stop.touch()
@@ -147,15 +146,8 @@ def test_processes_that_share_a_cache(mirrors: tuple[Mirror, Mirror], builder: B
     assert {name for name in left if fetch._TEMPORARY.fullmatch(name)} == set()
     asked = len(fresh.requests)
     offline = start(builder.directory / "offline", cache, stop, keys.keyring, (fresh,), "offline = yes")
-    assert json.loads(offline.communicate(timeout=60)[0]) == [[known[-1]], []]
+    assert json.loads(offline.communicate(timeout=PATIENCE)[0]) == [[known[-1]], []]
     assert len(fresh.requests) == asked
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # What the installation reads is its own.

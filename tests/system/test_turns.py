@@ -16,6 +16,7 @@ from image_factory.base import events
 from image_factory.machines import turns
 from image_factory.told import estimates
 
+from ..conftest import PATIENCE
 from ..unit.test_estimates import Clock, build, make_plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ class Installation:
         return self.line().startswith(f"{turns.STEP}: done in ") and self.line() == "installs"
 
     def end(self) -> None:
-        self.process.communicate("\n", timeout=30)
+        self.process.communicate("\n", timeout=PATIENCE)
         assert self.process.returncode == 0
 
 
@@ -192,12 +193,12 @@ def test_never_more_than_the_number(machine: Machine) -> None:
         assert one.process.stdin is not None
         one.process.stdin.write("\n")
         one.process.stdin.flush()
-    said = [one.process.communicate(timeout=60)[0] for one in many]
+    said = [one.process.communicate(timeout=PATIENCE)[0] for one in many]
     assert [text.splitlines()[-2:] for text in said] == [["installs", "ended"]] * 8
 
 
 def _count(prefix: str, wanted: Callable[[int], bool]) -> int:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while True:
         count = Path("/proc/net/unix").read_text().count(f"@{prefix}/installation/")
         if wanted(count) or time.monotonic() > deadline:

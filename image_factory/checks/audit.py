@@ -20,7 +20,7 @@ from ..model import Artifact, Build, Partition, Plan
 from ..outputs import planned
 from ..parts import Group, State, Step, carry_out, doing, mounted, on_tree
 from ..sources.installer import answers, delivery
-from ..system import layout
+from ..system import partitions
 from ..system.tree import Tree
 from . import keys, leftovers, search
 from .leftovers import Asked, Files, Look
@@ -398,10 +398,10 @@ def audit_bytes(
 def describe_hits(disk: Path, hits: Sequence[Hit], known: Sequence[bytes] = ()) -> list[Finding]:
     """Return the findings that *hits* on the raw *disk* are."""
     hits = [hit for hit in hits if not _is_in_file(disk, hit, known)]
-    partitions = layout.read_partitions(disk) if hits else []
+    on_disk = partitions.read_partitions(disk) if hits else []
     found: dict[tuple[str, str, Partition | None], list[int]] = {}
     for hit in hits:
-        place = _partition_of(hit.offset, partitions)
+        place = _partition_of(hit.offset, on_disk)
         found.setdefault((hit.needle.check, hit.needle.what, place), []).append(hit.offset)
     return [
         Finding(check, f"{what} is at byte {offsets[0]} of the disk ({_named(place)}){_and_more(len(offsets) - 1)}")

@@ -11,7 +11,7 @@ from ..base.log import logger
 from ..base.units import format_size
 from ..model import Build, Disk, Partition, Plan, Volume
 from ..parts import State, Step, doing, tree_of
-from ..system import layout
+from ..system import partitions
 from ..system.rehearsal import Call
 from ..system.tree import Tree
 
@@ -117,7 +117,7 @@ def zero_unused_blocks(disk: Disk, unfreed: Sequence[Volume]) -> None:
 
 def _logical(tree: Tree, unfreed: Sequence[Volume]) -> tuple[list[Volume], list[Volume]]:
     """Return the logical volumes of *tree* whose blocks are to be zeroed, and those with swap space."""
-    swap = [volume for volume in tree.volumes if not volume.partition and volume.filesystem == layout.SWAP]
+    swap = [volume for volume in tree.volumes if not volume.partition and volume.filesystem == partitions.SWAP]
     return [volume for volume in unfreed if not volume.partition], swap
 
 
@@ -142,16 +142,18 @@ def zero_logical_volumes(tree: Tree, unfreed: Sequence[Volume]) -> None:
 
 def _with_swap(volumes: Sequence[Volume]) -> list[tuple[Volume, Partition]]:
     """Return those of *volumes* that are partitions with swap space."""
-    return [(volume, volume.partition) for volume in volumes if volume.filesystem == layout.SWAP and volume.partition]
+    return [
+        (volume, volume.partition) for volume in volumes if volume.filesystem == partitions.SWAP and volume.partition
+    ]
 
 
 def zero_swap(disk: Disk, volumes: Sequence[Volume]) -> None:
     """Zero what was swapped out to those of *volumes* that are partitions, but for the header: UUID and label stay."""
-    partitions = _with_swap(volumes)
-    if not partitions:
+    swap = _with_swap(volumes)
+    if not swap:
         return
     with disk.path.open("r+b") as file:
-        for volume, partition in partitions:
+        for volume, partition in swap:
             start = os.pread(file.fileno(), max(_PAGES), partition.offset)
             page = next((size for size in _PAGES if start[:size].endswith(_SWAP_MAGIC)), None)
             if page is None or page >= partition.size:

@@ -20,7 +20,7 @@ from ..base.command import Conversation
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.log import logger, step
 from ..model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
-from . import assembly, layout
+from . import assembly, partitions
 from .rehearsal import Call
 from .tree import Branch, Tree
 
@@ -653,7 +653,7 @@ def _device(volume: Volume) -> str:
 
 def _logical_volumes(guestfish: Conversation, volumes: Sequence[Volume]) -> list[Volume]:
     """Return the logical volumes that lie in *volumes*."""
-    if not any(volume.filesystem == layout.LVM for volume in volumes):
+    if not any(volume.filesystem == partitions.LVM for volume in volumes):
         return []
 
     def ask(verb: str, name: str) -> str:
@@ -700,7 +700,7 @@ def _mount_all(build: Build, guestfish: Conversation, volumes: Sequence[Volume])
     filesystems: list[ApplianceFilesystem] = []
     failures: dict[str, BuildError] = {}
     for volume in volumes:
-        if volume.filesystem not in layout.MOUNTED_FILESYSTEMS:
+        if volume.filesystem not in partitions.MOUNTED_FILESYSTEMS:
             continue
         place = f"/partition-{volume.partition.number}" if volume.partition else f"/volume-{volumes.index(volume)}"
         guestfish.do(f"mkmountpoint {place}")

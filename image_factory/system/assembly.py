@@ -17,7 +17,7 @@ from ..base.cleanup import released
 from ..base.errors import BuildError, NoSystemError
 from ..base.log import logger
 from ..model import READ_ONLY_NAME, Filesystem, LogicalVolumes, Subvolume, Volume
-from . import fstab, layout
+from . import fstab, partitions
 from .privileged import takes_top
 from .tree import Branch, Snapshot, Tree, Unreached
 
@@ -130,10 +130,10 @@ def writable(tree: Tree, directory: Path) -> Iterator[None]:
 
 def _roots_of(filesystem: Filesystem) -> list[Branch]:
     """Return the directories of *filesystem* that look like a root, the default one first."""
-    if filesystem.volume.filesystem not in layout.ROOT_FILESYSTEMS:
+    if filesystem.volume.filesystem not in partitions.ROOT_FILESYSTEMS:
         return []
     tops = [path for path in _tops(filesystem) if not _CONTAINERS.search(path)]
-    patterns = {f"{top}/{mark}".lstrip("/"): top for top in tops for mark in layout.ROOT_MARKS}
+    patterns = {f"{top}/{mark}".lstrip("/"): top for top in tops for mark in partitions.ROOT_MARKS}
     found = {patterns[entry.path] for entry in filesystem.entries(list(patterns)) if entry.path in patterns}
     return [Branch(filesystem, top, "") for top in tops if top in found]
 
@@ -146,7 +146,7 @@ def _tops(filesystem: Filesystem) -> list[str]:
 def _no_root(disk: _Disk) -> BuildError:
     """Return the error that the disk has no root."""
     for volume in disk.volumes:
-        if volume.filesystem in layout.ROOT_FILESYSTEMS and volume.name in disk.failures:
+        if volume.filesystem in partitions.ROOT_FILESYSTEMS and volume.name in disk.failures:
             return disk.failures[volume.name]
     for filesystem in disk.filesystems:
         if filesystem.entries([f"{top}/{mark}".lstrip("/") for top in _tops(filesystem) for mark in _OSTREE]):
@@ -154,7 +154,7 @@ def _no_root(disk: _Disk) -> BuildError:
                 f"The system on {filesystem.volume.name} is one of ostree or bootc, which is not supported.",
                 hint="Have the answer file install packages.",
             )
-    return layout.no_root(disk.volumes)
+    return partitions.no_root(disk.volumes)
 
 
 def _choose(disk: _Disk, candidates: Sequence[Branch]) -> tuple[Branch, list[fstab.Entry]]:
@@ -300,9 +300,9 @@ def _place(disk: _Disk, entry: fstab.Entry) -> Branch | Unreached | None:
     if entry.file:
         return _unreached(entry.point, f"it is in the file {spec}")
     if entry.is_of_this_disk():
-        container = next((found for found in disk.volumes if found.filesystem in layout.CONTAINERS), None)
+        container = next((found for found in disk.volumes if found.filesystem in partitions.CONTAINERS), None)
         if container:
-            what = layout.CONTAINERS[container.filesystem or ""]
+            what = partitions.CONTAINERS[container.filesystem or ""]
             return _unreached(entry.point, f"{spec} seems to be in {container.name}, which is {what}")
         logger.warning("The disk has no %s, which its fstab names for %s.", spec, point)
     return None
@@ -322,12 +322,12 @@ def _at(disk: _Disk, volume: Volume, point: str, entry: fstab.Entry | None = Non
         return Branch(filesystem, top, point)
     if volume.name in disk.failures:
         # The system does not start without what is on a filesystem of Linux' own.
-        if volume.filesystem in layout.ROOT_FILESYSTEMS:
+        if volume.filesystem in partitions.ROOT_FILESYSTEMS:
             raise disk.failures[volume.name]
         reason = disk.failures[volume.name]
         return _unreached(point, reason.message.rstrip("."), reason.hint)
-    if volume.filesystem in layout.CONTAINERS:
-        return _unreached(point, f"{volume.name} is {layout.CONTAINERS[volume.filesystem]}")
+    if volume.filesystem in partitions.CONTAINERS:
+        return _unreached(point, f"{volume.name} is {partitions.CONTAINERS[volume.filesystem]}")
     kind = volume.filesystem or "no known filesystem"
     return _unreached(point, f"{volume.name} has {kind}, which is not supported")
 

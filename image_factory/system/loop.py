@@ -17,7 +17,7 @@ from ..base.cleanup import released
 from ..base.errors import BuildError, ConfigurationError
 from ..base.log import logger, step, waiting
 from ..model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
-from . import assembly, layout, privileged
+from . import assembly, partitions, privileged
 from .rehearsal import Call
 from .tree import Tree
 
@@ -129,7 +129,7 @@ class LoopFilesystem:
 
 def lacks_driver(filesystem: str | None) -> bool:
     """Return whether *filesystem* is one that could be mounted if this machine's kernel had its driver."""
-    if filesystem not in layout.MOUNTED_FILESYSTEMS:
+    if filesystem not in partitions.MOUNTED_FILESYSTEMS:
         return False
     # The driver of ext4 is the one of all three.
     kind = "ext4" if filesystem.startswith("ext") else filesystem
@@ -186,7 +186,7 @@ def mounting(build: Build, disk: Path) -> list[list[str]]:
     helper = privileged.helper_argv
     return [
         helper("mount-image", str(disk), "OFFSET", "SIZE", _PLACE),
-        helper("list", _PLACE, *layout.ROOT_MARKS),
+        helper("list", _PLACE, *partitions.ROOT_MARKS),
         helper("read", _PLACE, *assembly.MOUNT_LISTS),
     ]
 
@@ -232,7 +232,7 @@ def _mount_all(disk: Disk, volumes: Sequence[Volume], directory: Path) -> Tree:
     filesystems: list[LoopFilesystem] = []
     failures: dict[str, BuildError] = {}
     for volume in volumes:
-        if volume.filesystem in layout.MOUNTED_FILESYSTEMS:
+        if volume.filesystem in partitions.MOUNTED_FILESYSTEMS:
             with _failure_noted(volume, failures):
                 filesystems.append(_mount(disk, volume, directory))
     return assembly.assemble(filesystems, volumes, failures)

@@ -10,7 +10,7 @@ from ..base import command
 from ..base.errors import BuildError, ConfigurationError
 from ..base.log import logger, step
 from ..model import Build, Disk, Plan, Volume
-from . import appliance, assembly, layout, loop, privileged
+from . import appliance, assembly, loop, partitions, privileged
 from .rehearsal import Call
 from .tree import Tree
 
@@ -61,7 +61,7 @@ Described = list[tuple[str, list[list[str]]]]
 def around(build: Build, disk: Path) -> tuple[Described, Described]:
     """Return the steps that mount the system on *disk*, and those that unmount it, each with its commands."""
     way = _way(build.plan)
-    reading = [layout.table_argv(disk), layout.probe_argv(disk, "OFFSET", "SIZE")]
+    reading = [partitions.table_argv(disk), partitions.probe_argv(disk, "OFFSET", "SIZE")]
     mounting = [(STEP, reading), (assembly.MOUNTING, way.mounting(build, disk))]
     return mounting, [(assembly.UNMOUNTING, way.unmounting(build))]
 
@@ -87,12 +87,12 @@ def shell(build: Build, disk: Disk) -> None:
 
 def _volumes(plan: Plan, disk: Disk) -> list[Volume]:
     with step(STEP):
-        volumes = layout.read_volumes(disk.path)
-        logger.info("The disk has %s.", layout.describe(volumes))
+        volumes = partitions.read_volumes(disk.path)
+        logger.info("The disk has %s.", partitions.describe(volumes))
         if plan.settings.require_single_partition and len(volumes) > 1:
             raise BuildError(
                 f"The disk has {len(volumes)} partitions, and require-single-partition = yes: "
-                f"{layout.describe(volumes)}.",
+                f"{partitions.describe(volumes)}.",
                 hint="Have the answer file make one partition, or set require-single-partition = no.",
             )
         return volumes
@@ -109,7 +109,7 @@ def _way_to(volumes: Sequence[Volume], plan: Plan) -> Way:
     if way is not loop:
         return way
     # The guest's LVM must not meet this machine's.
-    group = next((volume for volume in volumes if volume.filesystem == layout.LVM), None)
+    group = next((volume for volume in volumes if volume.filesystem == partitions.LVM), None)
     if group is not None:
         return _guestfs_for_lvm(group, plan)
     lacking = next((volume for volume in volumes if loop.lacks_driver(volume.filesystem)), None)

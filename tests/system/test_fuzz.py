@@ -35,7 +35,7 @@ from image_factory.cli import _one_line
 from image_factory.configuration.files import FILE_VARIABLE, Configuration
 from image_factory.configuration.settings import ImageSettings, UploadSettings, declarations
 from image_factory.sources.installer import guest
-from image_factory.system import layout, mounts
+from image_factory.system import mounts, partitions
 
 from ..conftest import PATIENCE
 
@@ -404,15 +404,15 @@ def read_disk(place: Path, data: bytes, *, contents: bool = False) -> None:
     with watched():
         try:
             if contents:
-                volumes = layout.read_volumes(path)
-                check_one_line(layout.no_root(volumes))
-                partitions = [volume.partition for volume in volumes if volume.partition]
+                volumes = partitions.read_volumes(path)
+                check_one_line(partitions.no_root(volumes))
+                on_disk = [volume.partition for volume in volumes if volume.partition]
             else:
-                partitions = layout.read_partitions(path)
+                on_disk = partitions.read_partitions(path)
         except NoSystemError as error:
             check_one_line(error)
         else:
-            for found in partitions:
+            for found in on_disk:
                 assert found.offset >= 0
                 assert found.size > 0
                 assert found.offset + found.size <= len(data)
@@ -556,13 +556,13 @@ def test_gpt_that_libparted_aborts_on(place: Path) -> None:
     path = place / "abort.raw"
     path.write_bytes(gpt_disk([(2, 2**63)], Header(), Header(own=SECTORS - 1, other=1, entries=SECTORS - 33)))
     with pytest.raises(NoSystemError, match=r"^The disk has no .*: libparted was killed by SIGABRT\.$"):
-        layout.read_partitions(path)
+        partitions.read_partitions(path)
 
 
 def test_gpt_of_the_tests_is_one(place: Path) -> None:
     path = place / "good.raw"
     path.write_bytes(gpt_disk([(2048, 4095)], Header(), Header(own=SECTORS - 1, other=1, entries=SECTORS - 33)))
-    assert [(found.offset, found.size) for found in layout.read_partitions(path)] == [(M, M)]
+    assert [(found.offset, found.size) for found in partitions.read_partitions(path)] == [(M, M)]
 
 
 mbr_entries = st.tuples(

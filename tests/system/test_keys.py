@@ -21,7 +21,7 @@ from image_factory.checks.audit import Finding
 from image_factory.checks.leftovers import Asked
 from image_factory.configuration.files import Configuration
 from image_factory.model import Build, Disk, Entry
-from image_factory.system import layout, mounts
+from image_factory.system import mounts, partitions
 from image_factory.system.tree import Tree
 
 from ..conftest import REPOSITORY, run
@@ -243,7 +243,7 @@ def test_keys_on_a_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     subprocess.run(["sfdisk", "--quiet", disk.path], input="label: gpt\nstart=1MiB\n", text=True, check=True)
     run("mke2fs", "-q", "-t", "ext4", "-d", top, "-E", "offset=1048576", disk.path, "32M")
     run("debugfs", "-w", "-R", "rm usr/share/x/gone.pem", f"{disk.path}?offset=1048576")
-    with mounts.WAYS[way].mounted(build, disk, layout.read_volumes(disk.path)) as tree:
+    with mounts.WAYS[way].mounted(build, disk, partitions.read_volumes(disk.path)) as tree:
         found, known = audit.audit_keys(tree, tmp_path, [])
     assert sorted(finding.what for finding in found) == [
         "/etc/odd/a?b.pem has a private key",

@@ -54,7 +54,7 @@ from typing import cast
 sys.path.insert(0, {str(REPOSITORY)!r})
 sys.argv[0] = {str(REPOSITORY / "image-factory")!r}
 from image_factory.base import interrupts, log
-from image_factory.system import inventory, layout, loop
+from image_factory.system import inventory, loop, partitions
 from image_factory.base.errors import Interrupted
 from image_factory.model import Build, Disk
 log.set_up()
@@ -68,7 +68,7 @@ def load(path, most, offset=0):
         os.kill(os.getpid(), signal.SIGTERM)
     return tree.load(path, most, offset)
 try:
-    with interrupts.handled(), loop.mounted(cast(Build, None), disk, layout.read_volumes(disk.path)) as tree:
+    with interrupts.handled(), loop.mounted(cast(Build, None), disk, partitions.read_volumes(disk.path)) as tree:
         found = inventory.read_packages(load, disk.path.parent)
         print(len(found), sum(package.licenses is not None for package in found))
 except Interrupted as error:

@@ -14,7 +14,7 @@ import pytest
 from image_factory.base import events
 from image_factory.base.errors import BuildError, NoSystemError
 from image_factory.model import READ_ONLY_NAME, Build, Change, Disk
-from image_factory.system import layout, loop
+from image_factory.system import loop, partitions
 from image_factory.system.tree import Tree
 
 from ..conftest import REPOSITORY, machine_state, run, wait_for
@@ -22,7 +22,7 @@ from ..conftest import REPOSITORY, machine_state, run, wait_for
 
 def mounted(disk: Disk) -> AbstractContextManager[Tree]:
     # It doesn't depend on the build.
-    return loop.mounted(cast(Build, None), disk, layout.read_volumes(disk.path))
+    return loop.mounted(cast(Build, None), disk, partitions.read_volumes(disk.path))
 
 
 def path_of(tree: Tree) -> Path:
@@ -196,14 +196,14 @@ import sys, time
 from pathlib import Path
 sys.argv[0] = "image-factory"
 from image_factory.base import interrupts, log
-from image_factory.system import layout, loop
+from image_factory.system import loop, partitions
 from image_factory.base.errors import Interrupted
 from image_factory.model import Disk
 log.set_up()
 disk = Disk(Path(sys.argv[1]))
 with interrupts.handled():
     try:
-        with loop.mounted(None, disk, layout.read_volumes(disk.path)):
+        with loop.mounted(None, disk, partitions.read_volumes(disk.path)):
             print("mounted", flush=True)
             with interrupts.interruptible():
                 time.sleep(60)

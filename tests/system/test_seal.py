@@ -21,7 +21,7 @@ from image_factory.configuration.files import Configuration
 from image_factory.finishing import seal
 from image_factory.finishing.seal import System
 from image_factory.model import Build, Disk
-from image_factory.system import layout, loop, mounts, registrations
+from image_factory.system import loop, mounts, partitions, registrations
 
 from ..conftest import REPOSITORY, done_stage, machine_state, run, shown, steps_of
 from ..leftovers import LEFTOVERS, MACHINE_ID, PROXY, SURVIVORS, Leftover
@@ -91,7 +91,7 @@ def debugfs(disk: Disk, command: str) -> None:
 
 
 def sealed(build: Build, disk: Disk, way: mounts.Way = loop) -> None:
-    with way.mounted(build, disk, layout.read_volumes(disk.path)) as tree:
+    with way.mounted(build, disk, partitions.read_volumes(disk.path)) as tree:
         seal.seal(build, tree)
 
 

@@ -24,7 +24,10 @@ LAYERS = [
     ("uploads", "__init__ rsync"),
     ("told", "record display estimates junit"),
     ("", "parts"),
-    ("system", "mounts loop appliance rehearsal assembly inventory tree rpmdb layout fstab privileged registrations"),
+    (
+        "system",
+        "mounts loop appliance rehearsal assembly inventory tree rpmdb partitions fstab privileged registrations",
+    ),
     ("downloads", "verify fetch"),
     ("", "model"),
     # What the parts of a build need of the configuration, and no more: the files are above the tables of kinds.

@@ -11,7 +11,7 @@ import pytest
 from image_factory.finishing import shrink
 from image_factory.model import Build, Disk, Volume
 from image_factory.parts import State, carry_out
-from image_factory.system import layout
+from image_factory.system import partitions
 from image_factory.system.tree import Tree
 
 M = 1 << 20
@@ -30,7 +30,7 @@ def make_disk(tmp_path: Path, *options: str, size: int = 16) -> tuple[Disk, byte
 
 
 def swap_of(disk: Disk) -> Volume:
-    [found] = [volume for volume in layout.read_volumes(disk.path) if volume.filesystem == layout.SWAP]
+    [found] = [volume for volume in partitions.read_volumes(disk.path) if volume.filesystem == partitions.SWAP]
     return found
 
 
@@ -47,7 +47,7 @@ def test_swap_is_zeroed_but_for_its_header(
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     disk, swap = make_disk(tmp_path, "-p", str(page))
     before, data = swap_of(disk), disk.path.read_bytes()
-    shrink.zero_swap(disk, layout.read_volumes(disk.path))
+    shrink.zero_swap(disk, partitions.read_volumes(disk.path))
     after = disk.path.read_bytes()
     assert after == data[: 2 * M] + swap[:page] + bytes(16 * M - page) + data[18 * M :]
     assert swap_of(disk) == before
@@ -67,7 +67,7 @@ def test_no_swap(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_swap_of_another_kind_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     disk, _ = make_disk(tmp_path)
-    volumes = layout.read_volumes(disk.path)
+    volumes = partitions.read_volumes(disk.path)
     with disk.path.open("r+b") as file:
         file.seek(2 * M + 4086)
         file.write(b"SWAP-SPACE")

@@ -9,7 +9,7 @@ import pytest
 
 from image_factory.base.errors import NoSystemError
 from image_factory.model import Partition, Volume
-from image_factory.system import layout
+from image_factory.system import partitions
 
 M = 1 << 20
 
@@ -63,15 +63,15 @@ def one_line(action: object, *arguments: object) -> str:
 
 
 def filesystems(image: Image) -> list[tuple[str, str | None]]:
-    return [(found.name, found.filesystem) for found in layout.read_volumes(image.path)]
+    return [(found.name, found.filesystem) for found in partitions.read_volumes(image.path)]
 
 
 @pytest.mark.parametrize("kind", ["ext2", "ext3", "ext4"])
 @pytest.mark.parametrize("label", ["dos", "gpt"])
 def test_one_partition(image: Image, label: str, kind: str) -> None:
     image.table(f"label: {label}\nstart=2048, size=60M, type=L\n").filesystem(kind, 1, 60)
-    assert layout.read_partitions(image.path) == [Partition(number=1, offset=M, size=60 * M)]
-    [found] = layout.read_volumes(image.path)
+    assert partitions.read_partitions(image.path) == [Partition(number=1, offset=M, size=60 * M)]
+    [found] = partitions.read_volumes(image.path)
     assert (found.name, found.size, found.filesystem) == ("partition 1", 60 * M, kind)
     assert (found.partition, found.label) == (Partition(1, M, 60 * M), None)
 
@@ -102,15 +102,15 @@ def test_names_of_partitions_and_filesystems(image: Image) -> None:
     image.magic(M, esp.read_bytes()).filesystem("ext4", 23, 30).filesystem("ext2", 5, 10).swap(15, 8, "-L", "sw ap")
     label = 'a b\\c"d=e'[:16]
     subprocess.run(["e2label", f"{image.path}?offset={5 * M}", label], check=True)
-    partitions = layout.read_volumes(image.path)
-    assert [(found.name, found.filesystem, found.label, found.part_label) for found in partitions] == [
+    volumes = partitions.read_volumes(image.path)
+    assert [(found.name, found.filesystem, found.label, found.part_label) for found in volumes] == [
         ("partition 1", "vfat", "MY ESP", "EFI System"),
         ("partition 2", "ext2", label, None),
         ("partition 3", "swap", "sw ap", None),
         ("partition 4", "ext4", None, None),
     ]
-    assert [found.part_uuid for found in partitions] == uuids
-    assert partitions[0].uuid == "1234-ABCD"
+    assert [found.part_uuid for found in volumes] == uuids
+    assert volumes[0].uuid == "1234-ABCD"
 
 
 def test_logical_partitions(image: Image) -> None:
@@ -121,24 +121,24 @@ def test_logical_partitions(image: Image) -> None:
         "start=23MiB, size=10MiB, type=82\nstart=34MiB, size=20MiB, type=83\n"
     )
     image.filesystem("ext4", 1, 20).filesystem("ext4", 34, 20)
-    volumes = layout.read_volumes(image.path)
+    volumes = partitions.read_volumes(image.path)
     assert [found.partition for found in volumes] == [
         Partition(1, M, 20 * M), Partition(5, 23 * M, 10 * M), Partition(6, 34 * M, 20 * M),
     ]  # fmt: skip
     # As the kernel makes them of the number of the table.
     assert [found.part_uuid for found in volumes] == ["0000beef-01", "0000beef-05", "0000beef-06"]
-    assert layout.describe(volumes) == "partition 1 (ext4), partition 5 (no known filesystem), partition 6 (ext4)"
+    assert partitions.describe(volumes) == "partition 1 (ext4), partition 5 (no known filesystem), partition 6 (ext4)"
 
 
 def test_partitions_are_in_the_order_of_the_disk(image: Image) -> None:
     image.table("label: gpt\n2: start=1MiB, size=20MiB\n1: start=21MiB, size=30MiB\n")
-    assert [found.number for found in layout.read_partitions(image.path)] == [2, 1]
+    assert [found.number for found in partitions.read_partitions(image.path)] == [2, 1]
 
 
 def test_disk_of_an_odd_size(tmp_path: Path) -> None:
     image = Image(tmp_path / "disk.raw", 64 * M + 512 * 7)
     image.table("label: dos\nstart=2048, type=83\n")
-    assert [found.size for found in layout.read_partitions(image.path)] == [63 * M + 512 * 7]
+    assert [found.size for found in partitions.read_partitions(image.path)] == [63 * M + 512 * 7]
 
 
 def test_name_of_the_disk_is_no_option(tmp_path: Path) -> None:
@@ -149,22 +149,22 @@ def test_name_of_the_disk_is_no_option(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", ["dos", "gpt"])
 def test_table_without_partitions(image: Image, label: str) -> None:
     image.table(f"label: {label}\n")
-    partitions = layout.read_partitions(image.path)
-    assert partitions == []
-    message = layout.no_root(layout.read_volumes(image.path)).message
+    found = partitions.read_partitions(image.path)
+    assert found == []
+    message = partitions.no_root(partitions.read_volumes(image.path)).message
     assert message == "The disk has no root filesystem, only a partition table without partitions."
 
 
 def test_no_root_filesystem(image: Image) -> None:
     image.table("label: dos\nstart=1MiB, size=10MiB, type=82\nstart=11MiB, size=30MiB, type=83\n")
     image.swap(1)
-    message = layout.no_root(layout.read_volumes(image.path)).message
+    message = partitions.no_root(partitions.read_volumes(image.path)).message
     assert message == "The disk has no root filesystem, only partition 1 (swap), partition 2 (no known filesystem)."
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("crypto_LUKS", "encrypted"), ("linux_raid_member", "a part of a RAID")])
 def test_root_that_is_not_reached(kind: str, reason: str) -> None:
-    error = layout.no_root([Volume("partition 1", M, "ext4"), Volume("partition 2", M, kind)])
+    error = partitions.no_root([Volume("partition 1", M, "ext4"), Volume("partition 2", M, kind)])
     assert error.message == f"No root filesystem can be reached: partition 2 is {reason}."
     assert error.hint
 
@@ -187,28 +187,28 @@ def test_two_filesystems_in_one_place(image: Image) -> None:
 
 def test_filesystem_without_a_table(image: Image) -> None:
     image.filesystem("ext4", 0, 60)
-    assert one_line(layout.read_partitions, image.path) == "The disk has no partition table, only a filesystem."
+    assert one_line(partitions.read_partitions, image.path) == "The disk has no partition table, only a filesystem."
 
 
 def test_empty_disk(image: Image) -> None:
-    message = one_line(layout.read_partitions, image.path)
+    message = one_line(partitions.read_partitions, image.path)
     assert message.startswith("The disk has no partition table that can be read: ")
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 513])
 def test_tiny_disk(tmp_path: Path, size: int) -> None:
-    one_line(layout.read_partitions, Image(tmp_path / "disk.raw", size).path)
+    one_line(partitions.read_partitions, Image(tmp_path / "disk.raw", size).path)
 
 
 def test_disk_that_is_not_there(tmp_path: Path) -> None:
-    assert one_line(layout.read_partitions, tmp_path / "absent").startswith("The disk can't be read: ")
+    assert one_line(partitions.read_partitions, tmp_path / "absent").startswith("The disk can't be read: ")
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_bytes(image: Image, seed: int) -> None:
     noise = random.Random(seed).randbytes(4 * M)
     image.magic(0, noise)
-    one_line(layout.read_partitions, image.path)
+    one_line(partitions.read_partitions, image.path)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -222,11 +222,11 @@ def test_damaged_table_is_read_or_refused_in_one_line(image: Image, label: str, 
         image.magic(position, numbers.randbytes(1))
     before = image.path.stat()
     try:
-        partitions = layout.read_partitions(image.path)
+        on_disk = partitions.read_partitions(image.path)
     except NoSystemError as error:
         assert "\n" not in error.message
     else:
-        assert all(found.offset > 0 and found.offset + found.size <= 64 * M for found in partitions)
+        assert all(found.offset > 0 and found.offset + found.size <= 64 * M for found in on_disk)
     assert image.path.stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -237,19 +237,19 @@ def test_disk_that_was_cut_off(image: Image) -> None:
         file.truncate(50 * M)
     data = image.path.read_bytes()
     try:
-        partitions = layout.read_partitions(image.path)
+        on_disk = partitions.read_partitions(image.path)
     except NoSystemError as error:
         assert "\n" not in error.message
     else:
-        assert [found.size for found in partitions] == [40 * M]
+        assert [found.size for found in on_disk] == [40 * M]
     assert image.path.read_bytes() == data
 
 
 def test_reading_prints_nothing(image: Image, capfd: pytest.CaptureFixture[str]) -> None:
     image.magic(0, random.Random(1).randbytes(M))
-    one_line(layout.read_partitions, image.path)
+    one_line(partitions.read_partitions, image.path)
     image.magic(0, bytes(M)).table("label: gpt\nstart=2048, size=40M\n")
     with image.path.open("r+b") as file:
         file.truncate(80 * M)
-    layout.read_partitions(image.path)
+    partitions.read_partitions(image.path)
     assert capfd.readouterr() == ("", "")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from image_factory.finishing import media, seal
-from image_factory.finishing.seal import System
+from image_factory.finishing import seal
+from image_factory.finishing.seal import System, media
 
 ONE = "etc/apt/sources.list"
 DEB822 = "etc/apt/sources.list.d/x.sources"

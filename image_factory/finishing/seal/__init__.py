@@ -9,18 +9,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..base import events, interrupts
-from ..base.errors import ConfigurationError
-from ..base.log import logger
-from ..base.units import format_size
-from ..configuration.settings import ImageSettings
-from ..model import Build, Change, Plan
-from ..parts import Step, on_tree
-from ..system import fstab, registrations
-from ..system.privileged import takes_directory, takes_name
-from ..system.registrations import DROPBEAR, KEYS, REGISTRATIONS, Key, is_of, program
-from ..system.rehearsal import Call
-from ..system.tree import Tree
+from ...base import events, interrupts
+from ...base.errors import ConfigurationError
+from ...base.log import logger
+from ...base.units import format_size
+from ...configuration.settings import ImageSettings
+from ...model import Build, Change, Plan
+from ...parts import Step, on_tree
+from ...system import fstab, registrations
+from ...system.privileged import takes_directory, takes_name
+from ...system.registrations import DROPBEAR, KEYS, REGISTRATIONS, Key, is_of, program
+from ...system.rehearsal import Call
+from ...system.tree import Tree
 from . import apt, media
 
 STEP = "Sealing"

@@ -15,7 +15,8 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 LAYERS = [
     ("", "cli completion online pipeline fleet workspace publish"),
     ("configuration", "unused files"),
-    ("checks", "testboot audit keys search bootreport leftovers"),
+    ("checks.testboot", "__init__ report"),
+    ("checks", "audit keys search leftovers"),
     ("finishing", "sign manifest shrink clean checksum"),
     ("finishing.seal", "__init__ media apt"),
     ("", "checkpoint"),

@@ -22,22 +22,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..base import command, events, files, interrupts
-from ..base.cleanup import released
-from ..base.errors import BuildError, CommandError, ConfigurationError
-from ..base.events import BootCheck, BootTested
-from ..base.log import logger
-from ..base.units import format_duration, parse_duration
-from ..configuration.settings import ImageSettings
-from ..machines import arch
-from ..machines.console import Console
-from ..model import Artifact, Build, Plan
-from ..outputs import planned
-from ..parts import State, Step, doing
-from ..sources.installer import guest
-from ..told import junit
-from . import bootreport
-from .bootreport import Message, Subject, judged, passed, skipped
+from ...base import command, events, files, interrupts
+from ...base.cleanup import released
+from ...base.errors import BuildError, CommandError, ConfigurationError
+from ...base.events import BootCheck, BootTested
+from ...base.log import logger
+from ...base.units import format_duration, parse_duration
+from ...configuration.settings import ImageSettings
+from ...machines import arch
+from ...machines.console import Console
+from ...model import Artifact, Build, Plan
+from ...outputs import planned
+from ...parts import State, Step, doing
+from ...sources.installer import guest
+from ...told import junit
+from . import report as bootreport
+from .report import Message, Subject, judged, passed, skipped
 
 # One is needed for a new identity, another one to see that it is new.
 _BOOTS = 2

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from image_factory.base.errors import BuildError
-from image_factory.checks import bootreport
-from image_factory.checks.bootreport import Message, Subject, checks_of, identity_checks, parse
+from image_factory.checks.testboot import report as bootreport
+from image_factory.checks.testboot.report import Message, Subject, checks_of, identity_checks, parse
 
 GIB = 1 << 30
 SUBJECT = Subject(2 * GIB, 4 * GIB)

@@ -12,10 +12,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..base.errors import BuildError
-from ..base.events import BootCheck
-from ..base.log import printable
-from ..base.units import format_size
+from ...base.errors import BuildError
+from ...base.events import BootCheck
+from ...base.log import printable
+from ...base.units import format_size
 
 PORT = "org.image-factory.report"
 UNIT = "image-factory-report"

@@ -23,7 +23,7 @@ from .finishing import checksum, clean, manifest, seal, shrink, sign
 from .model import Artifact, Build, Disk, Plan
 from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
 from .sources import SOURCES
-from .sources.installer import answers, guest
+from .sources.installer import answers, virt_install
 from .sources.installer.watch import InstalledError
 from .system import mounts
 
@@ -58,7 +58,7 @@ def _explained(state: State, steps: Sequence[Step | Group]) -> State:
     try:
         return carry_out(state, steps)
     except NoSystemError:
-        guest.log_console(state.build)
+        virt_install.log_console(state.build)
         raise
 
 

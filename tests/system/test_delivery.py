@@ -16,7 +16,7 @@ from image_factory.configuration.parsers import parse_answer_files, parse_source
 from image_factory.model import Build
 from image_factory.parts import Group, Step, carry_out, doing
 from image_factory.sources import installer
-from image_factory.sources.installer import delivery, guest
+from image_factory.sources.installer import delivery, virt_install
 
 from ..conftest import shown, state_of
 
@@ -69,9 +69,9 @@ def test_what_the_installer_is_told(
     tmp_path: Path, case: str, name: str, delivered: str, argument: str, label: str
 ) -> None:
     build = make_build(tmp_path, case.split()[0], name, extra="append = quiet")
-    assert guest.kernel_arguments(build.plan.settings) == f"{argument} quiet"
+    assert virt_install.kernel_arguments(build.plan.settings) == f"{argument} quiet"
     assert delivery.copy_path(build) == build.directory / "answers" / delivered
-    argv = guest.virt_install_argv(build, ["--location", "L"], "kvm")
+    argv = virt_install.virt_install_argv(build, ["--location", "L"], "kvm")
     seed = f"path={build.directory}/seed.iso,device=cdrom,format=raw"
     assert argv[-2:] == (
         ["--disk", seed] if label else ["--initrd-inject", str(build.directory / "answers" / delivered)]
@@ -89,7 +89,7 @@ def test_no_answer_file(tmp_path: Path) -> None:
     (tmp_path / "image-factory.conf").write_text("[x]\nlinux = /l\ninitrd = /i\n")
     plan = pipeline.make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(tmp_path / "image-factory.conf")}), "x", {})
     build = Build(plan, build.directory, "MACHINE")
-    assert guest.kernel_arguments(plan.settings) == ""
+    assert virt_install.kernel_arguments(plan.settings) == ""
     found: list[Path] = []
     install(build, lambda: found.extend(build.directory.iterdir()))
     assert found == []
@@ -148,7 +148,7 @@ def test_further_files_in_the_initrd(tmp_path: Path) -> None:
     build = make_build(tmp_path, "kickstart", "a.ks", extra=f"answer-files = {tmp_path}/b.ks, {tmp_path}/c:d.cfg")
     delivery.check(build.plan)
     answers = build.directory / "answers"
-    argv = guest.virt_install_argv(build, ["--location", "L"], "kvm")
+    argv = virt_install.virt_install_argv(build, ["--location", "L"], "kvm")
     assert argv[-6:] == [
         word for name in ("a.ks", "b.ks", "d.cfg") for word in ("--initrd-inject", f"{answers}/{name}")
     ]
@@ -300,7 +300,7 @@ def test_repeating_by_hand(tmp_path: Path, key: str, name: str) -> None:
     files: dict[str, str] = {}
     install(build, lambda: files.update(read_seed(build.directory / "seed.iso", tmp_path / "read")))
     (tmp_path / "image-factory").symlink_to(REPOSITORY / "image-factory")
-    *commands, _pool, virt_install = guest.by_hand_argvs(build, ["--location", "L"], "kvm")
+    *commands, _pool, installing = virt_install.by_hand_argvs(build, ["--location", "L"], "kvm")
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",
         "IMAGE_FACTORY_CONFIG": str(tmp_path / "image-factory.conf"),
@@ -310,7 +310,7 @@ def test_repeating_by_hand(tmp_path: Path, key: str, name: str) -> None:
     for argv in commands:
         subprocess.run(argv, env=environment, check=True, capture_output=True, umask=0o022)
     seed = tmp_path / "x-by-hand/seed.iso"
-    assert f"path={seed},device=cdrom,format=raw" in virt_install
+    assert f"path={seed},device=cdrom,format=raw" in installing
     assert read_seed(seed, tmp_path / "by-hand") == files
     assert label_of(seed) == delivery.DELIVERIES[key].label
     assert SECRET not in str(commands)

@@ -26,7 +26,7 @@ from image_factory.sources import installer
 from image_factory.sources.installer import answers, forms
 
 from ..conftest import shown
-from .test_guest import as_lines
+from .test_virt_install import as_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests/data/recipes"

@@ -12,7 +12,7 @@ from image_factory.base.errors import ConfigurationError
 from image_factory.configuration.files import Configuration
 from image_factory.model import Build, Plan
 from image_factory.sources import installer
-from image_factory.sources.installer import answers, delivery, guest
+from image_factory.sources.installer import answers, delivery, virt_install
 
 from ..conftest import shown
 
@@ -210,8 +210,8 @@ def test_what_the_installer_gets(tmp_path: Path, name: str, verb: str) -> None:
     copy = build.directory / "answers/a.cfg"
     assert copy.read_text() == ("all" if verb == "render" else "{{ shared }}")
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
-    assert guest.kernel_arguments(plan.settings) == "preseed/url=file:///a.cfg"
-    words = guest.virt_install_argv(build, ["--location", "LOCATION"], "TYPE")
+    assert virt_install.kernel_arguments(plan.settings) == "preseed/url=file:///a.cfg"
+    words = virt_install.virt_install_argv(build, ["--location", "LOCATION"], "TYPE")
     assert words[words.index("--initrd-inject") + 1] == str(copy)
     commands = shown(build, installer.steps(build))["Caching the installer"]
     assert ["#", verb, str(tmp_path / name), "->", str(copy)] in commands
@@ -262,7 +262,7 @@ def test_show_answers_of_an_image_without(tmp_path: Path) -> None:
 def test_repeating_by_hand(tmp_path: Path, name: str, made: bool) -> None:
     """What a template became is gone by then."""
     plan = make_plan(tmp_path, "", name=name)
-    commands = guest.by_hand_argvs(build_of(plan), ["--location", "LOCATION"], "TYPE")
+    commands = virt_install.by_hand_argvs(build_of(plan), ["--location", "LOCATION"], "TYPE")
     copy = tmp_path / "x-by-hand/answers/a.cfg"
     injected = commands[-1][commands[-1].index("--initrd-inject") + 1]
     assert injected == str(copy if made else tmp_path / name)

@@ -22,7 +22,7 @@ LAYERS = [
     ("", "checkpoint"),
     ("outputs", "__init__ raw qcow2"),
     ("sources", "__init__"),
-    ("sources.installer", "__init__ answercheck guest watch delivery answers forms installers"),
+    ("sources.installer", "__init__ answercheck virt_install watch delivery answers forms installers"),
     ("uploads", "__init__ rsync"),
     ("told", "record display estimates junit"),
     ("", "parts"),
@@ -101,7 +101,7 @@ def test_imports_point_downwards(name: str) -> None:
 def test_what_is_read_as_imports() -> None:
     """The tests above would find nothing wrong if nothing was found."""
     assert {"pipeline", "configuration.files", "base.log", "base.interrupts", ""} <= own_imports("cli")
-    assert {"base.command", "downloads.fetch", "sources.installer.guest"} <= own_imports("sources.installer")
+    assert {"base.command", "downloads.fetch", "sources.installer.virt_install"} <= own_imports("sources.installer")
     assert "sources.installer" in own_imports("sources")
     assert "subprocess" in imports("base.command.children")
 

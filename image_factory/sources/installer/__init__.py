@@ -19,7 +19,7 @@ from ...downloads import fetch, verify
 from ...machines import arch, turns
 from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
-from . import answercheck, answers, delivery, guest
+from . import answercheck, answers, delivery, virt_install
 
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 
@@ -183,13 +183,13 @@ def check(plan: Plan) -> None:
 
 def check_machine(plan: Plan) -> None:
     """Raise ConfigurationError if there is no such machine, or not here."""
-    guest.check_machine(plan)
+    virt_install.check_machine(plan)
 
 
 def check_here(plan: Plan) -> None:
     """Raise ConfigurationError if libvirt does not answer, or can't use the output directory."""
-    guest.check_output_dir(plan)
-    guest.check_libvirt(plan)
+    virt_install.check_output_dir(plan)
+    virt_install.check_libvirt(plan)
 
 
 def warn(plan: Plan) -> None:
@@ -239,16 +239,16 @@ def steps(build: Build) -> Iterator[Step | Group]:
     yield Step("Creating the disk", doing(_create), [create_argv(build)])
     yield Step("Caching the installer", doing(installation.cache), _fetches(build))
     settings = build.plan.settings
-    probe_argv = guest.probe_argv(Path("KERNEL"), settings.arch)
-    probes = [Step("Probing KVM", installation.probe, [probe_argv])] if guest.has_to_probe(settings) else []
-    argvs = guest.installing_argvs(build, _media(build), _virt_type(settings))
+    probe_argv = virt_install.probe_argv(Path("KERNEL"), settings.arch)
+    probes = [Step("Probing KVM", installation.probe, [probe_argv])] if virt_install.has_to_probe(settings) else []
+    argvs = virt_install.installing_argvs(build, _media(build), _virt_type(settings))
     install = Step("Installing", doing(installation.install), argvs)
     yield Group([*probes, Group([*delivery.seed_steps(build), install], _with_seed)], _in_turn)
 
 
 def _virt_type(settings: ImageSettings) -> str:
     """Return what virtual machines can use as far as it is known before KVM is probed."""
-    if guest.has_to_probe(settings):
+    if virt_install.has_to_probe(settings):
         return "VIRT-TYPE"
     return "qemu" if settings.virt_type == "auto" else settings.virt_type
 
@@ -257,7 +257,7 @@ class _Installation:
     """What the steps of an installation tell each other: what is booted, and the installer's kernel."""
 
     def __init__(self) -> None:
-        self._media: guest.Media | None = None
+        self._media: virt_install.Media | None = None
         self._kernel: Path | None = None
 
     def cache(self, state: State) -> None:
@@ -265,13 +265,13 @@ class _Installation:
         _copy_answer_file(state.build)
 
     def probe(self, state: State) -> State:
-        virt_type = guest.probed_virt_type(state.build.plan, self._kernel)
+        virt_type = virt_install.probed_virt_type(state.build.plan, self._kernel)
         return _with_virt_type(state, virt_type)
 
     def install(self, state: State) -> None:
         assert self._media is not None
         events.tell(events.VirtTypeChosen(state.build.virt_type))
-        guest.install(state.build, self._media)
+        virt_install.install(state.build, self._media)
 
 
 def _create(state: State) -> None:
@@ -333,7 +333,7 @@ def _media(build: Build) -> tuple[str, str]:
 
 def _location(build: Build) -> tuple[str, str]:
     # The names in one directory of its own are free of what virt-install's option syntax knows.
-    return "--location", guest.option(str(_netboot(build)), "kernel=linux", "initrd=initrd")
+    return "--location", virt_install.option(str(_netboot(build)), "kernel=linux", "initrd=initrd")
 
 
 def _own_iso(build: Build) -> Path:
@@ -343,10 +343,10 @@ def _own_iso(build: Build) -> Path:
 
 def _location_of_iso(build: Build, iso: Path) -> tuple[str, str]:
     names = zip(("kernel", "initrd"), delivery.boot_files(build.plan.settings), strict=False)
-    return "--location", guest.option(str(iso), *(f"{key}={name}" for key, name in names))
+    return "--location", virt_install.option(str(iso), *(f"{key}={name}" for key, name in names))
 
 
-def prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
+def prepare_installer(build: Build) -> tuple[virt_install.Media, Path | None]:
     """Return what virt-install boots, and the installer's kernel where it is known."""
     settings = build.plan.settings
     sources = _sources(settings)
@@ -354,7 +354,7 @@ def prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
         path = settings.installer_image.path
         events.tell(events.InputUsed("installer-image", masked(settings.installer_image.uri), None))
         arguments = "--location", str(path.absolute() if path else settings.installer_image.uri)
-        return guest.Media(arguments, arguments), _kernel_of_tree(build, path)
+        return virt_install.Media(arguments, arguments), _kernel_of_tree(build, path)
     verifier = verify.Verifier(build.plan)
     _netboot(build).mkdir(mode=0o755)
     with verifier.locked(sources.values()):
@@ -362,11 +362,13 @@ def prepare_installer(build: Build) -> tuple[guest.Media, Path | None]:
             linux, initrd = (_fetch(name, sources[name], verifier, _netboot(build) / name) for name in sources)
             if sources["linux"].path is None:
                 verifier.check_modules(linux.uri, linux.path)
-            kept = "--install", guest.option(f"kernel={linux.path}", f"initrd={initrd.path}")
-            return guest.Media(_location(build), kept), _netboot(build) / "linux"
+            kept = "--install", virt_install.option(f"kernel={linux.path}", f"initrd={initrd.path}")
+            return virt_install.Media(_location(build), kept), _netboot(build) / "linux"
         own = _own_iso(build)
         iso = _fetch("installer-image", settings.installer_image, verifier, own)
-    return guest.Media(_location_of_iso(build, own), _location_of_iso(build, iso.path)), _kernel_of_iso(build, own)
+    return virt_install.Media(_location_of_iso(build, own), _location_of_iso(build, iso.path)), _kernel_of_iso(
+        build, own
+    )
 
 
 def _fetch(key: str, source: Source, verifier: verify.Verifier, own: Path) -> fetch.Fetched:

@@ -14,7 +14,7 @@ from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.configuration.files import Configuration
 from image_factory.configuration.settings import ImageSettings
 from image_factory.model import Build, Plan
-from image_factory.sources.installer import guest
+from image_factory.sources.installer import virt_install
 from image_factory.sources.installer.watch import Limits
 
 BASE = """[image]
@@ -34,7 +34,7 @@ def plan(tmp_path: Path, text: str = "", output_dir: Path = Path("/output")) -> 
 
 
 def argv(tmp_path: Path, text: str = "", virt_type: str = "qemu", directory: str = "/output/.work") -> list[str]:
-    return guest.virt_install_argv(
+    return virt_install.virt_install_argv(
         Build(plan(tmp_path, text), Path(directory), "vm"), ["--location", "LOCATION"], virt_type
     )
 
@@ -136,34 +136,34 @@ def test_machine(
     for name, content in {"10-bad.json": "{", "20-list.json": "[1]", "60-good.json": FIRMWARE}.items():
         (tmp_path / name).write_text(content)
     (tmp_path / "30-directory.json").mkdir()
-    monkeypatch.setattr(guest, "_FIRMWARE_DIRECTORIES", (tmp_path / "none", tmp_path))
+    monkeypatch.setattr(virt_install, "_FIRMWARE_DIRECTORIES", (tmp_path / "none", tmp_path))
     if message is None:
-        guest.check_machine(plan(tmp_path, text))
+        virt_install.check_machine(plan(tmp_path, text))
         return
     with pytest.raises(ConfigurationError) as caught:
-        guest.check_machine(plan(tmp_path, text))
+        virt_install.check_machine(plan(tmp_path, text))
     assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
 def test_no_uefi_for_hybrid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guest, "_FIRMWARE_DIRECTORIES", (tmp_path,))
+    monkeypatch.setattr(virt_install, "_FIRMWARE_DIRECTORIES", (tmp_path,))
     with pytest.raises(ConfigurationError) as caught:
-        guest.check_machine(plan(tmp_path, "firmware = hybrid"))
+        virt_install.check_machine(plan(tmp_path, "firmware = hybrid"))
     assert caught.value.hint == "Install it: apt-get install ovmf"
 
 
 def test_kvm_of_another_architecture(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"^\[image\] virt-type: KVM runs no aarch64 on x86_64\.$"):
-        guest.check_machine(plan(tmp_path, "arch = aarch64\nvirt-type = kvm"))
-    assert not guest.has_to_probe(plan(tmp_path, "arch = aarch64").settings)
-    assert guest.has_to_probe(plan(tmp_path).settings)
-    assert guest.probed_virt_type(plan(tmp_path), None) == "qemu"
+        virt_install.check_machine(plan(tmp_path, "arch = aarch64\nvirt-type = kvm"))
+    assert not virt_install.has_to_probe(plan(tmp_path, "arch = aarch64").settings)
+    assert virt_install.has_to_probe(plan(tmp_path).settings)
+    assert virt_install.probed_virt_type(plan(tmp_path), None) == "qemu"
 
 
 @pytest.mark.parametrize("character", "&<>'\"")
 def test_output_directory_that_virt_install_cannot_use(tmp_path: Path, character: str) -> None:
     with pytest.raises(ConfigurationError, match="virt-install can't use /var/tmp/"):
-        guest.check_output_dir(plan(tmp_path, output_dir=Path(f"/var/tmp/{character}")))
+        virt_install.check_output_dir(plan(tmp_path, output_dir=Path(f"/var/tmp/{character}")))
 
 
 def test_paths_with_commas_and_backslashes(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def run_virtinst_parser(option: str) -> dict[str, Any]:
     ],
 )
 def test_time_limits_know_emulation(tmp_path: Path, text: str, virt_type: str, expected: tuple[float, float]) -> None:
-    assert guest.limits(settings(tmp_path, text), virt_type) == Limits(*expected)
+    assert virt_install.limits(settings(tmp_path, text), virt_type) == Limits(*expected)
 
 
 class TestProbe:
@@ -208,8 +208,8 @@ class TestProbe:
     def qemu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         device = tmp_path / "kvm"
         device.touch()
-        monkeypatch.setattr(guest, "KVM_DEVICE", device)
-        monkeypatch.setattr(guest, "PROBE_SECONDS", 0.5)
+        monkeypatch.setattr(virt_install, "KVM_DEVICE", device)
+        monkeypatch.setattr(virt_install, "PROBE_SECONDS", 0.5)
         program = tmp_path / "bin/qemu-system-x86_64"
         program.parent.mkdir()
         monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
@@ -221,7 +221,7 @@ class TestProbe:
 
     def test_kernel_that_prints(self, qemu: Path, tmp_path: Path) -> None:
         self.write(qemu, f'echo "$@" > {tmp_path}/argv; echo "Linux version 6.1"; exec sleep 60')
-        assert guest.why_not_kvm(Path("/netboot/linux"), "x86_64") is None
+        assert virt_install.why_not_kvm(Path("/netboot/linux"), "x86_64") is None
         words = (tmp_path / "argv").read_text()
         assert "-accel kvm" in words
         assert "-kernel /netboot/linux" in words
@@ -230,20 +230,20 @@ class TestProbe:
     def test_kernel_that_does_not(self, qemu: Path, script: str) -> None:
         self.write(qemu, script)
         assert (
-            guest.why_not_kvm(Path("/netboot/linux"), "x86_64")
+            virt_install.why_not_kvm(Path("/netboot/linux"), "x86_64")
             == "the installer's kernel printed nothing under it within 0 s"
         )
 
     def test_no_kernel(self, qemu: Path) -> None:
-        assert guest.why_not_kvm(None, "x86_64") == "there is no kernel to probe it with"
+        assert virt_install.why_not_kvm(None, "x86_64") == "there is no kernel to probe it with"
 
     def test_no_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(guest, "KVM_DEVICE", Path("/dev/none"))
-        assert guest.why_not_kvm(Path("/netboot/linux"), "x86_64") == "/dev/none: No such file or directory"
+        monkeypatch.setattr(virt_install, "KVM_DEVICE", Path("/dev/none"))
+        assert virt_install.why_not_kvm(Path("/netboot/linux"), "x86_64") == "/dev/none: No such file or directory"
 
     @pytest.mark.parametrize("chosen", ["kvm", "qemu"])
     def test_settings_decide(self, tmp_path: Path, chosen: str) -> None:
-        assert not guest.has_to_probe(plan(tmp_path, f"virt-type = {chosen}").settings)
+        assert not virt_install.has_to_probe(plan(tmp_path, f"virt-type = {chosen}").settings)
 
 
 @pytest.mark.parametrize(
@@ -266,8 +266,8 @@ def test_kvm_that_the_qemu_of_libvirt_may_not_open(
     device.touch()
     shutil.chown(device, uid, gid)
     device.chmod(mode)
-    monkeypatch.setattr(guest, "KVM_DEVICE", device)
-    reasons = [guest.why_libvirt_has_no_kvm(None, "x86_64", as_root=as_root) for as_root in (True, False)]
+    monkeypatch.setattr(virt_install, "KVM_DEVICE", device)
+    reasons = [virt_install.why_libvirt_has_no_kvm(None, "x86_64", as_root=as_root) for as_root in (True, False)]
     other = "there is no kernel to probe it with"
     assert reasons == [
         other if may else f"{device}: libvirt-qemu, as whom libvirt runs QEMU, may not open it",
@@ -300,15 +300,15 @@ def test_check_of_a_slow_libvirt(
     calls: int,
     warning: str | None,
 ) -> None:
-    monkeypatch.setattr(guest, "KVM_DEVICE", tmp_path / ("image-factory.conf" if device else "none"))
-    monkeypatch.setattr(guest, "_SLOW_QUERY_SECONDS", at_least)
+    monkeypatch.setattr(virt_install, "KVM_DEVICE", tmp_path / ("image-factory.conf" if device else "none"))
+    monkeypatch.setattr(virt_install, "_SLOW_QUERY_SECONDS", at_least)
     program = tmp_path / "bin/virsh"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\necho "error: it is gone" >&2\nexit {status}\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     (tmp_path / "calls").touch()
-    guest.warn_of_slow_libvirt(plan(tmp_path, text))
+    virt_install.warn_of_slow_libvirt(plan(tmp_path, text))
     assert (tmp_path / "calls").read_text() == "--connect qemu:///system capabilities\n" * calls
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == (warning is not None)
@@ -331,11 +331,11 @@ def test_check_of_a_slow_libvirt(
 def test_console_tail(tmp_path: Path, data: bytes, lines: list[str]) -> None:
     console = tmp_path / "console.log"
     console.write_bytes(data)
-    assert guest.console_tail(console) == lines
+    assert virt_install.console_tail(console) == lines
 
 
 def test_console_tail_of_no_log(tmp_path: Path) -> None:
-    assert guest.console_tail(tmp_path / "none") == []
+    assert virt_install.console_tail(tmp_path / "none") == []
 
 
 IN_USE = "ERROR    internal error: ... -vnc 127.0.0.1:0: Failed to bind socket: Address already in use"
@@ -363,10 +363,10 @@ echo >>{tmp_path}/calls
     build = Build(plan(tmp_path, f"vnc = {vnc}\n", tmp_path), tmp_path / "work", "vm")
     build.directory.mkdir()
     if calls == 3:
-        guest.install(build, guest.Media((), ()))
+        virt_install.install(build, virt_install.Media((), ()))
     else:
         with pytest.raises(BuildError, match=said.partition(":")[0]):
-            guest.install(build, guest.Media((), ()))
+            virt_install.install(build, virt_install.Media((), ()))
     assert (tmp_path / "calls").read_text() == "\n" * calls
     assert not build.vm_record.exists()
 
@@ -401,23 +401,23 @@ LOGGED = "char device redirected\n2026-11-29 16:50:07.676+0000: shutting down, r
 def test_end_of_which_libvirt_does_not_know_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, console: str, logged: str, in_order: bool
 ) -> None:
-    monkeypatch.setattr(guest, "_LOG_SECONDS", 0)
-    monkeypatch.setattr(guest, "_log_of", lambda _: tmp_path / "vm.log")
+    monkeypatch.setattr(virt_install, "_LOG_SECONDS", 0)
+    monkeypatch.setattr(virt_install, "_log_of", lambda _: tmp_path / "vm.log")
     (tmp_path / "vm.log").write_text(logged)
     build = Build(plan(tmp_path), tmp_path, "vm")
     build.console_path.write_text(f"Linux\r\n{console}")
-    assert guest.powered_off(build, state) is in_order
+    assert virt_install.powered_off(build, state) is in_order
 
 
 def test_end_that_is_logged_late(tmp_path: Path) -> None:
     """As virtlogd does it."""
     build = Build(plan(tmp_path), tmp_path, "vm")
     with subprocess.Popen(["sh", "-c", f"sleep 0.3; echo 'reboot: Power down' > {build.console_path}"]):
-        assert guest.powered_off(build, "shut off (unknown)")
+        assert virt_install.powered_off(build, "shut off (unknown)")
 
 
 def test_output_directory_that_qemu_cannot_enter(tmp_path: Path) -> None:
     """pytest's directories are their owner's alone, as root's home is."""
     with pytest.raises(ConfigurationError, match=r"user libvirt-qemu, can't enter /"):
-        guest.check_output_dir(plan(tmp_path, output_dir=tmp_path))
-    guest.check_output_dir(plan(tmp_path, output_dir=Path("/var/tmp")))
+        virt_install.check_output_dir(plan(tmp_path, output_dir=tmp_path))
+    virt_install.check_output_dir(plan(tmp_path, output_dir=Path("/var/tmp")))

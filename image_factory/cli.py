@@ -25,7 +25,7 @@ from .configuration.settings import ImageSettings, accepted_by, check_image_name
 from .configuration.unused import variables_named
 from .finishing import manifest
 from .model import Artifact, Plan
-from .sources.installer import answers, virt_install
+from .sources.installer import answers, machinecheck
 from .told import estimates, record
 
 
@@ -395,7 +395,7 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
         if arguments.dry_run:
             _print_steps(plan, arguments)
         elif arguments.check:
-            virt_install.warn_of_slow_libvirt(plan)
+            machinecheck.warn_of_slow_libvirt(plan)
             if arguments.online:
                 online.check(plan)
             _say(f"{_verdict(plan.image, warnings)}\n")
@@ -439,7 +439,7 @@ def _run_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
         return
     if arguments.check:
         with log.noting_warnings(warnings[plans[0].image]):
-            virt_install.warn_of_slow_libvirt(plans[0])
+            machinecheck.warn_of_slow_libvirt(plans[0])
     if arguments.online:
         _check_online(plans)
     for plan in plans:

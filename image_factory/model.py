@@ -31,11 +31,6 @@ READ_ONLY_NAME = "read-only-subvolumes"
 Origin = Literal["disk", "tree"]
 
 
-def libvirt_uri() -> str:
-    """Return the libvirt that this user's installations run in."""
-    return "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
-
-
 @dataclass(frozen=True)
 class Plan:
     """What is to be built; made from text, checked, and not changed any more.
@@ -99,11 +94,6 @@ class Plan:
     def as_root(self) -> bool:
         """Whether the build runs as root, so in the system's libvirt and without sudo."""
         return os.geteuid() == 0
-
-    @property
-    def libvirt_uri(self) -> str:
-        """The libvirt that the installation runs in."""
-        return libvirt_uri()
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from .base import files, locks, openpgp, scratch, trust
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError
 from .base.log import logger
+from .machines import libvirt
 from .model import READ_ONLY_NAME, VM_PREFIX, WORK_PREFIX, Build, Plan
-from .sources.installer import virt_install
 from .system import loop
 
 _VM_FILE = "vm-name"
@@ -162,7 +162,7 @@ def _release(directory: Path) -> list[str]:
     vm_file = directory / _VM_FILE
     # The file is empty if the build was killed at that moment; there is no machine then.
     if vm_file.is_file() and (name := vm_file.read_text(encoding="utf-8").strip()):
-        virt_install.remove_vm(name)
+        libvirt.remove_vm(name)
         removed.append(f"virtual machine {name}")
     vm_file.unlink(missing_ok=True)
     removed += [f"mount {path}" for path in loop.release_left_mounts(directory)]
@@ -194,10 +194,12 @@ def remove_left(output_dir: Path) -> Iterator[str]:
                 yield from _clear(directory)
                 directory.rmdir()
                 yield f"directory {directory}"
-    for name, directory in virt_install.machines():
+    for name, directory in libvirt.machines(VM_PREFIX):
+        if not directory.name.startswith(WORK_PREFIX):
+            continue
         with _unused(directory) as unused:
             if unused:
-                virt_install.remove_vm(name)
+                libvirt.remove_vm(name)
                 yield f"virtual machine {name}"
     for point, image in loop.image_mounts():
         if not image.parent.name.startswith(WORK_PREFIX) or not _is_own(point.parent):

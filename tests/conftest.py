@@ -23,9 +23,9 @@ import hypothesis
 import pytest
 
 from image_factory import pipeline
+from image_factory.machines import kvm
 from image_factory.model import Artifact, Build, Disk
 from image_factory.parts import State, Steps, carry_out, show
-from image_factory.sources.installer import virt_install
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -148,7 +148,7 @@ def hidden_kvm(kernel: Path) -> Iterator[None]:
         # The first run decides, others wait for that.
         with suppress(BlockingIOError):
             fcntl.flock(runs, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if KVM.exists() and virt_install.why_not_kvm(kernel, "x86_64"):
+            if KVM.exists() and kvm.why_not_kvm(kernel, "x86_64"):
                 KVM.rename(HIDDEN_KVM)
         fcntl.flock(runs, fcntl.LOCK_SH)
         try:

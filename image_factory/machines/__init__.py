@@ -1,1 +1,1 @@
-"""What is known of machines: architectures, consoles, how many run at once."""
+"""What is known of machines: architectures, firmware, KVM, libvirt, consoles, how many run at once."""

@@ -2,6 +2,7 @@
 
 import codecs
 import re
+from pathlib import Path
 
 from ..base.log import printable
 
@@ -13,6 +14,9 @@ _UNFINISHED_ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]{0,30})?\Z")
 _RIGHT = re.compile(r"\x1b\[[0-9]*C")
 
 _LONGEST_LINE = 4096
+
+# What a progress bar writes over.  It begins only where a line does, else a long one takes time with its square.
+_OVERWRITTEN = re.compile(rb"(?<![^\r\n\x1b])[^\r\n\x1b]*+\r(?=[^\r\n\x1b])")
 
 
 class Console:
@@ -43,3 +47,17 @@ def _starts(part: str) -> range:
 
 def _clean(text: str) -> str:
     return printable(_RIGHT.sub(" ", text)).strip()
+
+
+def tail(path: Path, lines: int = 40) -> list[str]:
+    """Return the last *lines* that the guest printed, fit to be shown; empty if there is no log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 64 * 1024))
+            data = file.read()
+    except OSError:
+        return []
+    console = Console()
+    shown = [*console.feed(_OVERWRITTEN.sub(b"", data)), console.line]
+    return [line for line in shown if line][-lines:]

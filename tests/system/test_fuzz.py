@@ -34,7 +34,7 @@ from image_factory.base.log import printable
 from image_factory.cli import _one_line
 from image_factory.configuration.files import FILE_VARIABLE, Configuration
 from image_factory.configuration.settings import ImageSettings, UploadSettings, declarations
-from image_factory.sources.installer import virt_install
+from image_factory.machines.console import tail
 from image_factory.system import mounts, partitions
 
 from ..conftest import PATIENCE
@@ -818,7 +818,7 @@ def test_console_is_shown_without_controls(place: Path, data: bytes) -> None:
     path = place / "console.log"
     path.write_bytes(data)
     with watched():
-        shown = virt_install.console_tail(path)
+        shown = tail(path)
     assert len(shown) <= 40
     assert not set("".join(shown)) & (CONTROLS | {"\n"})
 
@@ -889,7 +889,7 @@ def test_console_of_a_hundred_megabytes(place: Path, unit: bytes) -> None:
     tracemalloc.start()
     try:
         with watched():
-            shown = virt_install.console_tail(path)
+            shown = tail(path)
         assert tracemalloc.get_traced_memory()[1] < 16 * M
     finally:
         tracemalloc.stop()

@@ -13,7 +13,6 @@ from image_factory.checks import testboot
 from image_factory.configuration.files import Configuration
 from image_factory.model import Artifact, Build, Plan
 from image_factory.outputs import planned
-from image_factory.sources.installer import virt_install
 
 GIB = 1 << 30
 
@@ -100,7 +99,7 @@ def test_qemu_takes_the_command(tmp_path: Path) -> None:
 
 
 def test_no_uefi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(virt_install, "_FIRMWARE_DIRECTORIES", (tmp_path,))
+    monkeypatch.setattr("image_factory.machines.firmware._DIRECTORIES", (tmp_path,))
     with pytest.raises(ConfigurationError) as caught:
         testboot.check(plan_of(tmp_path, "firmware = hybrid"))
     assert caught.value.hint == "Install it: apt-get install ovmf"

@@ -13,6 +13,7 @@ import pytest
 
 from image_factory.base import events
 from image_factory.configuration.files import Configuration
+from image_factory.machines import libvirt
 from image_factory.model import Build, Plan
 from image_factory.sources.installer import installers
 from image_factory.sources.installer.watch import InstallationError, InstalledError, Limits, Watcher
@@ -370,7 +371,7 @@ def test_guest_that_halts_is_switched_off(watched: Watched, tmp_path: Path, answ
     watched.prints(f"{line}\r\n")
     for _ in range(9):
         watched.look()
-    assert watched.virsh("destroy") == ["--connect", watched.build.plan.libvirt_uri, "destroy", "vm"]
+    assert watched.virsh("destroy") == ["--connect", libvirt.uri(), "destroy", "vm"]
     assert watched.watcher.switched_off
     watched.watcher.finish()
 

@@ -22,7 +22,7 @@ LAYERS = [
     ("", "checkpoint"),
     ("outputs", "__init__ raw qcow2"),
     ("sources", "__init__"),
-    ("sources.installer", "__init__ answercheck virt_install watch delivery answers forms installers"),
+    ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery answers forms installers"),
     ("uploads", "__init__ rsync"),
     ("told", "record display estimates junit"),
     ("", "parts"),
@@ -34,7 +34,7 @@ LAYERS = [
     ("", "model"),
     # What the parts of a build need of the configuration, and no more: the files are above the tables of kinds.
     ("configuration", "settings parsers"),
-    ("machines", "turns console arch"),
+    ("machines", "kvm libvirt firmware turns console arch"),
     ("base", "openpgp scratch"),
     ("base.command", "__init__ apart conversations programs children output installed"),
     ("base", "files cleanup locks interrupts log events units errors trust fuse"),

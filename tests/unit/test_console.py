@@ -2,10 +2,11 @@
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 
-from image_factory.machines.console import Console
+from image_factory.machines.console import Console, tail
 
 
 def fed(*pieces: bytes) -> list[str]:
@@ -66,3 +67,26 @@ def test_megabytes_of_anything() -> None:
         for line in console.feed(pieces[number % len(pieces)]):
             assert len(line) <= 4096
         assert len(console.line) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"", []),
+        (b"one\r\ntwo\r\n", ["one", "two"]),
+        (b"10%\r20%\r30%\n", ["30%"]),
+        (b"\x1b[2J\x1b[1;31mred\x1b[0m \x07bell\n\n\n", ["red ?bell"]),
+        (b"\xff\xfe\n", ["\ufffd\ufffd"]),
+        (b"\x00" * 100_000, ["?" * 4096] * 16),
+        (b"a question\r\x1b[22A\x1b[M\x1b[22B<Yes>\x1b[5;70H<No>", ["a question", "<Yes>", "<No>"]),
+        (b"".join(b"line %d\n" % number for number in range(100)), [f"line {number}" for number in range(60, 100)]),
+    ],
+)
+def test_tail(tmp_path: Path, data: bytes, lines: list[str]) -> None:
+    log = tmp_path / "console.log"
+    log.write_bytes(data)
+    assert tail(log) == lines
+
+
+def test_tail_of_no_log(tmp_path: Path) -> None:
+    assert tail(tmp_path / "none") == []

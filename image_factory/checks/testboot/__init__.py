@@ -31,10 +31,10 @@ from ...base.units import format_duration, parse_duration
 from ...configuration.settings import ImageSettings
 from ...machines import arch
 from ...machines.console import Console
+from ...machines.firmware import Firmware, uefi_firmware
 from ...model import Artifact, Build, Plan
 from ...outputs import planned
 from ...parts import State, Step, doing
-from ...sources.installer import virt_install
 from ...told import junit
 from . import report as bootreport
 from .report import Message, Subject, judged, passed, skipped
@@ -106,9 +106,9 @@ def firmwares(settings: ImageSettings) -> tuple[str, ...]:
     return ("bios", "uefi") if settings.firmware == "hybrid" else (settings.firmware,)
 
 
-def _firmware(architecture: str) -> virt_install.Firmware:
+def _firmware(architecture: str) -> Firmware:
     """Return UEFI that starts what nobody has signed, for QEMU itself."""
-    for found in virt_install.uefi_firmware(architecture):
+    for found in uefi_firmware(architecture):
         if not found.secure_boot and found.code and found.memory:
             return found
     raise ConfigurationError(

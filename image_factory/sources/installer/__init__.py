@@ -16,10 +16,10 @@ from ...base.log import logger, masked
 from ...configuration.parsers import Source
 from ...configuration.settings import ANSWER_FILE_KEYS, ImageSettings
 from ...downloads import fetch, verify
-from ...machines import arch, turns
+from ...machines import arch, kvm, libvirt, turns
 from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
-from . import answercheck, answers, delivery, virt_install
+from . import answercheck, answers, delivery, machinecheck, virt_install
 
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 
@@ -183,13 +183,13 @@ def check(plan: Plan) -> None:
 
 def check_machine(plan: Plan) -> None:
     """Raise ConfigurationError if there is no such machine, or not here."""
-    virt_install.check_machine(plan)
+    machinecheck.check_machine(plan)
 
 
 def check_here(plan: Plan) -> None:
     """Raise ConfigurationError if libvirt does not answer, or can't use the output directory."""
-    virt_install.check_output_dir(plan)
-    virt_install.check_libvirt(plan)
+    machinecheck.check_output_dir(plan)
+    libvirt.check()
 
 
 def warn(plan: Plan) -> None:
@@ -239,8 +239,9 @@ def steps(build: Build) -> Iterator[Step | Group]:
     yield Step("Creating the disk", doing(_create), [create_argv(build)])
     yield Step("Caching the installer", doing(installation.cache), _fetches(build))
     settings = build.plan.settings
-    probe_argv = virt_install.probe_argv(Path("KERNEL"), settings.arch)
-    probes = [Step("Probing KVM", installation.probe, [probe_argv])] if virt_install.has_to_probe(settings) else []
+    probes = []
+    if kvm.has_to_probe(settings.virt_type, settings.arch):
+        probes.append(Step("Probing KVM", installation.probe, [kvm.probe_argv(Path("KERNEL"), settings.arch)]))
     argvs = virt_install.installing_argvs(build, _media(build), _virt_type(settings))
     install = Step("Installing", doing(installation.install), argvs)
     yield Group([*probes, Group([*delivery.seed_steps(build), install], _with_seed)], _in_turn)
@@ -248,7 +249,7 @@ def steps(build: Build) -> Iterator[Step | Group]:
 
 def _virt_type(settings: ImageSettings) -> str:
     """Return what virtual machines can use as far as it is known before KVM is probed."""
-    if virt_install.has_to_probe(settings):
+    if kvm.has_to_probe(settings.virt_type, settings.arch):
         return "VIRT-TYPE"
     return "qemu" if settings.virt_type == "auto" else settings.virt_type
 
@@ -265,8 +266,8 @@ class _Installation:
         _copy_answer_file(state.build)
 
     def probe(self, state: State) -> State:
-        virt_type = virt_install.probed_virt_type(state.build.plan, self._kernel)
-        return _with_virt_type(state, virt_type)
+        plan = state.build.plan
+        return _with_virt_type(state, kvm.probed_virt_type(self._kernel, plan.settings.arch, as_root=plan.as_root))
 
     def install(self, state: State) -> None:
         assert self._media is not None

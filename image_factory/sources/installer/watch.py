@@ -11,6 +11,7 @@ from pathlib import Path
 from ...base import command, events
 from ...base.errors import BuildError
 from ...base.units import format_duration
+from ...machines import libvirt
 from ...machines.console import Console
 from ...model import Build
 from . import installers
@@ -76,7 +77,7 @@ class Watcher:
     """Looks at the console and at libvirt's statistics of one installation machine."""
 
     def __init__(self, build: Build, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._uri, self._name = build.plan.libvirt_uri, build.vm_name
+        self._name = build.vm_name
         self._console = _Follower(build.console_path)
         self._answer_file_key = build.plan.settings.answer_file_key
         self._installers = installers.possible(self._answer_file_key)
@@ -187,7 +188,7 @@ class Watcher:
 
     def _switch_off(self) -> None:
         """Switch the machine off; one that libvirt can't reach now stays on."""
-        argv = ["virsh", "--connect", self._uri, "destroy", self._name]
+        argv = libvirt.virsh("destroy", self._name)
         with contextlib.suppress(BuildError):
             command.run(argv, capture=True, timeout=_DESTROY_SECONDS)
             self.switched_off = True
@@ -223,7 +224,7 @@ class Watcher:
 
     def _ask_libvirt(self, now: float) -> None:
         try:
-            statistics = _statistics(self._uri, self._name)
+            statistics = _statistics(self._name)
         except BuildError:
             # The machine is not there yet, or not any more, or libvirt is not: no sign of life.
             return
@@ -295,9 +296,9 @@ class _Follower:
         return self._console.line
 
 
-def _statistics(uri: str, name: str) -> dict[str, int]:
+def _statistics(name: str) -> dict[str, int]:
     """Return libvirt's numbers of the machine's disks and network interfaces; see virsh(1), domstats."""
-    argv = ["virsh", "--connect", uri, "domstats", "--raw", "--block", "--interface", name]
+    argv = libvirt.virsh("domstats", "--raw", "--block", "--interface", name)
     found = {}
     for line in command.run(argv, capture=True, timeout=_VIRSH_SECONDS, quiet=True).splitlines():
         key, _, value = line.strip().partition("=")

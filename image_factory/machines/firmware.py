@@ -1,0 +1,36 @@
+"""The UEFI firmware that is installed on this machine for QEMU."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+# Where libvirt finds the firmware that QEMU can have (firmware.json of QEMU's interop documents).
+_DIRECTORIES = (Path("/etc/qemu/firmware"), Path("/usr/share/qemu/firmware"))
+
+
+@dataclass(frozen=True)
+class Firmware:
+    """UEFI for QEMU: its *code*, an empty *memory* to copy, and their *format*; None where it is not in flash."""
+
+    code: str | None
+    memory: str | None
+    format: str
+    secure_boot: bool
+
+
+def uefi_firmware(architecture: str) -> list[Firmware]:
+    """Return what UEFI there is for *architecture*, in the order in which libvirt takes it."""
+    found = []
+    paths = {path.name: path for directory in reversed(_DIRECTORIES) for path in directory.glob("*.json")}
+    for _, path in sorted(paths.items()):
+        # What is no such description, libvirt can't use either.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            told = json.loads(path.read_bytes())
+            if "uefi" in told["interface-types"] and any(
+                target["architecture"] == architecture for target in told["targets"]
+            ):
+                code, memory = (told.get("mapping", {}).get(key, {}) for key in ("executable", "nvram-template"))
+                parts = (code.get("filename"), memory.get("filename"), code.get("format", "raw"))
+                found.append(Firmware(*parts, "secure-boot" in told.get("features", [])))
+    return found

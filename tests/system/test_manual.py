@@ -16,7 +16,7 @@ from image_factory.checks import audit
 from image_factory.configuration import files
 from image_factory.configuration.files import Configuration
 from image_factory.configuration.settings import ImageSettings, UploadSettings, declarations
-from image_factory.finishing import seal
+from image_factory.finishing.seal.operations import OPERATIONS
 from image_factory.sources.installer import forms
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -121,9 +121,9 @@ def test_the_manual_has_each_check_of_the_audit_with_its_sentence() -> None:
 def test_the_manual_has_each_operation_of_sealing_with_its_sentence() -> None:
     found = entries(MANUAL, "SEALING")
     assert {name: " ".join(text.split()) for name, text in found.items()} == {
-        operation.name: operation.help for operation in seal.OPERATIONS
+        operation.name: operation.help for operation in OPERATIONS
     }
-    assert all(operation.help.endswith(".") for operation in seal.OPERATIONS)
+    assert all(operation.help.endswith(".") for operation in OPERATIONS)
 
 
 def test_the_manual_has_each_form_of_a_template_key() -> None:

@@ -19,7 +19,9 @@ from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.checks import leftovers
 from image_factory.configuration.files import Configuration
 from image_factory.finishing import seal
-from image_factory.finishing.seal import System
+from image_factory.finishing.seal import identity, traces
+from image_factory.finishing.seal.actions import Actions, System
+from image_factory.finishing.seal.operations import OPERATIONS
 from image_factory.model import Build, Disk
 from image_factory.system import loop, mounts, partitions, registrations
 
@@ -180,7 +182,7 @@ def test_directories_stay(done: Done) -> None:
 
 
 def test_each_operation_says_what_it_has_removed(done: Done) -> None:
-    assert [told.name for told in done.told] == [operation.name for operation in seal.OPERATIONS]
+    assert [told.name for told in done.told] == [operation.name for operation in OPERATIONS]
     for told in done.told:
         planted = [leftover for leftover in LEFTOVERS if leftover.operation == told.name]
         assert f"Sealing: {told.name}: " in done.log
@@ -201,7 +203,7 @@ def test_no_secret_is_in_the_log(done: Done) -> None:
 
 
 def test_leftovers_are_of_all_operations() -> None:
-    operations = {operation.name for operation in seal.OPERATIONS} - {"snapshots"}
+    operations = {operation.name for operation in OPERATIONS} - {"snapshots"}
     assert {leftover.operation for leftover in LEFTOVERS} == operations
     assert len(LEFTOVERS) >= 40
     paths = [leftover.path for leftover in (*LEFTOVERS, *SURVIVORS)]
@@ -218,7 +220,7 @@ def test_nothing_is_done_unless_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_operations_are_chosen(tmp_path: Path) -> None:
-    names = [operation.name for operation in seal.OPERATIONS]
+    names = [operation.name for operation in OPERATIONS]
     assert len(set(names)) == len(names)
     for text, chosen in (
         ("seal = yes", names),
@@ -228,7 +230,7 @@ def test_operations_are_chosen(tmp_path: Path) -> None:
         ("seal = yes\nseal-only = logs, mail\nseal-skip = logs", ["mail"]),
     ):
         settings = make_build(tmp_path, text).plan.settings
-        assert [operation.name for operation in seal.operations(settings)] == chosen
+        assert [operation.name for operation in seal.chosen_operations(settings)] == chosen
 
 
 @pytest.mark.parametrize("key", ["seal-only", "seal-skip"])
@@ -236,7 +238,7 @@ def test_unknown_operation_is_refused_with_the_list(tmp_path: Path, key: str) ->
     with pytest.raises(ConfigurationError) as caught:
         make_build(tmp_path, f"seal = yes\n{key} = logs, machineid")
     assert caught.value.message == f"[x] {key}: 'machineid' is not accepted, only operations of sealing."
-    assert caught.value.hint == f"They are {', '.join(operation.name for operation in seal.OPERATIONS)}."
+    assert caught.value.hint == f"They are {', '.join(operation.name for operation in OPERATIONS)}."
 
 
 def test_only_what_is_chosen_goes(tmp_path: Path) -> None:
@@ -360,7 +362,7 @@ def test_a_unit_that_can_not_be_written_is_an_error(tmp_path: Path) -> None:
     disk = make_disk(build, (), make)
     with pytest.raises(BuildError, match="image-factory-sudo-helper"):
         sealed(build, disk)
-    assert not (tmp_path / seal.KEYS_UNIT).exists()
+    assert not (tmp_path / identity.KEYS_UNIT).exists()
 
 
 def test_many_users(tmp_path: Path) -> None:
@@ -398,19 +400,21 @@ def test_a_unit_is_added_with_the_label_of_its_directory(tmp_path: Path, name: s
     sealed(build, disk, mounts.WAYS[name])
     with looked_into(disk) as root:
         units = root / "etc/systemd/system"
-        made = [units / seal.KEYS_UNIT, units / "multi-user.target.d/image-factory-ssh-host-keys.conf"]
+        made = [units / identity.KEYS_UNIT, units / "multi-user.target.d/image-factory-ssh-host-keys.conf"]
         for path in (*made, made[1].parent):
             status = path.stat()
             mode = 0o755 if path.is_dir() else 0o644
             assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (0, 0, mode)
             assert os.getxattr(path, LABEL).rstrip(b"\0") == b"system_u:object_r:systemd_unit_file_t:s0"
-        assert made[1].read_text().endswith(f"[Unit]\nWants={seal.KEYS_UNIT}\n")
+        assert made[1].read_text().endswith(f"[Unit]\nWants={identity.KEYS_UNIT}\n")
 
 
 OF_KEYS = [key for key in (registrations.DROPBEAR, *registrations.KEYS) if key.commands]
 
 
-@pytest.mark.parametrize("text", [seal._KEYS_UNIT_TEXT, seal._ENTRIES_UNIT_TEXT, *map(seal.unit_text, OF_KEYS)])
+@pytest.mark.parametrize(
+    "text", [identity.KEYS_UNIT_TEXT, identity.ENTRIES_UNIT_TEXT, *map(identity.unit_text, OF_KEYS)]
+)
 def test_units_are_such(tmp_path: Path, text: str) -> None:
     unit = tmp_path / "image-factory-unit.service"
     # Programs that this machine lacks are none of the unit's faults.
@@ -427,8 +431,8 @@ def all_units() -> dict[str, bytes]:
     kinds = [path.replace("*", "0") for key in (registrations.DROPBEAR, *registrations.KEYS) for path in key.removed]
     kinds += [path for key in (registrations.DROPBEAR, *registrations.KEYS) for path in key.makers]
     found = System({}, dict.fromkeys([*kinds, "usr/sbin/sshd"], "file"), (), ())
-    entries = seal._rename_boot_entries(grub_system()).write
-    units = seal._remove_service_keys(found).write | seal._have_keys_made(found).write | entries
+    entries = identity.rename_boot_entries(grub_system()).write
+    units = identity.remove_service_keys(found).write | identity.have_keys_made(found).write | entries
     return {path: data for path, data in units.items() if path.startswith("etc/systemd/system/")}
 
 
@@ -462,7 +466,7 @@ def system(*chosen: str, files: dict[str, bytes] | None = None, **kinds: str) ->
 
 def writes_unit(*paths: str, chosen: tuple[str, ...] = ()) -> bool:
     found = System({}, dict.fromkeys(paths, "file"), (), chosen)
-    return f"etc/systemd/system/{seal.KEYS_UNIT}" in seal._have_keys_made(found).write
+    return f"etc/systemd/system/{identity.KEYS_UNIT}" in identity.have_keys_made(found).write
 
 
 def test_where_a_unit_is_needed() -> None:
@@ -470,15 +474,15 @@ def test_where_a_unit_is_needed() -> None:
     assert writes_unit("usr/sbin/sshd")
     # As it is where usr/sbin is a link.
     assert writes_unit("usr/bin/sshd")
-    assert "usr/bin/sshd" in next(found for found in seal.OPERATIONS if found.name == "ssh-host-keys").looked_at
-    for maker in seal._KEY_MAKERS:
+    assert "usr/bin/sshd" in next(found for found in OPERATIONS if found.name == "ssh-host-keys").looked_at
+    for maker in identity.KEY_MAKERS:
         assert not writes_unit("usr/sbin/sshd", maker)
     assert not writes_unit("usr/sbin/sshd", "usr/bin/cloud-init")
     debian = "usr/lib/systemd/system/sshd-keygen.service"
     files = {debian: b"[Unit]\nConditionFirstBoot=yes\n"}
     for chosen in ((), ("machine-id",)):
         found = System(files, {"usr/sbin/sshd": "file", debian: "file"}, (), chosen)
-        assert bool(seal._have_keys_made(found).write) == (not chosen)
+        assert bool(identity.have_keys_made(found).write) == (not chosen)
     disabled = ("usr/sbin/sshd", "usr/bin/cloud-init", "etc/cloud/cloud-init.disabled")
     assert writes_unit(*disabled)
     assert not writes_unit(*disabled, chosen=("cloud-init-config",))
@@ -498,11 +502,11 @@ def test_keys_go_only_where_each_clone_makes_its_own() -> None:
     """A unit is written where the key was, and stays as it is when the image is sealed again."""
     key = "etc/ssl/private/ssl-cert-snakeoil.key"
     for kinds in ([key], ["usr/sbin/make-ssl-cert"], [key, "usr/sbin/make-ssl-cert"]):
-        actions = seal._remove_service_keys(System({}, dict.fromkeys(kinds, "file"), (), ()))
+        actions = identity.remove_service_keys(System({}, dict.fromkeys(kinds, "file"), (), ()))
         assert (key in actions.remove) == ("usr/sbin/make-ssl-cert" in kinds)
         assert ("etc/systemd/system/image-factory-ssl-cert.service" in actions.write) == (len(kinds) == 2)
     kinds = ["etc/dropbear/dropbear_rsa_host_key", "usr/bin/dropbearkey"]
-    actions = seal._have_keys_made(System({}, dict.fromkeys(kinds, "file"), (), ()))
+    actions = identity.have_keys_made(System({}, dict.fromkeys(kinds, "file"), (), ()))
     assert "etc/systemd/system/image-factory-dropbear-keys.service" in actions.write
 
 
@@ -511,9 +515,9 @@ def test_each_maker_alone_makes_a_key_go(key: registrations.Key) -> None:
     """usr/sbin is a link on some systems, behind which nothing is seen: each program has two places."""
     for maker in key.makers:
         found = System({}, {maker: "file"}, (), ())
-        removed = seal._remove_service_keys(found).remove if key in registrations.KEYS else key.removed
+        removed = identity.remove_service_keys(found).remove if key in registrations.KEYS else key.removed
         assert set(key.removed) <= set(removed)
-        assert seal._unit_of(found, key) == {}
+        assert identity.unit_of(found, key) == {}
     programs = {maker.rpartition("/")[2] for maker in key.makers if maker.startswith("usr/sbin/")}
     assert {f"usr/bin/{name}" for name in programs} <= set(key.makers)
 
@@ -531,7 +535,7 @@ def test_units_are_written_before_anything_goes() -> None:
         def write(self, path: str, data: bytes, mode: int) -> None:
             done.append(path)
 
-    seal._carry_out(Recorded(), [seal._remove_service_keys(System({}, kinds, (), ()))])
+    seal.carry_out(Recorded(), [identity.remove_service_keys(System({}, kinds, (), ()))])
     assert done == [
         "etc/systemd/system/image-factory-rndc-key.service",
         "etc/systemd/system/basic.target.d/image-factory-rndc-key.conf",
@@ -630,7 +634,7 @@ def grub_system() -> System:
 
 
 def test_boot_entries_of_grub() -> None:
-    actions = seal._rename_boot_entries(grub_system())
+    actions = identity.rename_boot_entries(grub_system())
     assert actions.rename == {
         ENTRY: "Default-5.14.0-611.el9.x86_64.conf",
         RESCUE: "Default-0-rescue.conf",
@@ -641,12 +645,12 @@ def test_boot_entries_of_grub() -> None:
     assert len(actions.write["boot/grub2/grubenv"]) == 1024
     assert actions.write["boot/grub2/grubenv"].startswith(b"# GRUB Environment Block\nsaved_entry=Default-5\n#")
     assert "etc/kernel/entry-token" not in actions.write
-    assert f"etc/systemd/system/{seal.ENTRIES_UNIT}" in actions.write
+    assert f"etc/systemd/system/{identity.ENTRIES_UNIT}" in actions.write
 
 
 def test_the_first_boot_names_entries_of_grub(tmp_path: Path) -> None:
     """The commands of the unit, as systemd unquotes them, in a directory instead of /."""
-    commands = re.findall(r"^ExecStart=(/bin/sh -ec '.*?')$", seal._ENTRIES_UNIT_TEXT, re.MULTILINE | re.DOTALL)
+    commands = re.findall(r"^ExecStart=(/bin/sh -ec '.*?')$", identity.ENTRIES_UNIT_TEXT, re.MULTILINE | re.DOTALL)
     assert len(commands) == 2
     entries = tmp_path / "boot/loader/entries"
     entries.mkdir(parents=True)
@@ -672,39 +676,39 @@ def test_boot_entries_of_others() -> None:
     """Nothing is named by the machine ID on Debian, and there may be none."""
     for files in ({}, {"etc/machine-id": b"uninitialized\n"}, {"etc/machine-id": MACHINE_ID + b"\n"}):
         found = System(files, {"boot/grub": "directory", "boot/vmlinuz-6.12.43+deb13-amd64": "file"}, (), ())
-        assert seal._rename_boot_entries(found) == seal.Actions()
+        assert identity.rename_boot_entries(found) == Actions()
 
 
 def test_entries_with_a_name_of_the_distribution() -> None:
     """As openSUSE's sdbootutil makes them: the ID is in the arguments of the kernel."""
     path = "boot/efi/loader/entries/opensuse-tumbleweed-6.17-1.conf"
     text = b"options root=x systemd.machine_id=" + MACHINE_ID + b" quiet\n"
-    actions = seal._rename_boot_entries(System({"etc/machine-id": MACHINE_ID, path: text}, {}, (), ()))
-    assert actions == seal.Actions(write={path: b"options root=x quiet\n"})
+    actions = identity.rename_boot_entries(System({"etc/machine-id": MACHINE_ID, path: text}, {}, (), ()))
+    assert actions == Actions(write={path: b"options root=x quiet\n"})
 
 
 # Others that look before they act
 
 
 def test_netplan_stays_without_cloud_init() -> None:
-    assert seal._remove_netplan(system()).remove == []
-    assert "etc/netplan/50-cloud-init.yaml" in seal._remove_netplan(system(**{"usr/bin/cloud-init": "file"})).remove
+    assert traces.remove_netplan(system()).remove == []
+    assert "etc/netplan/50-cloud-init.yaml" in traces.remove_netplan(system(**{"usr/bin/cloud-init": "file"})).remove
 
 
 def test_iscsi_name_of_debian() -> None:
     """Its iscsid does not start without the file."""
     path, script = "etc/iscsi/initiatorname.iscsi", {"usr/lib/open-iscsi/startup-checks.sh": "file"}
     files = {path: b"InitiatorName=iqn.x\n"}
-    assert seal._reset_iscsi_name(system(files=files, **script)).write == {path: b"GenerateName=yes\n"}
-    assert seal._reset_iscsi_name(system(**script)) == seal.Actions()
-    assert seal._reset_iscsi_name(system(files=files)).remove == [path]
+    assert identity.reset_iscsi_name(system(files=files, **script)).write == {path: b"GenerateName=yes\n"}
+    assert identity.reset_iscsi_name(system(**script)) == Actions()
+    assert identity.reset_iscsi_name(system(files=files)).remove == [path]
 
 
 def test_a_file_that_one_operation_removes_is_not_written_by_another() -> None:
     path = "etc/zypp/repos.d/medium.repo"
     found = System({path: b"[x]\nbaseurl=cd:/\nproxy=http://x\n"}, {}, (), ())
-    assert seal._forget_media(found).remove == [path]
-    assert path in seal._forget_proxy(found).write
+    assert traces.forget_media(found).remove == [path]
+    assert path in traces.forget_proxy(found).write
     written: list[str] = []
 
     class Recorded:
@@ -714,5 +718,5 @@ def test_a_file_that_one_operation_removes_is_not_written_by_another() -> None:
         def write(self, path: str, data: bytes, mode: int) -> None:
             written.append(path)
 
-    seal._carry_out(Recorded(), [seal._forget_proxy(found), seal._forget_media(found)])
+    seal.carry_out(Recorded(), [traces.forget_proxy(found), traces.forget_media(found)])
     assert written == []

@@ -18,7 +18,7 @@ LAYERS = [
     ("checks.testboot", "__init__ report"),
     ("checks", "audit keys search leftovers"),
     ("finishing", "sign manifest shrink clean checksum"),
-    ("finishing.seal", "__init__ media apt"),
+    ("finishing.seal", "__init__ operations traces identity media apt actions"),
     ("", "checkpoint"),
     ("outputs", "__init__ raw qcow2"),
     ("sources", "__init__"),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from image_factory.finishing import seal
-from image_factory.finishing.seal import System, media
+from image_factory.finishing.seal import media
+from image_factory.finishing.seal.actions import System
+from image_factory.finishing.seal.operations import OPERATIONS
 
 ONE = "etc/apt/sources.list"
 DEB822 = "etc/apt/sources.list.d/x.sources"
@@ -156,7 +157,7 @@ def test_sealing_forgets_media() -> None:
         cdrom: b"Types: deb\nURIs: file:///cdrom\nSuites: noble\n",
         DNF: b"[a]\nbaseurl=file:///mnt/repo\n[b]\nbaseurl=file:///mnt/cd\n",
     }
-    [operation] = [found for found in seal.OPERATIONS if found.name == "installation-media"]
+    [operation] = [found for found in OPERATIONS if found.name == "installation-media"]
     actions = operation.actions(System(files, dict.fromkeys(files, "file"), (), ()))
     assert cdrom in actions.remove
     assert "var/lib/apt/cdroms.list*" in actions.remove

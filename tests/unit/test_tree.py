@@ -9,7 +9,9 @@ from types import ModuleType
 import pytest
 
 from image_factory.base.errors import BuildError, NoSystemError
-from image_factory.finishing import clean, seal
+from image_factory.finishing import clean
+from image_factory.finishing.seal.actions import System
+from image_factory.finishing.seal.operations import OPERATIONS
 from image_factory.model import Change, Entry, Partition, Subvolume, Volume
 from image_factory.system import assembly, privileged, tree
 from image_factory.system.privileged import takes_directory, takes_name, takes_top
@@ -350,10 +352,10 @@ def test_helper_takes_all_directories_of_subvolumes(helper: ModuleType) -> None:
     pattern = helper.PATTERN
     longest = "/".join([".@" + "x" * 200] * 8)
     assert takes_top(longest)
-    everything = seal.System({}, {}, ("root", "home/a"), tuple(operation.name for operation in seal.OPERATIONS))
+    everything = System({}, {}, ("root", "home/a"), tuple(operation.name for operation in OPERATIONS))
     sealed = [
         pattern
-        for operation in seal.OPERATIONS
+        for operation in OPERATIONS
         for patterns in (operation.read, operation.looked_at, *vars(operation.actions(everything)).values())
         for pattern in patterns
     ]

@@ -23,7 +23,7 @@ from .operations import OPERATIONS, Operation
 
 STEP = "Sealing"
 
-# So many patterns are given to the helper at once: the arguments of a program have a limit.
+# Number of patterns in one call of the helper: the arguments of a program have a limit.
 _AT_ONCE = 2000
 
 # Directories that people's homes are not in, though /etc/passwd says so of system users.
@@ -56,7 +56,7 @@ def chosen_operations(settings: ImageSettings) -> list[Operation]:
 def steps(build: Build) -> Iterator[Step]:
     """Give the step on the mounted system, if it is wanted."""
     if chosen_operations(build.plan.settings):
-        # What is rewritten, and which name is another one then, only the system tells.
+        # Files and new names are known only when the system is looked at.
         told = (Call("write", ("FILE", "MODE")), Call("rename", ("FILE", "NAME")))
         yield Step(STEP, on_tree(seal), calls=told)
 
@@ -93,7 +93,7 @@ def look_at(tree: Tree, chosen: Sequence[Operation]) -> System:
 
 
 def _looked_at(chosen: Sequence[Operation]) -> list[str]:
-    # The homes are for all.
+    # Home directories are looked up whatever is chosen.
     return [*dict.fromkeys(pattern for operation in chosen for pattern in operation.looked_at), "home/*"]
 
 
@@ -121,7 +121,8 @@ def _homes(passwd: bytes, kinds: Mapping[str, str]) -> tuple[str, ...]:
 
 def carry_out(tree: Tree, planned: Sequence[Actions]) -> tuple[list[Change], list[Change]]:
     """Carry out all of *planned*; return what was removed and what was emptied."""
-    # Units first: of what they make nothing is there when a build that fails here is resumed.
+    # Write units first: a unit is planned only while the key that it makes is there, and a build that fails here
+    # is resumed without the key.
     units = {path: data for actions in planned for path, data in actions.write.items() if path.startswith(f"{UNITS}/")}
     for path, data in units.items():
         tree.write(path, data, 0o644)
@@ -131,10 +132,10 @@ def carry_out(tree: Tree, planned: Sequence[Actions]) -> tuple[list[Change], lis
         tree.delete_snapshots()
     removed = [gone for start in range(0, len(remove), _AT_ONCE) for gone in tree.remove(remove[start:][:_AT_ONCE])]
     emptied = [gone for start in range(0, len(empty), _AT_ONCE) for gone in tree.truncate(empty[start:][:_AT_ONCE])]
-    # The machine ID last: a build that fails here and is resumed needs it again.
+    # Write the machine ID last: a build that fails here and is resumed needs the old one again.
     for actions in reversed(planned):
         for path, data in actions.write.items():
-            # Another operation may have done away with the file.
+            # Leave out a file that another operation removes.
             if path not in units and (path not in remove or path in actions.remove):
                 tree.write(path, data, 0o444 if path == "etc/machine-id" else 0o644)
         for path, name in actions.rename.items():

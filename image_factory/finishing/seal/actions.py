@@ -1,4 +1,4 @@
-"""What sealing sees of a system, and what it does to it: a plan of an operation makes the one into the other."""
+"""A plan of an operation gets a System, which says what was found there, and returns Actions to carry out."""
 
 import re
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ...system.privileged import takes_directory, takes_name
 
 _MACHINE_ID = re.compile(rb"[0-9a-f]{32}")
+# Most directories that a home is deep, as the helper takes it.
 _HOME_LEVELS = 8
 
 
@@ -14,7 +15,7 @@ _HOME_LEVELS = 8
 class System:
     """What sealing looks at, as it was before any change.
 
-    *files* are the contents of those that operations read, *kinds* what those are that they look at.
+    *files* has the contents of what operations read, *kinds* the kinds of what they look at, both by path.
     *homes* are the directories of people, *chosen* the names of the operations, *snapshots* those of the system
     that can be removed.
     """

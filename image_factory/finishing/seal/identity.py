@@ -6,15 +6,15 @@ from ...system import registrations
 from ...system.registrations import DROPBEAR, KEYS, Key, is_of, program
 from .actions import Actions, System
 
-# The name that kernel-install(8) looks for, too, where entries have no machine ID.  It is a lower one
-# than any ID to the boot loaders, which boot the highest.
+# kernel-install(8) looks for this name, too, where entries have no machine ID.  Boot loaders boot the highest
+# name, and to them this one is lower than any ID.
 ENTRY_TOKEN = "Default"
 
 KEYS_UNIT = "image-factory-ssh-host-keys.service"
 ENTRIES_UNIT = "image-factory-boot-entries.service"
 UNITS = "etc/systemd/system"
 
-# What holds boot-loader entries.
+# Directories that hold boot-loader entries.
 BOOT_ROOTS = ("boot", "boot/efi", "efi")
 GRUB_ENVIRONMENTS = (
     "boot/grub/grubenv",
@@ -22,7 +22,7 @@ GRUB_ENVIRONMENTS = (
     *(f"boot/efi/EFI/{name}/grubenv" for name in ("almalinux", "centos", "fedora", "redhat", "rocky")),
 )
 
-# Whatever makes SSH host keys when the system starts.
+# Files of what makes SSH host keys when the system starts.
 KEY_MAKERS = (
     # Fedora, Enterprise Linux
     "usr/lib/systemd/system/sshd-keygen@.service",
@@ -45,7 +45,7 @@ CLOUD_INIT_DISABLED = "etc/cloud/cloud-init.disabled"
 
 def reset_machine_id(system: System) -> Actions:
     """Have systemd make a machine ID at the first boot."""
-    # machine-id(5): the file stays, as /etc may be read-only at the first boot.
+    # Keep the file, as machine-id(5) says: /etc may be read-only at the first boot.
     actions = Actions()
     kind = system.kinds.get("etc/machine-id")
     if kind == "link":
@@ -115,7 +115,7 @@ def rename_boot_entries(system: System) -> Actions:
     for path in GRUB_ENVIRONMENTS:
         data = system.files.get(path, b"")
         if old.encode() in data:
-            # A block of a fixed size, which GRUB pads like this.
+            # GRUB pads its block, which has a fixed size, with these.
             text = data.rstrip(b"#").replace(old.encode(), ENTRY_TOKEN.encode())
             actions.write[path] = text.ljust(len(data), b"#")
     _name_new_entries(system, old, actions)
@@ -136,7 +136,7 @@ def _name_new_entries(system: System, old: str, actions: Actions) -> None:
     own_directory = any(f"{root}/{old}" in actions.rename for root in BOOT_ROOTS)
     if not own_directory and any(system.kinds.get(path) == "directory" for path in ("boot/grub", "boot/grub2")):
         # Fedora's 20-grub.install names entries by the machine ID whatever the token is, and grub2-mkconfig knows
-        # no others, so the first boot gives these the new one.
+        # no other entries, so the first boot names them by the new ID.
         if token == old.encode():
             actions.remove.append("etc/kernel/entry-token")
         if "boot/loader/entries" in {path.rpartition("/")[0] for path in actions.rename}:
@@ -160,7 +160,7 @@ def have_keys_made(system: System) -> Actions:
 
 
 def _makes_keys(system: System, path: str) -> bool:
-    # Debian's does it at the first boot alone, which there is with a new machine ID.
+    # Debian's unit makes keys at the first boot only, and there is a first boot only with a new machine ID.
     only_once = b"ConditionFirstBoot=yes" in system.files.get(path, b"")
     return path in system.kinds and ("machine-id" in system.chosen or not only_once)
 

@@ -11,11 +11,11 @@ from .actions import Actions, System
 
 @dataclass(frozen=True)
 class Operation:
-    """A part of sealing: *help* is its sentence in the manual.
+    """A part of sealing, *name* in ``seal-only`` and ``seal-skip``; *help* is its sentence in the manual.
 
     *removed* and *emptied* are patterns; of files that are emptied owner, mode and label stay.
-    *plan* says what else is to be done, by what is in the files *read*, and *in_homes* below each home
-    directory, and by what is *looked_at*.
+    *plan* says what else is to be done.  For that it gets the contents of the files *read*, and *in_homes* below each
+    home directory, and the kinds of what is *looked_at*.
     """
 
     name: str

@@ -42,7 +42,7 @@ def remove_snapshots(system: System) -> Actions:
 
 def remove_netplan(system: System) -> Actions:
     """Remove the installer's files of netplan, where cloud-init writes new ones."""
-    # Without cloud-init nothing would write another.
+    # Nothing but cloud-init would write new ones.
     if CLOUD_INIT not in system.kinds:
         return Actions()
     names = ("00-installer-config*.yaml", "01-netcfg.yaml", "50-cloud-init.yaml")
@@ -77,7 +77,7 @@ def empty_logs(system: System) -> Actions:
     below = [f"{name}/{old}" for name in directories if takes_directory(name, 1) for old in _ROTATED]
     empty = ["var/log/*"]
     if not {"cloud-init", "journal", "login-records"} <= set(system.chosen):
-        # The logs of an operation that is not chosen stay, so the others are named, odd ones by a pattern.
+        # Name each log, odd ones by a pattern, as those of an operation that is not chosen stay.
         every = [path for path in system.kinds if path.startswith("var/log/") and path.count("/") == 2]
         others = [path for path in every if not is_of(path.rpartition("/")[2], _LOGS_OF_OTHERS)]
         empty = [re.sub(r"[^A-Za-z0-9._@+~/-]|(?<=log/)[.+~-]", "*", path) for path in others]
@@ -89,7 +89,7 @@ def empty_logs(system: System) -> Actions:
 _DURING_INSTALLATION = re.compile(rb"#.* was on /dev/\S+ during (?:curtin )?installation\s*")
 _OPTICAL = re.compile(
     rb"(?:/dev/(?:sr[0-9]+|cdrom[0-9]*|dvd[0-9]*)\s.*"
-    # By its date of creation, where others have a UUID.
+    # ISO 9660 and UDF have the date of their creation where other filesystems have a UUID.
     rb"|UUID=[0-9]{4}(?:-[0-9]{2}){6}\s+\S+\s+(?:udf|iso9660)[\s,].*)"
 )
 
@@ -121,7 +121,7 @@ _WGET_PROXY = re.compile(
     rb"\s*(?:" + _VARIABLE + rb"|(?:https?|ftp|no)-?proxy|proxy[_-]?(?:user|password))\s*=.*", re.IGNORECASE
 )
 
-# Plain values alone: other lines belong to the logic of a script, as openSUSE's, which reads its sysconfig.
+# Match plain values only: other lines are logic of the script, as in openSUSE's, which reads /etc/sysconfig/proxy.
 _SCRIPT_PROXY = re.compile(
     rb"(?:(?:export\s+)?(?:" + _VARIABLE + rb"=[^\s$`;&|()]*\s*)+(?:;\s*export(?:\s+\w+)+\s*)?;?"
     rb"|setenv\s+" + _VARIABLE + rb"\s+[^\s$`;&|()]*;?|export(?:\s+" + _VARIABLE + rb")+)\s*",

@@ -10,6 +10,9 @@ import pytest
 from image_factory import pipeline
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.checks import testboot
+from image_factory.checks.testboot.guest import Guest, PortTakenError
+from image_factory.checks.testboot.login import LOGIN, RUN_SCRIPT, ssh_argv
+from image_factory.checks.testboot.machine import Machine, free_port, other_mac, pipes, prepared, qemu_argv, time_limit
 from image_factory.configuration.files import Configuration
 from image_factory.model import Artifact, Build, Plan
 from image_factory.outputs import planned
@@ -24,10 +27,10 @@ def plan_of(directory: Path, text: str = "", *, wanted: str = "yes") -> Plan:
     return pipeline.make_plan(configuration, "x", {"output-dir": str(directory)})
 
 
-def machine(directory: Path, firmware: str = "bios", text: str = "", virt_type: str = "qemu") -> testboot._Machine:
+def machine(directory: Path, firmware: str = "bios", text: str = "", virt_type: str = "qemu") -> Machine:
     plan = plan_of(directory, text)
     artifact = Artifact(directory / "x,y.qcow2", "qcow2", 2 * GIB)
-    return testboot._Machine(Build(plan, plan.work_path, "vm"), artifact, firmware, virt_type, 1)
+    return Machine(Build(plan, plan.work_path, "vm"), artifact, firmware, virt_type, 1)
 
 
 def values(argv: list[str], option: str) -> list[str]:
@@ -51,7 +54,7 @@ def test_boots(tmp_path: Path, text: str, formats: list[str], expected: list[str
 
 
 def test_the_machine_is_another_one_than_that_of_the_installation(tmp_path: Path) -> None:
-    argv = testboot.qemu_argv(machine(tmp_path, text="mac = 52:54:00:12:34:56"), "02:00:00:00:00:01", 4242)
+    argv = qemu_argv(machine(tmp_path, text="mac = 52:54:00:12:34:56"), "02:00:00:00:00:01", 4242)
     assert values(argv, "-machine") == ["q35,graphics=off,accel=tcg"]
     assert (values(argv, "-cpu"), values(argv, "-smp")) == (["max,-cx16"], ["1"])
     devices = values(argv, "-device")
@@ -59,23 +62,23 @@ def test_the_machine_is_another_one_than_that_of_the_installation(tmp_path: Path
     assert not [device for device in devices if device.startswith("virtio-blk")]
     assert values(argv, "-netdev") == ["user,id=network,hostfwd=tcp:127.0.0.1:4242-:22"]
     assert "52:54:00" not in " ".join(argv)
-    assert testboot._other_mac(plan_of(tmp_path).settings).startswith("02:")
+    assert other_mac(plan_of(tmp_path).settings).startswith("02:")
 
 
 def test_kvm_has_all_processors(tmp_path: Path) -> None:
-    argv = testboot.qemu_argv(machine(tmp_path, text="cores = 3\nram = 2G", virt_type="kvm"), "02:00:00:00:00:01", 1)
+    argv = qemu_argv(machine(tmp_path, text="cores = 3\nram = 2G", virt_type="kvm"), "02:00:00:00:00:01", 1)
     assert (values(argv, "-cpu"), values(argv, "-smp"), values(argv, "-m")) == (["host"], ["3"], ["2048"])
 
 
 @pytest.mark.parametrize(("text", "cpu"), [("kickstart = /k.ks", "max"), ("arch = aarch64", "max,pauth-impdef=on")])
 def test_processor_of_other_systems(tmp_path: Path, text: str, cpu: str) -> None:
-    argv = testboot.qemu_argv(machine(tmp_path, "uefi", text), "02:00:00:00:00:01", 1)
+    argv = qemu_argv(machine(tmp_path, "uefi", text), "02:00:00:00:00:01", 1)
     assert values(argv, "-cpu") == [cpu]
 
 
 @pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
 def test_uefi_has_an_empty_memory_and_no_secure_boot(tmp_path: Path, arch: str) -> None:
-    argv = testboot.qemu_argv(machine(tmp_path, "uefi", f"arch = {arch}"), "02:00:00:00:00:01", 4242)
+    argv = qemu_argv(machine(tmp_path, "uefi", f"arch = {arch}"), "02:00:00:00:00:01", 4242)
     assert "pflash0=code,pflash1=memory" in values(argv, "-machine")[0]
     code, memory, *_ = values(argv, "-blockdev")
     assert ".ms." not in code and ".secboot." not in code
@@ -91,8 +94,8 @@ def test_qemu_takes_the_command(tmp_path: Path) -> None:
         made = machine(directory, firmware, f"arch = {arch}\nram = 128M")
         made.build.directory.mkdir(exist_ok=True)
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", made.artifact.path, "2G"], check=True)
-        with testboot._prepared(made), testboot._pipes(made):
-            argv = [*testboot.qemu_argv(made, "02:00:00:00:00:01", testboot._free_port()), "-S", "-monitor", "stdio"]
+        with prepared(made), pipes(made):
+            argv = [*qemu_argv(made, "02:00:00:00:00:01", free_port()), "-S", "-monitor", "stdio"]
             done = subprocess.run(argv, input="info status\nquit\n", capture_output=True, text=True, check=False)
             assert (done.returncode, done.stderr) == (0, ""), firmware
         assert not made.directory.exists()
@@ -122,19 +125,17 @@ def test_described(tmp_path: Path) -> None:
     assert {f"Booting {plan.file_name('raw')} with {firmware}" for firmware in ("bios", "uefi")} < set(steps)
     build = Build(plan, plan.work_path, "image-factory-x-XXXXXXXX")
     *_, (artifact, _) = testboot.boots(plan.settings, planned(plan, plan.work_path))
-    made = testboot._Machine(build, artifact, "uefi", "qemu", 2)
+    made = Machine(build, artifact, "uefi", "qemu", 2)
     commands = steps[f"Booting {plan.file_name('raw')} with uefi"]
-    assert commands[-2:] == [
-        testboot.ssh_argv(made, "PORT", words) for words in (testboot._LOGIN, testboot._RUN_SCRIPT)
-    ]
+    assert commands[-2:] == [ssh_argv(made, "PORT", words) for words in (LOGIN, RUN_SCRIPT)]
     # It is the one in the working directory, which is not published yet.
     assert str(plan.work_path / plan.file_name("raw")) in commands[0]
 
 
 def test_time_limits(tmp_path: Path) -> None:
     settings = plan_of(tmp_path).settings
-    assert (testboot.time_limit(settings, "qemu"), testboot.time_limit(settings, "kvm")) == (1800.0, 600.0)
-    assert testboot.time_limit(plan_of(tmp_path, "test-boot-timeout = 90s").settings, "qemu") == 90.0
+    assert (time_limit(settings, "qemu"), time_limit(settings, "kvm")) == (1800.0, 600.0)
+    assert time_limit(plan_of(tmp_path, "test-boot-timeout = 90s").settings, "qemu") == 90.0
 
 
 class Scene:
@@ -148,7 +149,7 @@ class Scene:
         self.status: int | None = None
         self.console = self._pipe()
         self.report = self._pipe()
-        self.guest = testboot._Guest(made, lambda: self.status, self.console[0], self.report[0])
+        self.guest = Guest(made, lambda: self.status, self.console[0], self.report[0])
         self.machine = made
 
     def _pipe(self) -> tuple[int, int]:
@@ -243,7 +244,7 @@ def test_qemu_that_fails(scene: Scene) -> None:
     log.write_text("qemu-system-x86_64: no memory\n")
     assert scene.answer() == "QEMU ended with status 1: qemu-system-x86_64: no memory"
     log.write_text("qemu-system-x86_64: -netdev user: Could not set up host forwarding rule 'tcp::1-:22'\n")
-    with pytest.raises(testboot._PortTakenError):
+    with pytest.raises(PortTakenError):
         scene.answer()
 
 

@@ -15,7 +15,7 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 LAYERS = [
     ("", "cli completion online pipeline fleet workspace publish"),
     ("configuration", "unused files"),
-    ("checks.testboot", "__init__ report"),
+    ("checks.testboot", "__init__ login guest machine report"),
     ("checks", "audit keys search leftovers"),
     ("finishing", "sign manifest shrink clean checksum"),
     ("finishing.seal", "__init__ operations traces identity media apt actions"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from image_factory.base.errors import BuildError
-from image_factory.checks.testboot import report as bootreport
+from image_factory.checks.testboot import report
 from image_factory.checks.testboot.report import Message, Subject, checks_of, identity_checks, parse
 
 GIB = 1 << 30
@@ -130,11 +130,11 @@ def test_the_script_is_one_of_the_shell(tmp_path: Path) -> None:
     """The command of the unit, as systemd and cloud-init start it, makes a script that sh can read."""
     (command,) = [
         line.removeprefix("ExecStart=/bin/sh -c '").removesuffix("'")
-        for line in bootreport.credentials(KEY)[f"systemd.extra-unit.{bootreport.UNIT}.service"].splitlines()
+        for line in report.credentials(KEY)[f"systemd.extra-unit.{report.UNIT}.service"].splitlines()
         if line.startswith("ExecStart=")
     ]
     assert not set(command) & set("'\"\\$%")
-    seed = bootreport.seed_files(KEY, "x")["user-data"]
+    seed = report.seed_files(KEY, "x")["user-data"]
     document = json.loads(seed.removeprefix("#cloud-config\n"))
     assert command in document["bootcmd"][0][2]
     script = base64.b64decode(command.split()[1])

@@ -1,0 +1,155 @@
+"""What the guest of a test boot says while it runs, on its console and in its reports, and whether it comes up."""
+
+import os
+import re
+import select
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...base import events, interrupts
+from ...base.errors import BuildError
+from ...base.units import format_duration
+from ...machines.console import Console
+from .machine import Machine
+from .report import LONGEST_LINE, Message, parse
+
+# A kernel that starts writes to its root filesystem in well under that; a machine without a boot loader never does.
+_START_SECONDS = {"kvm": 60.0, "qemu": 240.0}
+
+# What a failure prints comes in several lines; and a system that is up in spite of it may report yet.
+_SETTLE_SECONDS = 2.0
+_READ_BYTES = 64 * 1024
+_KEPT_LINES = 400
+
+
+@dataclass(frozen=True)
+class _Sign:
+    """A line on the console, *pattern*, that tells why there will be no report; *problem* may have its groups."""
+
+    pattern: str
+    problem: str
+    seconds: float = _SETTLE_SECONDS
+
+
+# Where several are seen, the first of them here counts.
+_SIGNS = (
+    _Sign(r"(?<!end )Kernel panic - not syncing: (.{1,160})", r"its kernel panicked: \1"),
+    _Sign(r"ALERT! +(\S{1,100}) does not exist", r"its initramfs did not find the root filesystem \1"),
+    _Sign(r"dracut-initqueue.*timeout", "its initramfs did not find the root filesystem", 60.0),
+    _Sign(r"[Ee]ntering emergency mode|You are in emergency mode", "it came up in emergency mode"),
+    _Sign(r"No bootable device|No bootable option|>>Start (?:PXE|HTTP) over|UEFI Interactive Shell",
+          "the firmware found no boot loader on its disk"),
+    _Sign(r"grub rescue>", "its boot loader did not find its files"),
+    _Sign(r"[Nn]o space left on device", "its root filesystem is full", 60.0),
+)  # fmt: skip
+
+
+class PortTakenError(Exception):
+    """Somebody else has taken the port meanwhile."""
+
+
+class Guest:
+    """What a guest says while QEMU runs, on its console and in its reports; both come through named pipes."""
+
+    def __init__(self, machine: Machine, ended: Callable[[], int | None], console: int, report: int) -> None:
+        self._machine = machine
+        self._ended = ended
+        self._descriptors = (console, report)
+        self._console = Console()
+        self._unread = b""
+        self._sign: tuple[int, str, float] | None = None
+        self._untouched = _state_of(machine.overlay)
+        self._start = time.monotonic()
+        self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.message: Message | None = None
+
+    def look(self) -> None:
+        """Read what there is."""
+        console, report = self._descriptors
+        self._read_console(_read(console))
+        self._unread += _read(report)
+        *lines, self._unread = self._unread.split(b"\n")
+        for line in lines:
+            if line.strip():
+                self.message = parse(line)
+        if len(self._unread) > LONGEST_LINE:
+            raise BuildError("What the guest reported is too long.")
+
+    def _read_console(self, data: bytes) -> None:
+        lines = self._console.feed(data)
+        for line in lines:
+            self.lines.append(line)
+            events.tell(events.ConsoleLine(line))
+        for line in [*lines, self._console.line]:
+            for order, sign in enumerate(_SIGNS):
+                match = re.search(sign.pattern, line)
+                problem = match and match.expand(sign.problem)
+                if problem and (self._sign is None or order < self._sign[0]):
+                    self._sign = order, problem, time.monotonic() + sign.seconds
+                elif problem and self._sign and problem.startswith(self._sign[1]):
+                    # The line was not whole.
+                    self._sign = order, problem, self._sign[2]
+
+    def wait_for_report(self, seconds: float) -> str:
+        """Wait until the system is up and has reported; return why it has not, empty if it has."""
+        deadline = self._start + seconds
+        with interrupts.interruptible():
+            while not (self.message and self.message.stage == "finished"):
+                status = self._ended()
+                select.select(self._descriptors, [], [], 1.0 if status is None else 0.0)
+                if status is not None:
+                    time.sleep(0.1)
+                self.look()
+                events.tell(events.TimePassed())
+                now = time.monotonic()
+                if self._sign and (now >= self._sign[2] or now >= deadline or status is not None):
+                    return self._sign[1]
+                if status is not None:
+                    return self._why_off(status)
+                start = min(seconds, _START_SECONDS[self._machine.virt_type])
+                if now >= self._start + start and self.message is None and self._is_untouched():
+                    return (
+                        f"it did not start: within {format_duration(start)} its disk was not written to{self._last()}"
+                    )
+                if now >= deadline:
+                    return self._why_late(seconds)
+        return ""
+
+    def _is_untouched(self) -> bool:
+        return _state_of(self._machine.overlay) == self._untouched
+
+    def _last(self) -> str:
+        return f"; the last line on its console was: {self.lines[-1]}" if self.lines else ""
+
+    def _why_off(self, status: int) -> str:
+        if status == 0:
+            return "it went off or rebooted before it reported"
+        said = (self._machine.directory / "qemu.log").read_text(encoding="utf-8", errors="replace").split("\n")
+        if any("Could not set up host forwarding rule" in line for line in said):
+            raise PortTakenError
+        return f"QEMU ended with status {status}: {' '.join(said[-2:]).strip()}"
+
+    def _why_late(self, seconds: float) -> str:
+        within = f"within {format_duration(seconds)}"
+        if self.message is None:
+            if not self._console.line.endswith("login:"):
+                return f"it did not report {within}{self._last()}"
+            return f"it reported nothing {within}, though it asks for a login: its cloud-init did not run"
+        jobs = self.message.lines("jobs")
+        waiting = f"; it waits for {', '.join(line.split()[1] for line in jobs[:5] if len(line.split()) > 1)}"
+        return f"it did not come up {within}{waiting if jobs else ''}"
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_blocks
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, _READ_BYTES)
+    except BlockingIOError:
+        return b""

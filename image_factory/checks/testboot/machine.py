@@ -1,0 +1,252 @@
+"""The machine of a test boot: its files, and the commands that make and start it."""
+
+import base64
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...base import command
+from ...base.cleanup import released
+from ...base.errors import ConfigurationError
+from ...base.units import parse_duration
+from ...configuration.settings import ImageSettings
+from ...machines import arch
+from ...machines.firmware import Firmware, uefi_firmware
+from ...model import Artifact, Build
+from .report import PORT, credentials, seed_files
+
+HOST = "127.0.0.1"
+
+# Installations are on virtio-blk.  virtio-scsi is what else all kernels for clouds have, Debian's cloud kernel
+# among them, which has no AHCI; and an initramfs that was made for one machine only does not.
+_DISK_DEVICE = "scsi-hd"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine of its own in *directory*; *number* tells the boots of a build apart."""
+
+    build: Build
+    artifact: Artifact
+    firmware: str
+    virt_type: str
+    number: int
+
+    @property
+    def directory(self) -> Path:
+        """The directory of all its files."""
+        return self.build.directory / f"boot-{self.number}"
+
+    @property
+    def overlay(self) -> Path:
+        """The file of its disk, an overlay on the image."""
+        return self.directory / "overlay.qcow2"
+
+    @property
+    def seed(self) -> Path:
+        """The file of its CD, the NoCloud seed."""
+        return self.directory / "seed.iso"
+
+    @property
+    def seed_source(self) -> Path:
+        """The directory of what is on the seed."""
+        return self.directory / "seed"
+
+    @property
+    def key(self) -> Path:
+        """The private key of the seed's user; the public one is beside it."""
+        return self.directory / "key"
+
+    @property
+    def known_hosts(self) -> Path:
+        """The file of the host keys that the guest has told."""
+        return self.directory / "known_hosts"
+
+    @property
+    def nvram(self) -> Path:
+        """The file of the firmware's variables, for UEFI."""
+        return self.directory / "nvram.fd"
+
+    @property
+    def larger_size(self) -> int:
+        """The size of the overlay's disk: twice the image's, so that it is plain whether the root has grown."""
+        return 2 * self.artifact.virtual_size
+
+    def pipe(self, name: str) -> Path:
+        """Return the path of the pipe *name*, to which QEMU adds .in and .out."""
+        return self.directory / name
+
+    @property
+    def credentials(self) -> list[Path]:
+        """The files of the strings for the machine's SMBIOS."""
+        return [self.directory / f"credential-{number}" for number in range(len(credentials("")))]
+
+
+def time_limit(settings: ImageSettings, virt_type: str) -> float:
+    """Return the seconds that a boot may take; emulation is slower."""
+    limit = settings.test_boot_timeout
+    return parse_duration("30m" if virt_type == "qemu" else "10m") if limit is None else limit
+
+
+def firmware_for(architecture: str) -> Firmware:
+    """Return UEFI that starts what nobody has signed, for QEMU itself."""
+    for found in uefi_firmware(architecture):
+        if not found.secure_boot and found.code and found.memory:
+            return found
+    raise ConfigurationError(
+        f"There is no UEFI for {architecture} without secure boot on this machine.",
+        hint=f"Install it: apt-get install {arch.ARCHITECTURES[architecture].uefi_package}",
+    )
+
+
+def overlay_argv(machine: Machine) -> list[str]:
+    """Return the command that makes the overlay, whose backing file QEMU opens read-only."""
+    artifact = machine.artifact
+    return [
+        "qemu-img", "create", "-q",
+        "-f", "qcow2",
+        "-F", artifact.format,
+        "-b", str(artifact.path),
+        str(machine.overlay),
+        str(machine.larger_size),
+    ]  # fmt: skip
+
+
+def key_argv(machine: Machine) -> list[str]:
+    """Return the command that makes the throw-away key."""
+    return ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "image-factory", "-f", str(machine.key)]
+
+
+def seed_argv(machine: Machine) -> list[str]:
+    """Return the command that makes the NoCloud seed, an ISO 9660 filesystem."""
+    return [
+        "xorriso",
+        "-report_about", "WARNING",
+        "-outdev", f"stdio:{machine.seed}",
+        "-volid", "CIDATA",
+        "-joliet", "on",
+        "-map", str(machine.seed_source), "/",
+        "-commit",
+    ]  # fmt: skip
+
+
+def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
+    """Return the command of the machine, whose sshd is at *port* of 127.0.0.1."""
+    settings = machine.build.plan.settings
+    facts = arch.ARCHITECTURES[settings.arch]
+    emulated = machine.virt_type == "qemu"
+    # Without graphics SeaBIOS says on the serial port what it can't boot.
+    options = [facts.test_machine, "graphics=off", f"accel={'tcg' if emulated else 'kvm'}"]
+    flash: list[str] = []
+    if machine.firmware == "uefi":
+        found = firmware_for(settings.arch)
+        options += ["pflash0=code", "pflash1=memory"]
+        flash += _blockdev("code", found.format, str(found.code), read_only=True)
+        flash += _blockdev("memory", found.format, str(machine.nvram))
+    return [
+        facts.qemu,
+        "-name", machine.build.vm_name,
+        "-machine", ",".join(options),
+        "-cpu", _emulated_cpu(settings) if emulated else "host",
+        # With two, emulation now and then mixes up old and new code of a kernel that patches itself.
+        "-smp", "1" if emulated else str(settings.cores),
+        "-m", str(settings.ram >> 20),
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display", "none",
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        *flash,
+        *_blockdev("disk", "qcow2", str(machine.overlay)),
+        *_blockdev("seed", "raw", str(machine.seed), read_only=True),
+        "-device", "virtio-scsi-pci",
+        "-device", f"{_DISK_DEVICE},drive=disk,bootindex=1",
+        "-device", "scsi-cd,drive=seed",
+        "-netdev", f"user,id=network,hostfwd=tcp:{HOST}:{port}-:22",
+        # Without its ROM no firmware tries to boot from the network.
+        "-device", f"virtio-net-pci,netdev=network,mac={mac},romfile=",
+        "-device", "virtio-rng-pci",
+        "-chardev", f"pipe,id=console,path={_escaped(machine.pipe('console'))}",
+        "-serial", "chardev:console",
+        "-chardev", f"pipe,id=report,path={_escaped(machine.pipe('report'))}",
+        "-device", "virtio-serial-pci",
+        "-device", f"virtserialport,chardev=report,name={PORT}",
+        *(word for path in machine.credentials for word in ("-smbios", f"type=11,path={_escaped(path)}")),
+    ]  # fmt: skip
+
+
+def _emulated_cpu(settings: ImageSettings) -> str:
+    facts = arch.ARCHITECTURES[settings.arch]
+    if settings.kickstart or not facts.flawed_feature:
+        return facts.test_cpu
+    return f"{facts.test_cpu},-{facts.flawed_feature}"
+
+
+def _blockdev(name: str, image_format: str, path: str, *, read_only: bool = False) -> list[str]:
+    # ``cache.no-flush``: the overlay is thrown away, what the guest wants to be safe on the disk is not.
+    cache = {"no-flush": True}
+    file = {"driver": "file", "filename": path, "read-only": read_only, "cache": cache}
+    node = {"driver": image_format, "node-name": name, "read-only": read_only, "cache": cache, "file": file}
+    return ["-blockdev", json.dumps(node)]
+
+
+def _escaped(path: Path) -> str:
+    """Return *path* as a value among QEMU's options, which are separated by commas."""
+    return str(path).replace(",", ",,")
+
+
+def free_port() -> int:
+    """Return a port of HOST that nobody has now; another program may take it before QEMU does."""
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def other_mac(settings: ImageSettings) -> str:
+    """Return a MAC address that is not the installation machine's, which may be any of QEMU's range 52:54:00."""
+    # The second bit of the first byte: locally administered.
+    return ":".join(["02", *(f"{byte:02x}" for byte in secrets.token_bytes(5))])
+
+
+@contextmanager
+def prepared(machine: Machine) -> Iterator[None]:
+    """Have the files of *machine* there inside."""
+    machine.directory.mkdir(mode=0o700)
+    with released(lambda: shutil.rmtree(machine.directory)):
+        command.run(overlay_argv(machine))
+        command.run(key_argv(machine))
+        key = machine.key.with_suffix(".pub").read_text(encoding="ascii").strip()
+        machine.seed_source.mkdir()
+        for name, text in seed_files(key, f"image-factory-{secrets.token_hex(4)}").items():
+            (machine.seed_source / name).write_text(text, encoding="utf-8")
+        command.run(seed_argv(machine))
+        for path, (name, text) in zip(machine.credentials, credentials(key).items(), strict=True):
+            path.write_text(f"io.systemd.credential.binary:{name}={base64.b64encode(text.encode()).decode()}")
+        if machine.firmware == "uefi":
+            shutil.copyfile(str(firmware_for(machine.build.plan.settings.arch).memory), machine.nvram)
+        yield
+
+
+@contextmanager
+def pipes(machine: Machine) -> Iterator[tuple[int, int]]:
+    """Give the ends for reading of the console and of the report."""
+    with contextlib.ExitStack() as stack:
+        descriptors = []
+        for name in ("console", "report"):
+            for direction in ("in", "out"):
+                path = Path(f"{machine.pipe(name)}.{direction}")
+                # There is another one, where a port was taken.
+                path.unlink(missing_ok=True)
+                os.mkfifo(path, 0o600)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            stack.callback(os.close, descriptor)
+            descriptors.append(descriptor)
+        yield descriptors[0], descriptors[1]

@@ -1,7 +1,7 @@
-"""Boot the finished image on throw-away overlays, and let it tell from inside how it is.
+"""Boot the finished image on throw-away overlays, and have it report from inside whether it came up well.
 
-QEMU is started directly and not by libvirt: it is killed with image-factory by the kernel, whatever kills
-that, and there is no machine to undefine.  All files are in the working directory.
+QEMU is started directly and not by libvirt: the kernel kills it when image-factory ends, however that ends,
+and there is no machine to undefine.  All files are in the working directory.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from .machine import (
 )
 from .report import Message, Subject, checks_of, identity_checks, judged
 
-# One is needed for a new identity, another one to see that it is new.
+# Two boots show that each one gets an identity of its own.
 _BOOTS = 2
 _PORT_TRIES = 5
 _SHOWN_LINES = 40
@@ -133,7 +133,7 @@ def _boot(machine: Machine, earlier: Sequence[Message]) -> tuple[list[BootCheck]
     with prepared(machine):
         for _ in range(_PORT_TRIES):
             port = free_port()
-            argv = qemu_argv(machine, other_mac(machine.build.plan.settings), port)
+            argv = qemu_argv(machine, other_mac(), port)
             with (
                 pipes(machine) as (console, report),
                 command.background(argv, machine.directory / "qemu.log") as ended,

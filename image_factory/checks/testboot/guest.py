@@ -16,10 +16,10 @@ from ...machines.console import Console
 from .machine import Machine
 from .report import LONGEST_LINE, Message, parse
 
-# A kernel that starts writes to its root filesystem in well under that; a machine without a boot loader never does.
+# A kernel that starts writes to its root filesystem well within these; a machine without a boot loader never does.
 _START_SECONDS = {"kvm": 60.0, "qemu": 240.0}
 
-# What a failure prints comes in several lines; and a system that is up in spite of it may report yet.
+# Seconds to wait after a sign: a failure prints several lines, and a system that is up in spite of it may still report.
 _SETTLE_SECONDS = 2.0
 _READ_BYTES = 64 * 1024
 _KEPT_LINES = 400
@@ -27,14 +27,18 @@ _KEPT_LINES = 400
 
 @dataclass(frozen=True)
 class _Sign:
-    """A line on the console, *pattern*, that tells why there will be no report; *problem* may have its groups."""
+    """A line on the console, by its *pattern*, that tells why there will be no report.
+
+    *problem* is what the build says of it, with the pattern's groups, and *seconds* how long a report is still
+    waited for.
+    """
 
     pattern: str
     problem: str
     seconds: float = _SETTLE_SECONDS
 
 
-# Where several are seen, the first of them here counts.
+# The first in this order counts where several are seen.
 _SIGNS = (
     _Sign(r"(?<!end )Kernel panic - not syncing: (.{1,160})", r"its kernel panicked: \1"),
     _Sign(r"ALERT! +(\S{1,100}) does not exist", r"its initramfs did not find the root filesystem \1"),
@@ -48,11 +52,15 @@ _SIGNS = (
 
 
 class PortTakenError(Exception):
-    """Somebody else has taken the port meanwhile."""
+    """Another program took the port before QEMU did."""
 
 
 class Guest:
-    """What a guest says while QEMU runs, on its console and in its reports; both come through named pipes."""
+    """What a guest says while QEMU runs, on its console and in its reports.
+
+    *ended* returns QEMU's exit status, None while it runs; *console* and *report* are the descriptors of the pipes
+    that are read.
+    """
 
     def __init__(self, machine: Machine, ended: Callable[[], int | None], console: int, report: int) -> None:
         self._machine = machine
@@ -67,7 +75,7 @@ class Guest:
         self.message: Message | None = None
 
     def look(self) -> None:
-        """Read what there is."""
+        """Read what the guest has said since, without waiting; BuildError if a report is not readable or too long."""
         console, report = self._descriptors
         self._read_console(_read(console))
         self._unread += _read(report)
@@ -90,7 +98,7 @@ class Guest:
                 if problem and (self._sign is None or order < self._sign[0]):
                     self._sign = order, problem, time.monotonic() + sign.seconds
                 elif problem and self._sign and problem.startswith(self._sign[1]):
-                    # The line was not whole.
+                    # Take the longer text: the line was not whole before.
                     self._sign = order, problem, self._sign[2]
 
     def wait_for_report(self, seconds: float) -> str:

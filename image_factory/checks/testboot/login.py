@@ -28,7 +28,7 @@ def ssh_argv(machine: Machine, port: int | str, remote: str) -> list[str]:
         "IdentitiesOnly": "yes",
         "IdentityAgent": "none",
         "PasswordAuthentication": "no",
-        # The guest has told its keys by another way.
+        # Host keys are known: the guest's report has them.
         "StrictHostKeyChecking": "yes",
         "UserKnownHostsFile": f'"{machine.known_hosts}"',
     }
@@ -60,7 +60,7 @@ def login_checks(
         return
     lines = [f"[{HOST}]:{port} {key}\n" for key in message.host_keys]
     machine.known_hosts.write_text("".join(lines), encoding="ascii")
-    # Each second the pipes are read, which would stop the guest when they are full.
+    # Read the pipes each second meanwhile: the guest stops where they are full.
     login_seconds = _LOGIN_SECONDS[machine.virt_type]
     try:
         command.run(ssh_argv(machine, port, LOGIN), timeout=login_seconds, watch=found.look)
@@ -90,7 +90,7 @@ def _why_no_sshd(found: Guest, port: int) -> str:
     with interrupts.interruptible():
         while time.monotonic() < deadline:
             found.look()
-            # QEMU takes the connection itself, and ends it if nobody in the guest does.
+            # QEMU accepts the connection itself, and ends it if nothing in the guest listens.
             with contextlib.suppress(OSError), socket.create_connection((HOST, port), 5.0) as connection:
                 if connection.recv(64).startswith(b"SSH-2.0"):
                     return ""

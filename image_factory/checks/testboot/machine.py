@@ -24,14 +24,14 @@ from .report import PORT, credentials, seed_files
 
 HOST = "127.0.0.1"
 
-# Installations are on virtio-blk.  virtio-scsi is what else all kernels for clouds have, Debian's cloud kernel
-# among them, which has no AHCI; and an initramfs that was made for one machine only does not.
+# virtio-scsi differs from the installation's virtio-blk, so an initramfs that was made for one machine only fails.
+# All kernels for clouds have it; Debian's has no AHCI.
 _DISK_DEVICE = "scsi-hd"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine of its own in *directory*; *number* tells the boots of a build apart."""
+    """The machine of one boot of *artifact*; *number* tells the boots of a build apart."""
 
     build: Build
     artifact: Artifact
@@ -96,7 +96,7 @@ def time_limit(settings: ImageSettings, virt_type: str) -> float:
 
 
 def firmware_for(architecture: str) -> Firmware:
-    """Return UEFI that starts what nobody has signed, for QEMU itself."""
+    """Return a UEFI without secure boot, as files for QEMU; ConfigurationError if there is none."""
     for found in uefi_firmware(architecture):
         if not found.secure_boot and found.code and found.memory:
             return found
@@ -142,7 +142,7 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
     settings = machine.build.plan.settings
     facts = arch.ARCHITECTURES[settings.arch]
     emulated = machine.virt_type == "qemu"
-    # Without graphics SeaBIOS says on the serial port what it can't boot.
+    # SeaBIOS without graphics prints on the serial port what it can't boot.
     options = [facts.test_machine, "graphics=off", f"accel={'tcg' if emulated else 'kvm'}"]
     flash: list[str] = []
     if machine.firmware == "uefi":
@@ -155,7 +155,7 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
         "-name", machine.build.vm_name,
         "-machine", ",".join(options),
         "-cpu", _emulated_cpu(settings) if emulated else "host",
-        # With two, emulation now and then mixes up old and new code of a kernel that patches itself.
+        # Emulation of two processors now and then mixes up old and new code of a kernel that patches itself.
         "-smp", "1" if emulated else str(settings.cores),
         "-m", str(settings.ram >> 20),
         "-nodefaults",
@@ -170,7 +170,7 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
         "-device", f"{_DISK_DEVICE},drive=disk,bootindex=1",
         "-device", "scsi-cd,drive=seed",
         "-netdev", f"user,id=network,hostfwd=tcp:{HOST}:{port}-:22",
-        # Without its ROM no firmware tries to boot from the network.
+        # Leave out the ROM, so that no firmware tries to boot from the network.
         "-device", f"virtio-net-pci,netdev=network,mac={mac},romfile=",
         "-device", "virtio-rng-pci",
         "-chardev", f"pipe,id=console,path={_escaped(machine.pipe('console'))}",
@@ -190,7 +190,7 @@ def _emulated_cpu(settings: ImageSettings) -> str:
 
 
 def _blockdev(name: str, image_format: str, path: str, *, read_only: bool = False) -> list[str]:
-    # ``cache.no-flush``: the overlay is thrown away, what the guest wants to be safe on the disk is not.
+    # ``no-flush``: the overlay is thrown away, so nothing has to be safe on this machine's disk.
     cache = {"no-flush": True}
     file = {"driver": "file", "filename": path, "read-only": read_only, "cache": cache}
     node = {"driver": image_format, "node-name": name, "read-only": read_only, "cache": cache, "file": file}
@@ -210,15 +210,15 @@ def free_port() -> int:
         return port
 
 
-def other_mac(settings: ImageSettings) -> str:
+def other_mac() -> str:
     """Return a MAC address that is not the installation machine's, which may be any of QEMU's range 52:54:00."""
-    # The second bit of the first byte: locally administered.
+    # The second bit of the first byte means: locally administered.
     return ":".join(["02", *(f"{byte:02x}" for byte in secrets.token_bytes(5))])
 
 
 @contextmanager
 def prepared(machine: Machine) -> Iterator[None]:
-    """Have the files of *machine* there inside."""
+    """Make the files of *machine*, and remove them at the end."""
     machine.directory.mkdir(mode=0o700)
     with released(lambda: shutil.rmtree(machine.directory)):
         command.run(overlay_argv(machine))
@@ -243,7 +243,7 @@ def pipes(machine: Machine) -> Iterator[tuple[int, int]]:
         for name in ("console", "report"):
             for direction in ("in", "out"):
                 path = Path(f"{machine.pipe(name)}.{direction}")
-                # There is another one, where a port was taken.
+                # A try whose port was taken has left one.
                 path.unlink(missing_ok=True)
                 os.mkfifo(path, 0o600)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

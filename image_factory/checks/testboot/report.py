@@ -1,7 +1,7 @@
-"""What a guest tells of itself in a test boot: the script that asks it, and what is made of the answers.
+"""The guest's report in a test boot: the script that writes it, and the checks of what it says.
 
-The guest is not trusted: its answers are texts of bounded length, of which nothing is believed that isn't
-of the form it must have.
+The guest is not trusted: its report has a limited length, and nothing in it is used unless it has the form
+that it must have.
 """
 
 import base64
@@ -22,13 +22,13 @@ UNIT = "image-factory-report"
 # The user that the NoCloud seed asks for.
 USER = "image-factory"
 
-# A report is at most some dozen facts of 64 KiB each, in base64.
+# Bytes of a report: it is at most some dozen facts of 64 KiB each, in base64.
 LONGEST_LINE = 2 << 20
 _LONGEST_SHOWN = 200
 
-# Each fact comes in base64, as no shell can write JSON's strings.  systemd starts it as a unit of the
-# kind ``simple``, whose own job is done at once: else the system would be "starting" as long as it waits.
-# What systemd writes to the kernel's log has another facility than 0.
+# Facts are in base64, as no shell can write JSON's strings.  systemd starts the script as a unit of the
+# kind ``simple``, whose own job is done at once: else the system would be "starting" as long as the script waits.
+# Facility 0 leaves out what systemd writes to the kernel's log.
 # A guest without cloud-init, which has no user from the seed, gets one here.
 _SCRIPT = """\
 export LC_ALL=C
@@ -245,14 +245,14 @@ def _why_full(report: Message, subject: Subject) -> str:
     if root is None:
         return "the size of its root filesystem is unknown"
     _, used, available = root
-    # On its own disk; it has grown since.
+    # Compare with the image's own disk: the filesystem has grown since.
     if available == 0 or used << 10 > subject.disk_size * 0.95:
         return f"its root filesystem is full: {format_size(used << 10)} of a disk of {format_size(subject.disk_size)}"
     return ""
 
 
 def _why_no_network(report: Message) -> str:
-    # By IPv6 alone nothing reaches it through QEMU's forwarded port.
+    # QEMU's forwarded port reaches a guest by IPv4 only.
     if not re.search(r"\binet [0-9]", report.fact("addresses")):
         return "it has no network: no card has an IPv4 address"
     return "" if report.fact("routes") else "it has no network: there is no default route"

@@ -691,8 +691,9 @@ def test_entries_with_a_name_of_the_distribution() -> None:
 
 
 def test_netplan_stays_without_cloud_init() -> None:
-    assert traces.remove_netplan(system()).remove == []
-    assert "etc/netplan/50-cloud-init.yaml" in traces.remove_netplan(system(**{"usr/bin/cloud-init": "file"})).remove
+    assert traces.remove_network_profiles(system()).remove == []
+    removed = traces.remove_network_profiles(system(**{"usr/bin/cloud-init": "file"})).remove
+    assert "etc/netplan/50-cloud-init.yaml" in removed
 
 
 def test_iscsi_name_of_debian() -> None:

@@ -134,9 +134,7 @@ OPERATIONS = (
         "where cloud-init writes new ones those of netplan.",
         removed=("etc/NetworkManager/system-connections/*",),
         looked_at=("etc/sysconfig/network-scripts/*", identity.CLOUD_INIT),
-        plan=lambda system: Actions(
-            remove=[*traces.remove_network_profiles(system).remove, *traces.remove_netplan(system).remove]
-        ),
+        plan=traces.remove_network_profiles,
     ),
     Operation(
         "udev-rules",

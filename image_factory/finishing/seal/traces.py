@@ -40,20 +40,18 @@ def remove_snapshots(system: System) -> Actions:
     return Actions(snapshots=system.snapshots)
 
 
-def remove_netplan(system: System) -> Actions:
-    """Remove the installer's files of netplan, where cloud-init writes new ones."""
-    # Nothing but cloud-init would write new ones.
-    if CLOUD_INIT not in system.kinds:
-        return Actions()
-    names = ("00-installer-config*.yaml", "01-netcfg.yaml", "50-cloud-init.yaml")
-    return Actions(remove=[f"etc/netplan/{name}" for name in names])
-
-
 def remove_network_profiles(system: System) -> Actions:
-    """Remove ifcfg files, but for the loopback's."""
+    """Remove ifcfg files, but for the loopback's, and netplan's where cloud-init writes new ones."""
     directory = "etc/sysconfig/network-scripts"
     names = [name for name in system.below(directory) if re.fullmatch(r"ifcfg-(?!lo$)[A-Za-z0-9._@-]+", name)]
-    return Actions(remove=[f"{directory}/{name}" for name in names])
+    return Actions(remove=[*(f"{directory}/{name}" for name in names), *_netplan(system)])
+
+
+def _netplan(system: System) -> list[str]:
+    # Nothing but cloud-init would write new ones.
+    if CLOUD_INIT not in system.kinds:
+        return []
+    return [f"etc/netplan/{name}" for name in ("00-installer-config*.yaml", "01-netcfg.yaml", "50-cloud-init.yaml")]
 
 
 def remove_resolv_conf(system: System) -> Actions:

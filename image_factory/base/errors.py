@@ -41,6 +41,14 @@ class ConfigurationError(ImageFactoryError):
     exit_status = 2
 
 
+class InstallationError(BuildError):
+    """The installation has failed, or will never end."""
+
+
+class InstalledError(InstallationError):
+    """The installation has failed, but its disk may have a whole system, or none: it is kept for --resume."""
+
+
 class NoSystemError(BuildError):
     """The installation left a disk without a system on it."""
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from image_factory.base import events
+from image_factory.base.errors import InstallationError, InstalledError
 from image_factory.configuration.files import Configuration
 from image_factory.machines import libvirt
 from image_factory.model import Build, Plan
 from image_factory.sources.installer import installers
-from image_factory.sources.installer.watch import InstallationError, InstalledError, Limits, Watcher
+from image_factory.sources.installer.watch import Limits, Watcher
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...base import command, events
-from ...base.errors import BuildError
+from ...base.errors import BuildError, InstallationError, InstalledError
 from ...base.units import format_duration
 from ...machines import libvirt
 from ...machines.console import Console
@@ -63,14 +63,6 @@ class Limits:
 
     whole: float
     stall: float
-
-
-class InstallationError(BuildError):
-    """The installation has failed, or will never end."""
-
-
-class InstalledError(InstallationError):
-    """The machine has come to an end after which its disk may have a whole system, or none: it is kept for --resume."""
 
 
 class Watcher:

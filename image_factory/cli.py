@@ -25,7 +25,7 @@ from .configuration.settings import ImageSettings, accepted_by, check_image_name
 from .configuration.unused import variables_named
 from .finishing import manifest
 from .model import Artifact, Plan
-from .sources.installer import answers, machinecheck
+from .sources import SOURCES
 from .told import estimates, record
 
 
@@ -163,10 +163,10 @@ def _print_steps(plan: Plan, arguments: argparse.Namespace) -> None:
 
 
 def _show_answers(plan: Plan) -> None:
-    if not plan.settings.answer_file:
-        raise ConfigurationError(f"[{plan.image}] has no answer file.")
     # Bytes, as it need not be UTF-8.
-    data = answers.content(plan)
+    data = SOURCES[plan.settings.source].answers_of(plan)
+    if data is None:
+        raise ConfigurationError(f"[{plan.image}] has no answer file.")
     try:
         sys.stdout.buffer.write(data)
     except OSError as error:
@@ -179,7 +179,8 @@ def keys_listing(configuration: Configuration, image: str, flags: Mapping[str, s
     configuration.check_image(image)
     variables = configuration.variables(image, flags)
     answer_file = configuration.answer_file(image)
-    of_template = answers.declared_keys(answer_file, configuration.arch(image)) if answer_file else {}
+    source = SOURCES[configuration.source(image)]
+    of_template = source.declared_keys(answer_file, configuration.arch(image)) if answer_file else {}
     parts = [f"[{image}]"]
     if of_template:
         parts.append(f"# Keys of its answer file {answer_file}:")
@@ -395,7 +396,7 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
         if arguments.dry_run:
             _print_steps(plan, arguments)
         elif arguments.check:
-            machinecheck.warn_of_slow_libvirt(plan)
+            SOURCES[plan.settings.source].measure(plan)
             if arguments.online:
                 online.check(plan)
             _say(f"{_verdict(plan.image, warnings)}\n")
@@ -438,8 +439,10 @@ def _run_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
         _build_several(arguments, images)
         return
     if arguments.check:
-        with log.noting_warnings(warnings[plans[0].image]):
-            machinecheck.warn_of_slow_libvirt(plans[0])
+        # Once for each source, as it takes a while: the machine is the same.
+        for plan in {plan.settings.source: plan for plan in reversed(plans)}.values():
+            with log.noting_warnings(warnings[plan.image]):
+                SOURCES[plan.settings.source].measure(plan)
     if arguments.online:
         _check_online(plans)
     for plan in plans:

@@ -284,6 +284,21 @@ class LogicalVolumes(Protocol):
 
 
 @dataclass(frozen=True)
+class Given:
+    """What the guest that makes a disk is given, and what of it nobody is to find on an image.
+
+    *name* is the name by which the guest knows its answer file, None if it has none, and *pieces* are what of that
+    file it writes nowhere as it stands there.  *contents* is the whole of all its files, with the passwords and keys
+    that are asked for.  *marks* are whole texts that are to be nowhere.
+    """
+
+    name: str | None = None
+    pieces: tuple[bytes, ...] = field(default=(), repr=False)
+    contents: bytes = field(default=b"", repr=False)
+    marks: tuple[str, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A finished file of a disk of *virtual_size* bytes.
 

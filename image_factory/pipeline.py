@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import checkpoint, outputs, publish, workspace
 from .base import command, events, interrupts
-from .base.errors import BuildError, ConfigurationError, ImageFactoryError, NoSystemError
+from .base.errors import BuildError, ConfigurationError, ImageFactoryError, InstalledError, NoSystemError
 from .base.log import logger
 from .base.units import format_size
 from .checkpoint import Checkpoint
@@ -23,8 +23,6 @@ from .finishing import checksum, clean, manifest, seal, shrink, sign
 from .model import Artifact, Build, Disk, Plan
 from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
 from .sources import SOURCES
-from .sources.installer import answers, virt_install
-from .sources.installer.watch import InstalledError
 from .system import mounts
 
 
@@ -58,7 +56,7 @@ def _explained(state: State, steps: Sequence[Step | Group]) -> State:
     try:
         return carry_out(state, steps)
     except NoSystemError:
-        virt_install.log_console(state.build)
+        SOURCES[state.build.plan.settings.source].explain(state.build)
         raise
 
 
@@ -112,7 +110,7 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     }
     audit.check(plan)
     seal.check(plan)
-    doubts = unused.unused_keys(configuration, image, settings.upload_destinations, answers.keys_asked_for)
+    doubts = unused.unused_keys(configuration, image, settings.upload_destinations)
     for sentence in (*doubts, *unused.idle_keys(configuration, image, settings, flags)):
         logger.warning("%s", sentence)
     return dataclasses.replace(plan, destinations=destinations)

@@ -19,7 +19,7 @@ from ..base.units import format_size
 from ..model import Artifact, Build, Partition, Plan
 from ..outputs import planned
 from ..parts import Group, State, Step, carry_out, doing, mounted, on_tree
-from ..sources.installer import answers, delivery
+from ..sources import SOURCES
 from ..system import partitions
 from ..system.tree import Tree
 from . import keys, leftovers, search
@@ -41,14 +41,13 @@ _SHORTEST_PASSWORD = 8
 
 @dataclass(frozen=True)
 class Secrets:
-    """What of a build nobody is to find on its image: *answers* is what the installer got.
+    """What of a build nobody is to find on its image: *answers* are pieces of the answer file.
 
     *credentials* are users and passwords of proxies and mirrors, the user empty where there is none.
     *seed* are the texts of the seed disk's other files.
     """
 
-    answers: bytes = field(default=b"", repr=False)
-    answers_key: str | None = None
+    answers: tuple[bytes, ...] = field(default=(), repr=False)
     hashes: frozenset[bytes] = field(default=frozenset(), repr=False)
     credentials: frozenset[tuple[str, str]] = field(default=frozenset(), repr=False)
     seed: tuple[str, ...] = field(default=(), repr=False)
@@ -94,13 +93,6 @@ _CREDENTIALS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/:@\"'<>{}$]*):([^\s/
 
 _PASSWORD_KEY = re.compile(r"(?:.*_)?(?:proxy|mirror)(?:_.*)?_(?:pass|passwd|password)")
 
-# What an installer writes to the system as it stands there, by the key of the answer file.  In the other
-# formats it's indented or on one line, so that it is another text.
-_SCRIPTS = {
-    "kickstart": re.compile(rb"^%(?:pre|post|pre-install|onerror|traceback|addon|include)\b.*?^%end\b", re.M | re.S),
-    "yast": re.compile(rb"<!\[CDATA\[.*?\]\]>|<file_contents>.*?</file_contents>", re.S),
-}
-
 # Passwords and keys that are asked for.
 _BLOB = re.compile(rb"AAAA[0-9A-Za-z+/]{16,}={0,3}")
 _WANTED_TEXT = re.compile(_BLOB.pattern + b"|" + _HASH.pattern)
@@ -123,10 +115,8 @@ KEYS = "private-keys"
 
 def _parts_of_answers(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
     """Give parts of the answer file that are nowhere else, as no installer writes them to the system as they are."""
-    script = _SCRIPTS.get(secrets.answers_key or "")
-    pieces = script.split(secrets.answers) if script else [secrets.answers]
-    every = max(_PART_EVERY, len(secrets.answers) // _PARTS)
-    for piece in itertools.chain.from_iterable(map(_WANTED_TEXT.split, pieces)):
+    every = max(_PART_EVERY, sum(map(len, secrets.answers)) // _PARTS)
+    for piece in itertools.chain.from_iterable(map(_WANTED_TEXT.split, secrets.answers)):
         start = 0
         while start < len(piece):
             part = piece[start : start + _PART].strip(b"\n").rstrip()
@@ -279,44 +269,25 @@ def _checks(plan: Plan) -> list[Check]:
 def secrets_of(build: Build) -> tuple[Asked, Secrets]:
     """Return what the user of *build* asked for, and what is not to be on its image."""
     plan = build.plan
-    data = _answers(build)
-    # They are part of the answers; as scripts they may belong on the disk, so that no part of them is looked for.
-    everything = b"\n".join([data, *delivery.further_contents(build)])
+    given = SOURCES[plan.settings.source].given(build)
     texts = {key: text for key in plan.variables if (text := _text(plan, key))}
-    hashes = set(_HASH.findall(everything))
+    hashes = set(_HASH.findall(given.contents))
     own_hash = texts.get("root_password_hash", "").strip().encode()
     # A star or an exclamation mark is none.
     if len(own_hash) >= 13 and own_hash[:1] not in b"*!":
         hashes.add(own_hash)
-    keys = {*leftovers.blobs(texts.get("authorized_keys", "").encode()), *_BLOB.findall(everything)}
+    keys = {*leftovers.blobs(texts.get("authorized_keys", "").encode()), *_BLOB.findall(given.contents)}
     environment = urllib.request.getproxies_environment()
     credentials = {
         pair
-        for text in (*texts.values(), *environment.values(), everything.decode("utf-8", "replace"))
+        for text in (*texts.values(), *environment.values(), given.contents.decode("utf-8", "replace"))
         for pair in _pairs(text)
     }
     credentials |= {("", text.strip()) for key, text in texts.items() if _PASSWORD_KEY.fullmatch(key)}
-    settings = plan.settings
-    name = delivery.name_of(settings) if settings.answer_file else None
-    chosen = delivery.chosen(settings)
     return (
-        Asked(frozenset(hashes), frozenset(keys), name),
-        Secrets(
-            data,
-            settings.answer_file_key,
-            frozenset(hashes),
-            frozenset(credentials),
-            tuple(text for _, text in chosen.others) if chosen else (),
-        ),
+        Asked(frozenset(hashes), frozenset(keys), given.name),
+        Secrets(given.pieces, frozenset(hashes), frozenset(credentials), given.marks),
     )
-
-
-def _answers(build: Build) -> bytes:
-    """Return what the installer got; the user's own file may be another one by now."""
-    if build.plan.settings.answer_file is None:
-        return b""
-    copy = delivery.copy_path(build)
-    return copy.read_bytes() if copy.exists() else answers.content(build.plan)
 
 
 def _text(plan: Plan, key: str) -> str:

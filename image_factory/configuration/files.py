@@ -21,7 +21,6 @@ from ..sources import SOURCES
 from ..uploads import UPLOADS
 from .parsers import one_of, parse_arch, parse_command, some_of
 from .settings import (
-    ANSWER_FILE_KEYS,
     Declaration,
     Destination,
     ImageSettings,
@@ -369,10 +368,20 @@ class Configuration:
             return f"Did you mean {' or '.join(near)}? 'image-factory --list' lists them all."
         return "'image-factory --list' lists the configured images."
 
+    def source(self, name: str) -> str:
+        """Return what makes the disk of section *name*; the default if it does not name it well."""
+        known = dict(declared(ImageSettings))["source"]
+        try:
+            found: str = self._value(name, "source", known, {})
+        except ConfigurationError:
+            # Whoever builds the image is told.
+            found = known.default_text() or ""
+        return found
+
     def answer_file(self, name: str) -> Path | None:
         """Return the answer file of section *name*, None if it has none or does not name it well."""
         known = dict(declared(ImageSettings))
-        for key in ANSWER_FILE_KEYS:
+        for key in SOURCES[self.source(name)].ANSWER_FILES:
             if key in self._parser[name]:
                 with contextlib.suppress(ConfigurationError):
                     path: Path = self._value(name, key, known[key], {})
@@ -395,7 +404,8 @@ class Configuration:
     def _parse(self, section: str, key: str, parse: Callable[[str], Any]) -> Any:
         text = self._text(section, key)
         # An autoinstall file that is taken for a configuration begins with that key, and has secrets below it.
-        shown = "a value of several lines" if key in ANSWER_FILE_KEYS and "\n" in text.strip() else None
+        is_file = any(key in source.ANSWER_FILES for source in SOURCES.values())
+        shown = "a value of several lines" if is_file and "\n" in text.strip() else None
         return _parsed(f"[{section}] {key}", text, parse, shown)
 
     def _text(self, section: str, key: str) -> str:

@@ -204,6 +204,10 @@ class ImageSettings:
         return path
 
 
+# Keys that do nothing unless the settings are such, each with how a user says that.
+Dependent = dict[str, tuple[str, Callable[[ImageSettings], bool]]]
+
+
 @dataclass(frozen=True)
 class UploadSettings:
     """The settings of one upload destination."""

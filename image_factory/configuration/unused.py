@@ -2,18 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+from ..sources import SOURCES
 from .files import COMMAND_KEY, Configuration, names_arch, normal_key
 from .parsers import split_list
-from .settings import ImageSettings, UploadSettings, declarations
+from .settings import Dependent, ImageSettings, UploadSettings, declarations
 
-# What gives the keys that an answer file asks for, None for any.
-Asked = Callable[[Path], set[str] | None]
-
-# Keys that do nothing unless the settings are such, and how a user says that.
-_DEPENDENT: dict[str, tuple[str, Callable[[ImageSettings], bool]]] = {
+# The keys of no source.
+_DEPENDENT: Dependent = {
     "test-boot-timeout": ("test-boot = yes", lambda settings: settings.test_boot),
     "kernel-errors-allowed": ("test-boot = yes", lambda settings: settings.test_boot),
     "audit-skip": ("audit = yes", lambda settings: settings.audit),
@@ -21,20 +20,13 @@ _DEPENDENT: dict[str, tuple[str, Callable[[ImageSettings], bool]]] = {
     "seal-skip": ("seal = yes", lambda settings: settings.seal),
     "log-filename": ("log-file = yes", lambda settings: settings.log_file),
     "compression": ("format = qcow2", lambda settings: "qcow2" in settings.format),
-    "linux-sha256": ("linux", lambda settings: not settings.installer_image),
-    "initrd-sha256": ("initrd", lambda settings: not settings.installer_image),
-    "installer-image-sha256": ("installer-image", lambda settings: bool(settings.installer_image)),
-    "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
 }
 
 
-def unused_keys(configuration: Configuration, image: str, destinations: Iterable[str], asked: Asked) -> list[str]:
-    """Return a sentence on each key of the user's files that nothing of *image*, or of *destinations*, uses.
-
-    *asked* gives the keys that an answer file asks for, with dashes; None for any key.
-    """
-    answer_file = configuration.answer_file(image)
-    template = asked(answer_file) if answer_file else set()
+def unused_keys(configuration: Configuration, image: str, destinations: Iterable[str]) -> list[str]:
+    """Return a sentence on each key of the user's files that nothing of *image*, or of *destinations*, uses."""
+    answers = _answers(configuration, image)
+    template = _asked_for(answers)
     settings = {key for key, _ in declarations(ImageSettings)} | {"based-on"}
     used = settings | (template or set()) | _references(configuration, image)
     sentences = []
@@ -42,20 +34,20 @@ def unused_keys(configuration: Configuration, image: str, destinations: Iterable
         others = used
         if section != image and template and _unused(configuration, section, used):
             # The section is an image itself, and this one has another template.
-            its_own = configuration.answer_file(section)
-            others = used | _references(configuration, section) | ((asked(its_own) if its_own else None) or set())
-        sentences += [_unused_key(section, key, used, answer_file) for key in _unused(configuration, section, others)]
+            its_own = _asked_for(_answers(configuration, section))
+            others = used | _references(configuration, section) | (its_own or set())
+        sentences += [_unused_key(section, key, used, answers.path) for key in _unused(configuration, section, others)]
     for section in dict.fromkeys(destinations):
         known = {key for key, _ in declarations(UploadSettings)} | _references(configuration, section)
         unused = [key for key in _unused(configuration, section, known) if not COMMAND_KEY.fullmatch(key)]
         sentences += [_unused_key(section, key, known) for key in unused]
-    return sentences + _unused_defaults(configuration, asked) + _unused_sections(configuration, image)
+    return sentences + _unused_defaults(configuration) + _unused_sections(configuration, image)
 
 
 def idle_keys(configuration: Configuration, image: str, settings: ImageSettings, flags: Iterable[str]) -> list[str]:
     """Return a sentence on each key of *flags* and the user's files that does nothing beside *settings*."""
     sentences = []
-    for key, (needed, is_there) in _DEPENDENT.items():
+    for key, (needed, is_there) in (_DEPENDENT | SOURCES[settings.source].DEPENDENT).items():
         if is_there(settings):
             continue
         written = [section for section in configuration.bases(image) if key in configuration.written.get(section, ())]
@@ -63,6 +55,22 @@ def idle_keys(configuration: Configuration, image: str, settings: ImageSettings,
             where = f"--{key}" if key in flags else f"[{written[0]}] {key}"
             sentences.append(f"{where} does nothing without {needed}.")
     return sentences
+
+
+class _Answers(NamedTuple):
+    """The answer file of a section, if it has one, and the source that it is of."""
+
+    source: str
+    path: Path | None
+
+
+def _answers(configuration: Configuration, section: str) -> _Answers:
+    return _Answers(configuration.source(section), configuration.answer_file(section))
+
+
+def _asked_for(answers: _Answers) -> set[str] | None:
+    """Return the keys that *answers* ask for, with dashes; None for any key."""
+    return SOURCES[answers.source].template_keys(answers.path) if answers.path else set()
 
 
 def variables_named(configuration: Configuration, image: str) -> list[str]:
@@ -82,7 +90,7 @@ def _unused(configuration: Configuration, section: str, used: set[str]) -> list[
     ]
 
 
-def _unused_defaults(configuration: Configuration, asked: Asked) -> list[str]:
+def _unused_defaults(configuration: Configuration) -> list[str]:
     section = configuration.default_section
     used = {key for kind in (ImageSettings, UploadSettings) for key, _ in declarations(kind)} | {"data-dir"}
     for texts in (configuration.defaults, *configuration.own.values()):
@@ -91,8 +99,8 @@ def _unused_defaults(configuration: Configuration, asked: Asked) -> list[str]:
     if not unused:
         return []
     # Any image's template may ask for it.
-    for path in dict.fromkeys(filter(None, map(configuration.answer_file, configuration.images()))):
-        keys = asked(path)
+    for answers in dict.fromkeys(_answers(configuration, name) for name in configuration.images()):
+        keys = _asked_for(answers)
         if keys is None:
             return []
         used |= keys
@@ -108,7 +116,7 @@ def _unused_sections(configuration: Configuration, image: str) -> list[str]:
         used |= {section for text in texts.values() for section, colon, _ in _references_in(text) if colon}
     unused = [section for section in configuration.written if section not in used]
     return [
-        f"[{section}]: nothing uses this section, as it has no installer. Did you mean [{image}]?"
+        f"[{section}]: nothing uses this section, as it has no {' or '.join(SOURCES)}. Did you mean [{image}]?"
         for section in difflib.get_close_matches(image, unused, n=3, cutoff=0.85)
     ]
 

@@ -1,22 +1,64 @@
 """What a disk is made from: each source is a module with the functions of ``Source``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from ..base.events import InputUsed
-from ..configuration.settings import ImageSettings
-from ..model import Build, Plan
+from ..configuration.settings import Dependent, ImageSettings
+from ..model import Build, Given, Plan
 from ..parts import Steps
 from . import installer
 
 
+class Key(Protocol):
+    """A key that a template declares: its *default*, what is *accepted* and what it is, for people."""
+
+    @property
+    def name(self) -> str:
+        """The key, with dashes."""
+
+    @property
+    def default(self) -> str:
+        """What stands for it where the section has none."""
+
+    @property
+    def accepted(self) -> str:
+        """What it may be."""
+
+    @property
+    def help(self) -> str:
+        """What it is."""
+
+
 class Source(Protocol):
-    """A way to make a disk; a section that has any of its *KEYS* is an image."""
+    """A way to make a disk; a section that has any of its *KEYS* is an image.
+
+    *ANSWER_FILES* are the settings of which one may name its answer file, perhaps a template.  *DEPENDENT* are those of
+    its keys that do nothing beside some settings.
+    """
 
     KEYS: tuple[str, ...]
+    ANSWER_FILES: tuple[str, ...]
+    DEPENDENT: Dependent
 
     def check_settings(self, name: str, settings: ImageSettings) -> None:
         """Raise ConfigurationError unless the *settings* of image *name* say what to make the disk from."""
+
+    def template_keys(self, path: Path) -> set[str] | None:
+        """Return the keys that the answer file *path* asks for, with dashes; None for any.
+
+        What can't be read asks for nothing.
+        """
+
+    def declared_keys(self, path: Path, arch: str) -> Mapping[str, Key]:
+        """Return the keys that the answer file *path* declares for images of *arch*, by name.
+
+        ConfigurationError if it can't be read.
+        """
+
+    def answers_of(self, plan: Plan) -> bytes | None:
+        """Return the answer file as its guest gets it, None if there is none; ConfigurationError says what is wrong."""
 
     def identity(self, plan: Plan, used: Sequence[InputUsed] = ()) -> dict[str, str]:
         """Return a digest of each setting that makes the disk another one, by key.
@@ -36,6 +78,9 @@ class Source(Protocol):
     def warn(self, plan: Plan) -> None:
         """Warn of what may go wrong when the disk is made."""
 
+    def measure(self, plan: Plan) -> None:
+        """Warn of what is slow on this machine, which takes a while to find out."""
+
     def programs(self, plan: Plan) -> list[str]:
         """Return the programs that it needs."""
 
@@ -53,6 +98,12 @@ class Source(Protocol):
 
     def steps(self, build: Build) -> Steps:
         """Give the steps that make the disk; InstalledError of one where the disk is of use all the same."""
+
+    def explain(self, build: Build) -> None:
+        """Log why the disk may have no system."""
+
+    def given(self, build: Build) -> Given:
+        """Return what its guest was given; of a user's own file that is gone meanwhile, nothing."""
 
 
 SOURCES: dict[str, Source] = {"installer": installer}

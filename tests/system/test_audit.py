@@ -249,9 +249,10 @@ def test_large_answer_file(tmp_path: Path) -> None:
 # On disks.
 
 SECRETS = Secrets(
-    answers=b"d-i debian-installer/locale string en_US.UTF-8\n"
-    + b"".join(b"d-i own/question-%d string x\n" % n for n in range(99)),
-    answers_key="preseed",
+    answers=(
+        b"d-i debian-installer/locale string en_US.UTF-8\n"
+        + b"".join(b"d-i own/question-%d string x\n" % n for n in range(99)),
+    ),
     hashes=frozenset([HASH.encode()]),
     credentials=frozenset([("build", "s;cret-pw")]),
     seed=("instance-id: image-factory",),
@@ -259,7 +260,7 @@ SECRETS = Secrets(
 PRIVATE_KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQ\n"
 KINDS = {
     "passwords": f"d-i passwd/root-password-crypted password {HASH}\n".encode(),
-    "answer-file": SECRETS.answers,
+    "answer-file": SECRETS.answers[0],
     "proxy-password": b'Acquire::http::Proxy "http://build:s;cret-pw@proxy:3128/";\n',
     "ssh-host-keys": PRIVATE_KEY,
     "private-keys": b"-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\n",
@@ -377,8 +378,8 @@ FORMS = [
     json.dumps({"root": {"password": HASH}}).encode(),
     b"Proxy-Authorization: Basic " + base64.b64encode(b"build:s;cret-pw") + b"\r\n",
     b"proxy_password=s;cret-pw\n",
-    SECRETS.answers[600:1800],
-    SECRETS.answers[:140],
+    SECRETS.answers[0][600:1800],
+    SECRETS.answers[0][:140],
 ]
 
 

@@ -27,6 +27,7 @@ from image_factory.configuration.settings import (
 )
 from image_factory.configuration.unused import unused_keys
 from image_factory.machines.arch import default_arch, default_firmware, named_architectures
+from image_factory.sources import installer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED_IMAGE = "Debian-13-server"
@@ -631,10 +632,18 @@ def test_unknown_image_has_near_names(read: Read) -> None:
 # Mistakes in the text.
 
 
-def unused(configuration: Configuration, *destinations: str, asked: str = "") -> list[str]:
-    return unused_keys(
-        configuration, "x", destinations, lambda path: set(asked.split() if path.suffix == ".j2" else [])
-    )
+def unused(
+    configuration: Configuration, *destinations: str, asked: str | dict[str, str] = "", image: str = "x"
+) -> list[str]:
+    """Return what is told of the keys, where templates, or those with these names, ask for what is *asked*."""
+
+    def template_keys(path: Path) -> set[str]:
+        of_it = asked[path.name] if isinstance(asked, dict) else asked
+        return {*of_it.split()} if path.suffix == ".j2" else set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(installer, "template_keys", template_keys)
+        return unused_keys(configuration, image, destinations)
 
 
 NEAR_MISSES = {
@@ -697,8 +706,7 @@ def test_keys_of_the_section_that_one_is_based_on_are_told(read: Read) -> None:
         f"{MINIMAL.replace('[x]', '[base]')}preseed = base.j2\nof_base = 1\nof_none = 2\n"
         "[x]\nbased_on = base\npreseed = x.j2\n"
     )
-    asked = {"base.j2": {"of-base"}, "x.j2": {"of-x"}}
-    assert unused_keys(configuration, "x", (), lambda path: asked[path.name]) == [
+    assert unused(configuration, asked={"base.j2": "of-base", "x.j2": "of-x"}) == [
         "[base] of-none: nothing uses this key. Remove it, or name it in a value: ${of-none}."
     ]
 
@@ -714,7 +722,7 @@ def test_section_that_nothing_uses_is_told(read: Read) -> None:
         "[Debian-13-web]\nlinux = /l\ninitrd = /i\n[Debian-13-wbe]\nram = 2G\n[Debian-13-base]\nram = 2G\n"
         "[z]\nram = 2G\n[other]\nlinux = ${Debian-13-base:ram}\n"
     )
-    assert unused_keys(read(text), "Debian-13-web", (), lambda path: set()) == [
+    assert unused(read(text), image="Debian-13-web") == [
         "[Debian-13-wbe]: nothing uses this section, as it has no installer. Did you mean [Debian-13-web]?"
     ]
 

@@ -98,6 +98,16 @@ def test_imports_point_downwards(name: str) -> None:
     assert own_imports(name) <= {*below}
 
 
+def test_only_the_table_of_sources_knows_one() -> None:
+    """All else reaches a source by the functions of its protocol."""
+    found = {
+        name: {each for each in own_imports(name) if each.startswith("sources.")}
+        for name in MODULES
+        if not name.startswith("sources.")
+    }
+    assert {name: each for name, each in found.items() if each} == {"sources": {"sources.installer"}}
+
+
 def test_what_is_read_as_imports() -> None:
     """The tests above would find nothing wrong if nothing was found."""
     assert {"pipeline", "configuration.files", "base.log", "base.interrupts", ""} <= own_imports("cli")

@@ -2,24 +2,26 @@
 
 import datetime
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import pytest
 
-from image_factory import checkpoint, online, pipeline, publish
-from image_factory.base.errors import ConfigurationError
+from image_factory import checkpoint, cli, model, online, pipeline, publish
+from image_factory.base.errors import ConfigurationError, NoSystemError
 from image_factory.base.events import InputUsed
-from image_factory.configuration import files
+from image_factory.checks import audit
+from image_factory.configuration import files, unused
 from image_factory.configuration.files import Configuration
-from image_factory.configuration.settings import ANSWER_FILE_KEYS, Destination, ImageSettings, UploadSettings
+from image_factory.configuration.settings import ANSWER_FILE_KEYS, Dependent, Destination, ImageSettings, UploadSettings
 from image_factory.machines import arch
 from image_factory.model import Artifact, Build, Plan
 from image_factory.outputs import OUTPUTS, raw
-from image_factory.parts import carry_out
-from image_factory.sources import SOURCES
-from image_factory.sources.installer import answercheck, delivery, installers
+from image_factory.parts import State, Step, carry_out
+from image_factory.sources import SOURCES, Key
+from image_factory.sources.installer import answercheck, delivery, forms, installers
 from image_factory.uploads import UPLOADS
 
 from ..conftest import REPOSITORY, shown, state_of
@@ -107,6 +109,8 @@ class Given:
     """A source whose disk is there already, and which notes what it is asked."""
 
     KEYS = ("given",)
+    ANSWER_FILES = ("yast",)
+    DEPENDENT: ClassVar[Dependent] = {"mac": ("a cable", lambda settings: False)}
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -122,6 +126,29 @@ class Given:
 
     def programs(self, plan: Plan) -> list[str]:
         return ["find-disk"]
+
+    def template_keys(self, path: Path) -> set[str] | None:
+        self.asked.append(f"keys of {path.name}")
+        return {"of-given"}
+
+    def declared_keys(self, path: Path, arch: str) -> Mapping[str, Key]:
+        return (
+            {"of-given": forms.Key("of-given", "1", (forms.Form("a number", str),), "how much of it")}
+            if path.suffix == ".j2"
+            else {}
+        )
+
+    def answers_of(self, plan: Plan) -> bytes | None:
+        return b"of-given: 2\n"
+
+    def measure(self, plan: Plan) -> None:
+        self.asked.append(f"measure for {plan.image}")
+
+    def explain(self, build: Build) -> None:
+        self.asked.append(f"explain {build.plan.image}")
+
+    def given(self, build: Build) -> model.Given:
+        return model.Given("own.xml", (b"a piece of what was given " * 9,), b"$6$saltsalt$abcdefghijkl", ("a mark",))
 
     def remote(self, plan: Plan) -> list[tuple[str, str, bool]]:
         self.asked.append("remote")
@@ -153,6 +180,69 @@ def test_source_is_chosen_by_its_setting(tmp_path: Path, monkeypatch: pytest.Mon
     assert checkpoint.inputs_of(plan, [InputUsed("given", "before", None)])["given"] == "before"
     with pytest.raises(ConfigurationError, match=r"^\[y\] lacks 'initrd'\."):
         found.image("y", {})
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Given, Plan]:
+    """Return a source and the plan of an image by it, as the user's configuration has it."""
+    source = Given()
+    monkeypatch.setitem(cast(dict[str, object], SOURCES), "given", source)
+    (tmp_path / "base.cfg").write_text("d-i a/question string b\n")
+    (tmp_path / "own.conf").write_text(
+        "[base]\nlinux = l\ninitrd = i\n"
+        f"preseed = {tmp_path}/base.cfg\n[x]\nbased_on = base\nsource = given\n"
+        f"yast = {tmp_path}/own.xml.j2\nof-given = 2\nmac = 52:54:00:00:00:01\nmount-via = loop\n[base2]\nram = 2G\n"
+    )
+    monkeypatch.setenv(files.FILE_VARIABLE, str(tmp_path / "own.conf"))
+    found = Configuration(os.environ)
+    return source, Plan("x", found.image("x", {}), datetime.date(2024, 2, 29), tmp_path, {}, found.variables("x", {}))
+
+
+def test_answer_file_is_that_of_the_source(
+    given: tuple[Given, Plan], tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """What the section is based on has one for the installer, of which this source knows nothing."""
+    source, plan = given
+    found = Configuration(os.environ)
+    assert found.answer_file("x") == tmp_path / "own.xml.j2"
+    assert found.answer_file("base") == tmp_path / "base.cfg"
+    assert unused.unused_keys(found, "x", ()) == []
+    assert source.asked == ["settings of x", "keys of own.xml.j2"]
+    listed = cli.keys_listing(found, "x", {})
+    assert f"# Keys of its answer file {tmp_path}/own.xml.j2:" in listed
+    assert "of-given = 2" in listed
+    cli._show_answers(plan)
+    assert capfdbinary.readouterr().out == b"of-given: 2\n"
+
+
+def test_keys_that_do_nothing_are_those_of_the_source(given: tuple[Given, Plan]) -> None:
+    _, plan = given
+    found = Configuration(os.environ)
+    assert unused.idle_keys(found, "x", plan.settings, []) == ["[x] mac does nothing without a cable."]
+    assert unused.idle_keys(found, "base", found.image("base", {}), ["installer-image-sha256"]) == [
+        "--installer-image-sha256 does nothing without installer-image."
+    ]
+    assert unused._unused_sections(found, "base") == [
+        "[base2]: nothing uses this section, as it has no installer or given. Did you mean [base]?"
+    ]
+
+
+def test_failures_and_secrets_are_those_of_the_source(given: tuple[Given, Plan], tmp_path: Path) -> None:
+    source, plan = given
+    build = Build(plan, tmp_path, "vm")
+
+    def fail(state: State) -> State:
+        raise NoSystemError("There is none.")
+
+    with pytest.raises(NoSystemError):
+        pipeline._explained(state_of(build), [Step("Looking", fail)])
+    assert source.asked == ["settings of x", "explain x"]
+    asked, secrets = audit.secrets_of(build)
+    assert asked.answer_name == "own.xml"
+    assert asked.hashes == {b"$6$saltsalt$abcdefghijkl"}
+    found = {needle.what: needle.data for needle in audit.needles(audit.CHECKS, secrets)}
+    assert found["a part of the answer file"] in b"a piece of what was given " * 9
+    assert found["a file of the seed disk"] == b"a mark"
 
 
 def test_checkpoint_is_of_one_source(tmp_path: Path) -> None:

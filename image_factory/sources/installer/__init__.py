@@ -14,17 +14,24 @@ from ...base.cleanup import released
 from ...base.errors import BuildError, ConfigurationError
 from ...base.log import logger, masked
 from ...configuration.parsers import Source
-from ...configuration.settings import ANSWER_FILE_KEYS, ImageSettings
+from ...configuration.settings import ANSWER_FILE_KEYS, Dependent, ImageSettings
 from ...downloads import fetch, verify
 from ...machines import arch, kvm, libvirt, turns
-from ...model import Build, Plan
+from ...model import Build, Given, Plan
 from ...parts import Group, State, Step, carry_out, doing
-from . import answercheck, answers, delivery, machinecheck, virt_install
+from . import answercheck, answers, delivery, forms, machinecheck, virt_install
 
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 
 # Each names something that an installer is made from.
 KEYS: tuple[str, ...] = ("linux", "initrd", "installer-image")
+ANSWER_FILES: tuple[str, ...] = ANSWER_FILE_KEYS
+DEPENDENT: Dependent = {
+    "linux-sha256": ("linux", lambda settings: not settings.installer_image),
+    "initrd-sha256": ("initrd", lambda settings: not settings.installer_image),
+    "installer-image-sha256": ("installer-image", lambda settings: bool(settings.installer_image)),
+    "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
+}
 
 
 def _named(keys: Sequence[str]) -> str:
@@ -51,6 +58,21 @@ def check_settings(name: str, settings: ImageSettings) -> None:
             f"[{name}] lacks {_named(missing)}. {what}",
             hint="Or name an ISO or an installation tree with 'installer_image'.",
         )
+
+
+def template_keys(path: Path) -> set[str] | None:
+    """Return the keys that the answer file *path*, and what it includes, asks for or declares; None for any key."""
+    return answers.keys_asked_for(path)
+
+
+def declared_keys(path: Path, arch: str) -> dict[str, forms.Key]:
+    """Return the keys that the answer file *path*, and what it includes, declares for *arch*, by name."""
+    return answers.declared_keys(path, arch)
+
+
+def answers_of(plan: Plan) -> bytes | None:
+    """Return the answer file as the installer gets it, None if there is none."""
+    return answers.content(plan) if plan.settings.answer_file else None
 
 
 def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str]:
@@ -197,6 +219,11 @@ def warn(plan: Plan) -> None:
     answercheck.warn(plan)
 
 
+def measure(plan: Plan) -> None:
+    """Warn of a libvirt that is slow where KVM does not work."""
+    machinecheck.warn_of_slow_libvirt(plan)
+
+
 def _check_tree(plan: Plan, tree: Source) -> None:
     """Raise ConfigurationError if *tree*, which virt-install reads itself, has to be what it can't be."""
     where = f"[{plan.image}] installer_image"
@@ -245,6 +272,16 @@ def steps(build: Build) -> Iterator[Step | Group]:
     argvs = virt_install.installing_argvs(build, _media(build), _virt_type(settings))
     install = Step("Installing", doing(installation.install), argvs)
     yield Group([*probes, Group([*delivery.seed_steps(build), install], _with_seed)], _in_turn)
+
+
+def explain(build: Build) -> None:
+    """Log the end of the console, where the installer says what has failed."""
+    virt_install.log_console(build)
+
+
+def given(build: Build) -> Given:
+    """Return what the installer of *build* got."""
+    return delivery.given(build)
 
 
 def _virt_type(settings: ImageSettings) -> str:

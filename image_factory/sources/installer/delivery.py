@@ -1,5 +1,6 @@
 """How installers get their answer files: in the initrd, or on a seed disk that they look for."""
 
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from ...base import command
 from ...base.errors import ConfigurationError, reason_of
 from ...base.log import logger
 from ...configuration.settings import ImageSettings
-from ...model import Build, Plan
+from ...model import Build, Given, Plan
 from ...parts import Step, doing
 from . import answers
 
@@ -57,6 +58,14 @@ DELIVERIES = {
         name="autoinst{suffix}",
         boot_files=("boot/{arch}/loader/linux", "boot/{arch}/loader/initrd"),
     ),
+}
+
+
+# What an installer writes to the system as it stands there, by the key of the answer file.  In the other
+# formats it's indented or on one line, so that it is another text.
+_SCRIPTS = {
+    "kickstart": re.compile(rb"^%(?:pre|post|pre-install|onerror|traceback|addon|include)\b.*?^%end\b", re.M | re.S),
+    "yast": re.compile(rb"<!\[CDATA\[.*?\]\]>|<file_contents>.*?</file_contents>", re.S),
 }
 
 
@@ -172,6 +181,24 @@ def further_contents(build: Build) -> list[bytes]:
         except OSError as error:
             logger.warning("answer-files: nothing of %s is looked for: %s.", file.path, reason_of(error))
     return found
+
+
+def given(build: Build) -> Given:
+    """Return what the installer got; the user's own files may be others by now."""
+    settings = build.plan.settings
+    delivery = chosen(settings)
+    if delivery is None:
+        return Given()
+    copy = copy_path(build)
+    data = copy.read_bytes() if copy.exists() else answers.content(build.plan)
+    script = _SCRIPTS.get(settings.answer_file_key or "")
+    return Given(
+        name_of(settings),
+        tuple(script.split(data)) if script else (data,),
+        # As scripts the further files may belong on the disk, so that no part of them is looked for.
+        b"\n".join([data, *further_contents(build)]),
+        tuple(text for _, text in delivery.others),
+    )
 
 
 def write_copy(build: Build) -> Path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import enum
 import errno
 import hashlib
 import itertools
@@ -22,14 +23,23 @@ from .sources import SOURCES
 
 FILE_NAME = "checkpoint.json"
 
-# In their order: each is written when what it says is done.
-STAGES = ("installed", "cleaned", "converted", "published")
-
 # random(4): another one each time the machine starts.
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 # The settings of sealing.
 _SEALING = ("seal", "seal_only", "seal_skip")
+
+
+class Reached(enum.StrEnum):
+    """How far a build has come for good, in this order: each is written down when what it says is done."""
+
+    INSTALLED = "installed"
+    CLEANED = "cleaned"
+    CONVERTED = "converted"
+    PUBLISHED = "published"
+
+
+_ORDER = tuple(Reached)
 
 
 @dataclass
@@ -50,24 +60,24 @@ class Checkpoint:
     virt_type: str
     used: list[tuple[str, str, str | None, list[int], str | None]]
     boot: str
-    stage: str = "installed"
+    stage: Reached = Reached.INSTALLED
     artifacts: list[Artifact] = field(default_factory=list)
     uploaded: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=lambda: [FILE_NAME, DISK_NAME, INVENTORY_NAME])
 
-    def is_at(self, stage: str) -> bool:
+    def is_at(self, stage: Reached) -> bool:
         """Return whether *stage* is done."""
-        return STAGES.index(self.stage) >= STAGES.index(stage)
+        return _ORDER.index(self.stage) >= _ORDER.index(stage)
 
-    def reach(self, stage: str, artifacts: list[Artifact] | None = None) -> None:
+    def reach(self, stage: Reached, artifacts: list[Artifact] | None = None) -> None:
         """Write down that *stage* is done, and what there is now."""
         self.stage = stage
         self.artifacts = artifacts or []
         self.kept = [FILE_NAME, DISK_NAME, INVENTORY_NAME]
-        if stage == "converted":
+        if stage is Reached.CONVERTED:
             self.kept += [path.name for artifact in self.artifacts for path in (artifact.path, *artifact.others)]
         written = self.try_to_write()
-        if stage == "published" and any(artifact.format == "raw" for artifact in self.artifacts):
+        if stage is Reached.PUBLISHED and any(artifact.format == "raw" for artifact in self.artifacts):
             # It is the published file now, which others may change.
             (self.directory / DISK_NAME).unlink(missing_ok=True)
             if not written:
@@ -151,13 +161,13 @@ def read(directory: Path) -> Checkpoint | None:
     try:
         texts: dict[str, Any] = json.loads(_read_own(directory / FILE_NAME))
         artifacts = [_artifact(entry) for entry in texts.pop("artifacts")]
-        found = Checkpoint(directory, artifacts=artifacts, **texts)
+        found = Checkpoint(directory, stage=Reached(texts.pop("stage")), artifacts=artifacts, **texts)
         datetime.date.fromisoformat(found.date)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     if not _is_sound(found):
         return None
-    return found if (directory / DISK_NAME).is_file() or found.is_at("converted") else None
+    return found if (directory / DISK_NAME).is_file() or found.is_at(Reached.CONVERTED) else None
 
 
 def _artifact(entry: dict[str, Any]) -> Artifact:
@@ -184,8 +194,7 @@ def _is_sound(found: Checkpoint) -> bool:
     return (
         all(isinstance(value, dict) for value in (found.inputs, found.outputs))
         and all(isinstance(value, list) for value in lists)
-        and are_texts(found.stage, found.virt_type, found.boot, *found.uploaded, *found.kept)
-        and found.stage in STAGES
+        and are_texts(found.virt_type, found.boot, *found.uploaded, *found.kept)
         and not any("/" in name for name in found.kept)
         and all(
             isinstance(entry, list) and len(entry) == 5 and are_texts(*entry[:2], entry[2] or "", entry[4] or "")
@@ -212,19 +221,19 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
             hint="Build it without --resume, or take the change back.",
         )
     sealing = [key.replace("_", "-") for key in _changed(found.outputs, outputs_of(plan)) if key in _SEALING]
-    if sealing and found.is_at("cleaned"):
+    if sealing and found.is_at(Reached.CLEANED):
         # What was taken from the disk is gone.
         raise ConfigurationError(
             f"[{plan.image}] {' and '.join(sealing)} changed since the disk was sealed.",
             hint="Build it without --resume, or take the change back.",
         )
     reason = None
-    if found.is_at("converted"):
+    if found.is_at(Reached.CONVERTED):
         reason = _why_others(found, plan)
         if reason:
             logger.info("%s: they are made anew.", reason)
-            found.stage, found.artifacts, found.uploaded = "cleaned", [], []
-    if not found.is_at("converted"):
+            found.stage, found.artifacts, found.uploaded = Reached.CLEANED, [], []
+    if not found.is_at(Reached.CONVERTED):
         why_not = _why_not_the_disk(found, directory)
         if why_not:
             raise ConfigurationError(

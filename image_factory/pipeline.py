@@ -14,7 +14,7 @@ from .base import command, events, interrupts
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, InstalledError, NoSystemError
 from .base.log import logger
 from .base.units import format_size
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Reached
 from .checks import audit, testboot
 from .configuration import unused
 from .configuration.files import Configuration
@@ -22,7 +22,7 @@ from .configuration.settings import check_image_name
 from .finishing import checksum, clean, manifest, seal, shrink, sign
 from .model import Artifact, Build, Disk, Plan
 from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
-from .sources import SOURCES
+from .sources import SOURCES, Source
 from .system import mounts
 
 
@@ -35,11 +35,15 @@ class Stage:
 
     name: str
     parts: tuple[Part, ...]
-    reached: str | None = None
+    reached: Reached | None = None
+
+
+def _source(plan: Plan) -> Source:
+    return SOURCES[plan.settings.source]
 
 
 def _installing(build: Build) -> Steps:
-    return SOURCES[build.plan.settings.source].steps(build)
+    return _source(build.plan).steps(build)
 
 
 def _cleaning(build: Build) -> Steps:
@@ -56,7 +60,7 @@ def _explained(state: State, steps: Sequence[Step | Group]) -> State:
     try:
         return carry_out(state, steps)
     except NoSystemError:
-        SOURCES[state.build.plan.settings.source].explain(state.build)
+        _source(state.build.plan).explain(state.build)
         raise
 
 
@@ -66,8 +70,15 @@ def _checksumming(build: Build) -> Steps:
 
 # The whole build, in its order.  All that has to know what a build does reads it here.
 STAGES = (
-    Stage("install", (Part(_installing, lambda plan: SOURCES[plan.settings.source].programs(plan)),), "installed"),
-    Stage("clean", (Part(_cleaning, mounts.programs, mounts.check), Part(shrink.steps, shrink.programs)), "cleaned"),
+    Stage("install", (Part(_installing, lambda plan: _source(plan).programs(plan)),), Reached.INSTALLED),
+    Stage(
+        "clean",
+        (
+            Part(_cleaning, mounts.programs, mounts.check),
+            Part(shrink.steps, shrink.programs),
+        ),
+        Reached.CLEANED,
+    ),
     Stage(
         "convert",
         (
@@ -77,10 +88,10 @@ STAGES = (
             Part(manifest.steps),
             Part(sign.steps, sign.programs, sign.check),
         ),
-        "converted",
+        Reached.CONVERTED,
     ),
     Stage("check", (Part(audit.steps, audit.programs), Part(testboot.steps, testboot.programs, testboot.check))),
-    Stage("publish", (Part(publish.steps),), "published"),
+    Stage("publish", (Part(publish.steps),), Reached.PUBLISHED),
     Stage("upload", (Part(publish.upload_steps, publish.programs),)),
     Stage("notify", (Part(publish.post_build_steps, publish.post_build_programs),)),
 )
@@ -121,7 +132,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
 
     Returns the plan with what is chosen on this machine.
     """
-    source = SOURCES[plan.settings.source]
+    source = _source(plan)
     source.check_machine(plan)
     if resume and not checkpoint.read(plan.work_path):
         # Before the working directory is opened, so that what is there stays.
@@ -152,9 +163,9 @@ def programs(plan: Plan) -> list[str]:
 
 def _check_files(plan: Plan, *, resume: bool) -> None:
     if not resume:
-        SOURCES[plan.settings.source].check(plan)
+        _source(plan).check(plan)
     _check_writable(f"[{plan.image}] output-dir", plan.output_dir)
-    if not resume and SOURCES[plan.settings.source].downloads(plan):
+    if not resume and _source(plan).downloads(plan):
         _check_writable(f"[{plan.image}] cache-dir", plan.cache_dir)
     if plan.log_path is not None and not os.access(plan.log_path.parent, os.W_OK) and plan.log_path.parent.exists():
         raise ConfigurationError(f"[{plan.image}] log-filename: {plan.log_path.parent} is not writable.")
@@ -217,7 +228,7 @@ def build_image(
             state, done = _installed(state, chosen)
         events.tell(events.Installed())
         try:
-            if done.is_at("published"):
+            if done.is_at(Reached.PUBLISHED):
                 publish.tell(done.artifacts)
                 manifest.tell_difference(done.artifacts)
             state = _carried_out(state, done, until)
@@ -249,8 +260,10 @@ class _Chosen:
 def _gone_on(state: State, done: Checkpoint) -> State:
     """Return *state* with what there is of an earlier build."""
     build = dataclasses.replace(state.build, virt_type=done.virt_type)
-    artifacts = tuple(done.artifacts) if done.is_at("converted") else ()
-    return dataclasses.replace(state, build=build, artifacts=artifacts, served=done, cleans=not done.is_at("cleaned"))
+    artifacts = tuple(done.artifacts) if done.is_at(Reached.CONVERTED) else ()
+    return dataclasses.replace(
+        state, build=build, artifacts=artifacts, served=done, cleans=not done.is_at(Reached.CLEANED)
+    )
 
 
 def steps_of(stage: Stage, build: Build) -> Steps:

@@ -101,7 +101,7 @@ class Scene:
             self.work, checkpoint.inputs_of(plan), checkpoint.outputs_of(plan), TODAY, "qemu", [],
             Path("/proc/sys/kernel/random/boot_id").read_text(),
         )  # fmt: skip
-        found.reach(stage, artifacts)
+        found.reach(checkpoint.Reached(stage), artifacts)
         for path in (self.work, *self.work.iterdir()):
             shutil.chown(path, self.user.name)
 

@@ -148,7 +148,7 @@ def installed(directory: Path, contents: Contents) -> Build:
     fill(directory / "top", contents)
     make_artifacts(build, directory / "top")
     done = checkpoint.begin(build, checkpoint.InputsUsed())
-    done.reach("cleaned")
+    done.reach(checkpoint.Reached.CLEANED)
     return build
 
 

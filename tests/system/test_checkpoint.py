@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from image_factory import checkpoint, pipeline, workspace
 from image_factory.base import events, files
 from image_factory.base.errors import ConfigurationError
-from image_factory.checkpoint import Checkpoint
+from image_factory.checkpoint import Checkpoint, Reached
 from image_factory.configuration.files import Configuration
 from image_factory.model import READ_ONLY_NAME, Artifact, Build, Disk, Plan
 from image_factory.outputs import raw
@@ -70,7 +70,7 @@ def test_what_is_to_be_read_only_again_is_known_to_who_goes_on(tmp_path: Path) -
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     build = build_in(tmp_path)
     done = begin(build)
-    done.reach("cleaned")
+    done.reach(Reached.CLEANED)
     done.serve(["there"])
     assert checkpoint.read(build.directory) == checkpoint.resumed(build.plan, build.directory)
     found = checkpoint.resumed(build.plan, build.directory)
@@ -134,13 +134,13 @@ def test_file_that_can_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureF
     done = begin(build)
     before = sorted(build.directory.iterdir())
     with no_room():
-        done.reach("cleaned")
+        done.reach(Reached.CLEANED)
         assert "--resume will not know how far the build has come: File too large" in caplog.messages[-1]
         assert sorted(build.directory.iterdir()) == before
         assert checkpoint.read(build.directory) is not None
         with pytest.raises(OSError, match="File too large"):
             done.write()
-        done.reach("published", [Artifact(tmp_path / "x.raw", "raw", 1, True)])
+        done.reach(Reached.PUBLISHED, [Artifact(tmp_path / "x.raw", "raw", 1, True)])
     assert checkpoint.read(build.directory) is None
 
 
@@ -152,7 +152,7 @@ def publish(build: Build, path: Path) -> None:
     companion = path.with_name("x.qcow2.manifest.json")
     companion.write_text("{}")
     companions = ((companion.name, files.digest_of(companion)),)
-    begin(build).reach("published", [Artifact(path, "qcow2", 1, True, digest, companions)])
+    begin(build).reach(Reached.PUBLISHED, [Artifact(path, "qcow2", 1, True, digest, companions)])
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -169,8 +169,8 @@ def test_raw_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool)
     artifact = raw.write(build, Disk(build.disk_path))
     assert artifact.path.read_text() == "disk"
     assert artifact.path.samefile(build.disk_path) == links
-    done.reach("converted", [dataclasses.replace(artifact, sha256="0" * 64)])
-    done.reach("published", [dataclasses.replace(artifact, sha256="0" * 64)])
+    done.reach(Reached.CONVERTED, [dataclasses.replace(artifact, sha256="0" * 64)])
+    done.reach(Reached.PUBLISHED, [dataclasses.replace(artifact, sha256="0" * 64)])
     assert not build.disk_path.exists()
     assert checkpoint.read(build.directory) is not None
 
@@ -197,7 +197,7 @@ def test_sealing_has_changed(tmp_path: Path, change: str) -> None:
     done = begin(build)
     changed = make_plan(tmp_path, change)
     assert checkpoint.resumed(changed, build.directory).stage == "installed"
-    for stage in ("cleaned", "converted", "published"):
+    for stage in (Reached.CLEANED, Reached.CONVERTED, Reached.PUBLISHED):
         done.reach(stage)
         with pytest.raises(ConfigurationError) as caught:
             checkpoint.resumed(changed, build.directory)
@@ -221,7 +221,7 @@ def test_what_is_kept_for_a_manifest(tmp_path: Path) -> None:
     done = begin(build)
     assert "inventory.json" in done.kept
     artifact = Artifact(build.directory / "x.raw", "raw", 1, True, "0" * 64, (("x.raw.cdx.json", "1" * 64),))
-    done.reach("converted", [artifact])
+    done.reach(Reached.CONVERTED, [artifact])
     assert done.kept[2:] == ["inventory.json", "x.raw", "x.raw.sha256sum", "x.raw.cdx.json"]
     found = checkpoint.read(build.directory)
     assert found is not None
@@ -308,7 +308,7 @@ def test_machine_that_was_started_anew(tmp_path: Path, monkeypatch: pytest.Monke
 def test_disk_that_is_the_published_image(tmp_path: Path) -> None:
     """A build was killed between the publishing and the note of it; someone may have booted the image."""
     build = build_in(tmp_path)
-    begin(build).reach("cleaned")
+    begin(build).reach(Reached.CLEANED)
     os.link(build.disk_path, build.directory / "x.raw")
     checkpoint.resumed(build.plan, build.directory)
     (build.directory / "x.raw").rename(tmp_path / "x.raw")

@@ -78,7 +78,7 @@ class Checkpoint:
             self.kept += [path.name for artifact in self.artifacts for path in (artifact.path, *artifact.others)]
         written = self.try_to_write()
         if stage is Reached.PUBLISHED and any(artifact.format == "raw" for artifact in self.artifacts):
-            # It is the published file now, which others may change.
+            # The disk is the published file now, which others may change.
             (self.directory / DISK_NAME).unlink(missing_ok=True)
             if not written:
                 self.forget()
@@ -185,7 +185,7 @@ def _read_own(path: Path) -> str:
 
 
 def _is_sound(found: Checkpoint) -> bool:
-    """Whether each value is of its kind: someone may have edited the file."""
+    """Return whether each value is of its kind: someone may have edited the file."""
 
     def are_texts(*values: object) -> bool:
         return all(isinstance(value, str) for value in values)
@@ -222,7 +222,7 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
         )
     sealing = [key.replace("_", "-") for key in _changed(found.outputs, outputs_of(plan)) if key in _SEALING]
     if sealing and found.is_at(Reached.CLEANED):
-        # What was taken from the disk is gone.
+        # Sealing can't put back what it has taken from the disk.
         raise ConfigurationError(
             f"[{plan.image}] {' and '.join(sealing)} changed since the disk was sealed.",
             hint="Build it without --resume, or take the change back.",

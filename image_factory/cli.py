@@ -439,7 +439,7 @@ def _run_several(arguments: argparse.Namespace, images: Sequence[str]) -> None:
         _build_several(arguments, images)
         return
     if arguments.check:
-        # Once for each source, as it takes a while: the machine is the same.
+        # One image for each source will do, as the machine is the same and measuring takes a while.
         for plan in {plan.settings.source: plan for plan in reversed(plans)}.values():
             with log.noting_warnings(warnings[plan.image]):
                 SOURCES[plan.settings.source].measure(plan)

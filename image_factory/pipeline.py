@@ -96,7 +96,7 @@ STAGES = (
     Stage("notify", (Part(publish.post_build_steps, publish.post_build_programs),)),
 )
 
-# What --until can name: after the last one nothing is left to do.
+# --until names one of these: after the last stage nothing is left to do.
 UNTIL = tuple(stage.name for stage in STAGES[:-1])
 
 
@@ -135,7 +135,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     source = _source(plan)
     source.check_machine(plan)
     if resume and not checkpoint.read(plan.work_path):
-        # Before the working directory is opened, so that what is there stays.
+        # This comes before the working directory is opened, so that what is there stays.
         raise checkpoint.nothing_to_resume(plan)
     _check_files(plan, resume=resume)
     plan = mounts.chosen(plan)
@@ -149,7 +149,7 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     # libvirt leaves files of its own where it is asked.
     source.check_here(plan)
     if not resume:
-        # Last, so that an error stands alone.
+        # Warnings come last, so that an error stands alone.
         source.warn(plan)
     return plan
 

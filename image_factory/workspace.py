@@ -221,7 +221,7 @@ def _unused(directory: Path) -> Iterator[bool]:
         yield True
         return
     except OSError:
-        # It's someone else's.
+        # The directory is someone else's.
         yield False
         return
     if descriptor is None:

@@ -41,7 +41,7 @@ _SHORTEST_PASSWORD = 8
 
 @dataclass(frozen=True)
 class Secrets:
-    """What of a build nobody is to find on its image: *answers* are pieces of the answer file.
+    """The secrets of a build, of which its image is to have none: *answers* are pieces of the answer file.
 
     *credentials* are users and passwords of proxies and mirrors, the user empty where there is none.
     *seed* are the texts of the seed disk's other files.

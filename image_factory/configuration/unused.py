@@ -98,7 +98,7 @@ def _unused_defaults(configuration: Configuration) -> list[str]:
     unused = [key for key in _unused(configuration, section, used) if not COMMAND_KEY.fullmatch(key)]
     if not unused:
         return []
-    # Any image's template may ask for it.
+    # Templates of all images may ask for a key of [DEFAULT].
     for answers in dict.fromkeys(_answers(configuration, name) for name in configuration.images()):
         keys = _asked_for(answers)
         if keys is None:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from ..base.log import printable
 
-# Where a terminal would go on in another place: ends of lines, and CSI sequences that move the
-# cursor up, down or to a position (ECMA-48).  Full-screen programs have no other ends of lines.
+# Ends of lines, and CSI sequences that move the cursor up, down or to a position (ECMA-48): a terminal
+# goes on in another place there.  Full-screen programs have no other ends of lines.
 _BREAK = re.compile(r"[\r\n\f\v]|\x1b\[[0-9;]*[ABEFHdf]")
 _UNFINISHED_ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]{0,30})?\Z")
-# What moves the cursor to the right is a blank.
+# Sequences that move the cursor to the right stand for a blank.
 _RIGHT = re.compile(r"\x1b\[[0-9]*C")
 
 _LONGEST_LINE = 4096
 
-# What a progress bar writes over.  It begins only where a line does, else a long one takes time with its square.
+# Text that a progress bar writes over.  The match begins only where a line does; otherwise a long line would take
+# time with the square of its length.
 _OVERWRITTEN = re.compile(rb"(?<![^\r\n\x1b])[^\r\n\x1b]*+\r(?=[^\r\n\x1b])")
 
 

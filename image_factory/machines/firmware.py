@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-# Where libvirt finds the firmware that QEMU can have (firmware.json of QEMU's interop documents).
+# libvirt finds the descriptions of QEMU's firmware there (firmware.json of QEMU's interop documents).
 _DIRECTORIES = (Path("/etc/qemu/firmware"), Path("/usr/share/qemu/firmware"))
 
 
@@ -24,7 +24,7 @@ def uefi_firmware(architecture: str) -> list[Firmware]:
     found = []
     paths = {path.name: path for directory in reversed(_DIRECTORIES) for path in directory.glob("*.json")}
     for _, path in sorted(paths.items()):
-        # What is no such description, libvirt can't use either.
+        # libvirt skips a file that is no such description, too.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             told = json.loads(path.read_bytes())
             if "uefi" in told["interface-types"] and any(

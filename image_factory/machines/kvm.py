@@ -1,4 +1,4 @@
-"""Whether virtual machines can use KVM here."""
+"""The probe that tells whether virtual machines can use KVM on this machine."""
 
 import contextlib
 import stat

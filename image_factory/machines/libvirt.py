@@ -51,7 +51,7 @@ def how_to_start() -> str:
 
 
 def qemu_may(path: Path, mode: int) -> bool:
-    """Whether the QEMU of the system's libvirt has *mode*, bits as those of S_IRWXO, at *path*; OSError from stat."""
+    """Return whether the QEMU of the system's libvirt has *mode*, bits of S_IRWXO, at *path*; OSError from stat."""
     if _QEMU_USER_CHANGED.search(_text_of(_QEMU_CONFIGURATION)):
         return True
     try:
@@ -107,7 +107,7 @@ def _kill_qemu(name: str) -> bool:
     """Kill the QEMU of the machine *name*, and wait for its end; return whether there was one."""
     killed = False
     for process in Path("/proc").glob("[0-9]*"):
-        # Those of others can't be reached, and others end meanwhile.
+        # Processes of other users can't be reached, and some end meanwhile.
         with contextlib.suppress(OSError):
             descriptor = os.pidfd_open(int(process.name))
             try:
@@ -156,7 +156,7 @@ def _remove_vm(name: str) -> None:
         return command.run(_names_argv(*states, what=what), capture=True, timeout=VIRSH_SECONDS).split()
 
     if name in names():
-        # It may power off by itself at this moment.
+        # The machine may power off by itself at this moment.
         with contextlib.suppress(CommandError):
             command.run(virsh("destroy", name), timeout=VIRSH_SECONDS)
     if name in names("--all"):
@@ -175,7 +175,7 @@ def machines(prefix: str) -> Iterator[tuple[str, Path]]:
         try:
             xml = command.run(virsh("dumpxml", name), capture=True, timeout=VIRSH_SECONDS)
         except CommandError:
-            # It has gone meanwhile.
+            # The machine has gone meanwhile.
             continue
         for source in ElementTree.fromstring(xml).iterfind("devices/disk[@device='disk']/source[@file]"):
             yield name, Path(source.attrib["file"]).parent

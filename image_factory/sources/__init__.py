@@ -1,4 +1,4 @@
-"""What a disk is made from: each source is a module with the functions of ``Source``."""
+"""The ways to make a disk: each source is a module with the functions of ``Source``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from . import installer
 
 
 class Key(Protocol):
-    """A key that a template declares: its *default*, what is *accepted* and what it is, for people."""
+    """A key that a template declares."""
 
     @property
     def name(self) -> str:
@@ -20,15 +20,15 @@ class Key(Protocol):
 
     @property
     def default(self) -> str:
-        """What stands for it where the section has none."""
+        """The value where the section has none."""
 
     @property
     def accepted(self) -> str:
-        """What it may be."""
+        """The values that it may have, for people."""
 
     @property
     def help(self) -> str:
-        """What it is."""
+        """The meaning of the key, for people."""
 
 
 class Source(Protocol):

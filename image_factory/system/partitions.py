@@ -14,14 +14,14 @@ from ..base import command
 from ..base.errors import BuildError, CommandError, CrashError, NoSystemError
 from ..model import Partition, Volume
 
-# As blkid names the filesystems that can hold a root.
+# Names of blkid for the filesystems that can hold a root.
 ROOT_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs")
-# Those that are mounted.
+# Filesystems that are mounted.
 MOUNTED_FILESYSTEMS = (*ROOT_FILESYSTEMS, "vfat")
 SWAP = "swap"
 LVM = "LVM2_member"
 
-# What filesystems may be in, and are not reached then.
+# Filesystems in these are not reached.
 CONTAINERS = {
     "crypto_LUKS": "encrypted",
     "BitLocker": "encrypted",
@@ -31,7 +31,7 @@ CONTAINERS = {
     "bcache": "a part of bcache",
 }
 
-# Those that can hold a root, and that nothing here knows.
+# Filesystems that can hold a root, and that nothing here knows.
 _UNSUPPORTED_ROOTS = ("bcachefs", "erofs", "f2fs", "jfs", "nilfs2", "reiserfs", "squashfs", "ubifs", "zfs_member")
 
 # A root filesystem has one of these.
@@ -39,7 +39,7 @@ ROOT_MARKS = ("etc/fstab", "etc/os-release", "usr/lib/os-release")
 
 SUPPORTED_ROOT = "Have the answer file put the root filesystem on ext4, xfs or btrfs."
 
-# Of blkid: nothing that it knows, or several things at once.
+# blkid exits with these where it knows nothing of what is there, or finds several things at once.
 _NOTHING_FOR_SURE = (2, 8)
 
 _SECONDS = 60.0
@@ -111,7 +111,7 @@ def _names(image: Path) -> dict[int, tuple[str | None, str | None, str | None]]:
         found = {}
         for entry in table.get("partitions", []):
             number = int(entry["node"].removeprefix(str(image)).lstrip("p"))
-            # As the kernel has it for a table whose partitions have none.
+            # The kernel makes such a UUID where a table's partitions have none.
             uuid = entry.get("uuid") or f"{table['id'].removeprefix('0x')}-{number:02x}"
             found[number] = uuid, entry.get("name"), entry.get("type")
         return found

@@ -23,7 +23,7 @@ from . import answercheck, answers, delivery, forms, machinecheck, virt_install
 
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 
-# Each names something that an installer is made from.
+# These settings name what an installer is made from.
 KEYS: tuple[str, ...] = ("linux", "initrd", "installer-image")
 ANSWER_FILES: tuple[str, ...] = ANSWER_FILE_KEYS
 DEPENDENT: Dependent = {
@@ -139,7 +139,7 @@ def _sources(settings: ImageSettings) -> dict[str, Source]:
 
 
 def downloads(plan: Plan) -> bool:
-    """Whether a build of *plan* brings files into the cache."""
+    """Return whether a build of *plan* brings files into the cache."""
     settings = plan.settings
     if settings.offline or (settings.installer_image and is_tree(settings.installer_image)):
         return False
@@ -173,7 +173,7 @@ def urls_of_guest(plan: Plan) -> dict[str, str]:
 
 
 def is_tree(source: Source) -> bool:
-    """Whether *source* is an installation tree, which virt-install reads itself, and no ISO file."""
+    """Return whether *source* is an installation tree, which virt-install reads itself, and no ISO file."""
     if source.path is not None:
         return source.path.is_dir()
     return not source.name.lower().endswith(".iso")
@@ -292,7 +292,7 @@ def _virt_type(settings: ImageSettings) -> str:
 
 
 class _Installation:
-    """What the steps of an installation tell each other: what is booted, and the installer's kernel."""
+    """State that the steps of an installation share: the media that are booted, and the installer's kernel."""
 
     def __init__(self) -> None:
         self._media: virt_install.Media | None = None
@@ -344,7 +344,7 @@ def _fetches(build: Build) -> list[list[str]]:
         if source.path is not None or (key == "installer_image" and is_tree(source)):
             continue
         target = plan.cache_dir / source.name
-        # What httplib2 does is no command: a comment among them.
+        # httplib2 runs no command, so a comment stands for what it does.
         for uri in () if settings.offline else source.uris:
             by_rsync = uri.lower().startswith("rsync:")
             fetches.append(fetch.rsync_argv(uri, target) if by_rsync else ["#", "GET", uri, "->", str(target)])
@@ -354,7 +354,7 @@ def _fetches(build: Build) -> list[list[str]]:
         fetches.append(["#", verb, str(settings.answer_file), "->", str(copy)])
         fetches += [["#", "copy", str(file.path), "->", str(copy.parent / file.name)] for file in settings.answer_files]
     if settings.installer_image and not is_tree(settings.installer_image) and settings.virt_type == "auto":
-        # Until one of them is there.
+        # The build tries one after the other until it finds a kernel.
         fetches += [extract_argv(build, _own_iso(build), kernel) for kernel in _kernels(build)]
     return fetches
 
@@ -375,7 +375,7 @@ def _location(build: Build) -> tuple[str, str]:
 
 
 def _own_iso(build: Build) -> Path:
-    # In a directory without a storage pool virt-install would make one that stays.
+    # virt-install would make a storage pool in a directory without one, and leave it there.
     return build.directory / "installer.iso"
 
 

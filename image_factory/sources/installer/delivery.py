@@ -61,8 +61,8 @@ DELIVERIES = {
 }
 
 
-# What an installer writes to the system as it stands there, by the key of the answer file.  In the other
-# formats it's indented or on one line, so that it is another text.
+# Scripts that an installer writes to the system as they stand there, by the key of the answer file.  The other
+# formats have them indented or on one line, so that they are another text there.
 _SCRIPTS = {
     "kickstart": re.compile(rb"^%(?:pre|post|pre-install|onerror|traceback|addon|include)\b.*?^%end\b", re.M | re.S),
     "yast": re.compile(rb"<!\[CDATA\[.*?\]\]>|<file_contents>.*?</file_contents>", re.S),
@@ -195,7 +195,7 @@ def given(build: Build) -> Given:
     return Given(
         name_of(settings),
         tuple(script.split(data)) if script else (data,),
-        # As scripts the further files may belong on the disk, so that no part of them is looked for.
+        # Further files may be scripts that belong on the disk, so no part of them is among the pieces.
         b"\n".join([data, *further_contents(build)]),
         tuple(text for _, text in delivery.others),
     )

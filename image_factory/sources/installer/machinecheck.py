@@ -1,4 +1,4 @@
-"""What is checked of the installation's machine before there is one: whether it can be had here."""
+"""Checks before there is a machine for the installation: whether it can be had here."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ from ...model import Plan
 
 # virt-install 4.1 escapes them twice in the console's path.
 _NOT_IN_PATHS = frozenset("&<>'\"")
-# In less time libvirt starts no QEMU.
+# libvirt starts no QEMU in less time.
 _SLOW_QUERY_SECONDS = 1.0
 
 
@@ -28,7 +28,7 @@ def check_output_dir(plan: Plan) -> None:
     QEMU of the system's libvirt runs as a user of its own, libvirt-qemu on Debian, unless qemu.conf
     says otherwise.
     """
-    # Of control characters and bytes that are no UTF-8, no XML can tell libvirt, and the helper takes none.
+    # XML can't tell libvirt of control characters and of bytes that are no UTF-8, and the helper takes none.
     if set(str(plan.output_dir)) & _NOT_IN_PATHS or not str(plan.output_dir).isprintable():
         raise ConfigurationError(
             f"[{plan.image}] output-dir: virt-install can't use {plan.output_dir}.",

@@ -21,10 +21,10 @@ from . import delivery
 from .installers import POWER_OFF
 from .watch import Limits, Watcher
 
-# Without secure boot, UEFI starts what nobody has signed: an installer's kernel, without a boot loader.
+# An installer's kernel without a boot loader is not signed, so UEFI starts it without secure boot only.
 _UEFI = ("firmware=efi", "firmware.feature0.name=secure-boot", "firmware.feature0.enabled=no")
 
-# What libvirt's client says when the daemon goes away under it.
+# libvirt's client says this when the daemon goes away under it.
 _CONNECTION_LOST = re.compile(
     r"Cannot (?:write|read|recv) data|End of file while reading data|client socket is closed|[Ff]ailed to connect"
 )
@@ -33,9 +33,9 @@ _CONNECTION_LOST = re.compile(
 # ``error_policy=report``: when the host's disk is full the guest gets an error; by default QEMU would
 # stop it and wait for ever.
 _DISK_OPTIONS = ("bus=virtio", "format=raw", "cache=unsafe", "discard=unmap", "error_policy=report")
-# For so long a display that is picked may turn out to be taken.
+# A display that libvirt has picked may turn out to be taken; another one is picked for so long.
 _DISPLAY_SECONDS = 60.0
-# Of a machine that is off, libvirt loses the reason where the guest was faster than its start, or a libvirtd ended.
+# libvirt loses the reason why a machine is off where the guest was faster than its start, or a libvirtd ended.
 _REASON_LOST = ("unknown", "crashed", "daemon", "failed")
 # A kernel's last words; ``--noreboot`` makes a restart the end too.  Those before 3.11 don't say "reboot:".
 _POWERED_OFF = re.compile(r"^(?:\[ *[0-9]+\.[0-9]+\] )?(?:reboot: )?(?:Power down|Restarting system)\b")
@@ -60,7 +60,7 @@ def option(*parts: str) -> str:
 
 
 def _picks_display(settings: ImageSettings) -> bool:
-    """Whether libvirt picks the display of the screen; each user's picks without knowing what another's has picked."""
+    """Return whether libvirt picks the display of the screen; each user's picks, not knowing another's choice."""
     return settings.vnc is not None and settings.vnc[1] is None
 
 
@@ -74,7 +74,7 @@ def _graphics(settings: ImageSettings) -> str:
 
 @dataclass(frozen=True)
 class Media:
-    """What virt-install boots the installer from: *arguments* while the build is under way, *kept* also later."""
+    """Arguments for what virt-install boots: *arguments* while the build is under way, *kept* also later."""
 
     arguments: tuple[str, ...]
     kept: tuple[str, ...]
@@ -122,7 +122,7 @@ def _answer_file_arguments(build: Build, *, by_hand: bool) -> list[str]:
         return []
     seed = delivery.seed_path(build)
     if seed:
-        # Without a bus: virt-install takes one that the machine has, and makes it read-only.
+        # virt-install takes a bus that the machine has, where none is named, and makes the disk read-only.
         return ["--disk", option(f"path={seed}", "device=cdrom", "format=raw")]
     # A person has no copy, and needs none but of what a template becomes.
     own = by_hand and not delivery.is_made(settings)
@@ -233,7 +233,7 @@ def install(build: Build, media: Media) -> None:
 
     deadline = time.monotonic() + _DISPLAY_SECONDS
     with released(remove), _explained(build, media, virt_type):
-        # Before there is a machine: it says what a killed build has left.
+        # The record stands before there is a machine: it says what a killed build has left.
         build.vm_record.write_text(build.vm_name + "\n", encoding="utf-8")
         argv = virt_install_argv(build, media.arguments, virt_type)
         while True:
@@ -242,7 +242,7 @@ def install(build: Build, media: Media) -> None:
             if watcher:
                 break
             logger.info("Another machine has just taken the display; another one is picked.")
-            # With its pool.
+            # The machine goes with its pool, which the next one makes anew.
             libvirt.remove_vm(build.vm_name)
         _check_end(build, watcher)
 
@@ -308,7 +308,7 @@ def _run_virt_install(build: Build, argv: list[str], virt_type: str, deadline: f
             argv,
             stop_signal=signal.SIGINT,
             stop_seconds=_VIRT_INSTALL_STOP_SECONDS,
-            # It puts the answer file into an initrd.
+            # virt-install writes an initrd with the answer file, which nobody else is to read.
             umask=0o077,
             watch=watcher.look,
         )

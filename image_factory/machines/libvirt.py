@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from ..base import command
 from ..base.errors import BuildError, CommandError, ConfigurationError
-from ..base.log import waiting
+from ..base.log import logger, waiting
 
 QEMU_USER = "libvirt-qemu"
 _QEMU_CONFIGURATION = Path("/etc/libvirt/qemu.conf")
@@ -168,8 +168,16 @@ def _remove_vm(name: str) -> None:
 
 
 def machines(prefix: str) -> Iterator[tuple[str, Path]]:
-    """Give the machines of this user whose names begin with *prefix*: name, and directory of each disk."""
-    for name in command.run(_names_argv("--all"), capture=True, timeout=VIRSH_SECONDS).split():
+    """Give the machines of this user whose names begin with *prefix*: name, and directory of each disk.
+
+    Warns where libvirt can't be asked: builds without an installation have none, and need no libvirt.
+    """
+    try:
+        names = command.run(_names_argv("--all"), capture=True, timeout=VIRSH_SECONDS).split()
+    except BuildError as error:
+        logger.warning("Whether a killed build has left a virtual machine is not known: %s.", error.said.rstrip("."))
+        return
+    for name in names:
         if not name.startswith(prefix):
             continue
         try:

@@ -80,3 +80,9 @@ def format_duration(seconds: float) -> str:
     if minutes < 120:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
+
+
+def parse_percentage(text: str) -> float | None:
+    """Return the fraction in a line of ``qemu-img -p``, None if it is another line."""
+    match = re.fullmatch(r"\s*\(([0-9]{1,3}\.[0-9]{2})/100%\)\s*", text)
+    return float(match[1]) / 100 if match else None

@@ -1,9 +1,9 @@
 """QEMU's own format, compressed."""
 
-import re
 from pathlib import Path
 
 from ..base import command
+from ..base.units import parse_percentage
 from ..model import Artifact, Build, Disk, Origin
 
 MADE_FROM: Origin = "disk"
@@ -28,12 +28,6 @@ def convert_argv(build: Build, target: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def parse_progress(text: str) -> float | None:
-    """Return the fraction in a line of ``qemu-img -p``, None if it is another line."""
-    match = re.fullmatch(r"\s*\(([0-9]{1,3}\.[0-9]{2})/100%\)\s*", text)
-    return float(match[1]) / 100 if match else None
-
-
 def commands(build: Build) -> list[list[str]]:
     """Return the commands it will run."""
     return [convert_argv(build, build.directory / build.plan.file_name("qcow2"))]
@@ -42,5 +36,5 @@ def commands(build: Build) -> list[list[str]]:
 def write(build: Build, disk: Disk) -> Artifact:
     """Convert the disk."""
     path = build.directory / build.plan.file_name("qcow2")
-    command.run(convert_argv(build, path), progress=parse_progress)
+    command.run(convert_argv(build, path), progress=parse_percentage)
     return Artifact(path, "qcow2", disk.path.stat().st_size)

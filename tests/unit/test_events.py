@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from image_factory.base import command, events, files
+from image_factory.base import command, events, files, units
 from image_factory.base.errors import BuildError
 from image_factory.configuration.parsers import parse_source
 from image_factory.downloads import fetch
-from image_factory.outputs import qcow2
 
 from .test_estimates import Clock
 
@@ -75,7 +74,7 @@ def test_states_of_a_progress_bar(told: Everything, often: None, caplog: pytest.
         printf '    (50.00/100%%)\r    (75.00/100%%)\r'; sleep 0.1
         printf '    (100.00/100%%)\nafter\n'
     """
-    command.run(["sh", "-c", script], progress=qcow2.parse_progress)
+    command.run(["sh", "-c", script], progress=units.parse_percentage)
     assert told.fractions == [0.0, 0.125, 0.75, 1.0]
     assert caplog.messages[1:] == ["sh: before", "sh: after"]
 
@@ -112,14 +111,14 @@ def test_time_limit_holds_beside(told: Everything) -> None:
     ],
 )
 def test_line_of_qemu_img(text: str, fraction: float | None) -> None:
-    assert qcow2.parse_progress(text) == fraction
+    assert units.parse_percentage(text) == fraction
 
 
 def test_real_qemu_img(told: Everything, often: None, tmp_path: Path) -> None:
     disk, target = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
     disk.write_bytes(os.urandom(16 << 20))
     argv = ["qemu-img", "convert", "-p", "-f", "raw", "-O", "qcow2", str(disk), str(target)]
-    command.run(argv, progress=qcow2.parse_progress)
+    command.run(argv, progress=units.parse_percentage)
     assert told.fractions == sorted(told.fractions)
     assert told.fractions[-1] == 1.0
     assert len(told.fractions) > 2

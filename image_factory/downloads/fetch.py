@@ -40,10 +40,11 @@ _POLL_SECONDS = 1.0
 # Servers that break off large answers give parts, and what has come of a part is what is asked for once more.
 _PART_SIZE = 8 << 20
 _PIECE_SIZE = 64 << 10
-# Whatever a server promises or sends.  An ISO file fills the side of a Blu-ray disc at most.
+# Whatever a server promises or sends.  An ISO file fills the side of a Blu-ray disc at most, and
+# nobody publishes a disk image that is larger.
 LIST_SIZE = 16 << 20
 _FILE_SIZE = 2 << 30
-_ISO_SIZE = 64 << 30
+_DISK_SIZE = 64 << 30
 _LONGEST_REASON = 300
 _SAYS = "the server says "
 _ANOTHER_PART = "the server sent another part than was asked for"
@@ -55,6 +56,9 @@ _LOCK = ".lock"
 _MODE = 0o644
 _TEMPORARY = re.compile(r"\..+\.(?:[a-z0-9_]{8}|[A-Za-z0-9]{6})")
 
+_DISK_NAME = re.compile(
+    r"(?!initr).*\.(?:iso|img|raw|qcow2|vmdk|vhdx?|vdi|tar)(?:\.(?:xz|gz|bz2|zst))?|.*\.t[gx]z", re.DOTALL
+)
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 
 _Result = TypeVar("_Result")
@@ -486,7 +490,12 @@ def _too_large(uri: str, limit: int) -> BuildError:
 
 def _limit_of(target: Path) -> int:
     """Return how many bytes what is to be at *target* may have."""
-    return _ISO_SIZE if target.name.lower().endswith(".iso") else _FILE_SIZE
+    return _DISK_SIZE if _DISK_NAME.fullmatch(target.name.lower()) else _FILE_SIZE
+
+
+def command_of(uri: str, target: Path) -> list[str]:
+    """Return the command that brings the file at *uri* to *target*; what httplib2 does is none, but a comment."""
+    return rsync_argv(uri, target) if uri.lower().startswith("rsync:") else ["#", "GET", uri, "->", str(target)]
 
 
 def rsync_argv(uri: str, target: Path, limit: int | None = None) -> list[str]:
@@ -650,9 +659,9 @@ def probe(uri: str, how: Probe) -> None:
 
         def ask(send: _Send) -> None:
             with open(os.devnull, "wb") as nothing:
-                _Client(uri, _ISO_SIZE, nothing, send, secure=False).probe(how)
+                _Client(uri, _DISK_SIZE, nothing, send, secure=False).probe(how)
 
-        command.call_watched(ask, _Pace(uri, _ISO_SIZE, _PROBE_SECONDS).watch)
+        command.call_watched(ask, _Pace(uri, _DISK_SIZE, _PROBE_SECONDS).watch)
     except (_Transient, CrashError) as error:
         raise BuildError(f"Can't fetch {uri}: {error}.") from error
 

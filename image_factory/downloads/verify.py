@@ -209,6 +209,11 @@ class Verifier:
             self._texts[uri] = fetch.read(uri, secure=secure)
         return self._texts[uri]
 
+    @property
+    def has_own_keyring(self) -> bool:
+        """Whether the user has said whose signatures count."""
+        return self._settings.keyring is not None
+
     def keyring(self, layout: Layout) -> Path:
         """Return the file of the keys that sign what *layout* has."""
         if not all(shutil.which(name, path=command.search_path()) for name in openpgp.VERIFIERS):
@@ -352,7 +357,9 @@ def _layout_of(uri: str) -> tuple[Layout, re.Match[str]]:
         match = layout.pattern.fullmatch(uri)
         if match:
             return layout, match
-    raise _Unverifiable("its URI is of no known distribution", "Pin it with linux-sha256 and the like")
+    raise _Unverifiable(
+        "its URI is of no known distribution", "Pin it with linux-sha256, source-image-sha256 and the like"
+    )
 
 
 def programs(settings: ImageSettings, sources: Iterable[Source]) -> list[str]:
@@ -360,7 +367,7 @@ def programs(settings: ImageSettings, sources: Iterable[Source]) -> list[str]:
     if settings.verify != "required" or settings.offline:
         return []
     signed = any(
-        layout.find is not _find_treeinfo and layout.pattern.fullmatch(uri)
+        (layout.keyring or settings.keyring) and layout.find is not _find_treeinfo and layout.pattern.fullmatch(uri)
         for source in sources
         if source.path is None
         for uri in source.uris
@@ -443,10 +450,14 @@ def kernel_version(path: Path) -> str | None:
 
 
 def _parse_checksums(text: bytes) -> dict[str, str]:
-    """Return the checksum of each file in a list as sha256sum and sha512sum write them; ``*`` marks a binary file."""
-    line = r"^((?:[0-9A-Fa-f]{64}){1,2}) [ *](?:\./)?(\S.*?)\s*$"
-    found = re.findall(line, text.decode("utf-8", "replace"), re.MULTILINE)
-    return {path: digest.lower() for digest, path in found}
+    """Return the checksum of each file in a list as sha256sum and sha512sum write them, with --tag too.
+
+    ``*`` marks a binary file.
+    """
+    lines = text.decode("utf-8", "replace")
+    usual = re.findall(r"^((?:[0-9A-Fa-f]{64}){1,2}) [ *](?:\./)?(\S.*?)\s*$", lines, re.MULTILINE)
+    tagged = re.findall(r"^SHA(?:256|512) \((\S.*?)\) = ((?:[0-9A-Fa-f]{64}){1,2})\s*$", lines, re.MULTILINE)
+    return {path: digest.lower() for digest, path in [*usual, *((digest, path) for path, digest in tagged)]}
 
 
 def _name_in_own_list(path: str, text: bytes) -> str:
@@ -489,32 +500,66 @@ def _find_in_sums(
         text, key = check_signature(keyring, verifier.read(where), signed, where)
         path = match["path"] if name == sums else _name_in_own_list(match["path"], text)
         if not complete and path not in _parse_checksums(text):
-            raise _Unverifiable(f"{where} does not list {path}", "Pin it with linux-sha256 and the like")
+            raise _Unverifiable(
+                f"{where} does not list {path}", "Pin it with linux-sha256, source-image-sha256 and the like"
+            )
         return _listed(text, path, where, f"{name} signed by {key}")
 
     return find
 
 
-# Fedora and Enterprise Linux: no signatures, but one host of the distribution's own with all trees.
+# Where nobody signs: one host of the distribution's own, which has all that its mirrors have.
 
 CANONICAL = (
     (re.compile(r".*/(releases/[0-9]+/[^/]+/[^/]+/os/)"), "https://dl.fedoraproject.org/pub/fedora/linux/"),
     (re.compile(r".*/([0-9]+-stream/[^/]+/[^/]+/os/)"), "https://mirror.stream.centos.org/"),
     (re.compile(r".*/rocky(?:linux)?/([0-9.]+/[^/]+/[^/]+/os/)"), "https://download.rockylinux.org/pub/rocky/"),
     (re.compile(r".*/almalinux/([0-9.]+/[^/]+/[^/]+/os/)"), "https://repo.almalinux.org/almalinux/"),
+    # Disk images.
+    (re.compile(r".*/images/cloud/([^/]+/.+/)"), "https://cloud.debian.org/images/cloud/"),
+    (re.compile(r".*/(releases/[0-9]+/Cloud/[^/]+/images/)"), "https://dl.fedoraproject.org/pub/fedora/linux/"),
+    (re.compile(r".*/([0-9]+-stream/[^/]+/images/)"), "https://cloud.centos.org/centos/"),
+    (re.compile(r".*/rocky(?:linux)?/([0-9.]+/images/[^/]+/)"), "https://download.rockylinux.org/pub/rocky/"),
+    (re.compile(r".*/almalinux/([0-9.]+/cloud/[^/]+/images/)"), "https://repo.almalinux.org/almalinux/"),
 )
 
 
-def _find_treeinfo(verifier: Verifier, layout: Layout, match: re.Match[str]) -> Expected:
-    base = match["base"]
+def _secure(base: str) -> str:
+    """Return what *base* is on the distribution's own host, or itself if it is read by https."""
     for pattern, host in CANONICAL:
         if known := pattern.fullmatch(base):
-            base = host + known[1]
-            break
+            return host + known[1]
     if not base.lower().startswith("https:"):
         raise _Unverifiable(
-            "nobody signs its tree, and the distribution's own host is not known", "Name an https mirror, or pin it"
+            "nobody signs what is there, and the distribution's own host is not known",
+            "Name an https mirror, or pin it",
         )
+    return base
+
+
+def _find_in_list(sums: str, signature: str | None = None) -> Callable[[Verifier, Layout, re.Match[str]], Expected]:
+    """Return a way to find files in the list *sums* of the distribution's own host; ``{path}`` in it is the file.
+
+    With a ``keyring`` it is the mirror's, and its *signature* counts: the name of a file, or ``""`` for one that is
+    in the list itself.
+    """
+
+    def find(verifier: Verifier, layout: Layout, match: re.Match[str]) -> Expected:
+        name = sums.format(**match.groupdict())
+        if signature is not None and verifier.has_own_keyring:
+            where = match["base"] + name
+            signed = verifier.read(match["base"] + signature) if signature else None
+            text, key = check_signature(verifier.keyring(layout), verifier.read(where), signed, where)
+            return _listed(text, match["path"], where, f"{name} signed by {key}")
+        where = _secure(match["base"]) + name
+        text = verifier.read(where, secure=True)
+        return _listed(text, match["path"], where, f"{name} by https from {urllib.parse.urlsplit(where).hostname}")
+
+    return find
+
+
+def _find_treeinfo(verifier: Verifier, layout: Layout, match: re.Match[str]) -> Expected:
+    base = _secure(match["base"])
     where = f"{base}.treeinfo"
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
@@ -579,4 +624,39 @@ LAYOUTS = (
         _find_in_sums("CHECKSUMS", "CHECKSUMS.asc"),
     ),
     Layout("Fedora and Enterprise Linux", re.compile(r"(?P<base>.+/)(?P<path>images/pxeboot/[^/]+)"), _find_treeinfo),
+    Layout(
+        "Debian's cloud images",
+        re.compile(r"(?P<base>.+/)(?P<path>debian-[0-9]+-[a-z]+-[^/]+\.(?:qcow2|raw|tar\.xz))"),
+        _find_in_list("SHA512SUMS"),
+    ),
+    Layout(
+        "Ubuntu's cloud images",
+        re.compile(r"(?P<base>.+/)(?P<path>(?:ubuntu-[0-9.]+|[a-z]+)-[a-z]+-cloudimg-[^/]+)"),
+        _find_in_sums("SHA256SUMS", "SHA256SUMS.gpg"),
+        "ubuntu-cloudimage-keyring.gpg",
+        _UBUNTU[1],
+    ),
+    Layout(
+        "Fedora's cloud images",
+        re.compile(
+            r"(?P<base>.+/)"
+            r"(?P<path>Fedora-Cloud-[^/]+-(?P<version>[0-9]+-[0-9.]+)\.(?P<arch>[a-z0-9_]+)\.(?:qcow2|raw\.xz|vmdk|vhd[a-z]*))"
+        ),
+        _find_in_list("Fedora-Cloud-{version}-{arch}-CHECKSUM", ""),
+    ),
+    Layout(
+        "CentOS Stream's cloud images",
+        re.compile(r"(?P<base>.+/)(?P<path>CentOS-Stream-[^/]+\.qcow2)"),
+        _find_in_list("{path}.SHA256SUM"),
+    ),
+    Layout(
+        "Rocky Linux' cloud images",
+        re.compile(r"(?P<base>.+/)(?P<path>Rocky-[0-9]+-[^/]+\.qcow2)"),
+        _find_in_list("{path}.CHECKSUM"),
+    ),
+    Layout(
+        "AlmaLinux' cloud images",
+        re.compile(r"(?P<base>.+/)(?P<path>AlmaLinux-[0-9]+-[^/]+\.qcow2)"),
+        _find_in_list("CHECKSUM", "CHECKSUM.asc"),
+    ),
 )

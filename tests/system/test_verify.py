@@ -792,6 +792,11 @@ def test_opensuse_iso(mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Ke
 
 
 SUM_LISTS = {
+    "ubuntu cloud image": (
+        "releases/24.04/release/ubuntu-24.04-server-cloudimg-amd64.img",
+        "releases/24.04/release/SHA256SUMS",
+        ".gpg",
+    ),
     "ubuntu ISO": ("24.04/ubuntu-24.04.3-live-server-amd64.iso", "24.04/SHA256SUMS", ".gpg"),
     "ubuntu netboot": ("24.04/netboot/amd64/linux", "24.04/SHA256SUMS", ".gpg"),
     "debian ISO": ("13.1.0/amd64/iso-cd/debian-13.1.0-amd64-netinst.iso", "13.1.0/amd64/iso-cd/SHA256SUMS", ".sign"),
@@ -957,13 +962,101 @@ def test_certificate_that_is_not_trusted(
         ("http://m/centos-stream/10-stream/BaseOS/x86_64/os/", "https://mirror.stream.centos.org/"),
         ("http://m/rocky/9.6/BaseOS/x86_64/os/", "https://download.rockylinux.org/pub/rocky/"),
         ("http://m/almalinux/10/BaseOS/x86_64/os/", "https://repo.almalinux.org/almalinux/"),
+        ("http://m/images/cloud/trixie/daily/latest/", "https://cloud.debian.org/images/cloud/trixie/daily/"),
+        ("http://m/f/releases/44/Cloud/x86_64/images/", "https://dl.fedoraproject.org/pub/fedora/linux/releases/44/"),
+        ("http://m/centos/9-stream/aarch64/images/", "https://cloud.centos.org/centos/9-stream/"),
+        ("http://m/rocky/9/images/x86_64/", "https://download.rockylinux.org/pub/rocky/9/images/"),
+        ("http://m/almalinux/9/cloud/x86_64/images/", "https://repo.almalinux.org/almalinux/9/cloud/"),
     ],
 )
 def test_canonical_hosts(mirror: str, host: str) -> None:
     found = [canonical + match[1] for pattern, canonical in verify.CANONICAL if (match := pattern.fullmatch(mirror))]
     assert len(found) == 1
     assert found[0].startswith(host)
-    assert found[0].endswith("/os/")
+    assert found[0].endswith(mirror.rpartition("/")[0].rpartition("/")[2] + "/")
+
+
+# Path on a mirror, name of the list, whether that is written with --tag, and the signature of one that is signed:
+# "" is one in the list.
+CLOUD_IMAGES = [
+    ("images/cloud/trixie/latest/debian-13-genericcloud-amd64.qcow2", "SHA512SUMS", False, None),
+    ("images/cloud/bookworm/20260101-1234/debian-12-generic-arm64.tar.xz", "SHA512SUMS", False, None),
+    (
+        "fedora/linux/releases/44/Cloud/x86_64/images/Fedora-Cloud-Base-Generic-44-1.7.x86_64.qcow2",
+        "Fedora-Cloud-44-1.7-x86_64-CHECKSUM", True, "",
+    ),
+    (
+        "centos/10-stream/x86_64/images/CentOS-Stream-GenericCloud-10-latest.x86_64.qcow2",
+        "CentOS-Stream-GenericCloud-10-latest.x86_64.qcow2.SHA256SUM", True, None,
+    ),
+    (
+        "rocky/9/images/x86_64/Rocky-9-GenericCloud-Base.latest.x86_64.qcow2",
+        "Rocky-9-GenericCloud-Base.latest.x86_64.qcow2.CHECKSUM", True, None,
+    ),
+    (
+        "almalinux/10/cloud/x86_64/images/AlmaLinux-10-GenericCloud-latest.x86_64.qcow2",
+        "CHECKSUM", False, "CHECKSUM.asc",
+    ),
+]  # fmt: skip
+
+
+def listed(path: str, name: str, data: bytes, *, tagged: bool) -> bytes:
+    kind = "sha512" if "512" in name else "sha256"
+    digest, file = hashlib.new(kind, data).hexdigest(), path.rpartition("/")[2]
+    return (f"{kind.upper()} ({file}) = {digest}\n" if tagged else f"{digest}  {file}\n").encode()
+
+
+@pytest.mark.parametrize(("path", "name", "tagged", "signature"), CLOUD_IMAGES)
+def test_cloud_image_by_the_canonical_host(
+    mirrors: tuple[Mirror, Mirror],
+    secure: Mirror,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    name: str,
+    tagged: bool,
+    signature: str | None,
+) -> None:
+    """The list of the mirror itself counts for nothing."""
+    bad, good = mirrors
+    directory = path.rpartition("/")[0] + "/"
+    [inner] = [match[1] for pattern, _ in verify.CANONICAL if (match := pattern.fullmatch(bad.debian(directory)))]
+    host = f"https://127.0.0.1:{secure.server_port}/debian/"
+    monkeypatch.setattr(verify, "CANONICAL", tuple((pattern, host) for pattern, _ in verify.CANONICAL))
+    secure.files = {f"{inner}{name}": listed(path, name, b"genuine", tagged=tagged)}
+    bad.files = {path: b"changed", f"{directory}{name}": listed(path, name, b"changed", tagged=tagged)}
+    good.files = {path: b"genuine"}
+    builder = Builder(tmp_path, None)
+    assert "expected SHA-" in builder.fails(bad.debian(path), verify="required").message
+    assert builder.left() == []
+    assert builder.fetch(f"{bad.debian(path)} {good.debian(path)}", verify="required") == good.debian(path)
+    assert builder.fetched.verified_by == f"{name} by https from 127.0.0.1"
+    secure.files = {f"{inner}{name}": b"nothing of it\n"}
+    assert (
+        "does not list" in builder.fails(good.debian(path), verify="required", cache_dir=str(tmp_path / "new")).message
+    )
+
+
+@pytest.mark.parametrize(("path", "name", "tagged", "signature"), [row for row in CLOUD_IMAGES if row[3] is not None])
+def test_signed_list_of_cloud_images(
+    mirrors: tuple[Mirror, Mirror], builder: Builder, keys: Keys, path: str, name: str, tagged: bool, signature: str
+) -> None:
+    """With the keys of who signs it, the mirror's own list counts."""
+    mirror = mirrors[0]
+    where = path.rpartition("/")[0] + "/"
+
+    def publish(signer: str) -> None:
+        text = listed(path, name, b"genuine", tagged=tagged)
+        mirror.files = {path: b"genuine", f"{where}{name}": text if signature else keys.sign(text, signer)}
+        if signature:
+            mirror.files[f"{where}{signature}"] = keys.sign(text, signer, how="--detach-sign")
+
+    publish("other")
+    assert "The signature of" in builder.fails(mirror.debian(path)).message
+    publish("good")
+    builder.fetch(mirror.debian(path), verify="required")
+    assert builder.fetched.verified_by is not None
+    assert f"{name} signed by " in builder.fetched.verified_by
 
 
 def test_tree_of_an_unknown_distribution(mirrors: tuple[Mirror, Mirror], builder: Builder) -> None:

@@ -24,6 +24,7 @@ from . import assembly, partitions
 from .rehearsal import Call
 from .tree import Branch, Tree
 
+XFS_PACKAGE = "libguestfs-xfs"
 BOOT = Path("/boot")
 MODULES = Path("/lib/modules")
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -626,6 +627,38 @@ def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tre
         with step(assembly.UNMOUNTING):
             guestfish.do("umount-all")
             guestfish.do("shutdown")
+
+
+# The commands of guestfish that have a filesystem fill its partition; all but ext's want it mounted.
+_GROW = {
+    "ext2": ("e2fsck {device} correct:true", "resize2fs {device}"),
+    "ext3": ("e2fsck {device} correct:true", "resize2fs {device}"),
+    "ext4": ("e2fsck {device} correct:true", "resize2fs {device}"),
+    "xfs": ("mount {device} /", "xfs-growfs /", "umount-all"),
+    "btrfs": ("mount {device} /", "btrfs-filesystem-resize /", "umount-all"),
+}
+
+
+def growing(disk: Disk) -> list[list[str]]:
+    """Return the commands of ``grow``, for a filesystem that only the build knows."""
+    return [_ARGV, *_comments(_add_line(disk), "run", "GROW DEVICE", "shutdown")]
+
+
+def grow(build: Build, disk: Disk, volume: Volume) -> None:
+    """Have the filesystem on *volume* fill its partition, which has become larger; BuildError if it can't."""
+    with command.conversation(
+        _ARGV, env=environment(build), timeout=_ANSWER_SECONDS, stop_seconds=_STOP_SECONDS
+    ) as guestfish:
+        guestfish.do(_add_line(disk))
+        guestfish.do("run")
+        # Debian has its programs in a package of their own.
+        if volume.filesystem == "xfs" and guestfish.do("feature-available xfs") != ["true"]:
+            raise BuildError(
+                "The appliance can't make xfs larger.", hint=f"Install {XFS_PACKAGE}, or leave image-size out."
+            )
+        for line in _GROW[volume.filesystem or ""]:
+            guestfish.do(line.format(device=_device(volume)))
+        guestfish.do("shutdown")
 
 
 def shell(build: Build, disk: Disk, volumes: Sequence[Volume]) -> None:

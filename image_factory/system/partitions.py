@@ -39,6 +39,9 @@ ROOT_MARKS = ("etc/fstab", "etc/os-release", "usr/lib/os-release")
 
 SUPPORTED_ROOT = "Have the answer file put the root filesystem on ext4, xfs or btrfs."
 
+_SECTOR = 512
+_GPT = b"EFI PART"
+
 # blkid exits with these where it knows nothing of what is there, or finds several things at once.
 _NOTHING_FOR_SURE = (2, 8)
 
@@ -59,7 +62,7 @@ def read_partitions(image: Path) -> list[Partition]:
 def _read_partitions(image: Path) -> list[Partition]:
     try:
         with image.open("rb") as file:
-            tables = [os.pread(file.fileno(), 8, size) == b"EFI PART" for size in (512, 4096)]
+            tables = [os.pread(file.fileno(), len(_GPT), size) == _GPT for size in (_SECTOR, 4096)]
         # A GUID partition table begins in the second sector.
         if tables == [False, True]:
             raise NoSystemError(
@@ -84,6 +87,12 @@ def _read_partitions(image: Path) -> list[Partition]:
         for partition in sorted(disk.partitions, key=lambda partition: partition.geometry.start)
         if partition.type in (parted.PARTITION_NORMAL, parted.PARTITION_LOGICAL)
     ]
+
+
+def is_gpt(image: Path) -> bool:
+    """Whether *image* has a GUID partition table."""
+    with image.open("rb") as file:
+        return os.pread(file.fileno(), len(_GPT), _SECTOR) == _GPT
 
 
 def read_volumes(image: Path) -> list[Volume]:

@@ -188,10 +188,10 @@ def _check_writable(where: str, path: Path) -> None:
 
 def _check_space(plan: Plan) -> None:
     free = shutil.disk_usage(_existing_parent(plan.output_dir)).free + _kept_size(plan)
-    if free < plan.settings.image_size:
+    size = SOURCES[plan.settings.source].disk_size(plan)
+    if free < size:
         raise ConfigurationError(
-            f"{plan.output_dir} has {format_size(free)} free, the disk may grow to "
-            f"{format_size(plan.settings.image_size)}.",
+            f"{plan.output_dir} has {format_size(free)} free, the disk may grow to {format_size(size)}.",
             hint="Free some space, or build elsewhere with --output-dir.",
         )
 

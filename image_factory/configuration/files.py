@@ -310,8 +310,19 @@ class Configuration:
         values = self._values(name, ImageSettings, flags)
         values["firmware"] = values["firmware"] or default_firmware(values["arch"])
         settings = ImageSettings(**values)
+        self._check_source(name, settings.source)
         SOURCES[settings.source].check_settings(name, settings)
         return settings
+
+    def _check_source(self, name: str, chosen: str) -> None:
+        """Raise ConfigurationError if *name* has what another source than the *chosen* one is made of, and no more."""
+        keys = self._parser[name]
+        if any(key in keys for key in SOURCES[chosen].KEYS):
+            return
+        for other, source in SOURCES.items():
+            for key in source.KEYS:
+                if key in keys and "source" not in keys:
+                    raise ConfigurationError(f"[{name}] has {key!r} and no 'source'.", hint=f"Add source = {other}")
 
     def check_image(self, name: str) -> None:
         """Raise ConfigurationError unless there is an image *name*."""
@@ -325,7 +336,7 @@ class Configuration:
 
     def variables(self, name: str, flags: Mapping[str, str]) -> Variables:
         """Return the texts of the keys of image *name*, for its answer file: flags, files and defaults."""
-        defaults = {key: declaration.default_text() for key, declaration in declared(ImageSettings)}
+        defaults = {key: self._default_text(name, key, each) for key, each in declared(ImageSettings)}
         given = {key: text for key, text in defaults.items() if text is not None and key not in self._parser[name]}
         given |= flags
         keys = dict.fromkeys([*given, *self._parser[name]])
@@ -398,8 +409,13 @@ class Configuration:
             return _parsed(f"{declaration.flags[-1]}", flags[key], declaration.parse)
         if key in self._parser[section]:
             return self._parse(section, key, declaration.parse)
-        default = declaration.default_text()
+        default = self._default_text(section, key, declaration)
         return None if default is None else declaration.parse(default)
+
+    def _default_text(self, section: str, key: str, declaration: Declaration) -> str | None:
+        """Return the default of the setting *key* of *section*, whose source may have one of its own."""
+        source = SOURCES.get(self.texts(section).get("source", "").strip())
+        return source.DEFAULTS[key] if source and key in source.DEFAULTS else declaration.default_text()
 
     def _parse(self, section: str, key: str, parse: Callable[[str], Any]) -> Any:
         text = self._text(section, key)

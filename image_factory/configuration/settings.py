@@ -92,6 +92,8 @@ class ImageSettings:
     linux_sha256: str | None = _setting(parse_sha256, "SHA-256 that the kernel must have")
     initrd_sha256: str | None = _setting(parse_sha256, "SHA-256 that the initrd must have")
     installer_image_sha256: str | None = _setting(parse_sha256, "SHA-256 that the ISO must have")
+    source_image: Source | None = _setting(parse_mirrors, "path or URI of the disk image that the build begins with")
+    source_image_sha256: str | None = _setting(parse_sha256, "SHA-256 that this image must have")
     verify: str = _setting(
         one_of("auto", "required", "none"), "whether downloads are verified: auto, required or none", "auto"
     )
@@ -112,7 +114,9 @@ class ImageSettings:
     )
     cores: int = _setting(parse_count, "processors of the installation machine", "1")
     ram: int = _setting(parse_large_size, "memory of the installation machine", "1G")
-    image_size: int = _setting(parse_large_size, "size of the disk", "2G", ("--image-size",), "SIZE")
+    image_size: int | None = _setting(
+        parse_large_size, "size of the disk (of an existing image: its own)", "2G", ("--image-size",), "SIZE"
+    )
     format: tuple[str, ...] = _setting(split_list, "{}, or several with commas", "raw", ("-f", "--format"), "FORMAT")
     mac: str | None = _setting(
         parse_mac, "MAC address of the installation machine (default: libvirt's choice)", None, ("--mac",), "MAC"

@@ -1,6 +1,7 @@
 """The probe that tells whether virtual machines can use KVM on this machine."""
 
 import contextlib
+import os
 import stat
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from ..base import command
 from ..base.log import logger
 from . import arch, libvirt
 
+BOOT = Path("/boot")
 KVM_DEVICE = Path("/dev/kvm")
 # A kernel prints its banner in well under a second on a KVM that works, nested ones included.
 PROBE_SECONDS = 5.0
@@ -17,6 +19,12 @@ _PROBE_BANNER = b"Linux version"
 def has_to_probe(virt_type: str, architecture: str) -> bool:
     """Return whether a probe decides what stands for *virt_type*: KVM runs no other *architecture* than this one's."""
     return virt_type == "auto" and arch.is_host(architecture)
+
+
+def kernel_here() -> Path | None:
+    """Return a kernel of this machine's own that can be probed with, None if there is none that can be read."""
+    found = [path for path in BOOT.glob("vmlinuz-*") if os.access(path, os.R_OK)]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def probed_virt_type(kernel: Path | None, architecture: str, *, as_root: bool) -> str:
@@ -72,4 +80,4 @@ def why_not_kvm(kernel: Path | None, architecture: str) -> str | None:
     output = command.read_until(probe_argv(kernel, architecture), _PROBE_BANNER, PROBE_SECONDS)
     if _PROBE_BANNER in output:
         return None
-    return f"the installer's kernel printed nothing under it within {PROBE_SECONDS:.0f} s"
+    return f"the kernel that was started printed nothing under it within {PROBE_SECONDS:.0f} s"

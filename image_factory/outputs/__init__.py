@@ -37,10 +37,10 @@ def formats(plan: Plan) -> list[str]:
 
 
 def planned(plan: Plan, directory: Path) -> list[Artifact]:
-    """Return the artifacts that *plan* will have in *directory*."""
+    """Return the artifacts that *plan* will have in *directory*, of 0 bytes where the size is not known."""
     settings = plan.settings
     return [
-        Artifact(directory / plan.file_name(name), name, settings.image_size, name in settings.format)
+        Artifact(directory / plan.file_name(name), name, settings.image_size or 0, name in settings.format)
         for name in formats(plan)
     ]
 

@@ -8,7 +8,7 @@ from ..base.events import InputUsed
 from ..configuration.settings import Dependent, ImageSettings
 from ..model import Build, Given, Plan
 from ..parts import Steps
-from . import installer
+from . import image, installer
 
 
 class Key(Protocol):
@@ -35,12 +35,13 @@ class Source(Protocol):
     """A way to make a disk; a section that has any of its *KEYS* is an image.
 
     *ANSWER_FILES* are the settings of which one may name its answer file, perhaps a template.  *DEPENDENT* are those of
-    its keys that do nothing beside some settings.
+    its keys that do nothing beside some settings, and *DEFAULTS* its own defaults of settings.
     """
 
     KEYS: tuple[str, ...]
     ANSWER_FILES: tuple[str, ...]
     DEPENDENT: Dependent
+    DEFAULTS: dict[str, str | None]
 
     def check_settings(self, name: str, settings: ImageSettings) -> None:
         """Raise ConfigurationError unless the *settings* of image *name* say what to make the disk from."""
@@ -93,6 +94,9 @@ class Source(Protocol):
     def remote(self, plan: Plan) -> list[tuple[str, str, bool]]:
         """Return the settings and URIs of what it needs from elsewhere, each with whether that is a file."""
 
+    def disk_size(self, plan: Plan) -> int:
+        """Return the bytes that the disk may grow to, 0 where that is not known yet."""
+
     def urls_of_guest(self, plan: Plan) -> dict[str, str]:
         """Return the URLs that its guest fetches from, by key."""
 
@@ -106,4 +110,4 @@ class Source(Protocol):
         """Return what its guest was given; of a user's own file that is gone meanwhile, nothing."""
 
 
-SOURCES: dict[str, Source] = {"installer": installer}
+SOURCES: dict[str, Source] = {"installer": installer, "image": image}

@@ -38,7 +38,7 @@ class TestProbe:
         self.write(qemu, script)
         assert (
             kvm.why_not_kvm(Path("/netboot/linux"), "x86_64")
-            == "the installer's kernel printed nothing under it within 0 s"
+            == "the kernel that was started printed nothing under it within 0 s"
         )
 
     def test_no_kernel(self, qemu: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import image_factory
-from image_factory import cli, pipeline
+from image_factory import cli, pipeline, sources
 from image_factory.checks import audit
 from image_factory.configuration import files
 from image_factory.configuration.files import Configuration
@@ -68,11 +68,12 @@ def test_the_manual_has_the_options_of_the_command_line() -> None:
     assert set(entries(MANUAL, "OPTIONS")) == set(options(cli.make_parser()))
 
 
+SOURCES = {
+    "installer": "linux = {here}/file\ninitrd = {here}/file\nautoinstall = {here}/answers\n",
+    "image": "source = image\nsource-image = {here}/disk.xz\nimage-size = 4G\n",
+}
 ALL_KEYS = """
 [x]
-linux = {here}/file
-initrd = {here}/file
-autoinstall = {here}/answers
 virt-type = auto
 mount-via = {way}
 installer-logs = yes
@@ -93,19 +94,24 @@ upload-target = host:/srv
 @pytest.mark.parametrize("way", ["loop", "guestfs"])
 def test_the_manual_has_each_step_of_a_build_in_its_order(tmp_path: Path, way: str) -> None:
     (tmp_path / "answers").write_text("#cloud-config\nautoinstall: {}\n")
-    (tmp_path / "x.conf").write_text(ALL_KEYS.format(here=tmp_path, way=way))
-    configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(tmp_path / "x.conf")})
-    plan = pipeline.make_plan(configuration, "x", {"output-dir": str(tmp_path)})
+    (tmp_path / "disk.xz").write_bytes(b"\xfd7zXZ\0")
     places = {"FILE": r"\S+", "SECTION": r"\S+", "FIRMWARE": r"\w+"}
     terms = [re.sub("|".join(places), lambda match: places[match[0]], term) for term in entries(MANUAL, "STEPS")]
-    found = []
-    for name, _ in pipeline.described(plan):
-        matching = [number for number, term in enumerate(terms) if re.fullmatch(term, name)]
-        assert len(matching) == 1, f"the manual has not the step {name!r}"
-        found += matching
-    # The audit mounts its copy as the disk was mounted.
-    once = list(dict.fromkeys(found))
-    assert once == sorted(once)
+    found: set[int] = set()
+    assert SOURCES.keys() == sources.SOURCES.keys()
+    for keys in SOURCES.values():
+        (tmp_path / "x.conf").write_text(ALL_KEYS.replace("[x]\n", f"[x]\n{keys}").format(here=tmp_path, way=way))
+        configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(tmp_path / "x.conf")})
+        plan = pipeline.make_plan(configuration, "x", {"output-dir": str(tmp_path)})
+        places_found = []
+        for name, _ in pipeline.described(plan):
+            matching = [number for number, term in enumerate(terms) if re.fullmatch(term, name)]
+            assert len(matching) == 1, f"the manual has not the step {name!r}"
+            places_found += matching
+        # The audit mounts its copy as the disk was mounted.
+        once = list(dict.fromkeys(places_found))
+        assert once == sorted(once)
+        found |= {*once}
     # What else is logged as a step: a wait, and what --resume looks at.
     others = [term for number, term in enumerate(terms) if number not in found]
     assert others == ["Waiting for other installations", "Checking the images"]

@@ -79,6 +79,8 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "linux_sha256": ("AB" * 32, "ab" * 32),
     "initrd_sha256": ("01" * 32, "01" * 32),
     "installer_image_sha256": ("23" * 32, "23" * 32),
+    "source_image": ("/srv/a.qcow2", Source("/srv/a.qcow2", Path("/srv/a.qcow2"))),
+    "source_image_sha256": ("45" * 32, "45" * 32),
     "verify": ("Required", "required"),
     "keyring": ("/srv/keys.gpg", Path("/srv/keys.gpg")),
     "offline": ("yes", True),
@@ -182,6 +184,8 @@ def test_defaults(read: Read) -> None:
     image = read(MINIMAL).image("x", {})
     assert image == ImageSettings(
         source="installer",
+        source_image=None,
+        source_image_sha256=None,
         linux=Source("/boot/linux", Path("/boot/linux")),
         initrd=Source("/boot/initrd", Path("/boot/initrd")),
         append="",
@@ -404,7 +408,7 @@ def test_bad_flag_names_the_flag(read: Read, key: str, flag: str) -> None:
 
 # Of the others any text is accepted, but for what no argument of a program can have.
 ABSURD = {
-    "source": "installers",
+    "source": "installers", "source-image": "ftp://a/b", "source-image-sha256": "abc",
     "linux": "ftp://a/b", "initrd": "ftp://a/b", "installer-image": "ftp://a/b", "linux-sha256": "abc",
     "initrd-sha256": "abc", "installer-image-sha256": "abc", "verify": "maybe", "keyring": "", "offline": "maybe",
     "preseed": "a b", "kickstart": "a b", "yast": "a b", "autoinstall": "a b", "agama": "a.yaml", "cores": "none",
@@ -723,7 +727,7 @@ def test_section_that_nothing_uses_is_told(read: Read) -> None:
         "[z]\nram = 2G\n[other]\nlinux = ${Debian-13-base:ram}\n"
     )
     assert unused(read(text), image="Debian-13-web") == [
-        "[Debian-13-wbe]: nothing uses this section, as it has no installer. Did you mean [Debian-13-web]?"
+        "[Debian-13-wbe]: nothing uses this section, as it has no installer or image. Did you mean [Debian-13-web]?"
     ]
 
 

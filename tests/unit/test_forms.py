@@ -347,7 +347,9 @@ def test_listing_is_a_configuration(tmp_path: Path) -> None:
 
 def test_keys_of_every_shipped_recipe() -> None:
     configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(REPOSITORY / "data/image-factory.conf")})
-    for name in configuration.images():
+    with_templates = [name for name in configuration.images() if not name.endswith("-cloud-image")]
+    assert len(with_templates) > 20
+    for name in with_templates:
         assert re.search("\n# Accepted: (ext4, xfs|xfs, ext4) or btrfs", cli.keys_listing(configuration, name, {})), (
             name
         )

@@ -110,6 +110,7 @@ class Given:
 
     KEYS = ("given",)
     ANSWER_FILES = ("yast",)
+    DEFAULTS: ClassVar[dict[str, str | None]] = {}
     DEPENDENT: ClassVar[Dependent] = {"mac": ("a cable", lambda settings: False)}
 
     def __init__(self) -> None:
@@ -163,7 +164,7 @@ def test_source_is_chosen_by_its_setting(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "own.conf").write_text("[x]\ngiven = disk\nsource = given\nmount-via = loop\n[y]\nlinux = l\n")
     environment = {files.FILE_VARIABLE: str(tmp_path / "own.conf")}
     assert Configuration(environment).images() == ["y"]
-    with pytest.raises(ConfigurationError, match=r"^\[x\] source: 'given' is not accepted, only installer\.$"):
+    with pytest.raises(ConfigurationError, match=r"^\[x\] source: 'given' is not accepted, only installer or image\.$"):
         Configuration(environment).image("x", {})
     source = Given()
     monkeypatch.setitem(cast(dict[str, object], SOURCES), "given", source)
@@ -223,7 +224,7 @@ def test_keys_that_do_nothing_are_those_of_the_source(given: tuple[Given, Plan])
         "--installer-image-sha256 does nothing without installer-image."
     ]
     assert unused._unused_sections(found, "base") == [
-        "[base2]: nothing uses this section, as it has no installer or given. Did you mean [base]?"
+        "[base2]: nothing uses this section, as it has no installer or image or given. Did you mean [base]?"
     ]
 
 
@@ -253,7 +254,8 @@ def test_checkpoint_is_of_one_source(tmp_path: Path) -> None:
 
 
 def test_the_record_s_schema_has_the_keys_of_all_inputs() -> None:
-    """Those of what an installer is made from, and of what it is given."""
+    """Those of what a disk is made from, and of what a guest is given that makes it."""
     schema = json.loads((REPOSITORY / "data/build-record.schema.json").read_text())
     known = schema["properties"]["inputs"]["items"]["properties"]["key"]["enum"]
-    assert sorted(known) == sorted(["configuration", *SOURCES["installer"].KEYS, *ANSWER_FILE_KEYS, "answer-files"])
+    made_from = [key for source in SOURCES.values() for key in source.KEYS]
+    assert sorted(known) == sorted(["configuration", *made_from, *ANSWER_FILE_KEYS, "answer-files"])

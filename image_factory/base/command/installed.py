@@ -9,6 +9,7 @@ from ..errors import ConfigurationError
 # The Debian package that has each program; see require().
 PACKAGES = {
     "blkid": "util-linux",
+    "bzip2": "bzip2",
     "cpio": "cpio",
     "fallocate": "util-linux",
     "gpg": "gpg",
@@ -16,6 +17,8 @@ PACKAGES = {
     "gpgconf": "gpgconf",
     "gpgv": "gpgv",
     "guestfish": "guestfish",
+    "gzip": "gzip",
+    "prlimit": "util-linux",
     "qemu-img": "qemu-utils",
     "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-x86_64": "qemu-system-x86",
@@ -27,7 +30,9 @@ PACKAGES = {
     "virsh": "libvirt-clients",
     "virt-install": "virtinst",
     "xorriso": "xorriso",
+    "xz": "xz-utils",
     "zerofree": "zerofree",
+    "zstd": "zstd",
 }
 
 

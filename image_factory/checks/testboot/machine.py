@@ -115,7 +115,7 @@ def overlay_argv(machine: Machine) -> list[str]:
         "-F", artifact.format,
         "-b", str(artifact.path),
         str(machine.overlay),
-        str(machine.larger_size),
+        str(machine.larger_size or "SIZE"),
     ]  # fmt: skip
 
 

@@ -30,8 +30,10 @@ DEPENDENT: Dependent = {
     "linux-sha256": ("linux", lambda settings: not settings.installer_image),
     "initrd-sha256": ("initrd", lambda settings: not settings.installer_image),
     "installer-image-sha256": ("installer-image", lambda settings: bool(settings.installer_image)),
+    **dict.fromkeys(("source-image", "source-image-sha256"), ("source = image", lambda settings: False)),
     "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
 }
+DEFAULTS: dict[str, str | None] = {}
 
 
 def _named(keys: Sequence[str]) -> str:
@@ -203,6 +205,12 @@ def check(plan: Plan) -> None:
     verify.Verifier(plan).check_cache(_sources(plan.settings))
 
 
+def disk_size(plan: Plan) -> int:
+    """Return the bytes that the disk may grow to."""
+    assert plan.settings.image_size
+    return plan.settings.image_size
+
+
 def check_machine(plan: Plan) -> None:
     """Raise ConfigurationError if there is no such machine, or not here."""
     machinecheck.check_machine(plan)
@@ -253,7 +261,7 @@ def _check_readable(where: str, path: Path, *, directory: bool = False) -> None:
 
 def create_argv(build: Build) -> list[str]:
     """Return the command that makes the empty disk."""
-    return ["qemu-img", "create", "-q", "-f", "raw", str(build.disk_path), str(build.plan.settings.image_size)]
+    return ["qemu-img", "create", "-q", "-f", "raw", str(build.disk_path), str(disk_size(build.plan))]
 
 
 def _netboot(build: Build) -> Path:
@@ -344,10 +352,7 @@ def _fetches(build: Build) -> list[list[str]]:
         if source.path is not None or (key == "installer_image" and is_tree(source)):
             continue
         target = plan.cache_dir / source.name
-        # httplib2 runs no command, so a comment stands for what it does.
-        for uri in () if settings.offline else source.uris:
-            by_rsync = uri.lower().startswith("rsync:")
-            fetches.append(fetch.rsync_argv(uri, target) if by_rsync else ["#", "GET", uri, "->", str(target)])
+        fetches += [fetch.command_of(uri, target) for uri in (() if settings.offline else source.uris)]
     if settings.answer_file:
         copy = delivery.copy_path(build)
         verb = "render" if answers.is_template(settings.answer_file) else "copy"

@@ -1,0 +1,310 @@
+"""Make a disk of an existing image: a file of this machine, or one that is downloaded and verified."""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...base import command, events, interrupts, trust
+from ...base.errors import BuildError, CommandError, ConfigurationError
+from ...base.log import masked
+from ...base.units import parse_percentage
+from ...configuration.parsers import Source
+from ...configuration.settings import ANSWER_FILE_KEYS, Dependent, ImageSettings
+from ...downloads import fetch, verify
+from ...machines import kvm
+from ...model import Build, Given, Plan
+from ...parts import State, Step, doing
+from ...system import appliance
+from . import formats, growing, unpacking
+
+KEYS: tuple[str, ...] = ("source-image",)
+
+ANSWER_FILES: tuple[str, ...] = ()
+# An installer's settings have nothing to do here.
+DEPENDENT: Dependent = {
+    "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
+    **dict.fromkeys(
+        (
+            "linux", "initrd", "installer-image", "linux-sha256", "initrd-sha256", "installer-image-sha256", "append",
+            *ANSWER_FILE_KEYS, "answer-files", "mac", "vnc", "osinfo", "cpu", "network", "max-parallel",
+            "install-timeout", "stall-timeout",
+        ),
+        ("source = installer", lambda settings: False),
+    ),
+}  # fmt: skip
+# Without it the disk has the size of the image.
+DEFAULTS: dict[str, str | None] = {"image-size": None}
+
+# Those that qemu-img looks through; its status when only space is lost.
+_CHECKED = ("qcow2", "vmdk", "vhdx", "vdi")
+_LEAKS = 3
+
+
+def check_settings(name: str, settings: ImageSettings) -> None:
+    """Raise ConfigurationError unless *settings* name an image."""
+    if settings.source_image is None:
+        raise ConfigurationError(
+            f"[{name}] has source = image and no 'source-image'.", hint="It is the path or the URI of a disk image."
+        )
+
+
+def template_keys(path: Path) -> set[str] | None:
+    """Return no keys: there is no template."""
+    return set()
+
+
+def declared_keys(path: Path, arch: str) -> Mapping[str, Any]:
+    """Return no keys: there is no template."""
+    return {}
+
+
+def answers_of(plan: Plan) -> bytes | None:
+    """Return None: nobody is given answers."""
+    return None
+
+
+def _source(plan: Plan) -> Source:
+    assert plan.settings.source_image is not None
+    return plan.settings.source_image
+
+
+def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str]:
+    """Return a digest of each setting that makes the disk another one; of a local image its state counts."""
+    source = _source(plan)
+    texts = {"source-image": repr((source.uri, _state(source.path))), "image-size": str(plan.settings.image_size)}
+    return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
+
+
+def _state(path: Path | None) -> tuple[int, int] | None:
+    try:
+        status = path.stat() if path else None
+    except OSError:
+        status = None
+    return (status.st_size, status.st_mtime_ns) if status else None
+
+
+def original(plan: Plan, used: events.InputUsed) -> events.InputUsed | None:
+    """Return None: the build takes no copy of its source that would stay."""
+    return None
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that it needs, as far as the image is known."""
+    source = _source(plan)
+    names = ["qemu-img", *verify.programs(plan.settings, [source])]
+    if source.by_rsync:
+        names.append("rsync")
+    if compression := _compression(source):
+        names += ["prlimit", compression.program]
+    if plan.settings.image_size:
+        names += appliance.programs(plan)
+    return names
+
+
+def _compression(source: Source) -> unpacking.Compression | None:
+    """Return how *source* is compressed, which only its name tells before it is fetched."""
+    if source.path is not None and source.path.is_file():
+        return unpacking.compression_of(source.path)
+    return unpacking.compression_named(source.name)
+
+
+def downloads(plan: Plan) -> bool:
+    """Whether a build of *plan* brings the image into the cache."""
+    return _source(plan).path is None and not plan.settings.offline
+
+
+def remote(plan: Plan) -> list[tuple[str, str, bool]]:
+    """Return the setting and the URIs of the image."""
+    return [("source-image", uri, True) for uri in _source(plan).uris] if downloads(plan) else []
+
+
+def urls_of_guest(plan: Plan) -> dict[str, str]:
+    """Return nothing: no guest runs."""
+    return {}
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if the image can't be read, is unfit or too large, or is to be cached and isn't."""
+    source = _source(plan)
+    where = f"[{plan.image}] source-image"
+    if source.path is None and not source.name:
+        raise ConfigurationError(f"{where}: {source.uri} names no file.")
+    if source.path is not None:
+        _check_local(plan, where, source.path)
+    if plan.settings.image_size:
+        appliance.check(plan)
+    verify.Verifier(plan).check_cache({"source-image": source})
+
+
+def _check_local(plan: Plan, where: str, path: Path) -> None:
+    if not path.is_file():
+        reason = "is not a file" if path.exists() else "is not there"
+        raise ConfigurationError(f"{where}: {path} {reason}.")
+    size = plan.settings.image_size
+    try:
+        found = None if unpacking.is_packed(path) else formats.format_of(path)
+        if found and size and size < found.size:
+            raise growing.too_small(plan.image, size, found.size)
+    except OSError as error:
+        raise ConfigurationError(f"{where}: {path} can't be read: {error.strerror}.") from error
+    except BuildError as error:
+        message = error.message if error.message.startswith("[") else f"{where}: {error.message}"
+        raise ConfigurationError(message, hint=error.hint) from error
+
+
+def disk_size(plan: Plan) -> int:
+    """Return the bytes that the disk may grow to, 0 where that is not known yet."""
+    path = _source(plan).path
+    known = formats.format_of(path).size if path and not unpacking.is_packed(path) else 0
+    return plan.settings.image_size or known
+
+
+def check_machine(plan: Plan) -> None:
+    """Need no machine."""
+
+
+def check_here(plan: Plan) -> None:
+    """Need nothing that runs here."""
+
+
+def warn(plan: Plan) -> None:
+    """Have nothing to warn of."""
+
+
+def measure(plan: Plan) -> None:
+    """Have nothing to measure."""
+
+
+def _own(build: Build) -> Path:
+    """Return the name of the image in the working directory, which no other build touches."""
+    return build.directory / "source"
+
+
+def steps(build: Build) -> Iterator[Step]:
+    """Give the steps that make the disk."""
+    own, settings = _own(build), build.plan.settings
+    yield Step("Caching the source image", _cache, _fetches(build))
+    compression = _compression(_source(build.plan))
+    packed = own.with_name(own.name + compression.suffix) if compression else own
+    yield Step(
+        unpacking.STEP,
+        doing(lambda state: unpacking.unpack(_own(state.build))),
+        [unpacking.unpack_argv(compression, packed, "SIZE")] if compression else [],
+        when=lambda state: unpacking.is_packed(_own(state.build)),
+    )
+    driver = _driver(build.plan)
+    commands = [convert_argv(build, driver)]
+    if driver in _CHECKED or driver == _UNKNOWN:
+        commands.insert(0, check_argv(build, driver))
+    yield Step("Copying the source image", doing(_copy), commands)
+    if _needs_machine(build.plan) and kvm.has_to_probe(settings.virt_type, settings.arch):
+        yield Step("Probing KVM", _probe, [kvm.probe_argv(Path("KERNEL"), settings.arch)])
+    if settings.image_size:
+        yield Step(growing.STEP, doing(_grow), growing.commands(build))
+
+
+_UNKNOWN = "FORMAT"
+
+
+def _driver(plan: Plan) -> str:
+    path = _source(plan).path
+    return _UNKNOWN if path is None or unpacking.is_packed(path) else formats.format_of(path).driver
+
+
+def _fetches(build: Build) -> list[list[str]]:
+    """Return the commands that bring the image."""
+    source = _source(build.plan)
+    if source.path is not None or build.plan.settings.offline:
+        return []
+    target = build.plan.cache_dir / source.name
+    return [fetch.command_of(uri, target) for uri in source.uris]
+
+
+def _cache(state: State) -> State:
+    build = state.build
+    source, own = _source(build.plan), _own(state.build)
+    verifier = verify.Verifier(build.plan)
+    with verifier.locked([source]):
+        found = verifier.fetch("source-image", source)
+        path = found.path.absolute()
+        events.tell(events.InputUsed("source-image", masked(found.uri), path, found.verified_by))
+        if source.path is None:
+            fetch.take(path, own)
+        elif trust.own(path):
+            own.symlink_to(path)
+        else:
+            # Nobody is to change it between the look at its format and QEMU's.
+            with interrupts.interruptible():
+                shutil.copyfile(path, own)
+    return _with_virt_type(state, "kvm" if build.plan.settings.virt_type == "kvm" else "qemu")
+
+
+def explain(build: Build) -> None:
+    """Have nothing to explain a disk without a system by."""
+
+
+def given(build: Build) -> Given:
+    """Return nothing: no guest was given anything."""
+    return Given()
+
+
+def check_argv(build: Build, driver: str) -> list[str]:
+    """Return the command that tells whether the image is whole."""
+    return ["qemu-img", "check", "-q", "-f", driver, str(_own(build))]
+
+
+def convert_argv(build: Build, driver: str) -> list[str]:
+    """Return the command that makes the disk of the image."""
+    return [
+        "qemu-img", "convert",
+        "-f", driver,
+        "-O", "raw",
+        "-p",
+        "-m", "16",
+        "-W",
+        str(_own(build)),
+        str(build.disk_path),
+    ]  # fmt: skip
+
+
+def _copy(state: State) -> None:
+    build = state.build
+    driver = formats.format_of(_own(build)).driver
+    if driver in _CHECKED:
+        try:
+            command.run(check_argv(build, driver))
+        except CommandError as error:
+            if error.status != _LEAKS:
+                raise formats.UnfitError(
+                    f"The source image is damaged: {error.said}.", hint="Get it once more; qemu-img check tells more."
+                ) from error
+    # Others get through the working directory of root's builds.
+    command.run(convert_argv(build, driver), umask=0o077, progress=parse_percentage)
+    os.unlink(_own(build))
+
+
+def _needs_machine(plan: Plan) -> bool:
+    """Whether the build starts a virtual machine: for the test boot, or libguestfs' appliance."""
+    settings = plan.settings
+    return settings.test_boot or settings.mount_via == "guestfs" or settings.image_size is not None
+
+
+def _probe(state: State) -> State:
+    """Find out what virtual machines can use; QEMU is run by the build itself, not by libvirt."""
+    virt_type = kvm.probed_virt_type(kvm.kernel_here(), state.build.plan.settings.arch, as_root=False)
+    return _with_virt_type(state, virt_type)
+
+
+def _with_virt_type(state: State, virt_type: str) -> State:
+    events.tell(events.VirtTypeChosen(virt_type))
+    return dataclasses.replace(state, build=dataclasses.replace(state.build, virt_type=virt_type))
+
+
+def _grow(state: State) -> None:
+    size = state.build.plan.settings.image_size
+    assert size
+    growing.grow(state.build, state.disk, size)

@@ -20,6 +20,7 @@ import yaml
 from image_factory import pipeline
 from image_factory.base.errors import ConfigurationError
 from image_factory.configuration.files import Configuration
+from image_factory.downloads import verify
 from image_factory.machines.arch import ARCHITECTURES, named_architectures
 from image_factory.model import Build, Plan
 from image_factory.sources import installer
@@ -78,7 +79,8 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
     path.write_text(SHIPPED.read_text(encoding="utf-8") + variants, encoding="utf-8")
     configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(path)})
     flags = {"output-dir": "/output", "cache-dir": "/cache"}
-    return {name: pipeline.make_plan(configuration, name, flags) for name in configuration.images()}
+    found = {name: pipeline.make_plan(configuration, name, flags) for name in configuration.images()}
+    return {name: plan for name, plan in found.items() if plan.settings.source == "installer"}
 
 
 def golden_names(suffix: str = "") -> list[str]:
@@ -297,6 +299,39 @@ def test_nothing_in_the_shipped_recipes_is_unused(caplog: pytest.LogCaptureFixtu
     for name in configuration.images():
         pipeline.make_plan(configuration, name, {})
     assert caplog.messages == []
+
+
+CLOUD_IMAGES = {
+    "Debian-13": "https://cloud.debian.org/images/cloud/trixie/latest/debian-13-genericcloud-ARCH.qcow2",
+    "Debian-12": "https://cloud.debian.org/images/cloud/bookworm/latest/debian-12-genericcloud-ARCH.qcow2",
+    "Ubuntu-26.04": "https://cloud-images.ubuntu.com/releases/26.04/release/ubuntu-26.04-server-cloudimg-ARCH.img",
+    "Ubuntu-24.04": "https://cloud-images.ubuntu.com/releases/24.04/release/ubuntu-24.04-server-cloudimg-ARCH.img",
+    "Fedora-44": "https://download.fedoraproject.org/pub/fedora/linux/releases/44/Cloud/ARCH/images/"
+    "Fedora-Cloud-Base-Generic-44-1.7.ARCH.qcow2",
+    "Rocky-10": "https://download.rockylinux.org/pub/rocky/10/images/ARCH/Rocky-10-GenericCloud-Base.latest.ARCH.qcow2",
+    "Rocky-9": "https://download.rockylinux.org/pub/rocky/9/images/ARCH/Rocky-9-GenericCloud-Base.latest.ARCH.qcow2",
+}
+
+
+@pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
+def test_cloud_images(tmp_path: Path, arch: str) -> None:
+    """Each is sealed, audited and booted, and where it is from somebody vouches for it."""
+    path = tmp_path / "image-factory.conf"
+    variants = "".join(f"[{name}]\nbased_on = {name}-cloud-image\narch = {arch}\n" for name in CLOUD_IMAGES)
+    path.write_text(SHIPPED.read_text(encoding="utf-8") + variants, encoding="utf-8")
+    configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(path)})
+    shipped = [name for name in configuration.images() if name.endswith("-cloud-image")]
+    assert shipped == [f"{name}-cloud-image" for name in CLOUD_IMAGES]
+    for name, uri in CLOUD_IMAGES.items():
+        settings = pipeline.make_plan(configuration, name, {"output-dir": "/output"}).settings
+        assert settings.source_image is not None
+        debian = {"x86_64": "amd64", "aarch64": "arm64"}[arch]
+        expected = uri.replace("ARCH", debian if name.startswith(("Debian", "Ubuntu")) else arch)
+        assert settings.source_image.uris == (expected,)
+        assert sum(layout.pattern.fullmatch(expected) is not None for layout in verify.LAYOUTS) == 1
+        assert (settings.seal, settings.audit, settings.manifest, settings.test_boot) == (True, True, True, True)
+        assert settings.image_size is None
+        assert settings.firmware in (("hybrid", "uefi") if arch == "x86_64" else ("uefi",))
 
 
 BY_ARCH = {

@@ -109,6 +109,14 @@ class Place:
         configuration = str(self.directory / "image-factory.conf")
         return self.user.argv(self.user.program, *flags, "stand-in", IMAGE_FACTORY_CONFIG=configuration)
 
+    def argv_with(self, program: str, script: str) -> list[str]:
+        """Return the command that builds with a *script* in the place of *program*."""
+        programs = self.directory / "programs"
+        programs.mkdir()
+        (programs / program).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / program).chmod(0o755)
+        return [word.replace("PATH=", f"PATH={programs}:", 1) for word in self.argv()]
+
     def run(self, *flags: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return run(*self.argv(*flags), check=check, cwd=self.directory, timeout=PATIENCE)
 
@@ -231,17 +239,15 @@ def test_size_stays_and_a_build_goes_on(place: Place, disks: Path) -> None:
     assert (place.directory / f"stand-in-{TODAY}.raw").stat().st_size == SIZE
 
 
-def test_only_a_copy_is_read_of_what_others_can_change(place: Place, disks: Path) -> None:
-    source = place.put(_made(disks, "ext4"), "image.img", *CONVERT, "qcow2", "SOURCE", "TARGET")
-    source.chmod(0o666)
+@pytest.mark.parametrize("what", ["file", "directory"])
+def test_only_a_copy_is_read_of_what_others_can_change(place: Place, disks: Path, what: str) -> None:
+    (place.directory / "shared").mkdir()
+    source = place.put(_made(disks, "ext4"), "shared/image.img", *CONVERT, "qcow2", "SOURCE", "TARGET")
+    (source if what == "file" else source.parent).chmod(0o777)
     place.configure(str(source), mount_via="loop", format="raw")
-    with subprocess.Popen(place.argv("--until", "install"), cwd=place.directory, stderr=subprocess.PIPE) as process:
-        own = place.directory / ".image-factory-stand-in/source"
-        while process.poll() is None:
-            if own.exists():
-                assert not own.is_symlink()
-        _, log = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, log
+    argv = place.argv_with("qemu-img", 'stat -c %F .image-factory-stand-in/source >>seen\nexec /usr/bin/qemu-img "$@"')
+    run(*argv, "--until", "install", cwd=place.directory)
+    assert set((place.directory / "seen").read_text().splitlines()) == {"regular file"}
 
 
 class Mirror(http.server.SimpleHTTPRequestHandler):
@@ -322,16 +328,9 @@ def test_stopped(place: Place, disks: Path, step: str, number: signal.Signals) -
     """Nothing is left; after SIGKILL once --cleanup was there."""
     place.put(_made(disks, "ext4"), "image", "sh", "-c", 'xz -c "$0" >"$1"', "SOURCE", "TARGET")
     place.configure("image", mount_via="loop", image_size=str(LARGER))
-    # A program that waits in the place of the one that is meant.
-    programs = place.directory / "programs"
-    programs.mkdir()
     # guestfish ends when nobody talks to it any more.
     waiting = "cat >/dev/null" if step == "guestfish" else "sleep 4713"
-    (programs / step).write_text(f"#!/bin/sh\necho $$ >> started\nexec {waiting}\n")
-    (programs / step).chmod(0o755)
-    argv = place.argv()
-    at = next(place for place, word in enumerate(argv) if word.startswith("PATH="))
-    argv[at] = f"PATH={programs}:{argv[at][5:]}"
+    argv = place.argv_with(step, f"echo $$ >> started\nexec {waiting}")
     started = place.directory / "started"
     with subprocess.Popen(argv, cwd=place.directory, stderr=subprocess.PIPE) as process:
         wait_for(lambda: started.exists() or process.poll() is not None, "the program")

@@ -234,7 +234,7 @@ def _cache(state: State) -> State:
         events.tell(events.InputUsed("source-image", masked(found.uri), path, found.verified_by))
         if source.path is None:
             fetch.take(path, own)
-        elif trust.own(path):
+        elif trust.own(path) and not trust.why_not(path.parent):
             own.symlink_to(path)
         else:
             # Nobody is to change it between the look at its format and QEMU's.

@@ -265,7 +265,7 @@ def test_downloaded_once(place: Place, disks: Path, tmp_path: Path) -> None:
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     served = tmp_path / "served"
     served.mkdir()
-    source.rename(served / "image.qcow2")
+    shutil.move(source, served)
     handler = functools.partial(Mirror, directory=str(served))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)

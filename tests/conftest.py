@@ -267,6 +267,14 @@ class User:
     def run(self, *words: str | Path, check: bool = True, **keywords: object) -> subprocess.CompletedProcess[str]:
         return run(*self.argv(*words), check=check, **{"cwd": self.home, **keywords})
 
+    def build_process(self) -> int:
+        """Return the process of the only build of this user."""
+        found = run("pgrep", "-u", self.name, "-f", f"^/usr/bin/python3 {self.program}").stdout.split()
+        # What it starts has its command line for a moment.
+        parents = dict(line.split() for line in run("ps", "-eo", "pid=,ppid=").stdout.splitlines())
+        [pid] = [pid for pid in found if parents.get(pid) not in (None, *found)]
+        return int(pid)
+
     def directory(self, name: str) -> Path:
         """Make a directory of this user's in its home."""
         path = self.home / name

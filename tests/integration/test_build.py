@@ -104,9 +104,7 @@ virt-type = qemu
 
     def pid(self) -> int:
         """Return the process of image-factory itself, below runuser."""
-        found = run("pgrep", "-u", self.user.name, "-f", f"^/usr/bin/python3 {self.user.program}").stdout.split()
-        assert len(found) == 1
-        return int(found[0])
+        return self.user.build_process()
 
     def wait_for_guest(self, line: str) -> None:
         """Wait until the guest has printed *line*."""

@@ -295,8 +295,7 @@ def stopped(scene: Scene, stop: Callable[["subprocess.Popen[bytes]", int], None]
 
 def program(scene: Scene) -> int:
     """Return the process of image-factory itself, below runuser."""
-    pattern = f"^/usr/bin/python3 {scene.user.program}"
-    return int(run("pgrep", "-u", scene.user.name, "-f", pattern).stdout)
+    return scene.user.build_process()
 
 
 def test_sigterm(scene: Scene) -> None:

@@ -4,9 +4,10 @@ import base64
 import itertools
 import os
 import re
+import types
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -356,19 +357,39 @@ def audit_keys(tree: Tree, directory: Path, found: Sequence[Finding]) -> tuple[l
     return new[: leftovers.MOST], known
 
 
+# Bytes of the blocks of filesystems, in which each file begins with one, by their partitions.
+Blocks = Mapping[Partition, int]
+
+
+def blocks_of(tree: Tree) -> Blocks:
+    """Return the blocks of the filesystems of *tree*; a FAT has its clusters behind tables of any size."""
+    return {
+        found.volume.partition: found.block_size()
+        for found in tree.filesystems
+        if found.volume.partition and found.volume.filesystem in partitions.ROOT_FILESYSTEMS
+    }
+
+
 def audit_bytes(
-    disk: Path, secrets: Secrets, checks: Iterable[Check] = CHECKS, known: Sequence[bytes] = ()
+    disk: Path,
+    secrets: Secrets,
+    checks: Iterable[Check] = CHECKS,
+    known: Sequence[bytes] = (),
+    blocks: Blocks = types.MappingProxyType({}),
 ) -> list[Finding]:
     """Return what *checks* find on the raw *disk*, in whatever files or between them.
 
-    Private keys are not told of that *known*, the contents of files, have at a block's beginning.
+    Private keys are not told of that *known*, the contents of files, have at a block's beginning.  Those in the middle
+    of one of *blocks* are a part of something else, such as a library that tests itself.
     """
-    return describe_hits(disk, search.search(disk, needles(checks, secrets)), known)
+    return describe_hits(disk, search.search(disk, needles(checks, secrets)), known, blocks)
 
 
-def describe_hits(disk: Path, hits: Sequence[Hit], known: Sequence[bytes] = ()) -> list[Finding]:
+def describe_hits(
+    disk: Path, hits: Sequence[Hit], known: Sequence[bytes] = (), blocks: Blocks = types.MappingProxyType({})
+) -> list[Finding]:
     """Return the findings that *hits* on the raw *disk* are."""
-    hits = [hit for hit in hits if not _is_in_file(disk, hit, known)]
+    hits = [hit for hit in hits if not _is_in_block(hit, blocks) and not _is_in_file(disk, hit, known)]
     on_disk = partitions.read_partitions(disk) if hits else []
     found: dict[tuple[str, str, Partition | None], list[int]] = {}
     for hit in hits:
@@ -380,9 +401,19 @@ def describe_hits(disk: Path, hits: Sequence[Hit], known: Sequence[bytes] = ()) 
     ]
 
 
+def _is_key(hit: Hit) -> bool:
+    return hit.needle.data in (_PRIVATE_KEY, *_PEM_BEGINS)
+
+
+def _is_in_block(hit: Hit, blocks: Blocks) -> bool:
+    """Return whether *hit* is a private key in the middle of one of *blocks*, where no file begins."""
+    place = _partition_of(hit.offset, [*blocks])
+    return _is_key(hit) and place is not None and (hit.offset - place.offset) % blocks[place] != 0
+
+
 def _is_in_file(disk: Path, hit: Hit, known: Sequence[bytes]) -> bool:
     """Return whether *hit* is a private key with which a file of *known* contents begins."""
-    if hit.needle.data not in (_PRIVATE_KEY, *_PEM_BEGINS):
+    if not _is_key(hit):
         return False
     with disk.open("rb") as file:
         block = os.pread(file.fileno(), _SECTOR, hit.offset)
@@ -425,13 +456,14 @@ class _Audit:
         self._hits: list[Hit] = []
         self._findings: list[Finding] = []
         self._known: list[bytes] = []
+        self._blocks: Blocks = {}
 
     def reopened(self, state: State, steps: Sequence[Step | Group]) -> State:
         """Carry out *steps* with a raw copy of what a guest would see, which nothing that mounts it can change."""
         copy = copy_path(state.build)
         with released(partial(copy.unlink, missing_ok=True)):
             state = carry_out(state, steps)
-            self._findings += describe_hits(copy, self._hits, self._known)
+            self._findings += describe_hits(copy, self._hits, self._known, self._blocks)
         order = sorted(self._findings, key=lambda found: NAMES.index(found.check))
         _tell(state.build.plan, state.artifacts[0], self._checks, order)
         return state
@@ -447,6 +479,7 @@ class _Audit:
     def look(self, build: Build, tree: Tree) -> None:
         """Look at the files of the copy, which is mounted."""
         asked, _ = secrets_of(build)
+        self._blocks = blocks_of(tree)
         self._findings = audit_files(tree, asked, self._checks)
         self._findings += [
             Finding(check.name, what) for check in self._checks if check.name == "copies" for what in tree.copies

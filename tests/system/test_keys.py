@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -232,6 +233,8 @@ def test_keys_on_a_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     put(top, "usr/share/x/gone.pem", (made / "key-pkcs8.pem").read_bytes())
     put(top, "usr/share/x/public.der", (made / "other-public.der").read_bytes())
     (top / "usr/share/x/link.pem").symlink_to("test.pem")
+    # As a library that has one to test itself with, in one of its sectors that is no block of ext4.
+    put(top, "usr/lib/libx.so", b"\x7fELF".ljust(512, b"x") + (made / "key-pkcs8.pem").read_bytes() + bytes(2 << 20))
     digest = hashlib.md5((made / "key-ssh-ed25519").read_bytes()).hexdigest()
     put(top, "var/lib/dpkg/info/x.md5sums", f"{digest}  usr/share/x/test.pem\n".encode())
     configuration = tmp_path / "own.conf"
@@ -245,6 +248,7 @@ def test_keys_on_a_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run("debugfs", "-w", "-R", "rm usr/share/x/gone.pem", f"{disk.path}?offset=1048576")
     with mounts.WAYS[way].mounted(build, disk, partitions.read_volumes(disk.path)) as tree:
         found, known = audit.audit_keys(tree, tmp_path, [])
+        blocks = audit.blocks_of(tree)
     assert sorted(finding.what for finding in found) == [
         "/etc/odd/a?b.pem has a private key",
         "/etc/odd/c .p12 has a private key",
@@ -253,7 +257,9 @@ def test_keys_on_a_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "/srv/x/store.P12 has a private key",
     ]
     checks = [check for check in audit.CHECKS if check.name in ("private-keys", "ssh-host-keys")]
+    [at] = audit.audit_bytes(disk.path, audit.Secrets(), checks, known, blocks)[-1:]
+    assert re.fullmatch(r"a private key, or what is left of one, is at byte \d+ of the disk \(partition 1\)", at.what)
     [at] = audit.audit_bytes(disk.path, audit.Secrets(), checks, known)[-1:]
-    assert at.what.startswith("a private key, or what is left of one, is at byte ")
+    assert at.what.endswith(" and in 1 more place")
     whole = audit.audit_bytes(disk.path, audit.Secrets(), checks)
     assert {finding.check for finding in whole} == {"private-keys", "ssh-host-keys"}

@@ -93,6 +93,8 @@ install: doc $(COMPLETION)
 		install -d $(PACKAGE)/$$directory && install -m 644 $$directory/*.py $(PACKAGE)/$$directory || exit 1; \
 	done
 	install -m 644 data/* $(PACKAGE)
+	@# A user who can't write there would have all of it compiled at each start; a package does that itself.
+	[ -n "$(DESTDIR)" ] || $(PYTHON) -m compileall -q $(PACKAGE)
 
 dist: $(TARBALL)
 

@@ -57,8 +57,10 @@ class Scene:
 
     def outside(self) -> list[str]:
         """Return what must not change: victims with modes, owners, times, and all mounts and loop devices."""
-        paths = [self.victim.parent, Path("/etc/shadow"), self.images["b"], self.directories["b"]]
+        paths = [self.victim.parent, self.images["b"], self.directories["b"]]
         listing = run("find", *paths, "-xdev", "-printf", "%p %m %U %G %s %T@ %l\n").stdout
+        # Another run's users come and go in it.
+        listing += run("find", "/etc/shadow", "-printf", "%p %m %U %G %l\n").stdout
         inside = run("find", self.mounts["b"], "-printf", "%p %m %U %s %T@ %l\n").stdout
         return [listing, inside, *machine_state()]
 

@@ -12,7 +12,7 @@ from ..conftest import REPOSITORY, run
     ("line", "words"),
     {
         "image-factory --dry": ["--dry-run"],
-        "image-factory Rocky-10-": ["Rocky-10-server", "Rocky-10-minimal"],
+        "image-factory Rocky-10-": ["Rocky-10-server", "Rocky-10-minimal", "Rocky-10-cloud-image"],
         "image-factory --ke": ["--keys"],
         "image-factory --check Rocky-10-s": ["Rocky-10-server"],
         "image-factory --format ": ["raw", "qcow2"],

@@ -145,13 +145,12 @@ def _boot(machine: Machine, earlier: Sequence[Message]) -> tuple[list[BootCheck]
 
 
 def _checks(machine: Machine, found: Guest, port: int, earlier: Sequence[Message]) -> Iterator[BootCheck]:
-    settings = machine.build.plan.settings
-    problem = found.wait_for_report(time_limit(settings, machine.virt_type))
+    problem = found.wait_for_report(time_limit(machine.build.plan.settings, machine.virt_type))
     yield judged("boot", problem)
     message = found.message
     if problem or message is None:
         return
-    subject = Subject(machine.artifact.virtual_size, machine.larger_size, settings.kernel_errors_allowed)
+    subject = Subject(machine.artifact.virtual_size, machine.larger_size, machine.errors_allowed)
     checks = checks_of(message, subject)
     yield from checks
     yield from identity_checks(message, earlier)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from image_factory.base.errors import ConfigurationError
-from image_factory.machines import firmware, kvm
+from image_factory.machines import firmware, kvm, libvirt
 from image_factory.sources.installer import machinecheck
 
 from .test_virt_install import plan
@@ -108,3 +108,16 @@ def test_output_directory_that_qemu_cannot_enter(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"user libvirt-qemu, can't enter /"):
         machinecheck.check_output_dir(plan(tmp_path, output_dir=tmp_path))
     machinecheck.check_output_dir(plan(tmp_path, output_dir=Path("/var/tmp")))
+
+
+def test_machines_where_libvirt_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a killed build has left besides is removed all the same, and nothing is kept in silence."""
+    (tmp_path / "virsh").write_text("#!/bin/sh\necho 'error: no connection' >&2\nexit 1\n")
+    (tmp_path / "virsh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert list(libvirt.machines("image-factory-")) == []
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("Whether a killed build has left a virtual machine is not known: ")
+    assert "no connection" in warning

@@ -313,6 +313,15 @@ def test_refused_before_anything_is_done(place: Place, disks: Path, name: str) -
         assert place.files() == {"image", "image-factory.conf"}
 
 
+def test_unfit_image_is_named_as_the_user_knows_it(place: Place, disks: Path) -> None:
+    """When it is found out only in the build, too, where it has another name."""
+    place.put(_made(disks, "ext4"), "image.gz", "sh", "-c", 'echo "[x]" | gzip >"$1"', "SOURCE", "TARGET")
+    place.configure("image.gz", mount_via="loop")
+    done = place.run(check=False)
+    assert done.returncode == 1
+    assert "image-factory: error: image.gz is no disk image" in done.stderr
+
+
 def test_what_does_not_fit_is_found_when_it_is_unpacked(place: Place, disks: Path) -> None:
     place.put(_made(disks, "ext4"), "image", "sh", "-c", 'xz -c "$0" >"$1"', "SOURCE", "TARGET")
     place.configure("image", mount_via="loop", image_size="100M")

@@ -17,6 +17,7 @@ import pytest
 
 from image_factory.base.errors import BuildError, CommandError, ConfigurationError
 from image_factory.configuration.files import FILE_VARIABLE, Configuration
+from image_factory.configuration.settings import ImageSettings
 from image_factory.sources.image import formats, unpacking
 
 SIZE = 8 << 20
@@ -250,21 +251,16 @@ def test_any_header_is_read_or_refused(disk: Path, tmp_path: Path) -> None:
 # Packed.
 
 
-def tarred(path: Path, mode: str = "w", sparse: bool = False) -> bytes:
-    if sparse:
-        argv = [
-            "tar",
-            "--create",
-            "--sparse",
-            f"--format={'posix' if mode == 'w' else mode}",
-            "--directory",
-            path.parent,
-        ]
-        return subprocess.run([*argv, path.name], check=True, capture_output=True).stdout
+def tarred(path: Path) -> bytes:
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=stream, mode="w") as archive:
         archive.add(path, "some/disk.raw")
     return stream.getvalue()
+
+
+def tarred_sparse(path: Path, form: str) -> bytes:
+    argv = ["tar", "--create", "--sparse", f"--format={form}", "--directory", path.parent, path.name]
+    return subprocess.run(argv, check=True, capture_output=True).stdout
 
 
 def zstd(data: bytes) -> bytes:
@@ -278,8 +274,8 @@ PACKED: dict[str, Callable[[Path], bytes]] = {
     "zstd": lambda path: zstd(path.read_bytes()),
     "tar": tarred,
     "tar.xz": lambda path: lzma.compress(tarred(path)),
-    "sparse tar of GNU": lambda path: tarred(path, "gnu", sparse=True),
-    "sparse tar of pax": lambda path: tarred(path, "posix", sparse=True),
+    "sparse tar of GNU": lambda path: tarred_sparse(path, "gnu"),
+    "sparse tar of pax": lambda path: tarred_sparse(path, "posix"),
     "tar.gz of xz": lambda path: gzip.compress(packed_tar(lzma.compress(path.read_bytes()))),
 }
 
@@ -386,7 +382,7 @@ class Place:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def image(self, text: str) -> object:
+    def image(self, text: str) -> ImageSettings:
         path = self.directory / "x.conf"
         path.write_text(f"[x]\n{text}\n")
         return Configuration({FILE_VARIABLE: str(path)}).image("x", {})
@@ -409,9 +405,9 @@ def test_bad_section(tmp_path: Path, name: str) -> None:
 
 def test_size_of_an_image_is_its_own(tmp_path: Path) -> None:
     place = Place(tmp_path)
-    assert place.image("source = image\nsource-image = /x").image_size is None  # type: ignore[attr-defined]
-    assert place.image("source = image\nsource-image = /x\nimage-size = 3G").image_size == 3 << 30  # type: ignore[attr-defined]
-    assert place.image("linux = /x\ninitrd = /x").image_size == 2 << 30  # type: ignore[attr-defined]
+    assert place.image("source = image\nsource-image = /x").image_size is None
+    assert place.image("source = image\nsource-image = /x\nimage-size = 3G").image_size == 3 << 30
+    assert place.image("linux = /x\ninitrd = /x").image_size == 2 << 30
 
 
 def test_errors_are_of_builds() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...base import command, events, interrupts, trust
-from ...base.errors import BuildError, CommandError, ConfigurationError
+from ...base.errors import CommandError, ConfigurationError
 from ...base.log import masked
 from ...base.units import parse_percentage
 from ...configuration.parsers import Source
@@ -144,16 +144,16 @@ def _check_local(plan: Plan, where: str, path: Path) -> None:
     if not path.is_file():
         reason = "is not a file" if path.exists() else "is not there"
         raise ConfigurationError(f"{where}: {path} {reason}.")
-    size = plan.settings.image_size
     try:
         found = None if unpacking.is_packed(path) else formats.format_of(path)
-        if found and size and size < found.size:
-            raise growing.too_small(plan.image, size, found.size)
     except OSError as error:
         raise ConfigurationError(f"{where}: {path} can't be read: {error.strerror}.") from error
-    except BuildError as error:
-        message = error.message if error.message.startswith("[") else f"{where}: {error.message}"
-        raise ConfigurationError(message, hint=error.hint) from error
+    except formats.UnfitError as error:
+        raise ConfigurationError(f"{where}: {error.message}", hint=error.hint) from error
+    size = plan.settings.image_size
+    if found and size and size < found.size:
+        known = growing.too_small(plan.image, size, found.size)
+        raise ConfigurationError(known.message, hint=known.hint)
 
 
 def disk_size(plan: Plan) -> int:
@@ -273,7 +273,8 @@ def convert_argv(build: Build, driver: str) -> list[str]:
 
 def _copy(state: State) -> None:
     build = state.build
-    driver = formats.format_of(_own(build)).driver
+    # Its name in the working directory says nothing to anyone.
+    driver = formats.format_of(_own(build), masked(_source(build.plan).uri)).driver
     if driver in _CHECKED:
         try:
             command.run(check_argv(build, driver))

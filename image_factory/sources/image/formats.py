@@ -71,8 +71,8 @@ class Format:
 class _Image:
     """An image that is looked into."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
+    def __init__(self, name: str, descriptor: int) -> None:
+        self.name = name
         self.size = os.fstat(descriptor).st_size
         self._descriptor = descriptor
 
@@ -80,7 +80,7 @@ class _Image:
         """Return *length* bytes at *offset*; UnfitError if the file ends before."""
         data = os.pread(self._descriptor, length, offset) if 0 <= offset < self.size else b""
         if len(data) < length:
-            raise UnfitError(f"{self.path} ends within its own header.", hint=_CUT_OFF)
+            raise UnfitError(f"{self.name} ends within its own header.", hint=_CUT_OFF)
         return data
 
     def numbers(self, form: str, offset: int) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ class _Image:
 
     def unfit(self, what: str, hint: str | None = None) -> UnfitError:
         """Return the error that the image *what*."""
-        return UnfitError(f"{self.path} {what}.", hint=hint)
+        return UnfitError(f"{self.name} {what}.", hint=hint)
 
 
 def _qcow2(image: _Image) -> Format:
@@ -266,26 +266,30 @@ _SIGNATURES: tuple[tuple[bytes, int, Callable[[_Image], Format]], ...] = (
 )
 
 
-def format_of(path: Path) -> Format:
-    """Return how the image at *path* is stored; UnfitError if it is none, or needs more than this file."""
+def format_of(path: Path, name: str = "") -> Format:
+    """Return how the image at *path* is stored; UnfitError if it is none, or needs more than this file.
+
+    *name* is what errors call it, its path if nothing is given.
+    """
+    said = name or str(path)
     try:
         # Tables can be of any size, and be linked into each other.
-        return command.call_apart(_looked_into, path, _SECONDS)
+        return command.call_apart(lambda path: _looked_into(path, said), path, _SECONDS)
     except (CrashError, MemoryError) as error:
-        raise UnfitError(f"{path} can't be looked into: its tables take too long, or too much memory.") from error
+        raise UnfitError(f"{said} can't be looked into: its tables take too long, or too much memory.") from error
 
 
-def _looked_into(path: Path) -> Format:
+def _looked_into(path: Path, name: str = "image") -> Format:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise UnfitError(f"{path} can't be read: {error.strerror}.") from error
+        raise UnfitError(f"{name} can't be read: {error.strerror}.") from error
     try:
-        found = _format_of(_Image(path, descriptor))
+        found = _format_of(_Image(name, descriptor))
     finally:
         os.close(descriptor)
     if not found.size or found.size % _SECTOR:
-        raise UnfitError(f"{path} is of a disk of {format_size(found.size)}, which is no number of whole sectors.")
+        raise UnfitError(f"{name} is of a disk of {format_size(found.size)}, which is no number of whole sectors.")
     return found
 
 

@@ -119,7 +119,7 @@ def _take_out(path: Path) -> None:
     free = shutil.disk_usage(path.parent).free
     if member.size > free:
         raise UnfitError(
-            f"The source image's {member.name} has {format_size(member.size)}, {format_size(free)} are free."
+            f"The source image unpacks to {format_size(member.size)}, of which {format_size(free)} are free."
         )
     with archive.open("rb") as source, open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as target:
         target.truncate(member.size)
@@ -145,9 +145,8 @@ def _copy(source: IO[bytes], target: IO[bytes], position: int, length: int) -> N
 
 @dataclass(frozen=True)
 class _Member:
-    """The file *name* of *size* bytes in a tar: its data begin at *offset*, and are *extents* of it."""
+    """A file of *size* bytes in a tar: its data begin at *offset*, and are *extents* of it."""
 
-    name: str
     size: int
     offset: int
     extents: tuple[tuple[int, int], ...]
@@ -155,6 +154,7 @@ class _Member:
 
 def _extents(member: tarfile.TarInfo) -> list[tuple[int, int]]:
     """Return where the data of *member* are in it: offsets and lengths, of one that is not sparse the whole."""
+    # Typeshed takes it for bytes.
     found: list[tuple[int, int]] | None = member.sparse  # type: ignore[assignment]
     return found or [(0, member.size)]
 
@@ -175,4 +175,4 @@ def _only_file(archive: Path) -> _Member:
     end = max((start + length for start, length in extents), default=0)
     if end > found.size or any(min(extent) < 0 for extent in extents):
         raise tarfile.TarError("its file is not well-formed")
-    return _Member(found.name, found.size, found.offset_data, tuple(extents))
+    return _Member(found.size, found.offset_data, tuple(extents))

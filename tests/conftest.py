@@ -336,7 +336,7 @@ def machine_state() -> list[str]:
 
 
 def _machine_state() -> tuple[list[str], bool]:
-    """Return the state of this machine, and whether a directory in it may be another run's."""
+    """Return the state of this machine, and whether a directory of root's in it may be another run's."""
     loops = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").stdout.splitlines()
     loops = [line for line in loops if any(name in line for name in OWN)]
     devices = {line.split()[0] for line in loops}
@@ -345,7 +345,17 @@ def _machine_state() -> tuple[list[str], bool]:
     sources = {line.split()[4]: line.rpartition(" - ")[2].split()[1] for line in mounts}
     found = [path for path in Path("/tmp").glob("image-factory.*") if is_own(path, sources, devices)]
     own_mounts = [line for line in mounts if sources[line.split()[4]] in devices]
-    return [*loops, *own_mounts, *map(str, found)], any(is_bare(path, sources) for path in found)
+    # A link is nobody's place for mounts.
+    roots = [path for path in found if whose(path) == 0 and not path.is_symlink()]
+    return [*loops, *own_mounts, *map(str, found)], any(is_bare(path, sources) for path in roots)
+
+
+def whose(path: Path) -> int | None:
+    """Return the number of the owner of *path*, None where that has gone."""
+    try:
+        return path.lstat().st_uid
+    except FileNotFoundError:
+        return None
 
 
 def is_bare(directory: Path, sources: dict[str, str]) -> bool:
@@ -355,13 +365,9 @@ def is_bare(directory: Path, sources: dict[str, str]) -> bool:
 
 def is_own(directory: Path, sources: dict[str, str], devices: set[str]) -> bool:
     """Return whether the *directory* for mounts is of this run: one of its users', or of root's with its *devices*."""
-    try:
-        owner = directory.lstat().st_uid
-        name = pwd.getpwuid(owner).pw_name
-    except (FileNotFoundError, KeyError):
-        return False
+    owner = whose(directory)
     if owner != 0:
-        return name.startswith(f"image-factory-{RUN}-")
+        return owner in {each.pw_uid for each in pwd.getpwall() if each.pw_name.startswith(f"image-factory-{RUN}-")}
     return is_bare(directory, sources) or any(
         point.startswith(f"{directory}/") and source in devices for point, source in sources.items()
     )

@@ -1,6 +1,7 @@
 """The layout of the program: imports point downwards only, and some things have one place."""
 
 import ast
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,17 +54,24 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+@functools.cache
+def nodes(name: str) -> list[ast.AST]:
+    """Return all that module *name* consists of."""
+    return [*ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"), str(MODULES[name])))]
 
 
-def imports(name: str) -> Iterator[str]:
-    """Give the absolute names of what module *name* imports, wherever it does."""
+@functools.cache
+def imports(name: str) -> list[str]:
+    """Return the absolute names of what module *name* imports, wherever it does."""
+    return [*_imports(name)]
+
+
+def _imports(name: str) -> Iterator[str]:
     path = MODULES[name]
     package = ["image_factory", *(name.split(".") if name else [])]
     if path.name != "__init__.py":
         package.pop()
-    for node in ast.walk(tree(path)):
+    for node in nodes(name):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -124,7 +132,7 @@ def test_only_command_starts_programs(name: str) -> None:
     found = {found.split(".")[0] for found in imports(name)}
     assert not found & {"subprocess", "pty", "multiprocessing", "asyncio", "ctypes"}
     starters = ("system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "startfile")
-    for node in ast.walk(tree(MODULES[name])):
+    for node in nodes(name):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
             assert node.attr not in starters and not node.attr.startswith(("exec", "spawn")), f"line {node.lineno}"
 
@@ -144,7 +152,7 @@ def test_each_process_is_started_in_one_place() -> None:
 
 def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
     """Give what module *name* calls, as the last two parts of its name: ``os.replace``, ``.replace``."""
-    for node in ast.walk(tree(MODULES[name])):
+    for node in nodes(name):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             of = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
             yield f"{of}.{node.func.attr}", node
@@ -190,16 +198,13 @@ def test_last_words_of_a_failed_program_are_taken_in_one_module() -> None:
     def is_end_of_lines(node: ast.AST) -> bool:
         return isinstance(node, ast.Subscript) and "last_lines" in ast.dump(node.value)
 
-    assert {name for name in MODULES if any(map(is_end_of_lines, ast.walk(tree(MODULES[name]))))} == {"base.errors"}
+    assert {name for name in MODULES if any(map(is_end_of_lines, nodes(name)))} == {"base.errors"}
 
 
 def test_gpg_is_run_in_one_module() -> None:
     """The list of the packages that have it names it, too."""
     programs = {"gpg", "gpgv", "gpgconf", "gpg-agent"}
-    found = {
-        name: {node.value for node in ast.walk(tree(MODULES[name])) if isinstance(node, ast.Constant)}
-        for name in MODULES
-    }
+    found = {name: {node.value for node in nodes(name) if isinstance(node, ast.Constant)} for name in MODULES}
     assert {name for name, texts in found.items() if texts & programs} == {"base.openpgp", "base.command.installed"}
     assert programs <= found["base.openpgp"]
 
@@ -207,7 +212,7 @@ def test_gpg_is_run_in_one_module() -> None:
 def uses_of_the_terminal(name: str) -> list[str]:
     """Return where module *name* prints, writes to stdout or exits."""
     found = []
-    for node in ast.walk(tree(MODULES[name])):
+    for node in nodes(name):
         if isinstance(node, ast.Name) and node.id in ("print", "input", "exit", "quit", "SystemExit"):
             found.append(f"{node.id} in line {node.lineno}")
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

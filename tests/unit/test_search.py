@@ -141,10 +141,10 @@ def test_a_secret_is_not_in_its_repr() -> None:
 
 
 def test_memory_is_constant(tmp_path: Path) -> None:
-    """100 MiB without a hole, in a process of its own."""
+    """72 MiB without a hole, in a process of its own."""
     path = tmp_path / "disk"
     with path.open("wb") as file:
-        for _ in range(100):
+        for _ in range(72):
             file.write(b"0123456789abcdef" * (M // 16))
     code = (
         "import pathlib, resource, sys\n"

@@ -4,31 +4,49 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ..conftest import machine_state, run
-from .test_build import TODAY, WORK, Build, mounted
+from ..conftest import User, machine_state, run
+from .test_build import TODAY, WORK, Build, mounted, new_build
 
 pytestmark = pytest.mark.usefixtures("machine")
 
 IMAGE = f"stand-in-{TODAY}"
+# A checkpoint names the images by their paths, so it is gone on with where it was written.
+PLACE = "resume"
+
+
+@pytest.fixture(scope="module")
+def kept(users: dict[str, User], stand_in: Path) -> Iterator[Path]:
+    """A copy of what a build has left whose post-build command has failed."""
+    build = Build(users["a"], users["a"].directory(PLACE), stand_in)
+    build.configure(extra="post-build-command = false")
+    done = build.run(check=False)
+    assert done.returncode == 1
+    hint = build.errors(done)[1]
+    assert hint.endswith("; 'image-factory --resume stand-in' goes on here, without a new installation.")
+    copy = build.directory.with_name(f"{PLACE}-kept")
+    build.directory.rename(copy)
+    yield copy
+    shutil.rmtree(copy)
 
 
 @pytest.fixture
-def failed(user_build: Build) -> Iterator[Build]:
-    """A build whose post-build command has failed; what it leaves is removed at the end."""
-    user_build.configure(extra="post-build-command = false")
-    done = user_build.run(check=False)
-    assert done.returncode == 1
-    hint = user_build.errors(done)[1]
-    assert hint.endswith("; 'image-factory --resume stand-in' goes on here, without a new installation.")
-    yield user_build
-    run(*user_build.argv("--cleanup"), cwd=user_build.directory)
-    assert not (user_build.directory / WORK).exists()
+def failed(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path, kept: Path) -> Iterator[Build]:
+    """The build of ``kept``, as it was left; what is left of it is removed at the end."""
+    for build in new_build(users["a"], request, stand_in, PLACE):
+        build.directory.rmdir()
+        run("cp", "--archive", "--sparse=always", kept, build.directory)
+        yield build
+        run(*build.argv("--cleanup"), cwd=build.directory)
+        assert not (build.directory / WORK).exists()
+        left = build.directory
+    shutil.rmtree(left)
 
 
 def steps(done: "subprocess.CompletedProcess[str]") -> list[str]:
@@ -59,7 +77,9 @@ def test_each_stage(failed: Build) -> None:
     failed.configure(extra="post-build-command = true")
     checkpoint = failed.directory / WORK / "checkpoint.json"
     text = json.loads(checkpoint.read_text())
-    disk = (failed.directory / WORK / "disk.raw").read_bytes()
+    disk = failed.directory / WORK / "disk.raw"
+    copy = failed.directory / "disk"
+    run("cp", "--sparse=always", disk, copy)
     rest = {
         "published": "Checking the images",
         "installed": "Reading the partition table",
@@ -67,7 +87,7 @@ def test_each_stage(failed: Build) -> None:
     }
     for stage, first in rest.items():
         (failed.directory / WORK).mkdir(exist_ok=True)
-        (failed.directory / WORK / "disk.raw").write_bytes(disk)
+        run("cp", "--sparse=always", copy, disk)
         checkpoint.write_text(json.dumps(text | {"stage": stage}))
         run("chown", "-R", failed.user.name, failed.directory / WORK)
         assert steps(failed.run("--resume"))[0] == first

@@ -48,7 +48,7 @@ class Place:
 linux = {stand_in}/linux
 initrd = {stand_in}/initrd.gz
 preseed = {self.directory}/answers.cfg
-append = console=ttyS0
+append = console=ttyS0 no_timer_check
 image-size = {golden.DISK_SIZE}
 ram = 512M
 virt-type = qemu

@@ -80,7 +80,7 @@ def installed(users: dict[str, User], stand_in: Path) -> Path:
     (directory / "answers.cfg").write_text(ANSWERS)
     (directory / "image-factory.conf").write_text(
         f"[stand-in]\nlinux = {stand_in}/linux\ninitrd = {stand_in}/initrd.gz\npreseed = {directory}/answers.cfg\n"
-        "append = console=ttyS0\nimage-size = 128M\nram = 512M\nvirt-type = qemu\nmax-parallel = none\n"
+        "append = console=ttyS0 no_timer_check\nimage-size = 128M\nram = 512M\nvirt-type = qemu\nmax-parallel = none\n"
     )
     configuration = str(directory / "image-factory.conf")
     run(*user.argv(user.program, "stand-in", IMAGE_FACTORY_CONFIG=configuration), cwd=directory)
@@ -151,7 +151,7 @@ class Place:
 linux = {netboot}/linux
 initrd = {netboot}/initrd.gz
 preseed = {self.directory}/answers.cfg
-append = console=ttyS0 {arguments}
+append = console=ttyS0 no_timer_check {arguments}
 cache-dir = {self.cache}
 image-size = 128M
 ram = 512M

@@ -32,7 +32,7 @@ def configure(build: Build, *, extra: str = "", **arguments: str) -> None:
     build.configure()
     with (build.directory / "image-factory.conf").open("a") as file:
         for image, words in arguments.items():
-            file.write(f"[{image}]\nbased_on = stand-in\nappend = console=ttyS0 {words}\n{extra}\n")
+            file.write(f"[{image}]\nbased_on = stand-in\nappend = console=ttyS0 no_timer_check {words}\n{extra}\n")
 
 
 def argv(build: Build, *words: str) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from _pytest.terminal import TerminalReporter
 
 from ..conftest import User
-from .test_build import Build, new_build
+from .test_build import WORK, Build, new_build
 from .test_faults import TABLE, shown_table
 
 
@@ -19,6 +19,15 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     terminalreporter.write(shown_table())
     if target := os.environ.get("FAULT_TABLE"):
         Path(target).write_text(shown_table())
+
+
+@pytest.fixture(scope="session")
+def installed_disk(users: dict[str, User], stand_in: Path) -> Path:
+    """What a build of user a's with no settings of its own has left that stopped after the installation."""
+    build = Build(users["a"], users["a"].directory("installed-disk"), stand_in)
+    build.configure()
+    build.run("--until", "install")
+    return build.directory / WORK
 
 
 @pytest.fixture(params=["root", "a"])

@@ -76,6 +76,11 @@ virt-type = qemu
 """
         )
 
+    def go_on_from(self, left: Path) -> None:
+        """Have --resume go on from a copy of what another build has *left*, whose disk is as it is configured here."""
+        run("cp", "--archive", "--sparse=always", left, self.directory / WORK)
+        run("chown", "--recursive", self.user.name, self.directory / WORK)
+
     def argv(self, *flags: str | Path) -> list[str]:
         configuration = str(self.directory / "image-factory.conf")
         program = [self.user.program, *flags, "stand-in"]
@@ -481,9 +486,10 @@ def test_unmounting_what_a_killed_build_left(build: Build, tmp_path: Path) -> No
     assert build.errors(done)[0].startswith("image-factory: error: The disk has no partition table")
 
 
-def test_image_that_a_command_takes_away(user_build: Build) -> None:
+def test_image_that_a_command_takes_away(user_build: Build, installed_disk: Path) -> None:
     user_build.configure(extra="post-build-command = rm")
-    done = user_build.run()
+    user_build.go_on_from(installed_disk)
+    done = user_build.run("--resume")
     assert "size on disk  moved away by a command" in done.stdout
 
 
@@ -498,7 +504,7 @@ def test_directory_that_goes_away(user_build: Build) -> None:
     assert "Internal" not in error
 
 
-def test_failing_upload(user_build: Build) -> None:
+def test_failing_upload(user_build: Build, installed_disk: Path) -> None:
     """The image is there when an upload fails, and the post-build command is not run."""
     user_build.configure(
         extra="""
@@ -509,7 +515,8 @@ upload_type = rsync
 upload_target = /nonexistent/directory/
 """
     )
-    done = user_build.run(check=False)
+    user_build.go_on_from(installed_disk)
+    done = user_build.run("--resume", check=False)
     assert done.returncode == 1
     error = user_build.errors(done)[0]
     assert error.startswith(f"image-factory: error: Uploading stand-in-{TODAY}.qcow2 to nowhere failed: ")

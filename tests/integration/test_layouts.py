@@ -97,8 +97,7 @@ def configure(build: Build, name: str, extra: str = "") -> None:
 def take(build: Build, installed: Mapping[str, Path], name: str, extra: str = "") -> None:
     """Have *build* go on from a copy of what was installed."""
     configure(build, name, extra)
-    run("cp", "--archive", "--sparse=always", installed[name], build.directory / WORK)
-    run("chown", "--recursive", build.user.name, build.directory / WORK)
+    build.go_on_from(installed[name])
 
 
 def finish(build: Build, installed: Mapping[str, Path], name: str, extra: str = "") -> str:

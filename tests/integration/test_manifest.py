@@ -50,7 +50,7 @@ def destination(user_build: Build) -> Iterator[Path]:
     run("rm", "-r", path)
 
 
-def test_real_build(user_build: Build, destination: Path, keys: Keys) -> None:
+def test_real_build(user_build: Build, installed_disk: Path, destination: Path, keys: Keys) -> None:
     """It is built twice on one day: the second differs from the first, which it replaces."""
     build = user_build
     key = keys.export(build.directory / "signing.key", ALICE)
@@ -65,7 +65,7 @@ upload_type = rsync
 upload_target = {destination}/
 """
     )
-    build.run("--until", "install")
+    build.go_on_from(installed_disk)
     plant(build, golden="1.0", old="1")
     done = build.run("--resume", "--json", "r.json")
     assert "Changes since" not in done.stdout
@@ -89,7 +89,7 @@ upload_target = {destination}/
     assert sorted(path.name for path in destination.iterdir()) == sorted(FILES)
 
     # What is converted is gone on from with all that belongs to it; what was damaged is made anew.
-    build.run("--until", "install")
+    build.go_on_from(installed_disk)
     plant(build, golden="1.1", new="2")
     build.run("--resume", "--until", "convert")
     assert {path.name for path in (build.directory / WORK).iterdir()} == {
@@ -126,10 +126,11 @@ def test_key_that_can_not_sign_ends_the_build_before_it_begins(user_build: Build
     assert user_build.errors(done)[0] == f"image-factory: error: {message}"
 
 
-def test_manifest_that_is_wanted_late(user_build: Build) -> None:
+def test_manifest_that_is_wanted_late(user_build: Build, installed_disk: Path) -> None:
     """The disk is mounted once more for it."""
     user_build.configure()
-    user_build.run("--until", "clean")
+    user_build.go_on_from(installed_disk)
+    user_build.run("--resume", "--until", "clean")
     user_build.configure(extra="manifest = yes")
     done = user_build.run("--resume")
     assert "WARNING: No packages are listed" in done.stderr

@@ -22,11 +22,12 @@ PLACE = "resume"
 
 
 @pytest.fixture(scope="module")
-def kept(users: dict[str, User], stand_in: Path) -> Iterator[Path]:
+def kept(users: dict[str, User], stand_in: Path, installed_disk: Path) -> Iterator[Path]:
     """A copy of what a build has left whose post-build command has failed."""
     build = Build(users["a"], users["a"].directory(PLACE), stand_in)
     build.configure(extra="post-build-command = false")
-    done = build.run(check=False)
+    build.go_on_from(installed_disk)
+    done = build.run("--resume", check=False)
     assert done.returncode == 1
     hint = build.errors(done)[1]
     assert hint.endswith("; 'image-factory --resume stand-in' goes on here, without a new installation.")

@@ -22,7 +22,7 @@ from .configuration.settings import check_image_name
 from .finishing import checksum, clean, manifest, seal, shrink, sign
 from .model import Artifact, Build, Disk, Plan
 from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
-from .sources import SOURCES, Source
+from .sources import SOURCES, DiskSource
 from .system import mounts
 
 
@@ -38,7 +38,7 @@ class Stage:
     reached: Reached | None = None
 
 
-def _source(plan: Plan) -> Source:
+def _source(plan: Plan) -> DiskSource:
     return SOURCES[plan.settings.source]
 
 

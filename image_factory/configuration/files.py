@@ -265,7 +265,7 @@ class Configuration:
             for name, section in self._parser.items()
             if name != self._parser.default_section
             and "upload-type" not in section
-            and (name in self._broken or any(key in section for source in SOURCES.values() for key in source.KEYS))
+            and (name in self._broken or any(key in section for source in SOURCES.values() for key in source.keys))
         ]
 
     def descriptions(self) -> list[dict[str, Any]]:
@@ -317,10 +317,10 @@ class Configuration:
     def _check_source(self, name: str, chosen: str) -> None:
         """Raise ConfigurationError if *name* has what another source than the *chosen* one is made of, and no more."""
         keys = self._parser[name]
-        if any(key in keys for key in SOURCES[chosen].KEYS):
+        if any(key in keys for key in SOURCES[chosen].keys):
             return
         for other, source in SOURCES.items():
-            for key in source.KEYS:
+            for key in source.keys:
                 if key in keys and "source" not in keys:
                     raise ConfigurationError(f"[{name}] has {key!r} and no 'source'.", hint=f"Add source = {other}")
 
@@ -392,7 +392,7 @@ class Configuration:
     def answer_file(self, name: str) -> Path | None:
         """Return the answer file of section *name*, None if it has none or does not name it well."""
         known = dict(declared(ImageSettings))
-        for key in SOURCES[self.source(name)].ANSWER_FILES:
+        for key in SOURCES[self.source(name)].answer_files:
             if key in self._parser[name]:
                 with contextlib.suppress(ConfigurationError):
                     path: Path = self._value(name, key, known[key], {})
@@ -415,12 +415,12 @@ class Configuration:
     def _default_text(self, section: str, key: str, declaration: Declaration) -> str | None:
         """Return the default of the setting *key* of *section*, whose source may have one of its own."""
         source = SOURCES.get(self.texts(section).get("source", "").strip())
-        return source.DEFAULTS[key] if source and key in source.DEFAULTS else declaration.default_text()
+        return source.defaults[key] if source and key in source.defaults else declaration.default_text()
 
     def _parse(self, section: str, key: str, parse: Callable[[str], Any]) -> Any:
         text = self._text(section, key)
         # An autoinstall file that is taken for a configuration begins with that key, and has secrets below it.
-        is_file = any(key in source.ANSWER_FILES for source in SOURCES.values())
+        is_file = any(key in source.answer_files for source in SOURCES.values())
         shown = "a value of several lines" if is_file and "\n" in text.strip() else None
         return _parsed(f"[{section}] {key}", text, parse, shown)
 

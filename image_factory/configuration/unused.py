@@ -47,7 +47,7 @@ def unused_keys(configuration: Configuration, image: str, destinations: Iterable
 def idle_keys(configuration: Configuration, image: str, settings: ImageSettings, flags: Iterable[str]) -> list[str]:
     """Return a sentence on each key of *flags* and the user's files that does nothing beside *settings*."""
     sentences = []
-    for key, (needed, is_there) in (_DEPENDENT | SOURCES[settings.source].DEPENDENT).items():
+    for key, (needed, is_there) in (_DEPENDENT | SOURCES[settings.source].dependent).items():
         if is_there(settings):
             continue
         written = [section for section in configuration.bases(image) if key in configuration.written.get(section, ())]

@@ -25,6 +25,7 @@ LAYERS = [
     ("sources", "__init__"),
     ("sources.image", "__init__ growing unpacking formats"),
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery answers forms installers"),
+    ("sources", "kind"),
     ("uploads", "__init__ rsync"),
     ("told", "record display estimates junit"),
     ("", "parts"),
@@ -114,7 +115,9 @@ def test_only_the_table_of_sources_knows_one() -> None:
         for name in MODULES
         if not name.startswith("sources.")
     }
-    assert {name: each for name, each in found.items() if each} == {"sources": {"sources.image", "sources.installer"}}
+    assert {name: each for name, each in found.items() if each} == {
+        "sources": {"sources.image", "sources.installer", "sources.kind"}
+    }
 
 
 def test_what_is_read_as_imports() -> None:

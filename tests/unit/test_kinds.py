@@ -108,10 +108,10 @@ def test_firmwares_are_those_of_the_architectures() -> None:
 class Given:
     """A source whose disk is there already, and which notes what it is asked."""
 
-    KEYS = ("given",)
-    ANSWER_FILES = ("yast",)
-    DEFAULTS: ClassVar[dict[str, str | None]] = {}
-    DEPENDENT: ClassVar[Dependent] = {"mac": ("a cable", lambda settings: False)}
+    keys = ("given",)
+    answer_files = ("yast",)
+    defaults: ClassVar[dict[str, str | None]] = {}
+    dependent: ClassVar[Dependent] = {"mac": ("a cable", lambda settings: False)}
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -257,5 +257,5 @@ def test_the_record_s_schema_has_the_keys_of_all_inputs() -> None:
     """Those of what a disk is made from, and of what a guest is given that makes it."""
     schema = json.loads((REPOSITORY / "data/build-record.schema.json").read_text())
     known = schema["properties"]["inputs"]["items"]["properties"]["key"]["enum"]
-    made_from = [key for source in SOURCES.values() for key in source.KEYS]
+    made_from = [key for source in SOURCES.values() for key in source.keys]
     assert sorted(known) == sorted(["configuration", *made_from, *ANSWER_FILE_KEYS, "answer-files"])

@@ -4,9 +4,8 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ...base import command, events, interrupts, trust
 from ...base.errors import CommandError, ConfigurationError
@@ -16,16 +15,15 @@ from ...configuration.parsers import Source
 from ...configuration.settings import ANSWER_FILE_KEYS, Dependent, ImageSettings
 from ...downloads import fetch, verify
 from ...machines import kvm
-from ...model import Build, Given, Plan
+from ...model import Build, Plan
 from ...parts import State, Step, doing
 from ...system import appliance
+from ..kind import DiskSource
 from . import formats, growing, unpacking
 
-KEYS: tuple[str, ...] = ("source-image",)
-
-ANSWER_FILES: tuple[str, ...] = ()
+_KEYS = ("source-image",)
 # An installer's settings have nothing to do here.
-DEPENDENT: Dependent = {
+_DEPENDENT: Dependent = {
     "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
     **dict.fromkeys(
         (
@@ -36,9 +34,6 @@ DEPENDENT: Dependent = {
         ("source = installer", lambda settings: False),
     ),
 }  # fmt: skip
-# Without it the disk has the size of the image.
-DEFAULTS: dict[str, str | None] = {"image-size": None}
-
 # Those that qemu-img looks through; its status when only space is lost.
 _CHECKED = ("qcow2", "vmdk", "vhdx", "vdi")
 _LEAKS = 3
@@ -50,21 +45,6 @@ def check_settings(name: str, settings: ImageSettings) -> None:
         raise ConfigurationError(
             f"[{name}] has source = image and no 'source-image'.", hint="It is the path or the URI of a disk image."
         )
-
-
-def template_keys(path: Path) -> set[str] | None:
-    """Return no keys: there is no template."""
-    return set()
-
-
-def declared_keys(path: Path, arch: str) -> Mapping[str, Any]:
-    """Return no keys: there is no template."""
-    return {}
-
-
-def answers_of(plan: Plan) -> bytes | None:
-    """Return None: nobody is given answers."""
-    return None
 
 
 def _source(plan: Plan) -> Source:
@@ -85,11 +65,6 @@ def _state(path: Path | None) -> tuple[int, int] | None:
     except OSError:
         status = None
     return (status.st_size, status.st_mtime_ns) if status else None
-
-
-def original(plan: Plan, used: events.InputUsed) -> events.InputUsed | None:
-    """Return None: the build takes no copy of its source that would stay."""
-    return None
 
 
 def programs(plan: Plan) -> list[str]:
@@ -120,11 +95,6 @@ def downloads(plan: Plan) -> bool:
 def remote(plan: Plan) -> list[tuple[str, str, bool]]:
     """Return the setting and the URIs of the image."""
     return [("source-image", uri, True) for uri in _source(plan).uris] if downloads(plan) else []
-
-
-def urls_of_guest(plan: Plan) -> dict[str, str]:
-    """Return nothing: no guest runs."""
-    return {}
 
 
 def check(plan: Plan) -> None:
@@ -161,22 +131,6 @@ def disk_size(plan: Plan) -> int:
     path = _source(plan).path
     known = formats.format_of(path).size if path and not unpacking.is_packed(path) else 0
     return plan.settings.image_size or known
-
-
-def check_machine(plan: Plan) -> None:
-    """Need no machine."""
-
-
-def check_here(plan: Plan) -> None:
-    """Need nothing that runs here."""
-
-
-def warn(plan: Plan) -> None:
-    """Have nothing to warn of."""
-
-
-def measure(plan: Plan) -> None:
-    """Have nothing to measure."""
 
 
 def _own(build: Build) -> Path:
@@ -243,15 +197,6 @@ def _cache(state: State) -> State:
     return _with_virt_type(state, "kvm" if build.plan.settings.virt_type == "kvm" else "qemu")
 
 
-def explain(build: Build) -> None:
-    """Have nothing to explain a disk without a system by."""
-
-
-def given(build: Build) -> Given:
-    """Return nothing: no guest was given anything."""
-    return Given()
-
-
 def check_argv(build: Build, driver: str) -> list[str]:
     """Return the command that tells whether the image is whole."""
     return ["qemu-img", "check", "-q", "-f", driver, str(_own(build))]
@@ -309,3 +254,19 @@ def _grow(state: State) -> None:
     size = state.build.plan.settings.image_size
     assert size
     growing.grow(state.build, state.disk, size)
+
+
+SOURCE = DiskSource(
+    keys=_KEYS,
+    check_settings=check_settings,
+    identity=identity,
+    steps=steps,
+    programs=programs,
+    check=check,
+    disk_size=disk_size,
+    downloads=downloads,
+    remote=remote,
+    # Without it the disk has the size of the image.
+    defaults={"image-size": None},
+    dependent=_DEPENDENT,
+)

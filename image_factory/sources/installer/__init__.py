@@ -19,21 +19,20 @@ from ...downloads import fetch, verify
 from ...machines import arch, kvm, libvirt, turns
 from ...model import Build, Given, Plan
 from ...parts import Group, State, Step, carry_out, doing
+from ..kind import DiskSource
 from . import answercheck, answers, delivery, forms, machinecheck, virt_install
 
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 
 # These settings name what an installer is made from.
-KEYS: tuple[str, ...] = ("linux", "initrd", "installer-image")
-ANSWER_FILES: tuple[str, ...] = ANSWER_FILE_KEYS
-DEPENDENT: Dependent = {
+_KEYS = ("linux", "initrd", "installer-image")
+_DEPENDENT: Dependent = {
     "linux-sha256": ("linux", lambda settings: not settings.installer_image),
     "initrd-sha256": ("initrd", lambda settings: not settings.installer_image),
     "installer-image-sha256": ("installer-image", lambda settings: bool(settings.installer_image)),
     **dict.fromkeys(("source-image", "source-image-sha256"), ("source = image", lambda settings: False)),
     "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
 }
-DEFAULTS: dict[str, str | None] = {}
 
 
 def _named(keys: Sequence[str]) -> str:
@@ -84,7 +83,7 @@ def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str
     made anew, as they would be now.
     """
     settings = plan.settings
-    sources = {key: getattr(settings, key.replace("-", "_")) for key in KEYS}
+    sources = {key: getattr(settings, key.replace("-", "_")) for key in _KEYS}
     texts = {key: source.uri for key, source in sources.items() if source is not None}
     texts |= {"append": settings.append, "image-size": str(settings.image_size)}
     digests = {key: _digest(text.encode()) for key, text in texts.items()}
@@ -466,3 +465,29 @@ def _kernel_of_iso(build: Build, iso: Path) -> Path | None:
         os.chmod(target, 0o600)
         return target
     return None
+
+
+SOURCE = DiskSource(
+    keys=_KEYS,
+    check_settings=check_settings,
+    identity=identity,
+    steps=steps,
+    programs=programs,
+    check=check,
+    disk_size=disk_size,
+    downloads=downloads,
+    remote=remote,
+    dependent=_DEPENDENT,
+    original=original,
+    check_machine=check_machine,
+    check_here=check_here,
+    warn=warn,
+    measure=measure,
+    explain=explain,
+    answer_files=ANSWER_FILE_KEYS,
+    template_keys=template_keys,
+    declared_keys=declared_keys,
+    answers_of=answers_of,
+    given=given,
+    urls_of_guest=urls_of_guest,
+)

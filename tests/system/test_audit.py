@@ -24,7 +24,8 @@ from image_factory.checks.audit import Finding, Secrets
 from image_factory.configuration.files import Configuration
 from image_factory.model import Artifact, Build, Plan
 from image_factory.parts import Group, State, Step, carry_out, doing
-from image_factory.sources.installer import answers, delivery
+from image_factory.sources import answers
+from image_factory.sources.installer import delivery
 
 from ..conftest import state_of
 from ..unit.test_leftovers import HASH, KEY, OTHER_HASH

@@ -17,7 +17,7 @@ from image_factory.configuration import files
 from image_factory.configuration.files import Configuration
 from image_factory.configuration.settings import ImageSettings, UploadSettings, declarations
 from image_factory.finishing.seal.operations import OPERATIONS
-from image_factory.sources.installer import forms
+from image_factory.sources import forms
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MANUAL = REPOSITORY / "image-factory.1.md"

@@ -23,8 +23,7 @@ from image_factory.configuration.files import Configuration
 from image_factory.downloads import verify
 from image_factory.machines.arch import ARCHITECTURES, named_architectures
 from image_factory.model import Build, Plan
-from image_factory.sources import installer
-from image_factory.sources.installer import answers, forms
+from image_factory.sources import answers, forms, installer
 
 from ..conftest import shown
 from .test_virt_install import as_lines

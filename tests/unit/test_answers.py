@@ -11,8 +11,8 @@ from image_factory.base import events
 from image_factory.base.errors import ConfigurationError
 from image_factory.configuration.files import Configuration
 from image_factory.model import Build, Plan
-from image_factory.sources import installer
-from image_factory.sources.installer import answers, delivery, virt_install
+from image_factory.sources import answers, installer
+from image_factory.sources.installer import delivery, virt_install
 
 from ..conftest import shown
 

@@ -14,7 +14,7 @@ from image_factory.configuration.files import Configuration, declared
 from image_factory.configuration.settings import ImageSettings
 from image_factory.machines.arch import ARCHITECTURES
 from image_factory.model import Plan
-from image_factory.sources.installer import answers, forms
+from image_factory.sources import answers, forms
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((REPOSITORY / "data").glob("*.j2"))

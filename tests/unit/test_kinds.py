@@ -20,8 +20,8 @@ from image_factory.machines import arch
 from image_factory.model import Artifact, Build, Plan
 from image_factory.outputs import OUTPUTS, raw
 from image_factory.parts import State, Step, carry_out
-from image_factory.sources import SOURCES, Key
-from image_factory.sources.installer import answercheck, delivery, forms, installers
+from image_factory.sources import SOURCES, Key, forms
+from image_factory.sources.installer import answercheck, delivery, installers
 from image_factory.uploads import UPLOADS
 
 from ..conftest import REPOSITORY, shown, state_of

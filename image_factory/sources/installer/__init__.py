@@ -19,8 +19,9 @@ from ...downloads import fetch, verify
 from ...machines import arch, kvm, libvirt, turns
 from ...model import Build, Given, Plan
 from ...parts import Group, State, Step, carry_out, doing
+from .. import answers, forms
 from ..kind import DiskSource
-from . import answercheck, answers, delivery, forms, machinecheck, virt_install
+from . import answercheck, delivery, machinecheck, virt_install
 
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 

@@ -16,7 +16,8 @@ import yaml
 from ...base.errors import ConfigurationError
 from ...base.log import logger
 from ...model import Plan
-from . import answers, delivery
+from .. import answers
+from . import delivery
 from .installers import POWER_OFF
 
 _SHOWN_ERRORS = 5

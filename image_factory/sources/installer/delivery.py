@@ -12,7 +12,7 @@ from ...base.log import logger
 from ...configuration.settings import ImageSettings
 from ...model import Build, Given, Plan
 from ...parts import Step, doing
-from . import answers
+from .. import answers
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from jinja2 import (
 )
 from jinja2.sandbox import SandboxedEnvironment
 
-from ...base.errors import ConfigurationError
-from ...machines.arch import ARCHITECTURES
-from ...model import Plan
+from ..base.errors import ConfigurationError
+from ..machines.arch import ARCHITECTURES
+from ..model import Plan
 from . import forms
 
 TEMPLATE_SUFFIX = ".j2"

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from ...base.units import parse_size
-from ...configuration.parsers import parse_boolean
-from ...machines.arch import is_arch
+from ..base.units import parse_size
+from ..configuration.parsers import parse_boolean
+from ..machines.arch import is_arch
 
 
 @dataclass(frozen=True)

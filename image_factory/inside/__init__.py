@@ -1,0 +1,1 @@
+"""How something is run inside a system that is made here."""

@@ -1,0 +1,1 @@
+"""Disks that are laid out here, from the tree of a system."""

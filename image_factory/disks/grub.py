@@ -1,0 +1,78 @@
+"""GRUB on a disk that is made from a tree, by the programs of that tree; nothing is mounted, no root is needed."""
+
+import os
+import struct
+from pathlib import Path
+
+from ..base.errors import BuildError
+from .layouts import SECTOR, Identity, Piece
+
+# boot.img (GRUB's grub-core/boot/i386/pc/boot.S): so much of it is code, and in it are the sector of the core image and
+# a jump that keeps the drive that the BIOS names.
+_BOOT_CODE = 440
+_KERNEL_SECTOR = 0x5C
+_DRIVE_CHECK = 0x66
+# The first sector of the core image ends with the list of the blocks of the others.
+_BLOCK_LIST = 0x1F4
+
+CORE_NAME = "core.img"
+_MODULES = "biosdisk part_gpt ext2 xfs btrfs search search_fs_uuid configfile normal linux"
+
+
+def early_configuration(identity: Identity) -> str:
+    """Return what GRUB does first: find the root, and read its configuration there."""
+    return (
+        f"search --no-floppy --fs-uuid --set=root {identity.root}\n"
+        "set prefix=($root)/boot/grub\n"
+        "configfile $prefix/grub.cfg\n"
+    )
+
+
+def core_argv(tree: Path, configuration: str, target: str) -> list[str]:
+    """Return the command that makes the core image for BIOS in *tree*; the paths are those inside of it."""
+    return [
+        "chroot", str(tree),
+        "grub-mkimage",
+        "--format=i386-pc",
+        "--prefix=/boot/grub",
+        f"--config={configuration}",
+        f"--output={target}",
+        *_MODULES.split(),
+    ]  # fmt: skip
+
+
+def embed(disk: Path, piece: Piece, boot: bytes, core: bytes) -> None:
+    """Write *boot*, the boot sector, and *core* into the BIOS boot partition *piece* of *disk*."""
+    if len(core) > piece.size:
+        raise BuildError(f"GRUB's core image of {len(core)} bytes does not fit into the BIOS boot partition.")
+    start = piece.offset // SECTOR
+    image = bytearray(core)
+    struct.pack_into("<Q", image, _BLOCK_LIST, start + 1)
+    sector = bytearray(boot[:_BOOT_CODE])
+    struct.pack_into("<Q", sector, _KERNEL_SECTOR, start)
+    sector[_DRIVE_CHECK : _DRIVE_CHECK + 2] = b"\x90\x90"
+    with disk.open("r+b") as file:
+        os.pwrite(file.fileno(), bytes(sector), 0)
+        os.pwrite(file.fileno(), bytes(image), piece.offset)
+
+
+# grub-mkconfig asks it where the root is; the answers are of a disk that nothing is mounted from.
+def probe_script(identity: Identity) -> str:
+    """Return a program that answers in the place of grub-probe."""
+    return f"""\
+#!/bin/sh
+for word; do
+    case $word in
+    --target=*) target=${{word#--target=}} ;;
+    -t) target=next ;;
+    *) [ "$target" = next ] && target=$word ;;
+    esac
+done
+case $target in
+device) echo /dev/disk/by-uuid/{identity.root} ;;
+fs_uuid) echo {identity.root} ;;
+partuuid) echo {identity.root_partition} ;;
+fs) echo ext2 ;;
+partmap) echo gpt ;;
+esac
+"""

@@ -1,0 +1,174 @@
+"""A disk from a tree: partitions, filesystems and boot loader, with no loop device, no device-mapper and no root."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..base import command
+from ..base.errors import BuildError
+from ..inside.namespaces import Namespaces, entering_argv
+from ..model import Build
+from . import grub, layouts
+
+# Of e2fsprogs since 1.47.1: the GRUB of older releases reads no filesystem with them.
+_FEATURES = "^metadata_csum_seed,^orphan_file"
+_FAT_HEADS, _FAT_SECTORS = "16", "63"
+
+_SHIM = {"x86_64": "x64", "aarch64": "aa64"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a disk of *size* bytes is laid out, and what tells it from others."""
+
+    firmware: str
+    arch: str
+    size: int
+    identity: layouts.Identity
+
+    @property
+    def pieces(self) -> list[layouts.Piece]:
+        """The partitions in their order."""
+        return layouts.pieces(self.firmware, self.arch, self.size)
+
+    def piece(self, role: str) -> layouts.Piece | None:
+        """Return the partition of *role*, None if there is none."""
+        return next((piece for piece in self.pieces if piece.role == role), None)
+
+
+def programs(firmware: str) -> list[str]:
+    """Return the programs that are needed."""
+    return ["sfdisk", "mke2fs", *([] if firmware == "bios" else ["mformat", "mmd", "mcopy"])]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A command that is run in a build's namespaces, with *text* on its stdin."""
+
+    words: tuple[str, ...]
+    text: str = ""
+
+
+def _put(path: Path, text: str, mode: str = "644") -> Inside:
+    """Return what writes *text* to the new file *path* of a tree."""
+    return Inside(("install", "-D", "-m", mode, "/dev/stdin", str(path)), text)
+
+
+def loader_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]:
+    """Return what configures GRUB and fstab of *tree*, and copies what is in no filesystem of its to *directory*.
+
+    What is mounted on the way goes with the namespaces if one of them fails.
+    """
+    identity = layout.identity
+    scratch, probe = tree / "dev", tree / "usr/sbin/grub-probe"
+    commands = [
+        _put(tree / "etc/fstab", "".join(f"{line}\n" for line in _fstab(layout))),
+        Inside(("mkdir", "-p", f"{tree}/boot/efi", f"{tree}/boot/grub")),
+        Inside(("mount", "-t", "tmpfs", "-o", "mode=755", "scratch", str(scratch))),
+    ]
+    for name in ("null", "zero", "urandom"):
+        commands += [_put(scratch / name, ""), Inside(("mount", "--bind", f"/dev/{name}", str(scratch / name)))]
+    commands += [
+        # grub-mkconfig names the root by its UUID only where there is such a device.
+        _put(scratch / f"disk/by-uuid/{identity.root}", ""),
+        _put(scratch / "probe", grub.probe_script(identity), "755"),
+        Inside(("mount", "--bind", str(scratch / "probe"), str(probe))),
+        Inside(("chroot", str(tree), "grub-mkconfig", "-o", "/boot/grub/grub.cfg")),
+        Inside(("umount", str(probe))),
+    ]
+    if layout.piece("bios"):
+        modules = tree / "usr/lib/grub/i386-pc"
+        commands += [
+            _put(scratch / "early.cfg", grub.early_configuration(identity)),
+            Inside(tuple(grub.core_argv(tree, "/dev/early.cfg", "/dev/core.img"))),
+            Inside(("cp", str(scratch / "core.img"), str(modules / "boot.img"), str(directory))),
+            Inside(("cp", "-r", str(modules), f"{tree}/boot/grub/i386-pc")),
+        ]
+    if layout.piece("esp"):
+        commands += [Inside(("cp", f"{tree}/{place}", str(directory / name))) for name, place in _signed(layout.arch)]
+    return [*commands, Inside(("umount", "--recursive", str(scratch)))]
+
+
+def _fstab(layout: Layout) -> list[str]:
+    lines = [f"UUID={layout.identity.root} / ext4 errors=remount-ro 0 1"]
+    if layout.piece("esp"):
+        lines.append(f"UUID={layout.identity.esp_name} /boot/efi vfat umask=0077 0 1")
+    return lines
+
+
+def _signed(arch: str) -> list[tuple[str, str]]:
+    """Return the signed programs of UEFI: the name of each on the ESP, and its place in a tree."""
+    suffix = _SHIM[arch]
+    kind = {"x86_64": "x86_64-efi", "aarch64": "arm64-efi"}[arch]
+    return [
+        (f"boot{suffix}.efi", f"usr/lib/shim/shim{suffix}.efi.signed"),
+        (f"mm{suffix}.efi", f"usr/lib/shim/mm{suffix}.efi.signed"),
+        (f"grub{suffix}.efi", f"usr/lib/grub/{kind}-signed/grub{suffix}.efi.signed"),
+    ]
+
+
+def disk_argvs(tree: Path, build: Build, layout: Layout) -> list[list[str]]:
+    """Return the commands of ``make_disk``."""
+    root, esp = layout.piece("root"), layout.piece("esp")
+    assert root is not None
+    argvs = [layouts.table_argv(build.disk_path)]
+    argvs.append(
+        entering_argv("PID", *filesystem_argv(tree, build.disk_path, root, layout.identity), as_root=build.plan.as_root)
+    )
+    return [*argvs, *(esp_argvs(build.disk_path, esp, build.directory, layout) if esp else [])]
+
+
+def make_disk(inside: Namespaces, tree: Path, build: Build, layout: Layout) -> None:
+    """Make the disk of *build* from *tree*."""
+    disk, directory = build.disk_path, build.directory
+    with open(os.open(disk, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.truncate(layout.size)
+    command.run(layouts.table_argv(disk), stdin=layouts.table(layout.pieces, layout.identity).encode())
+    root = layout.piece("root")
+    assert root is not None
+    try:
+        inside.run(*filesystem_argv(tree, disk, root, layout.identity))
+    except BuildError as error:
+        used = inside.run("du", "-sx", "--block-size=1M", str(tree), capture=True).split()[0]
+        raise BuildError(
+            f"The tree of {used} MiB can't be put on the disk: {error.said}.", hint="Set a larger image-size."
+        ) from error
+    if bios := layout.piece("bios"):
+        grub.embed(disk, bios, (directory / "boot.img").read_bytes(), (directory / "core.img").read_bytes())
+    if esp := layout.piece("esp"):
+        (directory / "grub.cfg").write_text(grub.early_configuration(layout.identity), encoding="ascii")
+        for argv in esp_argvs(disk, esp, directory, layout):
+            command.run(argv)
+
+
+def filesystem_argv(tree: Path, disk: Path, root: layouts.Piece, identity: layouts.Identity) -> list[str]:
+    """Return the command that makes the root filesystem of *tree*, with all its owners, modes and attributes."""
+    return [
+        "mke2fs", "-q",
+        "-t", "ext4",
+        "-O", _FEATURES,
+        "-U", identity.root,
+        "-d", str(tree),
+        "-E", f"offset={root.offset}",
+        str(disk),
+        f"{root.size >> 10}k",
+    ]  # fmt: skip
+
+
+def esp_argvs(disk: Path, esp: layouts.Piece, directory: Path, layout: Layout) -> list[list[str]]:
+    """Return the commands that make the ESP, with GRUB at the path where all firmware looks."""
+    at = f"{disk}@@{esp.offset}"
+    suffix = _SHIM[layout.arch]
+    files = {
+        f"boot{suffix}.efi": f"EFI/BOOT/BOOT{suffix.upper()}.EFI",
+        f"grub{suffix}.efi": f"EFI/BOOT/grub{suffix}.efi",
+        f"mm{suffix}.efi": f"EFI/BOOT/mm{suffix}.efi",
+        # The signed GRUB looks for its configuration there.
+        "grub.cfg": "EFI/debian/grub.cfg",
+    }
+    sizes = ["-T", str(esp.size // layouts.SECTOR), "-h", _FAT_HEADS, "-s", _FAT_SECTORS]
+    return [
+        ["mformat", "-i", at, "-F", "-N", layout.identity.esp, *sizes, "::"],
+        ["mmd", "-i", at, "::/EFI", "::/EFI/BOOT", "::/EFI/debian"],
+        *(["mcopy", "-i", at, str(directory / name), f"::/{place}"] for name, place in files.items()),
+    ]

@@ -163,6 +163,11 @@ def parse_answer_files(text: str) -> tuple[InstallerFile, ...]:
     return tuple(found)
 
 
+def parse_bootstrap_file(text: str) -> Path:
+    """Return the path of what a tree is bootstrapped from."""
+    return parse_answer_file(text)
+
+
 def parse_agama_file(text: str) -> Path:
     """The path of an answer file of Agama, which knows its language by the suffix."""
     path = parse_answer_file(text)

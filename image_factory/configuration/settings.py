@@ -21,6 +21,7 @@ from .parsers import (
     parse_answer_files,
     parse_arch,
     parse_boolean,
+    parse_bootstrap_file,
     parse_count,
     parse_file_name,
     parse_key,
@@ -93,6 +94,7 @@ class ImageSettings:
     initrd_sha256: str | None = _setting(parse_sha256, "SHA-256 that the initrd must have")
     installer_image_sha256: str | None = _setting(parse_sha256, "SHA-256 that the ISO must have")
     source_image: Source | None = _setting(parse_mirrors, "path or URI of the disk image that the build begins with")
+    bootstrap: Path | None = _setting(parse_bootstrap_file, "YAML file that says what a bootstrapped system has")
     source_image_sha256: str | None = _setting(parse_sha256, "SHA-256 that this image must have")
     verify: str = _setting(
         one_of("auto", "required", "none"), "whether downloads are verified: auto, required or none", "auto"
@@ -199,7 +201,8 @@ class ImageSettings:
     @property
     def answer_file_key(self) -> str | None:
         """The key that names the answer file, None if none does."""
-        return next((key for key in ANSWER_FILE_KEYS if getattr(self, key)), None)
+        keys = (BOOTSTRAP_KEY,) if self.source == BOOTSTRAP_KEY else ANSWER_FILE_KEYS
+        return next((key for key in keys if getattr(self, key)), None)
 
     @property
     def answer_file(self) -> Path | None:
@@ -255,6 +258,10 @@ def declarations(kind: type[Any]) -> Iterator[tuple[str, Declaration]]:
 ANSWER_FILE_KEYS = tuple(
     key for key, each in declarations(ImageSettings) if each.parse in (parse_answer_file, parse_agama_file)
 )
+
+
+# The one that names what a tree is bootstrapped from.
+BOOTSTRAP_KEY = "bootstrap"
 
 
 def check_image_name(name: str) -> None:

@@ -1,9 +1,10 @@
 """The ways to make a disk; all else knows them by this table alone."""
 
+from .bootstrap import SOURCE as BOOTSTRAP
 from .image import SOURCE as IMAGE
 from .installer import SOURCE as INSTALLER
 from .kind import DiskSource, Key
 
 __all__ = ["SOURCES", "DiskSource", "Key"]
 
-SOURCES: dict[str, DiskSource] = {"installer": INSTALLER, "image": IMAGE}
+SOURCES: dict[str, DiskSource] = {"installer": INSTALLER, "image": IMAGE, "bootstrap": BOOTSTRAP}

@@ -1,0 +1,224 @@
+"""Make a disk of a tree that a package manager bootstraps: Debian and Ubuntu, by mmdebstrap."""
+
+import hashlib
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ...base import events, trust
+from ...base.errors import BuildError, ConfigurationError
+from ...base.log import logger
+from ...base.units import format_size
+from ...configuration.settings import BOOTSTRAP_KEY, ImageSettings
+from ...disks import layouts, making
+from ...inside import namespaces
+from ...model import Build, Plan
+from ...parts import Group, State, Step, carry_out, doing
+from .. import answers
+from ..kind import DiskSource
+from . import recipe
+
+_MEMORY = Path("/proc/meminfo")
+# What a tree on a tmpfs must leave to others.
+_SPARE_MEMORY = 1 << 30
+
+_TREE = "tree"
+_DEBCONF, _SCRIPT = "debconf", "script"
+_TAKE, _KEEP = "take-packages", "keep-packages"
+
+# Packages of earlier builds, which apt takes if their checksums are right; $1 is the tree, $2 the cache.
+_TAKE_PACKAGES = """\
+mkdir -p "$1/var/cache/apt/archives/partial"
+for package in "$2"/*.deb; do
+    [ ! -e "$package" ] || cp "$package" "$1/var/cache/apt/archives/"
+done
+"""
+# Another build may do the same at this moment.
+_KEEP_PACKAGES = """\
+for package in "$1"/var/cache/apt/archives/*.deb; do
+    name=${package##*/}
+    [ ! -e "$package" ] || [ -e "$2/$name" ] || { cp "$package" "$2/.$name.$$" && mv "$2/.$name.$$" "$2/$name"; }
+done
+"""
+_SECONDS = 4 * 3600.0
+
+
+def check_settings(name: str, settings: ImageSettings) -> None:
+    """Raise ConfigurationError unless *settings* name what to bootstrap."""
+    if settings.bootstrap is None:
+        raise ConfigurationError(
+            f"[{name}] has source = bootstrap and no 'bootstrap'.", hint="It is the path of what is to be installed."
+        )
+
+
+def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str]:
+    """Return a digest of each setting that makes the disk another one."""
+    texts = {BOOTSTRAP_KEY: answers.content(plan), "image-size": str(plan.settings.image_size).encode()}
+    texts["firmware"] = plan.settings.firmware.encode()
+    return {key: hashlib.sha256(data).hexdigest() for key, data in texts.items()}
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that it needs."""
+    return ["mmdebstrap", *namespaces.programs(as_root=plan.as_root), *making.programs(plan.settings.firmware)]
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if the recipe is wrong."""
+    recipe.read(plan)
+
+
+def check_here(plan: Plan) -> None:
+    """Raise ConfigurationError unless there are namespaces here."""
+    namespaces.check(as_root=plan.as_root)
+
+
+def disk_size(plan: Plan) -> int:
+    """Return the bytes that the disk may grow to."""
+    assert plan.settings.image_size
+    return plan.settings.image_size
+
+
+def _tree(build: Build) -> Path:
+    return build.directory / _TREE
+
+
+def _cache(plan: Plan) -> Path:
+    """Return where packages are kept for later builds of any image."""
+    return plan.settings.cache_dir.absolute() / "packages"
+
+
+def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]:
+    """Return the command that makes the tree: in namespaces, where this user is root."""
+    directory, cache = build.directory, shlex.quote(str(_cache(build.plan)))
+    options = [f'APT::Install-Recommends "{str(wanted.recommends).lower()}"', 'Acquire::Languages "none"']
+    if wanted.proxy:
+        options += [f'Acquire::http::Proxy "{wanted.proxy}"', f'Acquire::https::Proxy "{wanted.proxy}"']
+    return [
+        "mmdebstrap",
+        "--mode=unshare",
+        f"--variant={wanted.variant}",
+        "--format=directory",
+        *(f"--aptopt={option}" for option in options),
+        # What is made is thrown away if the machine crashes.
+        "--dpkgopt=force-unsafe-io",
+        "--skip=essential/unlink",
+        f'--setup-hook=sh -e {directory}/{_TAKE} "$1" {cache}',
+        f'--essential-hook=chroot "$1" debconf-set-selections <{directory}/{_DEBCONF}',
+        f'--customize-hook=chroot "$1" sh -e <{directory}/{_SCRIPT}',
+        f'--customize-hook=sh -e {directory}/{_KEEP} "$1" {cache}',
+        f"--include={','.join(wanted.packages)}",
+        wanted.suite,
+        str(tree),
+        *wanted.sources,
+    ]
+
+
+class _Bootstrap:
+    """What the steps of a bootstrap tell each other."""
+
+    def __init__(self, plan: Plan, wanted: recipe.Recipe) -> None:
+        self._inside: namespaces.Namespaces | None = None
+        self._wanted = wanted
+        self._disk = making.Layout(
+            plan.settings.firmware, plan.settings.arch, disk_size(plan), layouts.random_identity()
+        )
+
+    def entered(self, state: State, steps: Sequence[Step | Group]) -> State:
+        """Carry out *steps* with namespaces, with which all that they have mounted goes."""
+        build = state.build
+        with namespaces.entered(build.directory, as_root=build.plan.as_root) as self._inside:
+            tree = _tree(build)
+            tree.mkdir(mode=0o755)
+            try:
+                return carry_out(state, steps)
+            finally:
+                # In memory it goes with them; on a disk it belongs to users that only they have.
+                self._inside.run("umount", "--recursive", "--lazy", "--quiet", str(tree), quiet=True)
+                self._inside.run("rm", "--recursive", "--force", str(tree), quiet=True)
+
+    def bootstrap(self, state: State) -> None:
+        assert self._inside is not None
+        build = state.build
+        texts = {
+            _DEBCONF: self._wanted.debconf,
+            _SCRIPT: self._wanted.script,
+            _TAKE: _TAKE_PACKAGES,
+            _KEEP: _KEEP_PACKAGES,
+        }
+        for name, text in texts.items():
+            answers.write_private(build.directory / name, text.encode())
+        trust.make(_cache(build.plan))
+        if in_memory(build.plan):
+            self._inside.run("mount", "-t", "tmpfs", "-o", "mode=755", "tree", str(_tree(build)))
+        try:
+            self._inside.run(*bootstrap_argv(build, self._wanted, _tree(build) / "root"), timeout=_SECONDS)
+        except BuildError as error:
+            raise BuildError(
+                f"The system can't be bootstrapped: {error.said}.", hint="The log has all of it."
+            ) from error
+
+    def install_loader(self, state: State) -> None:
+        assert self._inside is not None
+        for each in self._loader_commands(state.build):
+            self._inside.run(*each.words, stdin=each.text.encode())
+
+    def _loader_commands(self, build: Build) -> list[making.Inside]:
+        return making.loader_commands(_tree(build) / "root", build.directory, self._disk)
+
+    def make_disk(self, state: State) -> None:
+        assert self._inside is not None
+        making.make_disk(self._inside, _tree(state.build) / "root", state.build, self._disk)
+
+
+def in_memory(plan: Plan) -> bool:
+    """Return whether the tree is made in memory: where as much as the disk is free, and some more."""
+    for line in _MEMORY.read_text(encoding="ascii").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            free = int(rest.split()[0]) << 10
+            found = free >= disk_size(plan) + _SPARE_MEMORY
+            logger.info(
+                "The tree is made %s: %s of memory are free.", "in memory" if found else "on disk", format_size(free)
+            )
+            return found
+    return False
+
+
+def steps(build: Build) -> Iterator[Step | Group]:
+    """Give the steps that make the disk."""
+    wanted = recipe.read(build.plan)
+    work = _Bootstrap(build.plan, wanted)
+    tree = _tree(build) / "root"
+    settings, as_root = build.plan.settings, build.plan.as_root
+    layout = making.Layout(settings.firmware, settings.arch, disk_size(build.plan), layouts.UNKNOWN)
+
+    def shown(*commands: Sequence[str]) -> list[list[str]]:
+        return [namespaces.entering_argv("PID", *words, as_root=as_root) for words in commands]
+
+    loader = [each.words for each in making.loader_commands(tree, build.directory, layout)]
+    holding = namespaces.holding_argv(as_root=as_root)
+    inside = [
+        Step("Bootstrapping", doing(work.bootstrap), [holding, *shown(bootstrap_argv(build, wanted, tree))]),
+        Step("Installing the boot loader", doing(work.install_loader), shown(*loader)),
+        Step("Making the disk", doing(work.make_disk), making.disk_argvs(tree, build, layout)),
+    ]
+    yield Group(inside, work.entered)
+
+
+SOURCE = DiskSource(
+    keys=(BOOTSTRAP_KEY,),
+    check_settings=check_settings,
+    identity=identity,
+    steps=steps,
+    programs=programs,
+    check=check,
+    disk_size=disk_size,
+    downloads=lambda plan: False,
+    remote=lambda plan: [],
+    check_here=check_here,
+    answer_files=(BOOTSTRAP_KEY,),
+    template_keys=answers.keys_asked_for,
+    declared_keys=answers.declared_keys,
+    answers_of=answers.content,
+)

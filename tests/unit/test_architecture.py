@@ -24,6 +24,7 @@ LAYERS = [
     ("outputs", "__init__ raw qcow2"),
     ("sources", "__init__"),
     ("sources.image", "__init__ growing unpacking formats"),
+    ("sources.bootstrap", "__init__ recipe"),
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery installers"),
     ("sources", "kind answers forms"),
     ("uploads", "__init__ rsync"),
@@ -34,6 +35,8 @@ LAYERS = [
         "mounts loop appliance rehearsal assembly inventory tree rpmdb partitions fstab privileged registrations",
     ),
     ("downloads", "verify fetch"),
+    ("disks", "making grub layouts"),
+    ("inside", "namespaces"),
     ("", "model"),
     # What the parts of a build need of the configuration, and no more: the files are above the tables of kinds.
     ("configuration", "settings parsers"),
@@ -116,7 +119,7 @@ def test_only_the_table_of_sources_knows_one() -> None:
         if not name.startswith("sources.")
     }
     assert {name: each for name, each in found.items() if each} == {
-        "sources": {"sources.image", "sources.installer", "sources.kind"}
+        "sources": {"sources.bootstrap", "sources.image", "sources.installer", "sources.kind"}
     }
 
 

@@ -96,6 +96,9 @@ class ImageSettings:
     source_image: Source | None = _setting(parse_mirrors, "path or URI of the disk image that the build begins with")
     bootstrap: Path | None = _setting(parse_bootstrap_file, "YAML file that says what a bootstrapped system has")
     source_image_sha256: str | None = _setting(parse_sha256, "SHA-256 that this image must have")
+    work_in_memory: str = _setting(
+        one_of("auto", "yes", "no"), "whether a tree is made in memory: yes, no, or auto, where enough is free", "auto"
+    )
     verify: str = _setting(
         one_of("auto", "required", "none"), "whether downloads are verified: auto, required or none", "auto"
     )

@@ -81,6 +81,7 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "installer_image_sha256": ("23" * 32, "23" * 32),
     "source_image": ("/srv/a.qcow2", Source("/srv/a.qcow2", Path("/srv/a.qcow2"))),
     "source_image_sha256": ("45" * 32, "45" * 32),
+    "work_in_memory": ("Yes", "yes"),
     "verify": ("Required", "required"),
     "keyring": ("/srv/keys.gpg", Path("/srv/keys.gpg")),
     "offline": ("yes", True),
@@ -186,6 +187,7 @@ def test_defaults(read: Read) -> None:
         source="installer",
         source_image=None,
         source_image_sha256=None,
+        work_in_memory="auto",
         linux=Source("/boot/linux", Path("/boot/linux")),
         initrd=Source("/boot/initrd", Path("/boot/initrd")),
         append="",
@@ -409,6 +411,7 @@ def test_bad_flag_names_the_flag(read: Read, key: str, flag: str) -> None:
 # Of the others any text is accepted, but for what no argument of a program can have.
 ABSURD = {
     "source": "installers", "source-image": "ftp://a/b", "source-image-sha256": "abc",
+    "work-in-memory": "maybe",
     "linux": "ftp://a/b", "initrd": "ftp://a/b", "installer-image": "ftp://a/b", "linux-sha256": "abc",
     "initrd-sha256": "abc", "installer-image-sha256": "abc", "verify": "maybe", "keyring": "", "offline": "maybe",
     "preseed": "a b", "kickstart": "a b", "yast": "a b", "autoinstall": "a b", "agama": "a.yaml", "cores": "none",

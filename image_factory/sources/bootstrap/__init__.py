@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ...base import events, trust
 from ...base.errors import BuildError, ConfigurationError
-from ...base.log import logger
 from ...base.units import format_size
 from ...configuration.settings import BOOTSTRAP_KEY, ImageSettings
 from ...disks import layouts, making
@@ -69,8 +68,9 @@ def check(plan: Plan) -> None:
 
 
 def check_here(plan: Plan) -> None:
-    """Raise ConfigurationError unless there are namespaces here."""
+    """Raise ConfigurationError unless there are namespaces here, and memory where the tree has to be in it."""
     namespaces.check(as_root=plan.as_root)
+    check_memory(plan)
 
 
 def disk_size(plan: Plan) -> int:
@@ -86,6 +86,12 @@ def _tree(build: Build) -> Path:
 def _cache(plan: Plan) -> Path:
     """Return where packages are kept for later builds of any image."""
     return plan.settings.cache_dir.absolute() / "packages"
+
+
+def memory_argv(build: Build) -> list[str]:
+    """Return the command that gives the tree memory, which goes with the namespaces: all that has to be free."""
+    options = f"mode=755,size={needed_memory(build.plan)}"
+    return ["mount", "-t", "tmpfs", "-o", options, "tree", str(_tree(build))]
 
 
 def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]:
@@ -149,8 +155,10 @@ class _Bootstrap:
         for name, text in texts.items():
             answers.write_private(build.directory / name, text.encode())
         trust.make(_cache(build.plan))
+        # Others may have taken it since the build began.
+        check_memory(build.plan)
         if in_memory(build.plan):
-            self._inside.run("mount", "-t", "tmpfs", "-o", "mode=755", "tree", str(_tree(build)))
+            self._inside.run(*memory_argv(build))
         try:
             self._inside.run(*bootstrap_argv(build, self._wanted, _tree(build) / "root"), timeout=_SECONDS)
         except BuildError as error:
@@ -172,17 +180,33 @@ class _Bootstrap:
 
 
 def in_memory(plan: Plan) -> bool:
-    """Return whether the tree is made in memory: where as much as the disk is free, and some more."""
+    """Return whether the tree is made in memory."""
+    wish = plan.settings.work_in_memory
+    return wish == "yes" or (wish == "auto" and _free_memory() >= needed_memory(plan))
+
+
+def check_memory(plan: Plan) -> None:
+    """Raise ConfigurationError if the tree has to be made in memory, and too little is free."""
+    free, needed = _free_memory(), needed_memory(plan)
+    if plan.settings.work_in_memory == "yes" and free < needed:
+        raise ConfigurationError(
+            f"{format_size(free)} of memory are free, and a tree in memory needs {format_size(needed)}.",
+            hint="Set work-in-memory = auto, which takes the disk then, or a smaller image-size.",
+        )
+
+
+def needed_memory(plan: Plan) -> int:
+    """Return the bytes that have to be free for a tree in memory: as many as the disk has, and some more."""
+    return disk_size(plan) + _SPARE_MEMORY
+
+
+def _free_memory() -> int:
+    """Return the bytes of memory that programs can have without swapping."""
     for line in _MEMORY.read_text(encoding="ascii").splitlines():
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
-            free = int(rest.split()[0]) << 10
-            found = free >= disk_size(plan) + _SPARE_MEMORY
-            logger.info(
-                "The tree is made %s: %s of memory are free.", "in memory" if found else "on disk", format_size(free)
-            )
-            return found
-    return False
+            return int(rest.split()[0]) << 10
+    return 0
 
 
 def steps(build: Build) -> Iterator[Step | Group]:
@@ -198,8 +222,10 @@ def steps(build: Build) -> Iterator[Step | Group]:
 
     loader = [each.words for each in making.loader_commands(tree, build.directory, layout)]
     holding = namespaces.holding_argv(as_root=as_root)
+    memory = [memory_argv(build)] if in_memory(build.plan) else []
+    bootstrapping = shown(*memory, bootstrap_argv(build, wanted, tree))
     inside = [
-        Step("Bootstrapping", doing(work.bootstrap), [holding, *shown(bootstrap_argv(build, wanted, tree))]),
+        Step("Bootstrapping", doing(work.bootstrap), [holding, *bootstrapping]),
         Step("Installing the boot loader", doing(work.install_loader), shown(*loader)),
         Step("Making the disk", doing(work.make_disk), making.disk_argvs(tree, build, layout)),
     ]

@@ -14,6 +14,22 @@ from . import grub, layouts
 _FEATURES = "^metadata_csum_seed,^orphan_file"
 _FAT_HEADS, _FAT_SECTORS = "16", "63"
 
+# What mke2fs leaves out of a tree: owner, mode and time of its top, and of all times the nanoseconds and the bits after
+# the 32nd.  $1 is the tree, $2 the filesystem; debugfs has no way to tell a path with a line break.
+_ADD_REST = r"""
+find "$1" -path "*
+*" -prune -o -printf '%T@ %m %U %G %P\n' | awk '
+{
+    split($1, time, "."); seconds = time[1] + 0; part = substr(time[2] "000000000", 1, 9) + 0
+    era = int((seconds + 2147483648) / 4294967296)
+    path = $0; sub(/^[^ ]* [^ ]* [^ ]* [^ ]* /, "", path); gsub(/"/, "\"\"", path)
+    if (path == "")
+        printf "sif / mode 04%s\nsif / uid %s\nsif / gid %s\nsif / mtime @%.0f\n",
+            substr("0000" $2, length($2) + 1), $3, $4, seconds
+    if (part || era > 0) printf "sif \"/%s\" mtime_extra %.0f\n", path, part * 4 + era
+}' | debugfs -w -f - "$2" >/dev/null
+"""
+
 _SHIM = {"x86_64": "x64", "aarch64": "aa64"}
 
 
@@ -38,7 +54,7 @@ class Layout:
 
 def programs(firmware: str) -> list[str]:
     """Return the programs that are needed."""
-    return ["sfdisk", "mke2fs", *([] if firmware == "bios" else ["mformat", "mmd", "mcopy"])]
+    return ["sfdisk", "mke2fs", "debugfs", *([] if firmware == "bios" else ["mformat", "mmd", "mcopy"])]
 
 
 @dataclass(frozen=True)
@@ -112,9 +128,10 @@ def disk_argvs(tree: Path, build: Build, layout: Layout) -> list[list[str]]:
     root, esp = layout.piece("root"), layout.piece("esp")
     assert root is not None
     argvs = [layouts.table_argv(build.disk_path)]
-    argvs.append(
-        entering_argv("PID", *filesystem_argv(tree, build.disk_path, root, layout.identity), as_root=build.plan.as_root)
-    )
+    argvs += [
+        entering_argv("PID", *words, as_root=build.plan.as_root)
+        for words in filesystem_argvs(tree, build.disk_path, root, layout.identity)
+    ]
     return [*argvs, *(esp_argvs(build.disk_path, esp, build.directory, layout) if esp else [])]
 
 
@@ -127,7 +144,8 @@ def make_disk(inside: Namespaces, tree: Path, build: Build, layout: Layout) -> N
     root = layout.piece("root")
     assert root is not None
     try:
-        inside.run(*filesystem_argv(tree, disk, root, layout.identity))
+        for words in filesystem_argvs(tree, disk, root, layout.identity):
+            inside.run(*words)
     except BuildError as error:
         used = inside.run("du", "-sx", "--block-size=1M", str(tree), capture=True).split()[0]
         raise BuildError(
@@ -141,9 +159,9 @@ def make_disk(inside: Namespaces, tree: Path, build: Build, layout: Layout) -> N
             command.run(argv)
 
 
-def filesystem_argv(tree: Path, disk: Path, root: layouts.Piece, identity: layouts.Identity) -> list[str]:
-    """Return the command that makes the root filesystem of *tree*, with all its owners, modes and attributes."""
-    return [
+def filesystem_argvs(tree: Path, disk: Path, root: layouts.Piece, identity: layouts.Identity) -> list[list[str]]:
+    """Return the commands that make the root filesystem of *tree*, with all its owners, modes, times and attributes."""
+    making = [
         "mke2fs", "-q",
         "-t", "ext4",
         "-O", _FEATURES,
@@ -153,6 +171,7 @@ def filesystem_argv(tree: Path, disk: Path, root: layouts.Piece, identity: layou
         str(disk),
         f"{root.size >> 10}k",
     ]  # fmt: skip
+    return [making, ["sh", "-c", _ADD_REST, "sh", str(tree), f"{disk}?offset={root.offset}"]]
 
 
 def esp_argvs(disk: Path, esp: layouts.Piece, directory: Path, layout: Layout) -> list[list[str]]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..sources import SOURCES
 from .files import COMMAND_KEY, Configuration, names_arch, normal_key
 from .parsers import split_list
-from .settings import BOOTSTRAP_KEY, Dependent, ImageSettings, UploadSettings, declarations
+from .settings import Dependent, ImageSettings, UploadSettings, declarations
 
 # The keys of no source.
 _DEPENDENT: Dependent = {
@@ -19,7 +19,7 @@ _DEPENDENT: Dependent = {
     "seal-only": ("seal = yes", lambda settings: settings.seal),
     "seal-skip": ("seal = yes", lambda settings: settings.seal),
     "log-filename": ("log-file = yes", lambda settings: settings.log_file),
-    "work-in-memory": ("source = bootstrap", lambda settings: settings.source == BOOTSTRAP_KEY),
+    "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
     "compression": ("format = qcow2", lambda settings: "qcow2" in settings.format),
 }
 

@@ -317,6 +317,10 @@ def _at_least(size: int, text: str) -> str:
 FORMS = {
     "text": Form("any text of one line", _text),
     "word": Form("a word of letters, digits and . _ + -", partial(_matching, r"[A-Za-z0-9][A-Za-z0-9._+-]*")),
+    "words": Form(
+        "words of letters, digits and . _ + - with blanks between them",
+        partial(_matching, r"[A-Za-z0-9][A-Za-z0-9._+-]*( +[A-Za-z0-9][A-Za-z0-9._+-]*)*"),
+    ),
     "boolean": Form("yes or no", _boolean),
     "locale": Form("a locale of glibc with UTF-8 such as de_DE.UTF-8", _locale),
     "timezone": Form("a time zone such as Europe/Berlin", _timezone),

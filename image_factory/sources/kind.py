@@ -6,9 +6,30 @@ from pathlib import Path
 from typing import Protocol
 
 from ..base.events import InputUsed
-from ..configuration.settings import Dependent, ImageSettings
+from ..configuration.settings import ANSWER_FILE_KEYS, BOOTSTRAP_KEY, Dependent, ImageSettings
 from ..model import Build, Given, Plan
 from ..parts import Steps
+
+# The settings that only one source goes by.
+_OF_ONE_SOURCE = {
+    "installer": (
+        "linux", "initrd", "installer-image", "linux-sha256", "initrd-sha256", "installer-image-sha256", "append",
+        *ANSWER_FILE_KEYS, "answer-files", "mac", "vnc", "osinfo", "cpu", "network", "max-parallel",
+        "install-timeout", "stall-timeout",
+    ),
+    "image": ("source-image", "source-image-sha256"),
+    "bootstrap": (BOOTSTRAP_KEY, "work-in-memory"),
+}  # fmt: skip
+
+
+def idle_beside(source: str) -> Dependent:
+    """Return the settings of all sources but *source*, which do nothing beside it."""
+    return {
+        key: (f"source = {other}", lambda settings: False)
+        for other, keys in _OF_ONE_SOURCE.items()
+        if other != source
+        for key in keys
+    }
 
 
 class Key(Protocol):

@@ -71,6 +71,7 @@ def test_the_manual_has_the_options_of_the_command_line() -> None:
 SOURCES = {
     "installer": "linux = {here}/file\ninitrd = {here}/file\nautoinstall = {here}/answers\n",
     "image": "source = image\nsource-image = {here}/disk.xz\nimage-size = 4G\n",
+    "bootstrap": "source = bootstrap\nbootstrap = {here}/tree.yaml\nfirmware = hybrid\n",
 }
 ALL_KEYS = """
 [x]
@@ -95,6 +96,7 @@ upload-target = host:/srv
 def test_the_manual_has_each_step_of_a_build_in_its_order(tmp_path: Path, way: str) -> None:
     (tmp_path / "answers").write_text("#cloud-config\nautoinstall: {}\n")
     (tmp_path / "disk.xz").write_bytes(b"\xfd7zXZ\0")
+    (tmp_path / "tree.yaml").write_text("suite: trixie\nsources: [deb http://mirror.example.com trixie main]\n")
     places = {"FILE": r"\S+", "SECTION": r"\S+", "FIRMWARE": r"\w+"}
     terms = [re.sub("|".join(places), lambda match: places[match[0]], term) for term in entries(MANUAL, "STEPS")]
     found: set[int] = set()

@@ -730,7 +730,8 @@ def test_section_that_nothing_uses_is_told(read: Read) -> None:
         "[z]\nram = 2G\n[other]\nlinux = ${Debian-13-base:ram}\n"
     )
     assert unused(read(text), image="Debian-13-web") == [
-        "[Debian-13-wbe]: nothing uses this section, as it has no installer or image. Did you mean [Debian-13-web]?"
+        "[Debian-13-wbe]: nothing uses this section, as it has no installer or image or bootstrap. "
+        "Did you mean [Debian-13-web]?"
     ]
 
 

@@ -391,7 +391,10 @@ class Place:
 SECTIONS: dict[str, tuple[str, str]] = {
     "no image": ("source = image\nlinux = /x", "has source = image and no 'source-image'"),
     "no source": ("source-image = /x", "has 'source-image' and no 'source'"),
-    "unknown source": ("source = disk\nsource-image = /x", "source: 'disk' is not accepted, only installer or image"),
+    "unknown source": (
+        "source = disk\nsource-image = /x",
+        "'disk' is not accepted, only installer, image or bootstrap",
+    ),
 }
 
 

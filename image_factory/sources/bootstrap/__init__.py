@@ -1,5 +1,6 @@
 """Make a disk of a tree that a package manager bootstraps: Debian and Ubuntu, by mmdebstrap."""
 
+import dataclasses
 import hashlib
 import shlex
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from ...inside import namespaces
 from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
 from .. import answers
-from ..kind import DiskSource
+from ..kind import DiskSource, idle_beside
 from . import recipe
 
 _MEMORY = Path("/proc/meminfo")
@@ -22,6 +23,7 @@ _MEMORY = Path("/proc/meminfo")
 _SPARE_MEMORY = 1 << 30
 
 _TREE = "tree"
+_COPY = "bootstrap.yaml"
 _DEBCONF, _SCRIPT = "debconf", "script"
 _TAKE, _KEEP = "take-packages", "keep-packages"
 
@@ -55,6 +57,13 @@ def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str
     texts = {BOOTSTRAP_KEY: answers.content(plan), "image-size": str(plan.settings.image_size).encode()}
     texts["firmware"] = plan.settings.firmware.encode()
     return {key: hashlib.sha256(data).hexdigest() for key, data in texts.items()}
+
+
+def original(plan: Plan, used: events.InputUsed) -> events.InputUsed | None:
+    """Return the input *used* of a build that is resumed; what a template became is gone."""
+    path = plan.settings.bootstrap
+    assert path
+    return dataclasses.replace(used, path=None if answers.is_template(path) else path)
 
 
 def programs(plan: Plan) -> list[str]:
@@ -100,9 +109,13 @@ def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]
     options = [f'APT::Install-Recommends "{str(wanted.recommends).lower()}"', 'Acquire::Languages "none"']
     if wanted.proxy:
         options += [f'Acquire::http::Proxy "{wanted.proxy}"', f'Acquire::https::Proxy "{wanted.proxy}"']
+    settings = build.plan.settings
+    if settings.verify == "none":
+        options += ['Acquire::AllowInsecureRepositories "true"', 'APT::Get::AllowUnauthenticated "true"']
     return [
         "mmdebstrap",
         "--mode=unshare",
+        *([f"--keyring={settings.keyring}"] if settings.keyring else []),
         f"--variant={wanted.variant}",
         "--format=directory",
         *(f"--aptopt={option}" for option in options),
@@ -146,6 +159,9 @@ class _Bootstrap:
     def bootstrap(self, state: State) -> None:
         assert self._inside is not None
         build = state.build
+        copy = build.directory / _COPY
+        answers.write(build.plan, copy)
+        events.tell(events.InputUsed(BOOTSTRAP_KEY, str(build.plan.settings.bootstrap), copy))
         texts = {
             _DEBCONF: self._wanted.debconf,
             _SCRIPT: self._wanted.script,
@@ -242,6 +258,8 @@ SOURCE = DiskSource(
     disk_size=disk_size,
     downloads=lambda plan: False,
     remote=lambda plan: [],
+    dependent=idle_beside("bootstrap"),
+    original=original,
     check_here=check_here,
     answer_files=(BOOTSTRAP_KEY,),
     template_keys=answers.keys_asked_for,

@@ -12,28 +12,16 @@ from ...base.errors import CommandError, ConfigurationError
 from ...base.log import masked
 from ...base.units import parse_percentage
 from ...configuration.parsers import Source
-from ...configuration.settings import ANSWER_FILE_KEYS, Dependent, ImageSettings
+from ...configuration.settings import ImageSettings
 from ...downloads import fetch, verify
 from ...machines import kvm
 from ...model import Build, Plan
 from ...parts import State, Step, doing
 from ...system import appliance
-from ..kind import DiskSource
+from ..kind import DiskSource, idle_beside
 from . import formats, growing, unpacking
 
 _KEYS = ("source-image",)
-# An installer's settings have nothing to do here.
-_DEPENDENT: Dependent = {
-    "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
-    **dict.fromkeys(
-        (
-            "linux", "initrd", "installer-image", "linux-sha256", "initrd-sha256", "installer-image-sha256", "append",
-            *ANSWER_FILE_KEYS, "answer-files", "mac", "vnc", "osinfo", "cpu", "network", "max-parallel",
-            "install-timeout", "stall-timeout",
-        ),
-        ("source = installer", lambda settings: False),
-    ),
-}  # fmt: skip
 # Those that qemu-img looks through; its status when only space is lost.
 _CHECKED = ("qcow2", "vmdk", "vhdx", "vdi")
 _LEAKS = 3
@@ -268,5 +256,5 @@ SOURCE = DiskSource(
     remote=remote,
     # Without it the disk has the size of the image.
     defaults={"image-size": None},
-    dependent=_DEPENDENT,
+    dependent=idle_beside("image"),
 )

@@ -20,7 +20,7 @@ from ...machines import arch, kvm, libvirt, turns
 from ...model import Build, Given, Plan
 from ...parts import Group, State, Step, carry_out, doing
 from .. import answers, forms
-from ..kind import DiskSource
+from ..kind import DiskSource, idle_beside
 from . import answercheck, delivery, machinecheck, virt_install
 
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
@@ -31,8 +31,7 @@ _DEPENDENT: Dependent = {
     "linux-sha256": ("linux", lambda settings: not settings.installer_image),
     "initrd-sha256": ("initrd", lambda settings: not settings.installer_image),
     "installer-image-sha256": ("installer-image", lambda settings: bool(settings.installer_image)),
-    **dict.fromkeys(("source-image", "source-image-sha256"), ("source = image", lambda settings: False)),
-    "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
+    **idle_beside("installer"),
 }
 
 

@@ -19,13 +19,17 @@ CORE_NAME = "core.img"
 _MODULES = "biosdisk part_gpt ext2 xfs btrfs search search_fs_uuid configfile normal linux"
 
 
-def early_configuration(identity: Identity) -> str:
-    """Return what GRUB does first: find the root, and read its configuration there."""
-    return (
-        f"search --no-floppy --fs-uuid --set=root {identity.root}\n"
-        "set prefix=($root)/boot/grub\n"
-        "configfile $prefix/grub.cfg\n"
-    )
+def core_configuration(identity: Identity) -> str:
+    """Return what the core image for BIOS does before all else; then GRUB reads grub.cfg in its prefix by itself.
+
+    The lists of commands and their modules are read only on that way.
+    """
+    return f"search --no-floppy --fs-uuid --set=root {identity.root}\nset prefix=($root)/boot/grub\n"
+
+
+def stub_configuration(identity: Identity) -> str:
+    """Return the configuration that the signed GRUB finds on the ESP: that of the root is read in its place."""
+    return f"{core_configuration(identity)}configfile $prefix/grub.cfg\n"
 
 
 def core_argv(tree: Path, configuration: str, target: str) -> list[str]:

@@ -95,7 +95,7 @@ def loader_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]
     if layout.piece("bios"):
         modules = tree / "usr/lib/grub/i386-pc"
         commands += [
-            _put(scratch / "early.cfg", grub.early_configuration(identity)),
+            _put(scratch / "early.cfg", grub.core_configuration(identity)),
             Inside(tuple(grub.core_argv(tree, "/dev/early.cfg", "/dev/core.img"))),
             Inside(("cp", str(scratch / "core.img"), str(modules / "boot.img"), str(directory))),
             Inside(("cp", "-r", str(modules), f"{tree}/boot/grub/i386-pc")),
@@ -154,7 +154,7 @@ def make_disk(inside: Namespaces, tree: Path, build: Build, layout: Layout) -> N
     if bios := layout.piece("bios"):
         grub.embed(disk, bios, (directory / "boot.img").read_bytes(), (directory / "core.img").read_bytes())
     if esp := layout.piece("esp"):
-        (directory / "grub.cfg").write_text(grub.early_configuration(layout.identity), encoding="ascii")
+        (directory / "grub.cfg").write_text(grub.stub_configuration(layout.identity), encoding="ascii")
         for argv in esp_argvs(disk, esp, directory, layout):
             command.run(argv)
 

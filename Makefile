@@ -60,12 +60,17 @@ lint-groovy: $(GROOVY_LINT)/passed
 faults: packages-check
 	tests/run-tests -m slow_faults
 
+# MIRROR: URL of another mirror of Debian.
 demo: packages-demo
 	tests/programs/demo
 
+# The stand-in of an installer, in a machine of libvirt's.
+demo-installer: packages-demo-installer
+	tests/programs/demo installer
+
 bench: packages-bench
 	tests/programs/bench
-	tests/run-tests tests/programs/bench_fleet.py -s
+	tests/run-tests tests/programs/bench_fleet.py tests/programs/bench_bootstrap.py -s
 
 # MIRROR: URL of a Debian mirror as the guest sees it; LINUX, INITRD: the installer's kernel and initrd.
 acceptance: packages-acceptance
@@ -123,4 +128,4 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .FORCE:
-.PHONY: all check check-unit lint lint-groovy faults demo bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb package-check version clean .FORCE
+.PHONY: all check check-unit lint lint-groovy faults demo demo-installer bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb package-check version clean .FORCE

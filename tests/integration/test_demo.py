@@ -1,4 +1,4 @@
-"""`make demo` as root, beside a /dev/kvm that may be useless: what a new user runs first."""
+"""`make demo` and `make demo-installer` as root, beside a /dev/kvm that may be useless: what a new user runs first."""
 
 import re
 import shutil
@@ -13,9 +13,20 @@ from ..conftest import REPOSITORY, run
 OWN_MACHINE = REPOSITORY / "tests/with-own-machine"
 
 
-def test_demo(machine: None, prefix: Path) -> None:
+def test_demo_without_its_mirror(machine: None, prefix: Path) -> None:
+    """The program says what is wrong, and of all that was made nothing is left."""
+    before = set(Path("/var/tmp").glob("image-factory-demo*"))
+    done = run("make", "--silent", "-C", REPOSITORY, "demo", "MIRROR=http://127.0.0.1:9/debian", check=False)
+    assert done.returncode == 2
+    [error] = re.findall(r"^image-factory: error: (.*)$", done.stderr, re.MULTILINE)
+    assert "127.0.0.1" in error
+    assert "based_on = Debian-13-cloud\n" in done.stdout
+    assert set(Path("/var/tmp").glob("image-factory-demo*")) == before
+
+
+def test_demo_with_an_installer(machine: None, prefix: Path) -> None:
     """On a machine where nothing of libvirt runs."""
-    done = run(OWN_MACHINE, "make", "--silent", "-C", REPOSITORY, "demo")
+    done = run(OWN_MACHINE, "make", "--silent", "-C", REPOSITORY, "demo-installer")
     said = f"{done.stdout}\n{done.stderr}"
     image = re.search(
         r"^==> The image is (/var/tmp/image-factory-demo\.\w+)/(stand-in-[-0-9]+\.qcow2)$", said, re.MULTILINE

@@ -1,0 +1,142 @@
+"""Measure an image that is made from packages against mmdebstrap and mke2fs alone.
+
+make bench runs it; pytest does not collect it by itself.
+"""
+
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from ..conftest import REPOSITORY, User, run
+
+GOAL_TIMES_OF_MMDEBSTRAP = 1.35
+GOAL_TIMES_OF_MKE2FS = 1.5
+GOAL_OWN_MEMORY = 64 << 20
+REPEATS = 3
+SAMPLE_SECONDS = 0.05
+
+IMAGE = "Debian-13-cloud-bench"
+# In the place of the test boot, which is no part of what the others do.
+CONFIGURATION = f"""
+[{IMAGE}]
+based_on = Debian-13-cloud
+test_boot = no
+cache-dir = {{cache}}
+virt-type = qemu
+"""
+
+
+@dataclass
+class Bench:
+    """An ordinary user's directory with a configuration, and a warm cache of packages after the first build."""
+
+    user: User
+    directory: Path
+    # The peak of the program's own memory, in bytes.
+    memory: int = 0
+
+    def build(self, *flags: str) -> tuple[float, str]:
+        """Build the image; return the seconds that it took, and the log."""
+        configuration = str(self.directory / "image-factory.conf")
+        argv = self.user.argv(self.user.program, *flags, IMAGE, IMAGE_FACTORY_CONFIG=configuration)
+        start = time.monotonic()
+        with (self.directory / "log").open("wb") as log:
+            process = subprocess.Popen(argv, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            while process.poll() is None:
+                self.memory = max(self.memory, own_memory(process.pid))
+                time.sleep(SAMPLE_SECONDS)
+        seconds = time.monotonic() - start
+        said = (self.directory / "log").read_text(errors="replace")
+        assert process.returncode == 0, said[-4000:]
+        return seconds, said
+
+
+@pytest.fixture
+def bench(users: dict[str, User]) -> Iterator[Bench]:
+    directory = users["a"].directory("bench")
+    shipped = (REPOSITORY / "data/image-factory.conf").read_text(encoding="utf-8")
+    shipped = shipped.replace("${data_dir}", str(REPOSITORY / "data"))
+    (directory / "image-factory.conf").write_text(shipped + CONFIGURATION.format(cache=directory / "cache"))
+    yield Bench(users["a"], directory)
+    run("rm", "-rf", directory)
+
+
+def own_memory(pid: int) -> int:
+    """Return the peak of the memory of the process that *pid*, runuser, has started, 0 where it is gone."""
+    try:
+        [child] = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        status = Path(f"/proc/{child}/status").read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return 0
+    found = re.search(r"^VmHWM:\s+([0-9]+) kB$", status, re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
+
+
+def bootstrap_argv(said: str, target: Path) -> list[str]:
+    """Return the mmdebstrap of the build that has *said* so, which writes a tar to *target*."""
+    line = next(line for line in said.splitlines() if " Running: nsenter " in line and " mmdebstrap " in line)
+    words = shlex.split(line.partition(" Running: ")[2])
+    words = words[words.index("mmdebstrap") :]
+    tree = next(word for word in words if word.endswith("/tree/root"))
+    return [{tree: str(target), "--format=directory": "--format=tar"}.get(word, word) for word in words]
+
+
+def step_seconds(said: str, name: str) -> float:
+    """Return the seconds of the step *name* in the log."""
+    found = re.search(rf"INFO: {name}: done in ([0-9.]+) s$", said, re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def measured(argv: list[str], directory: Path) -> float:
+    """Run *argv* in *directory*; return the seconds that it took."""
+    start = time.monotonic()
+    run(*argv, cwd=directory)
+    return time.monotonic() - start
+
+
+def mke2fs_seconds(tar: Path, directory: Path) -> float:
+    """Return the seconds of mke2fs with the tree of *tar*, which is in memory."""
+    tree = directory / "plain"
+    tree.mkdir()
+    run("mount", "-t", "tmpfs", "tree", tree)
+    try:
+        run("tar", "--extract", "--file", tar, "--directory", tree)
+        return measured(["mke2fs", "-q", "-t", "ext4", "-d", str(tree), "plain.raw", "3G"], directory)
+    finally:
+        run("umount", tree)
+        tree.rmdir()
+        (directory / "plain.raw").unlink(missing_ok=True)
+
+
+def test_image_from_packages(bench: Bench) -> None:
+    bench.build()
+    ours, alone, disk, plain = [], [], [], []
+    for _ in range(REPEATS):
+        first, said = bench.build("--until", "install")
+        # The answers and hooks of the build are still there.
+        argv = bench.user.argv(*bootstrap_argv(said, bench.directory / "tree.tar"))
+        alone.append(measured(argv, bench.directory))
+        second, _ = bench.build("--resume")
+        ours.append(first + second)
+        disk.append(step_seconds(said, "Installing the boot loader") + step_seconds(said, "Making the disk"))
+        plain.append(mke2fs_seconds(bench.directory / "tree.tar", bench.directory))
+    times = median(ours) / median(alone)
+    copies = median(disk) / median(plain)
+    print(
+        f"\nDebian-13-cloud, sealed, audited, qcow2: {median(ours):.0f} s; mmdebstrap alone to a tar: "
+        f"{median(alone):.0f} s; {times:.2f} times, goal {GOAL_TIMES_OF_MMDEBSTRAP}\n"
+        f"tree to bootable disk: {median(disk):.1f} s; mke2fs -d alone: {median(plain):.1f} s; "
+        f"{copies:.2f} times, goal {GOAL_TIMES_OF_MKE2FS}\n"
+        f"own memory: {bench.memory >> 20} MiB, goal below {GOAL_OWN_MEMORY >> 20} MiB"
+    )
+    assert bench.memory < GOAL_OWN_MEMORY
+    assert times <= GOAL_TIMES_OF_MMDEBSTRAP
+    assert copies <= GOAL_TIMES_OF_MKE2FS

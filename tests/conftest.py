@@ -27,6 +27,8 @@ from image_factory.machines import kvm
 from image_factory.model import Artifact, Build, Disk
 from image_factory.parts import State, Steps, carry_out, show
 
+from . import small_archive as small_archive_module
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -139,6 +141,16 @@ def stand_in(base: Path) -> Path:
     # Another run would download the same.
     run("flock", REPOSITORY, REPOSITORY / "tests/stand_in/build", directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def small_archive(base: Path) -> Iterator[small_archive_module.Archive]:
+    """An archive from which a small system is bootstrapped in seconds; a test changes only a copy."""
+    archive = small_archive_module.Archive.made(base / "small/archive", base / "small")
+    try:
+        yield archive
+    finally:
+        archive.close()
 
 
 @contextmanager

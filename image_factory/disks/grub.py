@@ -49,6 +49,8 @@ def embed(disk: Path, piece: Piece, boot: bytes, core: bytes) -> None:
     """Write *boot*, the boot sector, and *core* into the BIOS boot partition *piece* of *disk*."""
     if len(core) > piece.size:
         raise BuildError(f"GRUB's core image of {len(core)} bytes does not fit into the BIOS boot partition.")
+    if len(boot) < SECTOR or len(core) < SECTOR:
+        raise BuildError("The tree's boot.img, or the core image that its grub-mkimage has made, is no whole sector.")
     start = piece.offset // SECTOR
     image = bytearray(core)
     struct.pack_into("<Q", image, _BLOCK_LIST, start + 1)

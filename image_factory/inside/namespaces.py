@@ -5,9 +5,11 @@ In them an ordinary user is root of a range of users, which newuidmap (package u
 
 import os
 import pwd
+import shutil
+import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,13 @@ _USERS = 65536
 _RANGES = (Path("/etc/subuid"), Path("/etc/subgid"))
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.02
+
+# Each forbids user namespaces with the first value: those of the kernel, of Debian's, and of AppArmor in Ubuntu's.
+_SETTINGS = {
+    Path("/proc/sys/user/max_user_namespaces"): ("0", "15000"),
+    Path("/proc/sys/kernel/unprivileged_userns_clone"): ("0", "1"),
+    Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns"): ("1", "0"),
+}
 
 # proc of this machine is still mounted: it has the number that the process has outside.
 _HOLD = 'read -r pid rest </proc/self/stat && echo "$pid" && exec sleep infinity'
@@ -44,11 +53,24 @@ def check(*, as_root: bool) -> None:
     try:
         command.run([*_unshare(as_root=False), "true"], quiet=True, timeout=_START_SECONDS)
     except BuildError as error:
+        setting, wanted = _forbidden()
+        if setting:
+            raise ConfigurationError(
+                f"This machine gives {user.pw_name} no user namespace, as sysctl {setting} forbids it.",
+                hint=f"Allow them: sudo sysctl {setting}={wanted}; a file in /etc/sysctl.d has it stay.",
+            ) from error
         raise ConfigurationError(
             f"This machine gives {user.pw_name} no user namespace: {error.said}.",
-            hint="Allow them: sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces and "
-            "kernel.apparmor_restrict_unprivileged_userns",
+            hint="Build as root, or see newuidmap(1) and user_namespaces(7) for what it may lack.",
         ) from error
+
+
+def _forbidden() -> tuple[str, str]:
+    """Return the setting of this machine's kernel that forbids user namespaces, and what allows them; else nothing."""
+    for path, (forbids, allows) in _SETTINGS.items():
+        if _lines(path) == [forbids]:
+            return ".".join(path.parts[3:]), allows
+    return "", ""
 
 
 def _lines(path: Path) -> list[str]:
@@ -80,6 +102,13 @@ def entering_argv(pid: int | str, *words: str, as_root: bool) -> list[str]:
     return ["nsenter", f"--target={pid}", *users, "--mount", "--pid", "--", *words]
 
 
+def _environment() -> dict[str, str]:
+    """Return the environment of what runs inside: root's programs are found, and no paths of the user's are there."""
+    own = ("TMPDIR", "APT_CONFIG", "HOME", "LD_LIBRARY_PATH", "LD_PRELOAD")
+    kept = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("DPKG_")}
+    return kept | {"PATH": command.search_path(), "HOME": "/root"}
+
+
 @dataclass(frozen=True)
 class Namespaces:
     """Those of process *pid*, in which commands can be run as root."""
@@ -87,9 +116,10 @@ class Namespaces:
     pid: int
     as_root: bool
 
-    def run(self, *words: str, **keywords: Any) -> str:
-        """Run the command *words* inside, as ``command.run`` does."""
-        return command.run(entering_argv(self.pid, *words, as_root=self.as_root), **keywords)
+    def run(self, *words: str, variables: Mapping[str, str] | None = None, **keywords: Any) -> str:
+        """Run the command *words* inside, as ``command.run`` does, with *variables* besides those of all."""
+        argv = entering_argv(self.pid, *words, as_root=self.as_root)
+        return command.run(argv, env=_environment() | dict(variables or {}), **keywords)
 
 
 @contextmanager
@@ -97,8 +127,42 @@ def entered(directory: Path, *, as_root: bool) -> Iterator[Namespaces]:
     """Give namespaces, which end on the way out; what their first process says is in a file in *directory*."""
     path = directory / "namespaces.log"
     with command.background(holding_argv(as_root=as_root), path) as ended:
-        yield Namespaces(_pid(path, ended), as_root)
+        pid = _pid(path, ended)
+        try:
+            holder = os.pidfd_open(pid)
+        except ProcessLookupError as error:
+            raise BuildError("Namespaces can't be had: their first process was killed.") from error
+        try:
+            yield Namespaces(pid, as_root)
+        finally:
+            _end(holder, ended)
+            os.close(holder)
     path.unlink()
+
+
+def _end(holder: int, ended: Callable[[], int | None]) -> None:
+    """Kill the first process; the one outside ends when the kernel has ended all of them, and removed their mounts."""
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(holder, signal.SIGKILL)
+    deadline = time.monotonic() + _START_SECONDS
+    while ended() is None and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def remove(path: Path) -> None:
+    """Remove *path* and all below it, also what belongs to users that only namespaces have; OSError if that fails."""
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except PermissionError as error:
+        if os.geteuid() == 0:
+            raise
+        try:
+            command.run(
+                [*_unshare(as_root=False), "rm", "--recursive", "--force", "--one-file-system", "--", str(path)],
+                quiet=True,
+            )
+        except BuildError as reason:
+            raise PermissionError(error.errno, f"{error.strerror} ({reason.said})", str(error.filename)) from error
 
 
 def _pid(path: Path, ended: Callable[[], int | None]) -> int:

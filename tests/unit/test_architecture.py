@@ -24,7 +24,7 @@ LAYERS = [
     ("outputs", "__init__ raw qcow2"),
     ("sources", "__init__"),
     ("sources.image", "__init__ growing unpacking formats"),
-    ("sources.bootstrap", "__init__ recipe"),
+    ("sources.bootstrap", "__init__ failures recipe"),
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery installers"),
     ("sources", "kind answers forms"),
     ("uploads", "__init__ rsync"),

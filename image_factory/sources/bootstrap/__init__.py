@@ -1,13 +1,17 @@
 """Make a disk of a tree that a package manager bootstraps: Debian and Ubuntu, by mmdebstrap."""
 
 import dataclasses
+import difflib
 import hashlib
+import re
 import shlex
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from ...base import events, trust
-from ...base.errors import BuildError, ConfigurationError
+from ...base.cleanup import released
+from ...base.errors import BuildError, CommandError, ConfigurationError
 from ...base.units import format_size
 from ...configuration.settings import BOOTSTRAP_KEY, ImageSettings
 from ...disks import layouts, making
@@ -16,7 +20,7 @@ from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
 from .. import answers
 from ..kind import DiskSource, idle_beside
-from . import recipe
+from . import failures, recipe
 
 _MEMORY = Path("/proc/meminfo")
 # What a tree on a tmpfs must leave to others.
@@ -41,6 +45,10 @@ for package in "$1"/var/cache/apt/archives/*.deb; do
     [ ! -e "$package" ] || [ -e "$2/$name" ] || { cp "$package" "$2/.$name.$$" && mv "$2/.$name.$$" "$2/$name"; }
 done
 """
+# apt and dpkg-deb take a quote, a backslash and a line break for their own, mtools a variable.
+_UNFIT = re.compile(r"[\"\\$\x00-\x1f]")
+# $1 is the tree.
+_NAMES = 'sed -n "s/^Package: //p" "$1"/var/lib/apt/lists/*_Packages'
 _SECONDS = 4 * 3600.0
 
 
@@ -72,8 +80,13 @@ def programs(plan: Plan) -> list[str]:
 
 
 def check(plan: Plan) -> None:
-    """Raise ConfigurationError if the recipe is wrong."""
+    """Raise ConfigurationError if the recipe is wrong, or the tree would have a path that is none for all programs."""
     recipe.read(plan)
+    if match := _UNFIT.search(str(plan.work_path)):
+        raise ConfigurationError(
+            f"[{plan.image}] output-dir: {str(plan.output_dir)!r} has {match[0]!r} in it, as no path of a tree may.",
+            hint="apt, dpkg-deb or mtools take it for something else: build elsewhere with --output-dir.",
+        )
 
 
 def check_here(plan: Plan) -> None:
@@ -105,7 +118,11 @@ def memory_argv(build: Build) -> list[str]:
 
 def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]:
     """Return the command that makes the tree: in namespaces, where this user is root."""
-    directory, cache = build.directory, shlex.quote(str(_cache(build.plan)))
+    # Hooks are lines of shell.
+    debconf, script, take, keep = (
+        shlex.quote(str(build.directory / name)) for name in (_DEBCONF, _SCRIPT, _TAKE, _KEEP)
+    )
+    cache = shlex.quote(str(_cache(build.plan)))
     options = [f'APT::Install-Recommends "{str(wanted.recommends).lower()}"', 'Acquire::Languages "none"']
     if wanted.proxy:
         options += [f'Acquire::http::Proxy "{wanted.proxy}"', f'Acquire::https::Proxy "{wanted.proxy}"']
@@ -122,11 +139,11 @@ def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]
         # What is made is thrown away if the machine crashes.
         "--dpkgopt=force-unsafe-io",
         "--skip=essential/unlink",
-        f'--setup-hook=sh -e {directory}/{_TAKE} "$1" {cache}',
-        f'--essential-hook=chroot "$1" debconf-set-selections <{directory}/{_DEBCONF}',
-        f'--customize-hook=chroot "$1" sh -e <{directory}/{_SCRIPT}',
-        f'--customize-hook=sh -e {directory}/{_KEEP} "$1" {cache}',
-        f"--include={','.join(wanted.packages)}",
+        f'--setup-hook=sh -e {take} "$1" {cache}',
+        f'--essential-hook=chroot "$1" debconf-set-selections <{debconf}',
+        f'--customize-hook=chroot "$1" sh -e <{script}',
+        f'--customize-hook=sh -e {keep} "$1" {cache}',
+        *([f"--include={','.join(wanted.packages)}"] if wanted.packages else []),
         wanted.suite,
         str(tree),
         *wanted.sources,
@@ -146,15 +163,11 @@ class _Bootstrap:
     def entered(self, state: State, steps: Sequence[Step | Group]) -> State:
         """Carry out *steps* with namespaces, with which all that they have mounted goes."""
         build = state.build
-        with namespaces.entered(build.directory, as_root=build.plan.as_root) as self._inside:
-            tree = _tree(build)
+        tree = _tree(build)
+        with released(partial(namespaces.remove, tree)):
             tree.mkdir(mode=0o755)
-            try:
+            with namespaces.entered(build.directory, as_root=build.plan.as_root) as self._inside:
                 return carry_out(state, steps)
-            finally:
-                # In memory it goes with them; on a disk it belongs to users that only they have.
-                self._inside.run("umount", "--recursive", "--lazy", "--quiet", str(tree), quiet=True)
-                self._inside.run("rm", "--recursive", "--force", str(tree), quiet=True)
 
     def bootstrap(self, state: State) -> None:
         assert self._inside is not None
@@ -175,24 +188,46 @@ class _Bootstrap:
         check_memory(build.plan)
         if in_memory(build.plan):
             self._inside.run(*memory_argv(build))
+        printed = failures.Printed()
         try:
-            self._inside.run(*bootstrap_argv(build, self._wanted, _tree(build) / "root"), timeout=_SECONDS)
-        except BuildError as error:
-            raise BuildError(
-                f"The system can't be bootstrapped: {error.said}.", hint="The log has all of it."
-            ) from error
+            self._inside.run(
+                *bootstrap_argv(build, self._wanted, self._root(build)),
+                timeout=_SECONDS,
+                progress=printed.take,
+                # Where it keeps what it needs for a moment: with it goes what it leaves when it is killed.
+                variables={"TMPDIR": str(build.directory)},
+            )
+        except CommandError as error:
+            raise failures.explained(list(printed.lines), partial(self._near, build)) from error
+
+    def _root(self, build: Build) -> Path:
+        return _tree(build) / "root"
+
+    def _near(self, build: Build, name: str) -> list[str]:
+        """Return names like *name* of packages that the archive has."""
+        assert self._inside is not None
+        try:
+            text = self._inside.run("sh", "-c", _NAMES, "sh", str(self._root(build)), capture=True, quiet=True)
+        except BuildError:
+            return []
+        # Of tens of thousands, which takes a while.
+        near = {other for other in text.split() if other[:1] == name[:1] and abs(len(other) - len(name)) <= 4}
+        return difflib.get_close_matches(name, sorted(near), n=3, cutoff=0.75)
 
     def install_loader(self, state: State) -> None:
         assert self._inside is not None
         for each in self._loader_commands(state.build):
-            self._inside.run(*each.words, stdin=each.text.encode())
+            try:
+                self._inside.run(*each.words, stdin=each.text.encode())
+            except CommandError as error:
+                raise BuildError(f"The boot loader can't be installed: {error.said}.", hint=error.hint) from error
 
     def _loader_commands(self, build: Build) -> list[making.Inside]:
-        return making.loader_commands(_tree(build) / "root", build.directory, self._disk)
+        return making.loader_commands(self._root(build), build.directory, self._disk)
 
     def make_disk(self, state: State) -> None:
         assert self._inside is not None
-        making.make_disk(self._inside, _tree(state.build) / "root", state.build, self._disk)
+        making.make_disk(self._inside, self._root(state.build), state.build, self._disk)
 
 
 def in_memory(plan: Plan) -> bool:

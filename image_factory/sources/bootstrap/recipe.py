@@ -1,7 +1,8 @@
 """What a tree is bootstrapped from: the YAML that the answer file of a section becomes."""
 
+import difflib
+import re
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
@@ -30,29 +31,60 @@ class Recipe:
 
 _VARIANTS = ("minbase", "important", "standard")
 
-# What each key may be, for people, and what tells.
-_TEXT = ("a text", lambda value: isinstance(value, str))
-_KINDS: dict[str, tuple[str, Any]] = {
-    "suite": _TEXT,
-    "variant": (" or ".join(_VARIANTS), lambda value: value in _VARIANTS),
-    "sources": (
-        "a list of texts",
-        lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
-    ),
-    "packages": _TEXT,
-    "recommends": ("true or false", lambda value: isinstance(value, bool)),
-    "debconf": _TEXT,
-    "script": _TEXT,
-    "proxy": _TEXT,
+# A name of a package with what apt lets follow it: the version, the suite, the architecture.  No option is one.
+_PACKAGE = r"[a-z0-9][a-z0-9.+-]*(?::[a-z0-9-]+)?(?:[=/][A-Za-z0-9.+~:-]+)?"
+_SOURCE = r"deb(?:-src)?(?: +\[[^\]\n]*\])? +[a-z][a-z0-9+.-]*:\S+ +\S+(?: +\S+)*"
+
+# What each key may be, for people, and the pattern of its text, or of each text where it is a list.
+_KINDS: dict[str, tuple[str, str]] = {
+    "suite": ("the name of one", "[A-Za-z0-9][A-Za-z0-9._+~/-]*"),
+    "variant": (" or ".join(_VARIANTS), "|".join(_VARIANTS)),
+    "sources": ("a list of lines of sources.list: deb URI SUITE COMPONENTS", _SOURCE),
+    "packages": ("names of packages, with blanks between", rf"\s*(?:{_PACKAGE}(?:\s+|$))*"),
+    "recommends": ("true or false", "true|false"),
+    "debconf": ("a text", r"[\s\S]*"),
+    "script": ("a text", r"[\s\S]*"),
+    # It stands in quotes in a line of apt's configuration.
+    "proxy": ("a URL without quotes", r"(?:https?|socks5h)://[^\s\"';{}\\]+|"),
 }
+_LISTS = ("sources",)
 _NEEDED = ("suite", "sources")
 
 
 def read(plan: Plan) -> Recipe:
     """Return the recipe of *plan*; ConfigurationError names file, line and key of what is wrong."""
     where = answers.where(plan)
+    found: dict[str, list[str]] = {}
+    for key, value in _nodes(plan):
+        place = f"{where}, line {key.start_mark.line + 1}"
+        name = str(key.value)
+        if name not in _KINDS:
+            near = difflib.get_close_matches(name, _KINDS, n=1)
+            meant = f"Perhaps {near[0]} is meant. " if near else ""
+            raise ConfigurationError(f"{place}: {name!r} is no key of it.", hint=f"{meant}It has {', '.join(_KINDS)}.")
+        if name in found:
+            raise ConfigurationError(f"{place}: {name} is there twice.", hint="Leave one of the two out.")
+        found[name] = _texts(where, name, value)
+    if missing := [key for key in _NEEDED if not any(found.get(key, []))]:
+        raise ConfigurationError(f"{where} lacks {' and '.join(missing)}.", hint="--show-answers shows all of it.")
+    one = {key: texts[0] for key, texts in found.items() if key not in _LISTS}
+    return Recipe(
+        suite=one["suite"],
+        variant=one.get("variant", "important"),
+        sources=tuple(found["sources"]),
+        packages=tuple(dict.fromkeys(one.get("packages", "").split())),
+        recommends=one.get("recommends", "true") == "true",
+        debconf=one.get("debconf", ""),
+        script=one.get("script", ""),
+        proxy=one.get("proxy", ""),
+    )
+
+
+def _nodes(plan: Plan) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Return the keys and values of the recipe of *plan*, which know their lines."""
+    where = answers.where(plan)
     try:
-        values = yaml.safe_load(answers.content(plan).decode())
+        top = yaml.compose(answers.content(plan).decode(), Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{where} is not UTF-8.") from error
     except yaml.MarkedYAMLError as error:
@@ -60,23 +92,28 @@ def read(plan: Plan) -> Recipe:
         raise ConfigurationError(f"{where}{line}: it is no well-formed YAML: {error.problem}.") from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{where}: it is no well-formed YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
+    except RecursionError as error:
+        raise ConfigurationError(f"{where}: it is no well-formed YAML: too many lists in lists.") from error
+    if not isinstance(top, yaml.MappingNode):
         raise ConfigurationError(f"{where} has no keys and values.", hint="--show-answers shows a recipe's.")
-    for key, value in values.items():
-        if key not in _KINDS:
-            raise ConfigurationError(f"{where}: {key!r} is no key of it.", hint=f"It has {', '.join(_KINDS)}.")
-        accepted, is_it = _KINDS[key]
-        if not is_it(value):
-            raise ConfigurationError(f"{where}: {key} is not accepted, only {accepted}.")
-    if missing := [key for key in _NEEDED if not values.get(key)]:
-        raise ConfigurationError(f"{where} lacks {' and '.join(missing)}.")
-    return Recipe(
-        suite=values["suite"],
-        variant=values.get("variant", "important"),
-        sources=tuple(values["sources"]),
-        packages=tuple(dict.fromkeys(values.get("packages", "").split())),
-        recommends=values.get("recommends", True),
-        debconf=values.get("debconf", ""),
-        script=values.get("script", ""),
-        proxy=values.get("proxy", ""),
-    )
+    return list(top.value)
+
+
+def _texts(where: str, name: str, node: yaml.Node) -> list[str]:
+    """Return the texts of the value of the key *name*: one, or those of a list; ConfigurationError if one is wrong."""
+    accepted, pattern = _KINDS[name]
+    nodes = node.value if name in _LISTS and isinstance(node, yaml.SequenceNode) else [node]
+    for each in nodes:
+        is_text = isinstance(each, yaml.ScalarNode) and (each is not node or name not in _LISTS)
+        if not is_text or not re.fullmatch(pattern, _text(each)):
+            raise ConfigurationError(
+                f"{where}, line {each.start_mark.line + 1}: {name} is not accepted, only {accepted}."
+            )
+    return [_text(each) for each in nodes]
+
+
+def _text(node: yaml.ScalarNode) -> str:
+    """Return the text of *node*: true and false are small, nothing is empty."""
+    if node.tag.endswith(":bool"):
+        return "true" if node.value.lower() in ("true", "yes", "on") else "false"
+    return "" if node.tag.endswith(":null") else str(node.value)

@@ -1,0 +1,95 @@
+"""Recipes of what is bootstrapped: each mistake is told with file, line and key."""
+
+from pathlib import Path
+
+import pytest
+
+from image_factory import pipeline
+from image_factory.base.errors import ConfigurationError
+from image_factory.configuration import files
+from image_factory.model import Plan
+from image_factory.sources.bootstrap import recipe
+
+SOURCES = "sources:\n- deb http://mirror.example.com/debian trixie main\n"
+GOOD = f"suite: trixie\n{SOURCES}"
+
+
+def make_plan(directory: Path, text: str | bytes) -> Plan:
+    data = text.encode() if isinstance(text, str) else text
+    (directory / "own.yaml").write_bytes(data)
+    path = directory / "own.conf"
+    path.write_text(f"[x]\nsource = bootstrap\nbootstrap = {directory}/own.yaml\nimage-size = 3G\n")
+    configuration = files.Configuration({files.FILE_VARIABLE: str(path)})
+    return pipeline.make_plan(configuration, "x", {"output-dir": str(directory)})
+
+
+MISTAKES: dict[str, tuple[str | bytes, str]] = {
+    "no YAML": (f"{GOOD}packages: [a\n", ", line 5: it is no well-formed YAML: "),
+    "control character": ("suite: a\0b\n", ": it is no well-formed YAML: "),
+    "too deep": ("[" * 5000, ": it is no well-formed YAML: too many lists"),
+    "not UTF-8": (b"suite: \xff\n", " is not UTF-8."),
+    "a list": ("- suite\n", " has no keys and values."),
+    "nothing": ("", " has no keys and values."),
+    "no suite": (SOURCES, " lacks suite."),
+    "nothing that is needed": ("script: x\n", " lacks suite and sources."),
+    "no sources": ("suite: trixie\nsources: []\n", " lacks sources."),
+    "unknown key": (f"{GOOD}package: x\n", ", line 4: 'package' is no key of it."),
+    "key that is a list": (f"{GOOD}? [a, b]\n: c\n", ", line 4: "),
+    "twice": (f"{GOOD}suite: sid\n", ", line 4: suite is there twice."),
+    "suite that is an option": (f"suite: --help\n{SOURCES}", ", line 1: suite is not accepted, only the name of one."),
+    "suite that is a list": (f"suite: [a]\n{SOURCES}", ", line 1: suite is not accepted"),
+    "variant": (
+        f"{GOOD}variant: custom\n",
+        ", line 4: variant is not accepted, only minbase or important or standard.",
+    ),
+    "sources that is a text": ("suite: a\nsources: deb http://x a main\n", ", line 2: sources is not accepted, only a"),
+    "source of lists": ("suite: a\nsources:\n- deb http://x a main\n- [x]\n", ", line 4: sources is not accepted"),
+    "itself": ("suite: a\nsources: &a\n- *a\n", ", line 2: sources is not accepted"),
+    # mmdebstrap would read a file.
+    "source that is a path": ("suite: a\nsources:\n- /etc/passwd\n", ", line 3: sources is not accepted"),
+    "source without a suite": ("suite: a\nsources: [deb http://x]\n", ", line 2: sources is not accepted"),
+    "source of two lines": ('suite: a\nsources: ["deb http://x a main\\ndeb y"]\n', ", line 2: sources is not"),
+    # apt would run what it says, outside of the tree.
+    "package that is an option": (
+        f"{GOOD}packages: vim -oDpkg::Pre-Invoke::=id\n",
+        ", line 4: packages is not accepted",
+    ),
+    "package that is a file": (f"{GOOD}packages: /tmp/x.deb\n", ", line 4: packages is not accepted"),
+    "packages with a comma": (f"{GOOD}packages: a,b\n", ", line 4: packages is not accepted"),
+    "recommends": (f"{GOOD}recommends: perhaps\n", ", line 4: recommends is not accepted, only true or false."),
+    "proxy with a quote": (f'{GOOD}proxy: \'http://x";Dpkg::Pre-Invoke {{"id";}};//\'\n', ", line 4: proxy is not"),
+    "script": (f"{GOOD}script: [a]\n", ", line 4: script is not accepted, only a text."),
+    "odd tag": (f"{GOOD}script: !!timestamp x\nrecommends: !!bool [x]\n", ", line 5: recommends is not accepted"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_told(name: str, tmp_path: Path) -> None:
+    text, message = MISTAKES[name]
+    with pytest.raises(ConfigurationError) as caught:
+        recipe.read(make_plan(tmp_path, text))
+    assert f"{tmp_path}/own.yaml{message}" in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_what_is_accepted(tmp_path: Path) -> None:
+    text = (
+        "suite: 13.1\nsources: ['deb [signed-by=/k.gpg] copy:/a/b ./', 'deb-src http://x a main  contrib']\n"
+        "packages: >\n  vim g++-12 libc6:i386\n  linux=6.1~rc1+b1 bash/sid\nrecommends: no\nproxy:\nvariant: minbase\n"
+        "script: |\n  true\n"
+    )
+    found = recipe.read(make_plan(tmp_path, text))
+    assert found.suite == "13.1"
+    assert found.sources == ("deb [signed-by=/k.gpg] copy:/a/b ./", "deb-src http://x a main  contrib")
+    assert found.packages == ("vim", "g++-12", "libc6:i386", "linux=6.1~rc1+b1", "bash/sid")
+    assert (found.recommends, found.proxy, found.script) == (False, "", "true\n")
+
+
+@pytest.mark.parametrize("character", ['"', "\\", "$", "\n"])
+def test_path_that_a_program_reads_otherwise(character: str, tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, GOOD)
+    directory = tmp_path / f"a{character}b"
+    configuration = files.Configuration({files.FILE_VARIABLE: str(tmp_path / "own.conf")})
+    plan = pipeline.make_plan(configuration, "x", {"output-dir": str(directory)})
+    with pytest.raises(ConfigurationError, match=r"output-dir: .* in it, as no path of a tree may"):
+        pipeline.check_plan(plan)

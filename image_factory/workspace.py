@@ -3,7 +3,6 @@
 import contextlib
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from .base import files, locks, openpgp, scratch, trust
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError
 from .base.log import logger
+from .inside import namespaces
 from .machines import libvirt
 from .model import READ_ONLY_NAME, VM_PREFIX, WORK_PREFIX, Build, Plan
 from .system import loop
@@ -138,7 +138,7 @@ def _remove(directory: Path) -> None:
     records = _records(directory)
     spare = [*records, *_kept(directory)]
     if not spare:
-        shutil.rmtree(directory)
+        namespaces.remove(directory)
         return
     _remove_entries(directory, spare=spare)
     if records:
@@ -174,7 +174,7 @@ def _remove_entries(directory: Path, spare: list[Path] | None = None) -> None:
         if entry in (spare or []):
             continue
         try:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            namespaces.remove(entry)
         except OSError as error:
             raise BuildError(f"Can't remove {entry}, which a killed build has left: {error.strerror}.") from error
 

@@ -33,8 +33,12 @@ EVENTS = {
     "checksum": (f"Checksumming {IMAGE}", "open", "*.qcow2 r*"),
     "publish": ("Publishing", "os.rename", "*.qcow2 *.qcow2 *"),
 }
+# Those of a build whose source is no installer.
+BOOTSTRAP = {"bootstrap": "Bootstrapping", "loader": "Installing the boot loader", "layout": "Making the disk"}
 ORDER = list(
-    dict.fromkeys(["create", "cache", "cache-http", *list(PROGRAMS)[:11], "checksum", "reopen", "publish", *PROGRAMS])
+    dict.fromkeys(
+        ["create", "cache", "cache-http", *list(PROGRAMS)[:11], "checksum", "reopen", "publish", *PROGRAMS, *BOOTSTRAP]
+    )
 )
 
 SIGNALS = {"INT": 130, "TERM": 143, "HUP": 129, "KILL": -9}
@@ -50,6 +54,7 @@ AT_DOWNLOADS = [
     *(f"signal-{name}" for name in SIGNALS), "killed-group", "full", "descriptors", "clock-back", "second", "breaks",
     "breaks-always",
 ]  # fmt: skip
+AT_BOOTSTRAP = ["fails", *(f"signal-{name}" for name in SIGNALS), "killed-group", "killed-child", "full"]
 # What is in the place of the working directory; ``lock-stopped``: a build that has been stopped holds its lock.
 LOCKS = ["lock-of-another", "lock-is-link", "lock-is-file", "lock-stopped"]
 # The real installer and its machine.
@@ -79,6 +84,8 @@ def cells() -> Iterator[Cell]:
         yield Cell("unmount", "fails-always", user)
         yield from (Cell("start", fault, user) for fault in [*STALE, *LOCKS])
         yield from (Cell("install", fault, user, real=True) for fault in REAL)
+    for user in ("root", "c"):
+        yield from (Cell(step, fault, user) for step in BOOTSTRAP for fault in AT_BOOTSTRAP)
 
 
 # What the faults do to a build, whatever the step.

@@ -28,7 +28,7 @@ import pytest
 from image_factory.downloads import fetch
 
 from ..conftest import PATIENCE, REPOSITORY, TODAY, User, left_behind, machine_state, run, wait_for
-from ..fault_table import ALL, CHECKED, EVENTS, IMAGE, KILLED, LOCKS, ORDER, PROGRAMS, SIGNALS, STALE, Cell
+from ..fault_table import ALL, BOOTSTRAP, CHECKED, EVENTS, IMAGE, KILLED, LOCKS, ORDER, PROGRAMS, SIGNALS, STALE, Cell
 from .test_build import ANSWERS, WORK, new_build
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -51,11 +51,13 @@ TABLE: dict[Cell, str] = {}
 def shown_table() -> str:
     """Return how many cells have survived of those that were tried, step by fault."""
     lines = []
-    for title, users in (
-        ("Mounted on this machine, as root and as an ordinary user", ("root", "a")),
-        ("Mounted in libguestfs' appliance, as a user who may run nothing as root", ("c",)),
+    for title, users, bootstraps in (
+        ("Mounted on this machine, as root and as an ordinary user", ("root", "a"), False),
+        ("Mounted in libguestfs' appliance, as a user who may run nothing as root", ("c",), False),
+        ("Bootstrapped, as root and as a user who may run nothing as root", ("root", "c"), True),
     ):
         table = {cell: result for cell, result in TABLE.items() if cell.user in users}
+        table = {cell: result for cell, result in table.items() if (cell.step in BOOTSTRAP) == bootstraps}
         steps = [step for step in ("start", *ORDER) if any(cell.step == step for cell in table)]
         faults = list(dict.fromkeys(cell.fault for cell in ALL if cell in table))
         if not table:

@@ -28,7 +28,7 @@ class ImageFactoryError(Exception):
 
     def add_hint(self, hint: str) -> None:
         """Add another move to the hint."""
-        self.hint = f"{self.hint}; {hint}" if self.hint else hint
+        self.hint = f"{self.hint.removesuffix('.')}; {hint}" if self.hint else hint
 
 
 class BuildError(ImageFactoryError):

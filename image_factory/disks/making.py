@@ -30,6 +30,8 @@ find "$1" -path "*
 }' | debugfs -w -f - "$2" >/dev/null
 """
 
+# Where a signed GRUB looks for its configuration, whoever has signed it.
+_VENDORS = ("debian", "ubuntu")
 _SHIM = {"x86_64": "x64", "aarch64": "aa64"}
 
 
@@ -182,12 +184,11 @@ def esp_argvs(disk: Path, esp: layouts.Piece, directory: Path, layout: Layout) -
         f"boot{suffix}.efi": f"EFI/BOOT/BOOT{suffix.upper()}.EFI",
         f"grub{suffix}.efi": f"EFI/BOOT/grub{suffix}.efi",
         f"mm{suffix}.efi": f"EFI/BOOT/mm{suffix}.efi",
-        # The signed GRUB looks for its configuration there.
-        "grub.cfg": "EFI/debian/grub.cfg",
     }
     sizes = ["-T", str(esp.size // layouts.SECTOR), "-h", _FAT_HEADS, "-s", _FAT_SECTORS]
     return [
         ["mformat", "-i", at, "-F", "-N", layout.identity.esp, *sizes, "::"],
-        ["mmd", "-i", at, "::/EFI", "::/EFI/BOOT", "::/EFI/debian"],
+        ["mmd", "-i", at, "::/EFI", "::/EFI/BOOT", *(f"::/EFI/{vendor}" for vendor in _VENDORS)],
         *(["mcopy", "-i", at, str(directory / name), f"::/{place}"] for name, place in files.items()),
+        *(["mcopy", "-i", at, str(directory / "grub.cfg"), f"::/EFI/{vendor}/grub.cfg"] for vendor in _VENDORS),
     ]

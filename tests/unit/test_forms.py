@@ -24,6 +24,7 @@ HASH = f"$6$salt${'a./Z' * 21}ab"
 RECIPES = {
     "debian.bootstrap.yaml.j2": "Debian-13-cloud",
     "debian.cfg.j2": "Debian-13-server",
+    "ubuntu.bootstrap.yaml.j2": "Ubuntu-26.04-cloud",
     "el.ks.j2": "Fedora-44-server",
     "leap.xml.j2": "openSUSE-Leap-15.6-server",
     "agama.json.j2": "openSUSE-Leap-16.0-server",

@@ -40,6 +40,8 @@ FIRMWARES = {
     "openSUSE-Leap-15.6-server": ("uefi",),
     "openSUSE-Leap-16.0-server": ("uefi",),
     "Ubuntu-26.04-server": ("uefi", "hybrid"),
+    "Debian-13-cloud": ("bios",),
+    "Ubuntu-26.04-cloud": ("bios",),
 }
 
 # Each key with a value that is not its default, and with what has a meaning somewhere.
@@ -79,7 +81,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
     configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(path)})
     flags = {"output-dir": "/output", "cache-dir": "/cache"}
     found = {name: pipeline.make_plan(configuration, name, flags) for name in configuration.images()}
-    return {name: plan for name, plan in found.items() if plan.settings.source == "installer"}
+    return {name: plan for name, plan in found.items() if plan.settings.source != "image"}
 
 
 def golden_names(suffix: str = "") -> list[str]:
@@ -104,11 +106,14 @@ def test_rendered(plans: dict[str, Plan]) -> None:
 
 
 def test_every_recipe_has_a_golden_machine(plans: dict[str, Plan]) -> None:
-    assert sorted(path.name for path in MACHINES.iterdir()) == sorted(f"{name}.txt" for name in plans)
+    installed = [name for name, plan in plans.items() if plan.settings.source == "installer"]
+    assert sorted(path.name for path in MACHINES.iterdir()) == sorted(f"{name}.txt" for name in installed)
 
 
 def test_machines(plans: dict[str, Plan]) -> None:
     for plan in plans.values():
+        if plan.settings.source != "installer":
+            continue
         build = Build(plan, plan.work_path, "MACHINE")
         [argv] = [argv for argv in shown(build, installer.steps(build))["Installing"] if argv[0] == "virt-install"]
         path = MACHINES / f"{plan.image}.txt"
@@ -226,7 +231,7 @@ AGAMA = mapping(
 )
 
 
-@pytest.mark.parametrize("name", golden_names(".yaml"))
+@pytest.mark.parametrize("name", golden_names(".ubuntu.yaml"))
 def test_autoinstall(name: str) -> None:
     text = (GOLDEN / name).read_text(encoding="utf-8")
     assert text.startswith("#cloud-config\n")
@@ -245,7 +250,7 @@ def cloud_init(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "usr/lib/python3/dist-packages"
 
 
-@pytest.mark.parametrize("name", golden_names(".yaml"))
+@pytest.mark.parametrize("name", golden_names(".ubuntu.yaml"))
 def test_cloud_init_schema(name: str, cloud_init: Path, tmp_path: Path) -> None:
     """Of what the installer reads, and of what is in it for the installed system."""
     text = (GOLDEN / name).read_text(encoding="utf-8")
@@ -374,3 +379,27 @@ def test_arch_alone_makes_the_arm_image(
             golden.parent.mkdir(exist_ok=True)
             golden.write_text(shown, encoding="utf-8")
         assert shown == golden.read_text(encoding="utf-8")
+
+
+# What an installer chooses by itself, a recipe names: kernel, boot loader, locales, and the tools of the filesystem.
+CHOSEN = {
+    "linux-image-amd64", "grub-efi-amd64", "shim-signed", "grub-pc-bin", "locales", "e2fsprogs",
+    "netplan.io", "systemd-resolved",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", ["13", "12"])
+def test_a_debian_of_packages_has_what_the_installer_is_told(plans: dict[str, Plan], release: str) -> None:
+    """The rest of both is what Debian itself calls important."""
+    told = answers.content(plans[f"Debian-{release}-server"]).decode()
+    [line] = re.findall("^d-i pkgsel/include string (.*)$", told, re.MULTILINE)
+    plan = plans[f"Debian-{release}-cloud"]
+    own = yaml.safe_load(answers.content(plan))
+    netplan = {"netplan.io", "systemd-resolved"}
+    for name in netplan:
+        assert (name in told) == (name in own["packages"].split())
+    assert {*line.split()} == {*own["packages"].split()} - CHOSEN
+    assert own.get("variant", "important") == "important"
+    assert ("purge ifupdown" in told) == ("purge ifupdown" in own["script"])
+    for key in ("seal", "audit", "manifest", "test_boot", "format", "ram", "cores"):
+        assert getattr(plan.settings, key) == getattr(plans[f"Debian-{release}-server"].settings, key)

@@ -103,7 +103,10 @@ def loader_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]
             Inside(("cp", "-r", str(modules), f"{tree}/boot/grub/i386-pc")),
         ]
     if layout.piece("esp"):
-        commands += [Inside(("cp", f"{tree}/{place}", str(directory / name))) for name, place in _signed(layout.arch)]
+        for name, place in _signed(layout.arch):
+            # Ubuntu's are alternatives: links that are right only within the tree.
+            commands += [Inside(("chroot", str(tree), "cp", f"/{place}", f"/dev/{name}"))]
+            commands += [Inside(("cp", str(scratch / name), str(directory)))]
     return [*commands, Inside(("umount", "--recursive", str(scratch)))]
 
 

@@ -37,7 +37,8 @@ class Plan:
 
     *output_dir* is absolute.  *destinations* has the upload destinations of each format's file, in
     the order of the formats.  *variables* has the texts of the section's keys, for a template.
-    *guestfs_allowed* is whether a disk that the chosen way can't reach may be mounted by guestfs.
+    *guestfs_allowed* is whether a disk that the chosen way can't reach may be mounted by guestfs.  *source_date* is
+    the time, in seconds since 1970, that a build which can be repeated takes for the present.
     """
 
     image: str
@@ -48,6 +49,7 @@ class Plan:
     # It may have secrets, which are nobody's business who sees a plan in a message.
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
     guestfs_allowed: bool = False
+    source_date: int | None = None
 
     @property
     def base_name(self) -> str:

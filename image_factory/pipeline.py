@@ -19,7 +19,8 @@ from .checks import audit, testboot
 from .configuration import unused
 from .configuration.files import Configuration
 from .configuration.settings import check_image_name
-from .finishing import checksum, clean, manifest, seal, shrink, sign
+from .disks import reproducible
+from .finishing import checksum, clean, manifest, seal, settling, shrink, sign
 from .model import Artifact, Build, Disk, Plan
 from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
 from .sources import SOURCES, DiskSource
@@ -76,6 +77,7 @@ STAGES = (
         (
             Part(_cleaning, mounts.programs, mounts.check),
             Part(shrink.steps, shrink.programs),
+            Part(settling.steps, settling.programs),
         ),
         Reached.CLEANED,
     ),
@@ -109,6 +111,7 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     settings = configuration.image(image, flags)
     variables = configuration.variables(image, flags)
     plan = Plan(image, settings, datetime.date.today(), settings.output_dir.absolute(), {}, variables)
+    plan = dataclasses.replace(plan, source_date=reproducible.source_date(os.environ))
     left = checkpoint.read(plan.work_path) if resume else None
     if left:
         plan = dataclasses.replace(plan, date=datetime.date.fromisoformat(left.date))

@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 SECTOR = 512
@@ -46,6 +46,7 @@ class Identity:
     esp: str
     esp_partition: str
     bios_partition: str
+    hash_seed: str
 
     def partition_of(self, role: str) -> str:
         """Return the UUID of the partition of *role*."""
@@ -57,14 +58,27 @@ class Identity:
         return f"{self.esp[:4]}-{self.esp[4:]}".upper()
 
 
+# Of UUIDs that are derived from what was asked for.
+_NAMESPACE = uuid.UUID("9c1d1f63-5d9b-4c7e-8a55-0c1b7f3f2f0a")
+
 # As a dry run shows it.
-UNKNOWN = Identity("TABLE-UUID", "ROOT-UUID", "ROOT-PARTUUID", "XXXXXXXX", "ESP-PARTUUID", "BIOS-PARTUUID")
+UNKNOWN = Identity("TABLE-UUID", "ROOT-UUID", "ROOT-PARTUUID", "XXXXXXXX", "ESP-PARTUUID", "BIOS-PARTUUID", "HASH-SEED")
 
 
 def random_identity() -> Identity:
     """Return an identity that no other disk has."""
-    table, root, root_partition, esp_partition, bios_partition = (str(uuid.uuid4()) for _ in range(5))
-    return Identity(table, root, root_partition, uuid.uuid4().hex[:8], esp_partition, bios_partition)
+    return _identity(uuid.uuid4())
+
+
+def derived_identity(text: str) -> Identity:
+    """Return the identity of the disk that *text* says everything of: always the same one."""
+    return _identity(uuid.uuid5(_NAMESPACE, text))
+
+
+def _identity(base: uuid.UUID) -> Identity:
+    names = (each.name for each in fields(Identity))
+    found = {name: str(uuid.uuid5(base, name)) for name in names}
+    return Identity(**found | {"esp": found["esp"][:8]})
 
 
 def pieces(firmware: str, arch: str, size: int) -> list[Piece]:

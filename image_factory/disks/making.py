@@ -8,7 +8,7 @@ from ..base import command
 from ..base.errors import BuildError
 from ..inside.namespaces import Namespaces, entering_argv
 from ..model import Build
-from . import grub, layouts
+from . import grub, layouts, reproducible
 
 # Of e2fsprogs since 1.47.1: the GRUB of older releases reads no filesystem with them.
 _FEATURES = "^metadata_csum_seed,^orphan_file"
@@ -37,12 +37,16 @@ _SHIM = {"x86_64": "x64", "aarch64": "aa64"}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a disk of *size* bytes is laid out, and what tells it from others."""
+    """How a disk of *size* bytes is laid out, and what tells it from others.
+
+    With a *date*, in seconds since 1970, it is the same each time.
+    """
 
     firmware: str
     arch: str
     size: int
     identity: layouts.Identity
+    date: int | None = None
 
     @property
     def pieces(self) -> list[layouts.Piece]:
@@ -56,7 +60,7 @@ class Layout:
 
 def programs(firmware: str) -> list[str]:
     """Return the programs that are needed."""
-    return ["sfdisk", "mke2fs", "debugfs", *([] if firmware == "bios" else ["mformat", "mmd", "mcopy"])]
+    return ["sfdisk", "mke2fs", *reproducible.PROGRAMS, *([] if firmware == "bios" else ["mformat", "mmd", "mcopy"])]
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,10 @@ def disk_argvs(tree: Path, build: Build, layout: Layout) -> list[list[str]]:
     argvs = [layouts.table_argv(build.disk_path)]
     argvs += [
         entering_argv("PID", *words, as_root=build.plan.as_root)
-        for words in filesystem_argvs(tree, build.disk_path, root, layout.identity)
+        for words in filesystem_argvs(tree, build.disk_path, root, layout)
     ]
+    if layout.date:
+        argvs += reproducible.settle_argvs(build.disk_path, root.offset, build.directory, layout.date)
     return [*argvs, *(esp_argvs(build.disk_path, esp, build.directory, layout) if esp else [])]
 
 
@@ -149,13 +155,15 @@ def make_disk(inside: Namespaces, tree: Path, build: Build, layout: Layout) -> N
     root = layout.piece("root")
     assert root is not None
     try:
-        for words in filesystem_argvs(tree, disk, root, layout.identity):
+        for words in filesystem_argvs(tree, disk, root, layout):
             inside.run(*words)
     except BuildError as error:
         used = inside.run("du", "-sx", "--block-size=1M", str(tree), capture=True).split()[0]
         raise BuildError(
             f"The tree of {used} MiB can't be put on the disk: {error.said}.", hint="Set a larger image-size."
         ) from error
+    if layout.date:
+        reproducible.settle(disk, root.offset, directory, layout.date)
     if bios := layout.piece("bios"):
         grub.embed(disk, bios, (directory / "boot.img").read_bytes(), (directory / "core.img").read_bytes())
     if esp := layout.piece("esp"):
@@ -164,19 +172,25 @@ def make_disk(inside: Namespaces, tree: Path, build: Build, layout: Layout) -> N
             command.run(argv)
 
 
-def filesystem_argvs(tree: Path, disk: Path, root: layouts.Piece, identity: layouts.Identity) -> list[list[str]]:
+def filesystem_argvs(tree: Path, disk: Path, root: layouts.Piece, layout: Layout) -> list[list[str]]:
     """Return the commands that make the root filesystem of *tree*, with all its owners, modes, times and attributes."""
+    date, identity = layout.date, layout.identity
+    # Inode tables of zeros are holes of the disk's file.  Those that are left for later the kernel writes to when it
+    # has the time, on each machine of the image.
+    options = f"offset={root.offset},hash_seed={identity.hash_seed},lazy_itable_init=0"
     making = [
         "mke2fs", "-q",
         "-t", "ext4",
         "-O", _FEATURES,
         "-U", identity.root,
         "-d", str(tree),
-        "-E", f"offset={root.offset}",
+        "-E", options,
         str(disk),
         f"{root.size >> 10}k",
     ]  # fmt: skip
-    return [making, ["sh", "-c", _ADD_REST, "sh", str(tree), f"{disk}?offset={root.offset}"]]
+    adding = ["sh", "-c", _ADD_REST, "sh", str(tree), f"{disk}?offset={root.offset}"]
+    clamping = [reproducible.clamp_argv(tree, date)] if date else []
+    return [*clamping, reproducible.with_date(date, *making), reproducible.with_date(date, *adding)]
 
 
 def esp_argvs(disk: Path, esp: layouts.Piece, directory: Path, layout: Layout) -> list[list[str]]:
@@ -189,9 +203,10 @@ def esp_argvs(disk: Path, esp: layouts.Piece, directory: Path, layout: Layout) -
         f"mm{suffix}.efi": f"EFI/BOOT/mm{suffix}.efi",
     }
     sizes = ["-T", str(esp.size // layouts.SECTOR), "-h", _FAT_HEADS, "-s", _FAT_SECTORS]
-    return [
+    argvs = [
         ["mformat", "-i", at, "-F", "-N", layout.identity.esp, *sizes, "::"],
         ["mmd", "-i", at, "::/EFI", "::/EFI/BOOT", *(f"::/EFI/{vendor}" for vendor in _VENDORS)],
         *(["mcopy", "-i", at, str(directory / name), f"::/{place}"] for name, place in files.items()),
         *(["mcopy", "-i", at, str(directory / "grub.cfg"), f"::/EFI/{vendor}/grub.cfg"] for vendor in _VENDORS),
     ]
+    return [reproducible.with_date(layout.date, *words) for words in argvs]

@@ -20,6 +20,8 @@ from ..base.errors import BuildError, ConfigurationError
 # So many users and groups a distribution expects to have.
 _USERS = 65536
 _RANGES = (Path("/etc/subuid"), Path("/etc/subgid"))
+# Variables that change what programs write.
+_HABITS = ("TZ", "LANG", "LANGUAGE", "TMPDIR", "XZ_OPT", "XZ_DEFAULTS", "GZIP", "ZSTD_CLEVEL", "POSIXLY_CORRECT")
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 
@@ -104,7 +106,7 @@ def entering_argv(pid: int | str, *words: str, as_root: bool) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """Return the environment of what runs inside: root's programs are found, and no paths of the user's are there."""
-    own = ("TMPDIR", "APT_CONFIG", "HOME", "LD_LIBRARY_PATH", "LD_PRELOAD")
+    own = ("TMPDIR", "APT_CONFIG", "HOME", "LD_LIBRARY_PATH", "LD_PRELOAD", *_HABITS)
     kept = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("DPKG_")}
     return kept | {"PATH": command.search_path(), "HOME": "/root"}
 
@@ -119,7 +121,8 @@ class Namespaces:
     def run(self, *words: str, variables: Mapping[str, str] | None = None, **keywords: Any) -> str:
         """Run the command *words* inside, as ``command.run`` does, with *variables* besides those of all."""
         argv = entering_argv(self.pid, *words, as_root=self.as_root)
-        return command.run(argv, env=_environment() | dict(variables or {}), **keywords)
+        # A user's umask, like the variables, has no part in what is made.
+        return command.run(argv, env=_environment() | dict(variables or {}), umask=0o022, **keywords)
 
 
 @contextmanager

@@ -82,7 +82,6 @@ from pathlib import Path
 from image_factory.disks import layouts, making
 from image_factory.inside import namespaces
 script, look, directory = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-identity = layouts.random_identity()
 size = 200 << 20
 root = layouts.pieces("bios", "x86_64", size)[-1]
 disk, tree = directory / "disk.raw", directory / "tree"
@@ -94,7 +93,8 @@ with namespaces.entered(directory, as_root=os.geteuid() == 0) as inside:
     inside.run("mkdir", str(tree / "root"))
     inside.run("sh", "-e", "-c", script, "sh", str(tree / "root"), str(os.geteuid()))
     print(inside.run("python3", "-c", look, str(tree / "root"), capture=True))
-    for words in making.filesystem_argvs(tree / "root", disk, root, identity):
+    layout = making.Layout("bios", "x86_64", size, layouts.random_identity())
+    for words in making.filesystem_argvs(tree / "root", disk, root, layout):
         inside.run(*words)
 print(root.offset)
 """

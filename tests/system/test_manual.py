@@ -93,7 +93,10 @@ upload-target = host:/srv
 
 
 @pytest.mark.parametrize("way", ["loop", "guestfs"])
-def test_the_manual_has_each_step_of_a_build_in_its_order(tmp_path: Path, way: str) -> None:
+def test_the_manual_has_each_step_of_a_build_in_its_order(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     (tmp_path / "answers").write_text("#cloud-config\nautoinstall: {}\n")
     (tmp_path / "disk.xz").write_bytes(b"\xfd7zXZ\0")
     (tmp_path / "tree.yaml").write_text("suite: trixie\nsources: [deb http://mirror.example.com trixie main]\n")

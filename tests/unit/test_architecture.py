@@ -18,7 +18,7 @@ LAYERS = [
     ("configuration", "unused files"),
     ("checks.testboot", "__init__ login guest machine report"),
     ("checks", "audit keys search leftovers"),
-    ("finishing", "sign manifest shrink clean checksum"),
+    ("finishing", "sign manifest shrink settling clean checksum"),
     ("finishing.seal", "__init__ operations traces identity media apt actions"),
     ("", "checkpoint"),
     ("outputs", "__init__ raw qcow2"),
@@ -35,7 +35,7 @@ LAYERS = [
         "mounts loop appliance rehearsal assembly inventory tree rpmdb partitions fstab privileged registrations",
     ),
     ("downloads", "verify fetch"),
-    ("disks", "making grub layouts"),
+    ("disks", "making grub layouts reproducible"),
     ("inside", "namespaces"),
     ("", "model"),
     # What the parts of a build need of the configuration, and no more: the files are above the tables of kinds.

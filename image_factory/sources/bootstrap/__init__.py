@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import hashlib
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -150,22 +151,34 @@ def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]
     ]
 
 
+def _layout(plan: Plan, identity: layouts.Identity) -> making.Layout:
+    settings = plan.settings
+    return making.Layout(settings.firmware, settings.arch, disk_size(plan), identity, plan.source_date)
+
+
+def _disk_identity(plan: Plan) -> layouts.Identity:
+    """Return a new identity of the disk, or with a date the one that all disks of this configuration have."""
+    if plan.source_date is None:
+        return layouts.random_identity()
+    asked = {**identity(plan), "image": plan.image, "arch": plan.settings.arch, "date": plan.source_date}
+    return layouts.derived_identity(json.dumps(asked, sort_keys=True))
+
+
 class _Bootstrap:
     """What the steps of a bootstrap tell each other."""
 
     def __init__(self, plan: Plan, wanted: recipe.Recipe) -> None:
         self._inside: namespaces.Namespaces | None = None
         self._wanted = wanted
-        self._disk = making.Layout(
-            plan.settings.firmware, plan.settings.arch, disk_size(plan), layouts.random_identity()
-        )
+        self._disk = _layout(plan, _disk_identity(plan))
 
     def entered(self, state: State, steps: Sequence[Step | Group]) -> State:
         """Carry out *steps* with namespaces, with which all that they have mounted goes."""
         build = state.build
         tree = _tree(build)
         with released(partial(namespaces.remove, tree)):
-            tree.mkdir(mode=0o755)
+            tree.mkdir()
+            tree.chmod(0o755)
             with namespaces.entered(build.directory, as_root=build.plan.as_root) as self._inside:
                 return carry_out(state, steps)
 
@@ -265,8 +278,8 @@ def steps(build: Build) -> Iterator[Step | Group]:
     wanted = recipe.read(build.plan)
     work = _Bootstrap(build.plan, wanted)
     tree = _tree(build) / "root"
-    settings, as_root = build.plan.settings, build.plan.as_root
-    layout = making.Layout(settings.firmware, settings.arch, disk_size(build.plan), layouts.UNKNOWN)
+    as_root = build.plan.as_root
+    layout = _layout(build.plan, layouts.UNKNOWN)
 
     def shown(*commands: Sequence[str]) -> list[list[str]]:
         return [namespaces.entering_argv("PID", *words, as_root=as_root) for words in commands]

@@ -15,11 +15,11 @@ from typing import Any
 
 from ..base import events
 from ..base.errors import ConfigurationError
-from ..machines.arch import ARCHITECTURES, default_arch, default_firmware, is_arch
+from ..machines.arch import ARCHITECTURES, FIRMWARES, default_arch, default_firmware, is_arch
 from ..outputs import OUTPUTS
 from ..sources import SOURCES
 from ..uploads import UPLOADS
-from .parsers import one_of, parse_arch, parse_command, some_of
+from .parsers import FIT, one_of, parse_arch, parse_command, some_of
 from .settings import (
     Declaration,
     Destination,
@@ -281,7 +281,7 @@ class Configuration:
         try:
             value = self._value(name, key, dict(declared(ImageSettings))[key], {})
             if key == "firmware" and (arch := self._described(name, "arch")):
-                return value or default_firmware(arch)
+                return value or self._usual_firmware(name, arch)
             # JSON has no infinity.
             return None if value == math.inf else value
         except ConfigurationError:
@@ -300,7 +300,7 @@ class Configuration:
                 found[key] = ""
                 continue
             if key == "firmware" and found["arch"]:
-                value = value or default_firmware(found["arch"])
+                value = value or self._usual_firmware(name, found["arch"])
             found[key] = value or ""
         return list(found.values())
 
@@ -308,11 +308,22 @@ class Configuration:
         """Return the settings of image *name*; *flags* (key -> text) win over the files."""
         self.check_image(name)
         values = self._values(name, ImageSettings, flags)
-        values["firmware"] = values["firmware"] or default_firmware(values["arch"])
+        values["firmware"] = values["firmware"] or self._usual_firmware(name, values["arch"])
         settings = ImageSettings(**values)
         self._check_source(name, settings.source)
+        if settings.image_size == FIT and not SOURCES[settings.source].fits:
+            fitting = " or ".join(key for key, source in SOURCES.items() if source.fits)
+            raise ConfigurationError(
+                f"[{name}] image-size = fit is only for source = {fitting}.", hint="Set a size such as 4G."
+            )
         SOURCES[settings.source].check_settings(name, settings)
         return settings
+
+    def _usual_firmware(self, name: str, arch: str) -> str:
+        """Return the firmware of image *name* when nothing is said of it: a layout may be named as one."""
+        source = SOURCES.get(self.texts(name).get("source", "").strip())
+        layout = self._value(name, "layout", dict(declared(ImageSettings))["layout"], {})
+        return layout if source and source.fits and layout in FIRMWARES else default_firmware(arch)
 
     def _check_source(self, name: str, chosen: str) -> None:
         """Raise ConfigurationError if *name* has what another source than the *chosen* one is made of, and no more."""

@@ -15,6 +15,9 @@ from pathlib import Path
 from ..base.units import parse_duration, parse_size
 from ..machines.arch import ARCHITECTURES, NAMES
 
+# The partitions of a disk, by the firmware that boots it; the last is a filesystem without a table.
+LAYOUTS = ("bios", "uefi", "hybrid", "filesystem")
+
 _FILE_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*")
 
 
@@ -67,6 +70,38 @@ def parse_large_size(text: str) -> int:
             raise ValueError(accepted, f"{number} is {number} bytes. Did you mean {number}{unit}?")
         raise ValueError(accepted)
     return size
+
+
+# The size of a disk that is as small as what is on it lets it.
+FIT = 0
+
+
+def parse_disk_size(text: str) -> int:
+    """The size of a disk, FIT for ``fit``."""
+    if text.strip().lower() == "fit":
+        return FIT
+    try:
+        return parse_large_size(text)
+    except ValueError as error:
+        accepted, *hint = error.args
+        raise ValueError(f"{accepted}, or fit", *hint) from None
+
+
+def parse_layout(text: str) -> str | Path:
+    """The name of a layout, or the path of a YAML file, which has a slash or ends so."""
+    word = text.strip()
+    if word.lower() in LAYOUTS:
+        return word.lower()
+    if "/" in word or word.endswith((".yaml", ".yml")):
+        return parse_file_name(text)
+    raise ValueError(f"{', '.join(LAYOUTS)}, or the path of a YAML file", *_meant(word.lower(), LAYOUTS))
+
+
+def parse_label(text: str) -> str:
+    """The label of a filesystem."""
+    if not re.fullmatch(r"[A-Za-z0-9._+-]{1,16}", text.strip()):
+        raise ValueError("1 to 16 letters, digits and . _ + -")
+    return text.strip()
 
 
 def parse_long_duration(text: str) -> float:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import ConfigurationError
+from ..base.units import parse_size
 from ..machines.arch import ARCHITECTURES, FIRMWARES, default_arch
 from .parsers import (
+    LAYOUTS,
     InstallerFile,
     Source,
     one_of,
@@ -23,9 +25,12 @@ from .parsers import (
     parse_boolean,
     parse_bootstrap_file,
     parse_count,
+    parse_disk_size,
     parse_file_name,
     parse_key,
+    parse_label,
     parse_large_size,
+    parse_layout,
     parse_limit,
     parse_line,
     parse_long_duration,
@@ -120,8 +125,18 @@ class ImageSettings:
     cores: int = _setting(parse_count, "processors of the installation machine", "1")
     ram: int = _setting(parse_large_size, "memory of the installation machine", "1G")
     image_size: int | None = _setting(
-        parse_large_size, "size of the disk (of an existing image: its own)", "2G", ("--image-size",), "SIZE"
+        parse_disk_size,
+        "size of the disk (of an existing image: its own), or fit, as small as a tree lets it",
+        "2G",
+        ("--image-size",),
+        "SIZE",
     )
+    extra_size: int | None = _setting(parse_size, "bytes that are free beside the tree, with image-size = fit")
+    layout: str | Path | None = _setting(
+        parse_layout, f"{', '.join(LAYOUTS)}, or a YAML file with the disk's partitions (default: as firmware says)"
+    )
+    root_label: str | None = _setting(parse_label, "label of the root filesystem")
+    mkfs_options: tuple[str, ...] = _setting(parse_words, "options of mkfs for the root filesystem", "")
     format: tuple[str, ...] = _setting(split_list, "{}, or several with commas", "raw", ("-f", "--format"), "FORMAT")
     mac: str | None = _setting(
         parse_mac, "MAC address of the installation machine (default: libvirt's choice)", None, ("--mac",), "MAC"

@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 from ..base.errors import BuildError
-from .layouts import SECTOR, Identity, Piece
+from .layouts import EXT, SECTOR, Layout
 
 # boot.img (GRUB's grub-core/boot/i386/pc/boot.S): so much of it is code, and in it are the sector of the core image and
 # a jump that keeps the drive that the BIOS names.
@@ -16,20 +16,22 @@ _DRIVE_CHECK = 0x66
 _BLOCK_LIST = 0x1F4
 
 CORE_NAME = "core.img"
-_MODULES = "biosdisk part_gpt ext2 xfs btrfs search search_fs_uuid configfile normal linux"
+_MODULES = "biosdisk part_gpt part_msdos ext2 xfs btrfs search search_fs_uuid configfile normal linux"
 
 
-def core_configuration(identity: Identity) -> str:
+def core_configuration(layout: Layout) -> str:
     """Return what the core image for BIOS does before all else; then GRUB reads grub.cfg in its prefix by itself.
 
     The lists of commands and their modules are read only on that way.
     """
-    return f"search --no-floppy --fs-uuid --set=root {identity.root}\nset prefix=($root)/boot/grub\n"
+    _, filesystem = layout.at("/boot")
+    directory = "/boot/grub" if filesystem.point == "/" else "/grub"
+    return f"search --no-floppy --fs-uuid --set=root {layout.uuid_of(filesystem)}\nset prefix=($root){directory}\n"
 
 
-def stub_configuration(identity: Identity) -> str:
+def stub_configuration(layout: Layout) -> str:
     """Return the configuration that the signed GRUB finds on the ESP: that of the root is read in its place."""
-    return f"{core_configuration(identity)}configfile $prefix/grub.cfg\n"
+    return f"{core_configuration(layout)}configfile $prefix/grub.cfg\n"
 
 
 def core_argv(tree: Path, configuration: str, target: str) -> list[str]:
@@ -45,13 +47,13 @@ def core_argv(tree: Path, configuration: str, target: str) -> list[str]:
     ]  # fmt: skip
 
 
-def embed(disk: Path, piece: Piece, boot: bytes, core: bytes) -> None:
-    """Write *boot*, the boot sector, and *core* into the BIOS boot partition *piece* of *disk*."""
-    if len(core) > piece.size:
-        raise BuildError(f"GRUB's core image of {len(core)} bytes does not fit into the BIOS boot partition.")
+def embed(disk: Path, offset: int, room: int, boot: bytes, core: bytes) -> None:
+    """Write *boot*, the boot sector, to *disk*, and *core* to *offset*, where there are *room* bytes for it."""
+    if len(core) > room:
+        raise BuildError(f"GRUB's core image of {len(core)} bytes does not fit into the {room} bytes that it has.")
     if len(boot) < SECTOR or len(core) < SECTOR:
         raise BuildError("The tree's boot.img, or the core image that its grub-mkimage has made, is no whole sector.")
-    start = piece.offset // SECTOR
+    start = offset // SECTOR
     image = bytearray(core)
     struct.pack_into("<Q", image, _BLOCK_LIST, start + 1)
     sector = bytearray(boot[:_BOOT_CODE])
@@ -59,12 +61,18 @@ def embed(disk: Path, piece: Piece, boot: bytes, core: bytes) -> None:
     sector[_DRIVE_CHECK : _DRIVE_CHECK + 2] = b"\x90\x90"
     with disk.open("r+b") as file:
         os.pwrite(file.fileno(), bytes(sector), 0)
-        os.pwrite(file.fileno(), bytes(image), piece.offset)
+        os.pwrite(file.fileno(), bytes(image), offset)
 
 
-# grub-mkconfig asks it where the root is; the answers are of a disk that nothing is mounted from.
-def probe_script(identity: Identity) -> str:
+# grub-mkconfig asks where a path or a device is; the answers are of a disk that nothing is mounted from.
+def probe_script(layout: Layout) -> str:
     """Return a program that answers in the place of grub-probe."""
+    cases = "".join(
+        f"    {_pattern(filesystem.point or '')} | */{layout.uuid_of(filesystem)})"
+        f" uuid={layout.uuid_of(filesystem)} partition={layout.partition_uuid(piece)}"
+        f" kind={'ext2' if filesystem.kind in EXT else filesystem.kind} ;;\n"
+        for piece, filesystem in layout.mounted
+    )
     return f"""\
 #!/bin/sh
 for word; do
@@ -73,12 +81,33 @@ for word; do
     -t) target=next ;;
     *) [ "$target" = next ] && target=$word ;;
     esac
+    case $word in
+{cases}    esac
 done
 case $target in
-device) echo /dev/disk/by-uuid/{identity.root} ;;
-fs_uuid) echo {identity.root} ;;
-partuuid) echo {identity.root_partition} ;;
-fs) echo ext2 ;;
-partmap) echo gpt ;;
+device) echo /dev/disk/by-uuid/$uuid ;;
+fs_uuid) echo $uuid ;;
+partuuid) echo $partition ;;
+fs) echo $kind ;;
+partmap) echo {"msdos" if layout.scheme.table == "dos" else layout.scheme.table} ;;
 esac
 """
+
+
+def path_script(layout: Layout) -> str:
+    """Return a program that answers in the place of grub-mkrelpath: what a path is called on its filesystem."""
+    cases = "".join(
+        f'{_pattern(filesystem.point or "")}) echo "/${{word#{(filesystem.point or "").rstrip("/")}/}}" ;;\n'
+        for _, filesystem in layout.mounted
+    )
+    return f"""\
+#!/bin/sh
+for word; do :; done
+case $word in
+{cases}esac
+"""
+
+
+def _pattern(point: str) -> str:
+    """Return the shell's pattern of what lies on the filesystem that is mounted at *point*."""
+    return "/*" if point == "/" else f"{point} | {point}/*"

@@ -1,9 +1,13 @@
-"""Layouts: the partitions of a disk that is made from a tree."""
+"""Layouts: the partitions of a disk that is made from a tree, and what they hold."""
 
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
+
+from ..base.errors import ConfigurationError
+from ..base.units import format_size
 
 SECTOR = 512
 MIB = 1 << 20
@@ -15,10 +19,20 @@ ROOTS = {
     "x86_64": "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709",
     "aarch64": "B921B045-1DF0-41C3-AF44-4C6F280D3FAE",
 }
+# Of MBR.
+EXTENDED = "5"
+ESP_OF_MBR = "ef"
 
-_FIRST = MIB
+EXT = ("ext2", "ext3", "ext4")
+ROOT_FILESYSTEMS = ("ext4", "xfs", "btrfs")
+SWAP = "swap"
+# Firmware looks for boot loaders on what is mounted there.
+ESP_POINT = "/boot/efi"
+
 # The second table of GPT fills 33 sectors; a whole mebibyte keeps the end aligned.
 _LAST = MIB
+
+_UNKNOWN_SIZE = 1 << 60
 
 _BIOS_BOOT_SIZE = MIB
 # For shim, GRUB and what fwupd puts there; FAT32 of this size is read by all firmware.
@@ -26,90 +40,269 @@ _ESP_SIZE = 64 * MIB
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A partition: *role* is ``bios``, ``esp`` or ``root``; *offset* and *size* are in bytes."""
+class Filesystem:
+    """What a partition holds: *kind* is the word of mkfs, or ``swap``; of a *point* None it is not mounted.
 
-    role: str
+    *name* tells it from the others of its disk.  A *uuid* that is empty is the disk's identity's.  *options* are
+    words for mkfs; the last three are the last fields of fstab.
+    """
+
+    name: str
+    kind: str
+    point: str | None = None
+    label: str = ""
+    uuid: str = ""
+    options: tuple[str, ...] = ()
+    mount_options: str = "defaults"
+    dump: int = 0
+    order: int = 2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A partition that is asked for; *size* in bytes, or as a share of what those before it have left.
+
+    *kind* is its type in the table, *where* the place in the user's file that errors name.
+    """
+
+    name: str
+    kind: str
+    size: int | Fraction = Fraction(1)
+    filesystem: Filesystem | None = None
+    bootable: bool = False
+    logical: bool = False
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A partition: *number* is that of the table, 0 of a disk without one; *offset* and *size* are in bytes."""
+
+    name: str
     number: int
     kind: str
     offset: int
     size: int
+    filesystem: Filesystem | None = None
+    bootable: bool = False
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Partitions as they are asked for, whatever the size of the disk; *table* is ``gpt``, ``dos`` or empty.
+
+    Without a table one filesystem is all of the disk.
+    """
+
+    table: str
+    wanted: tuple[Wanted, ...]
+    align: int = MIB
+
+    def pieces(self, size: int) -> tuple[Piece, ...]:
+        """Return the partitions of a disk of *size* bytes; ConfigurationError names one that does not fit."""
+        if not self.table:
+            [whole] = self.wanted
+            return (Piece(whole.name, 0, "", 0, size // MIB * MIB, whole.filesystem),)
+        return tuple(self._pieces(size // MIB * MIB - (_LAST if self.table == "gpt" else 0)))
+
+    def _pieces(self, end: int) -> Iterator[Piece]:
+        offset, number = self.align, 1
+        for wanted in self.wanted:
+            if wanted.logical:
+                if number < 5:
+                    yield Piece("extended", number, EXTENDED, offset, end - offset)
+                    number = 5
+                # Each has a table of its own before it.
+                offset += self.align
+            left = max(end - offset, 0)
+            asked = wanted.size if isinstance(wanted.size, int) else int(left * wanted.size)
+            length = asked // self.align * self.align if asked <= left else asked
+            if not 0 < length <= left:
+                raise ConfigurationError(
+                    f"{wanted.where or 'The layout'}: {wanted.name} of {format_size(max(asked, 1))} does not fit: "
+                    f"{format_size(left)} of the disk are left.",
+                    hint="Set a larger image-size.",
+                )
+            yield Piece(wanted.name, number, wanted.kind, offset, length, wanted.filesystem, wanted.bootable)
+            offset += length
+            number += 1
+
+    @property
+    def filesystems(self) -> Iterator[Filesystem]:
+        """What the partitions hold, in their order."""
+        return (wanted.filesystem for wanted in self.wanted if wanted.filesystem)
+
+    @property
+    def can_fit(self) -> bool:
+        """Whether the disk can be as small as the root lets it: the root is last, and has what is left."""
+        *others, last = self.wanted
+        is_root = last.filesystem is not None and last.filesystem.point == "/" and last.filesystem.kind in EXT
+        return is_root and last.size == 1 and all(isinstance(wanted.size, int) for wanted in others)
+
+    def size_around(self, root: int) -> int:
+        """Return the bytes of the disk on which the root, which is last, has *root* bytes."""
+        least = self.pieces(_UNKNOWN_SIZE)[-1].offset
+        return least + -(-root // MIB) * MIB + (_LAST if self.table == "gpt" else 0)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What tells the filesystems and partitions of a disk from those of others: UUIDs, and *esp*, eight digits."""
+    """What tells the filesystems and partitions of a disk from those of others: all comes from *seed*."""
 
-    table: str
-    root: str
-    root_partition: str
-    esp: str
-    esp_partition: str
-    bios_partition: str
-    hash_seed: str
+    seed: uuid.UUID | None = None
 
-    def partition_of(self, role: str) -> str:
-        """Return the UUID of the partition of *role*."""
-        return {"root": self.root_partition, "esp": self.esp_partition, "bios": self.bios_partition}[role]
+    def uuid(self, name: str) -> str:
+        """Return the UUID of what is called *name*; as a dry run shows it if there is no seed."""
+        return str(uuid.uuid5(self.seed, name)) if self.seed else f"{name.upper()}-UUID"
 
-    @property
-    def esp_name(self) -> str:
-        """The name of the ESP's filesystem, as fstab and GRUB have it."""
-        return f"{self.esp[:4]}-{self.esp[4:]}".upper()
+    def serial(self, name: str) -> str:
+        """Return the eight hexadecimal digits that tell the FAT filesystem *name*, or a table of MBR."""
+        return uuid.uuid5(self.seed, name).hex[:8] if self.seed else "XXXXXXXX"
 
 
 # Of UUIDs that are derived from what was asked for.
 _NAMESPACE = uuid.UUID("9c1d1f63-5d9b-4c7e-8a55-0c1b7f3f2f0a")
 
 # As a dry run shows it.
-UNKNOWN = Identity("TABLE-UUID", "ROOT-UUID", "ROOT-PARTUUID", "XXXXXXXX", "ESP-PARTUUID", "BIOS-PARTUUID", "HASH-SEED")
+UNKNOWN = Identity()
 
 
 def random_identity() -> Identity:
     """Return an identity that no other disk has."""
-    return _identity(uuid.uuid4())
+    return Identity(uuid.uuid4())
 
 
 def derived_identity(text: str) -> Identity:
     """Return the identity of the disk that *text* says everything of: always the same one."""
-    return _identity(uuid.uuid5(_NAMESPACE, text))
+    return Identity(uuid.uuid5(_NAMESPACE, text))
 
 
-def _identity(base: uuid.UUID) -> Identity:
-    names = (each.name for each in fields(Identity))
-    found = {name: str(uuid.uuid5(base, name)) for name in names}
-    return Identity(**found | {"esp": found["esp"][:8]})
+@dataclass(frozen=True)
+class Layout:
+    """A disk of *size* bytes with the partitions of *scheme*, and what tells it from others.
+
+    It boots with *firmware*, None if nothing boots it.  Of *size* 0 the disk gets the size that its tree needs.  With a
+    *date*, in seconds since 1970, it is the same each time.
+    """
+
+    scheme: Scheme
+    firmware: str | None
+    arch: str
+    size: int
+    identity: Identity = field(default=UNKNOWN)
+    date: int | None = None
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The partitions in their order."""
+        return self.scheme.pieces(self.size or _UNKNOWN_SIZE)
+
+    @property
+    def mounted(self) -> list[tuple[Piece, Filesystem]]:
+        """The partitions that are mounted, with what they hold, the deepest places first."""
+        found = [(piece, piece.filesystem) for piece in self.pieces if piece.filesystem and piece.filesystem.point]
+        return sorted(found, key=lambda each: _depth(each[1].point or ""), reverse=True)
+
+    def at(self, path: str) -> tuple[Piece, Filesystem]:
+        """Return the partition that *path* of the system lies on."""
+        return next(
+            (piece, filesystem)
+            for piece, filesystem in self.mounted
+            if f"{path}/".startswith(f"{(filesystem.point or '').rstrip('/')}/")
+        )
+
+    @property
+    def root(self) -> Piece:
+        """The partition of the root filesystem."""
+        return self.at("/")[0]
+
+    @property
+    def esp(self) -> Piece | None:
+        """The EFI system partition that gets the boot loader, None if the disk boots without."""
+        if self.firmware not in ("uefi", "hybrid"):
+            return None
+        return next(piece for piece, filesystem in self.mounted if filesystem.point == ESP_POINT)
+
+    @property
+    def core(self) -> tuple[int, int] | None:
+        """Offset and bytes of the place for GRUB's core image, None if the disk boots without it."""
+        if self.firmware not in ("bios", "hybrid"):
+            return None
+        if self.scheme.table == "dos":
+            return SECTOR, self.scheme.align - SECTOR
+        return next((piece.offset, piece.size) for piece in self.pieces if piece.kind == BIOS_BOOT)
+
+    def uuid_of(self, filesystem: Filesystem) -> str:
+        """Return the UUID of *filesystem* as fstab and blkid have it."""
+        if filesystem.kind == "vfat":
+            serial = filesystem.uuid.replace("-", "") or self.identity.serial(filesystem.name)
+            return f"{serial[:4]}-{serial[4:]}".upper()
+        return filesystem.uuid or self.identity.uuid(filesystem.name)
+
+    def partition_uuid(self, piece: Piece) -> str:
+        """Return the UUID of *piece* as the kernel has it."""
+        if self.scheme.table == "dos":
+            return f"{self.identity.serial('table')}-{piece.number:02x}"
+        return self.identity.uuid(f"{piece.name}-partition")
 
 
-def pieces(firmware: str, arch: str, size: int) -> list[Piece]:
-    """Return the partitions of a disk of *size* bytes that boots with *firmware*; the root is last, and can grow."""
+def _depth(point: str) -> tuple[int, str]:
+    return len(Path(point).parts), point
+
+
+def root_of(kind: str, label: str, options: Sequence[str], name: str = "root") -> Filesystem:
+    """Return the root filesystem of *kind*."""
+    return Filesystem(name, kind, "/", label, options=tuple(options), mount_options=root_options(kind), order=1)
+
+
+def root_options(kind: str) -> str:
+    """Return the mount options of a root of *kind*."""
+    return "errors=remount-ro" if kind in EXT else "defaults"
+
+
+def scheme(name: str, arch: str, root: Filesystem) -> Scheme:
+    """Return the built-in layout *name* with *root*, which is last, and can grow."""
+    if name == "filesystem":
+        return Scheme("", (Wanted("root", "", filesystem=root),))
+    esp = Filesystem("esp", "vfat", ESP_POINT, mount_options="umask=0077", order=1)
     wanted = []
-    if firmware in ("bios", "hybrid"):
-        wanted.append(("bios", BIOS_BOOT, _BIOS_BOOT_SIZE))
-    if firmware in ("uefi", "hybrid"):
-        wanted.append(("esp", ESP, _ESP_SIZE))
-    found = []
-    offset = _FIRST
-    for number, (role, kind, length) in enumerate(wanted, 1):
-        found.append(Piece(role, number, kind, offset, length))
-        offset += length
-    rest = (size - _LAST - offset) // MIB * MIB
-    return [*found, Piece("root", len(found) + 1, ROOTS[arch], offset, rest)]
+    if name in ("bios", "hybrid"):
+        wanted.append(Wanted("bios", BIOS_BOOT, _BIOS_BOOT_SIZE))
+    if name in ("uefi", "hybrid"):
+        wanted.append(Wanted("esp", ESP, _ESP_SIZE, esp))
+    return Scheme("gpt", (*wanted, Wanted("root", ROOTS[arch], filesystem=root)))
 
 
-def table(layout: list[Piece], identity: Identity) -> str:
+def check_firmware(scheme: Scheme, firmware: str, where: str) -> None:
+    """Raise ConfigurationError unless a disk with *scheme*, which *where* says, has what *firmware* boots from."""
+    kinds = [wanted.kind for wanted in scheme.wanted]
+    if firmware in ("bios", "hybrid") and scheme.table == "gpt" and BIOS_BOOT not in kinds:
+        raise ConfigurationError(
+            f"{where} has no place for the boot loader that firmware = {firmware} starts.",
+            hint="Add a BIOS boot partition (type EF02) of 1 MiB, or set firmware = uefi.",
+        )
+    points = [filesystem.point for filesystem in scheme.filesystems if filesystem.kind == "vfat"]
+    if firmware in ("uefi", "hybrid") and (ESP_POINT not in points or not {ESP, ESP_OF_MBR} & {*kinds}):
+        raise ConfigurationError(
+            f"{where} has no place for the boot loader that firmware = {firmware} starts.",
+            hint=f"Add an EFI system partition (type EF00) with vfat, mounted at {ESP_POINT}, or set firmware = bios.",
+        )
+
+
+def table(layout: Layout) -> str:
     """Return the table of *layout* as sfdisk reads it."""
+    return "".join(f"{line}\n" for line in _table(layout))
 
-    def lines() -> Iterator[str]:
-        yield "label: gpt"
-        yield f"label-id: {identity.table}"
-        for piece in layout:
-            yield (
-                f"start={piece.offset // SECTOR}, size={piece.size // SECTOR}, type={piece.kind}, "
-                f"uuid={identity.partition_of(piece.role)}"
-            )
 
-    return "\n".join([*lines(), ""])
+def _table(layout: Layout) -> Iterator[str]:
+    gpt = layout.scheme.table == "gpt"
+    yield f"label: {layout.scheme.table}"
+    yield f"label-id: {layout.identity.uuid('table') if gpt else '0x' + layout.identity.serial('table')}"
+    for piece in layout.pieces:
+        words = [f"start={piece.offset // SECTOR}", f"size={piece.size // SECTOR}", f"type={piece.kind}"]
+        words += [f"uuid={layout.partition_uuid(piece)}", f'name="{piece.name}"'] if gpt else []
+        words += ["bootable"] if piece.bootable else []
+        yield ", ".join(words)
 
 
 def table_argv(disk: Path) -> list[str]:

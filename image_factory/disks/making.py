@@ -1,33 +1,26 @@
 """A disk from a tree: partitions, filesystems and boot loader, with no loop device, no device-mapper and no root."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..base import command
 from ..base.errors import BuildError
+from ..base.units import format_size
 from ..inside.namespaces import Namespaces, entering_argv
 from ..model import Build
-from . import grub, layouts, reproducible
+from . import filesystems, grub, layouts, reproducible
+from .layouts import EXT, SWAP, Filesystem, Layout, Piece
 
-# Of e2fsprogs since 1.47.1: the GRUB of older releases reads no filesystem with them.
-_FEATURES = "^metadata_csum_seed,^orphan_file"
-_FAT_HEADS, _FAT_SECTORS = "16", "63"
-
-# What mke2fs leaves out of a tree: owner, mode and time of its top, and of all times the nanoseconds and the bits after
-# the 32nd.  $1 is the tree, $2 the filesystem; debugfs has no way to tell a path with a line break.
-_ADD_REST = r"""
-find "$1" -path "*
-*" -prune -o -printf '%T@ %m %U %G %P\n' | awk '
-{
-    split($1, time, "."); seconds = time[1] + 0; part = substr(time[2] "000000000", 1, 9) + 0
-    era = int((seconds + 2147483648) / 4294967296)
-    path = $0; sub(/^[^ ]* [^ ]* [^ ]* [^ ]* /, "", path); gsub(/"/, "\"\"", path)
-    if (path == "")
-        printf "sif / mode 04%s\nsif / uid %s\nsif / gid %s\nsif / mtime @%.0f\n",
-            substr("0000" $2, length($2) + 1), $3, $4, seconds
-    if (part || era > 0) printf "sif \"/%s\" mtime_extra %.0f\n", path, part * 4 + era
-}' | debugfs -w -f - "$2" >/dev/null
+# What is in the directory $1 is not copied once more into the filesystem that it is on: an empty one like it is.  The
+# directories below it that are hidden already, the others, could not be reached any more.
+_HIDE = """\
+place=$1; shift
+[ $# = 0 ] || umount "$@"
+cd "$place"
+mount -t tmpfs hidden "$place"
+for change in chmod chown touch; do $change --reference=. "$place"; done
 """
 
 # Where a signed GRUB looks for its configuration, whoever has signed it.
@@ -35,32 +28,9 @@ _VENDORS = ("debian", "ubuntu")
 _SHIM = {"x86_64": "x64", "aarch64": "aa64"}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a disk of *size* bytes is laid out, and what tells it from others.
-
-    With a *date*, in seconds since 1970, it is the same each time.
-    """
-
-    firmware: str
-    arch: str
-    size: int
-    identity: layouts.Identity
-    date: int | None = None
-
-    @property
-    def pieces(self) -> list[layouts.Piece]:
-        """The partitions in their order."""
-        return layouts.pieces(self.firmware, self.arch, self.size)
-
-    def piece(self, role: str) -> layouts.Piece | None:
-        """Return the partition of *role*, None if there is none."""
-        return next((piece for piece in self.pieces if piece.role == role), None)
-
-
-def programs(firmware: str) -> list[str]:
+def programs(layout: Layout) -> list[str]:
     """Return the programs that are needed."""
-    return ["sfdisk", "mke2fs", *reproducible.PROGRAMS, *([] if firmware == "bios" else ["mformat", "mmd", "mcopy"])]
+    return [*(["sfdisk"] if layout.scheme.table else []), *filesystems.programs([*layout.scheme.filesystems])]
 
 
 @dataclass(frozen=True)
@@ -71,9 +41,27 @@ class Inside:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Making:
+    """A command that makes a part of the disk, with *text* on its stdin; *inside* the namespaces where a tree is read.
+
+    *piece* is the partition that it fills, if it does.
+    """
+
+    words: list[str]
+    inside: bool = False
+    text: str = ""
+    piece: Piece | None = None
+
+
 def _put(path: Path, text: str, mode: str = "644") -> Inside:
     """Return what writes *text* to the new file *path* of a tree."""
     return Inside(("install", "-D", "-m", mode, "/dev/stdin", str(path)), text)
+
+
+def place(tree: Path, point: str | None) -> Path:
+    """Return where *point* of a system is in its *tree*."""
+    return tree / (point or "").lstrip("/")
 
 
 def loader_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]:
@@ -81,44 +69,59 @@ def loader_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]
 
     What is mounted on the way goes with the namespaces if one of them fails.
     """
-    identity = layout.identity
-    scratch, probe = tree / "dev", tree / "usr/sbin/grub-probe"
+    points = [str(place(tree, filesystem.point)) for _, filesystem in layout.mounted]
     commands = [
         _put(tree / "etc/fstab", "".join(f"{line}\n" for line in _fstab(layout))),
-        Inside(("mkdir", "-p", f"{tree}/boot/efi", f"{tree}/boot/grub")),
+        Inside(("mkdir", "-p", *points)),
+    ]
+    return [*commands, *(_grub_commands(tree, directory, layout) if layout.firmware else [])]
+
+
+def _grub_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]:
+    scratch = tree / "dev"
+    replaced = {"usr/sbin/grub-probe": grub.probe_script(layout)}
+    if layout.at("/boot")[1].point != "/":
+        replaced["usr/bin/grub-mkrelpath"] = grub.path_script(layout)
+    commands = [
+        Inside(("mkdir", "-p", f"{tree}/boot/grub")),
         Inside(("mount", "-t", "tmpfs", "-o", "mode=755", "scratch", str(scratch))),
     ]
     for name in ("null", "zero", "urandom"):
         commands += [_put(scratch / name, ""), Inside(("mount", "--bind", f"/dev/{name}", str(scratch / name)))]
-    commands += [
-        # grub-mkconfig names the root by its UUID only where there is such a device.
-        _put(scratch / f"disk/by-uuid/{identity.root}", ""),
-        _put(scratch / "probe", grub.probe_script(identity), "755"),
-        Inside(("mount", "--bind", str(scratch / "probe"), str(probe))),
-        Inside(("chroot", str(tree), "grub-mkconfig", "-o", "/boot/grub/grub.cfg")),
-        Inside(("umount", str(probe))),
-    ]
-    if layout.piece("bios"):
+    # grub-mkconfig names the root by its UUID only where there is such a device.
+    commands += [_put(scratch / f"disk/by-uuid/{layout.uuid_of(filesystem)}", "") for _, filesystem in layout.mounted]
+    for path, script in replaced.items():
+        name = path.rpartition("/")[2]
+        commands += [
+            _put(scratch / name, script, "755"),
+            Inside(("mount", "--bind", str(scratch / name), str(tree / path))),
+        ]
+    commands.append(Inside(("chroot", str(tree), "grub-mkconfig", "-o", "/boot/grub/grub.cfg")))
+    commands += [Inside(("umount", str(tree / path))) for path in replaced]
+    if layout.core:
         modules = tree / "usr/lib/grub/i386-pc"
         commands += [
-            _put(scratch / "early.cfg", grub.core_configuration(identity)),
+            _put(scratch / "early.cfg", grub.core_configuration(layout)),
             Inside(tuple(grub.core_argv(tree, "/dev/early.cfg", "/dev/core.img"))),
             Inside(("cp", str(scratch / "core.img"), str(modules / "boot.img"), str(directory))),
             Inside(("cp", "-r", str(modules), f"{tree}/boot/grub/i386-pc")),
         ]
-    if layout.piece("esp"):
-        for name, place in _signed(layout.arch):
+    if layout.esp:
+        for name, path in _signed(layout.arch):
             # Ubuntu's are alternatives: links that are right only within the tree.
-            commands += [Inside(("chroot", str(tree), "cp", f"/{place}", f"/dev/{name}"))]
+            commands += [Inside(("chroot", str(tree), "cp", f"/{path}", f"/dev/{name}"))]
             commands += [Inside(("cp", str(scratch / name), str(directory)))]
     return [*commands, Inside(("umount", "--recursive", str(scratch)))]
 
 
 def _fstab(layout: Layout) -> list[str]:
-    lines = [f"UUID={layout.identity.root} / ext4 errors=remount-ro 0 1"]
-    if layout.piece("esp"):
-        lines.append(f"UUID={layout.identity.esp_name} /boot/efi vfat umask=0077 0 1")
-    return lines
+    """Return the lines of fstab, the root's first."""
+    lines = [
+        f"UUID={layout.uuid_of(found)} {found.point} {found.kind} {found.mount_options} {found.dump} {found.order}"
+        for _, found in reversed(layout.mounted)
+    ]
+    swap = [filesystem for filesystem in layout.scheme.filesystems if filesystem.kind == SWAP]
+    return lines + [f"UUID={layout.uuid_of(found)} none swap {found.mount_options} 0 0" for found in swap]
 
 
 def _signed(arch: str) -> list[tuple[str, str]]:
@@ -132,69 +135,134 @@ def _signed(arch: str) -> list[tuple[str, str]]:
     ]
 
 
+def making_commands(tree: Path, build: Build, layout: Layout) -> Iterator[Making]:
+    """Give the commands of ``make_disk``, but for the boot loader's."""
+    disk = build.disk_path
+    if layout.scheme.table:
+        yield Making(layouts.table_argv(disk), text=layouts.table(layout) if layout.size else "")
+    if layout.date:
+        yield Making(reproducible.clamp_argv(tree, layout.date), inside=True)
+    for piece, filesystem in layout.mounted:
+        part = place(tree, filesystem.point)
+        for words in _filling(disk, piece, filesystem, layout, part):
+            yield Making(words, inside=True, piece=piece)
+        if filesystem.point != "/":
+            below = _others(tree, layout, filesystem.point or "")
+            yield Making(["sh", "-e", "-c", _HIDE, "sh", str(part), *map(str, below)], inside=True)
+    for piece in layout.pieces:
+        if piece.filesystem and not piece.filesystem.point:
+            for words in _empty(disk, piece, piece.filesystem, layout, build.directory):
+                yield Making(words)
+
+
+def _filling(disk: Path, piece: Piece, filesystem: Filesystem, layout: Layout, part: Path) -> list[list[str]]:
+    """Return the commands that make *filesystem* on *piece*, with what is in *part* of the tree."""
+    if filesystem.kind in EXT:
+        making = filesystems.ext_argv(disk, piece, filesystem, layout, part)
+        return [making, filesystems.rest_argv(disk, piece, part, layout)]
+    return [filesystems.fat_argv(disk, piece, filesystem, layout), filesystems.fill_fat_argv(disk, piece, part, layout)]
+
+
+def _empty(disk: Path, piece: Piece, filesystem: Filesystem, layout: Layout, directory: Path) -> list[list[str]]:
+    """Return the commands that make *filesystem*, which nothing of the tree is in, on *piece*."""
+    if filesystem.kind == SWAP:
+        return filesystems.swap_argvs(disk, piece, filesystem, layout, directory)
+    if filesystem.kind in EXT:
+        return [filesystems.ext_argv(disk, piece, filesystem, layout, None)]
+    return [filesystems.fat_argv(disk, piece, filesystem, layout)]
+
+
 def disk_argvs(tree: Path, build: Build, layout: Layout) -> list[list[str]]:
     """Return the commands of ``make_disk``."""
-    root, esp = layout.piece("root"), layout.piece("esp")
-    assert root is not None
-    argvs = [layouts.table_argv(build.disk_path)]
-    argvs += [
-        entering_argv("PID", *words, as_root=build.plan.as_root)
-        for words in filesystem_argvs(tree, build.disk_path, root, layout)
-    ]
-    if layout.date:
-        argvs += reproducible.settle_argvs(build.disk_path, root.offset, build.directory, layout.date)
-    return [*argvs, *(esp_argvs(build.disk_path, esp, build.directory, layout) if esp else [])]
+
+    def shown(words: list[str], inside: bool = True) -> list[str]:
+        return entering_argv("PID", *words, as_root=build.plan.as_root) if inside else words
+
+    argvs = [] if layout.size else [shown(filesystems.measure_argv(tree, _others(tree, layout)))]
+    argvs += [shown(each.words, each.inside) for each in making_commands(tree, build, layout)]
+    for piece in _settled(layout):
+        argvs += reproducible.settle_argvs(build.disk_path, piece.offset, build.directory, layout.date or 0)
+    return [*argvs, *(esp_argvs(build.disk_path, layout.esp, build.directory, layout) if layout.esp else [])]
+
+
+def _settled(layout: Layout) -> list[Piece]:
+    """Return the partitions whose filesystems are to tell nothing of when they were made."""
+    return [each for each in layout.pieces if layout.date and each.filesystem and each.filesystem.kind == "ext4"]
+
+
+def _others(tree: Path, layout: Layout, above: str = "/") -> list[Path]:
+    """Return the directories of *tree* that are filesystems of their own right below that at *above*."""
+    found: list[Path] = []
+    for _, filesystem in reversed(layout.mounted):
+        path, top = Path(filesystem.point or ""), Path(above)
+        if top in path.parents and not any(other in path.parents for other in found):
+            found.append(path)
+    return [place(tree, str(path)) for path in found]
+
+
+def fitted(inside: Namespaces, tree: Path, build: Build, layout: Layout, extra: int) -> Layout:
+    """Return *layout* for the smallest disk that *tree*, and *extra* bytes more, have room on."""
+    piece, root = layout.at("/")
+    need = filesystems.measured(inside, tree, _others(tree, layout))
+    size = filesystems.least_size(
+        filesystems.Need(need.size + extra, need.inodes),
+        root,
+        filesystems.layout_of(piece.size, layout),
+        build.directory,
+    )
+    return filesystems.layout_of(layout.scheme.size_around(size), layout)
 
 
 def make_disk(inside: Namespaces, tree: Path, build: Build, layout: Layout) -> None:
-    """Make the disk of *build* from *tree*."""
+    """Make the disk of *build* from *tree*; *layout* has its size."""
     disk, directory = build.disk_path, build.directory
     with open(os.open(disk, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.truncate(layout.size)
-    command.run(layouts.table_argv(disk), stdin=layouts.table(layout.pieces, layout.identity).encode())
-    root = layout.piece("root")
-    assert root is not None
-    try:
-        for words in filesystem_argvs(tree, disk, root, layout):
-            inside.run(*words)
-    except BuildError as error:
-        used = inside.run("du", "-sx", "--block-size=1M", str(tree), capture=True).split()[0]
-        raise BuildError(
-            f"The tree of {used} MiB can't be put on the disk: {error.said}.", hint="Set a larger image-size."
-        ) from error
-    if layout.date:
-        reproducible.settle(disk, root.offset, directory, layout.date)
-    if bios := layout.piece("bios"):
-        grub.embed(disk, bios, (directory / "boot.img").read_bytes(), (directory / "core.img").read_bytes())
-    if esp := layout.piece("esp"):
-        (directory / "grub.cfg").write_text(grub.stub_configuration(layout.identity), encoding="ascii")
-        for argv in esp_argvs(disk, esp, directory, layout):
+    for each in making_commands(tree, build, layout):
+        try:
+            if each.inside:
+                inside.run(*each.words)
+            else:
+                command.run(each.words, stdin=each.text.encode())
+        except BuildError as error:
+            if not each.piece:
+                raise
+            raise _does_not_fit(inside, tree, build, layout, each.piece, error) from error
+    for piece in _settled(layout):
+        reproducible.settle(disk, piece.offset, directory, layout.date or 0)
+    if layout.core:
+        grub.embed(disk, *layout.core, (directory / "boot.img").read_bytes(), (directory / "core.img").read_bytes())
+    if layout.esp:
+        (directory / "grub.cfg").write_text(grub.stub_configuration(layout), encoding="ascii")
+        for argv in esp_argvs(disk, layout.esp, directory, layout):
             command.run(argv)
 
 
-def filesystem_argvs(tree: Path, disk: Path, root: layouts.Piece, layout: Layout) -> list[list[str]]:
-    """Return the commands that make the root filesystem of *tree*, with all its owners, modes, times and attributes."""
-    date, identity = layout.date, layout.identity
-    # Inode tables of zeros are holes of the disk's file.  Those that are left for later the kernel writes to when it
-    # has the time, on each machine of the image.
-    options = f"offset={root.offset},hash_seed={identity.hash_seed},lazy_itable_init=0"
-    making = [
-        "mke2fs", "-q",
-        "-t", "ext4",
-        "-O", _FEATURES,
-        "-U", identity.root,
-        "-d", str(tree),
-        "-E", options,
-        str(disk),
-        f"{root.size >> 10}k",
-    ]  # fmt: skip
-    adding = ["sh", "-c", _ADD_REST, "sh", str(tree), f"{disk}?offset={root.offset}"]
-    clamping = [reproducible.clamp_argv(tree, date)] if date else []
-    return [*clamping, reproducible.with_date(date, *making), reproducible.with_date(date, *adding)]
+def _does_not_fit(
+    inside: Namespaces, tree: Path, build: Build, layout: Layout, piece: Piece, error: BuildError
+) -> BuildError:
+    """Return the error that *piece* can't be filled: for *error*, or as it is too small."""
+    filesystem = piece.filesystem
+    assert filesystem is not None and filesystem.point
+    part = place(tree, filesystem.point)
+    need = filesystems.measured(inside, part, _others(tree, layout, filesystem.point))
+    known = f"{filesystem.point} of the tree can't be put on its filesystem of {format_size(piece.size)}"
+    if filesystem.kind not in EXT:
+        return BuildError(f"{known}: {error.said}.", hint="Set a larger image-size.")
+    least = filesystems.least_size(need, filesystem, layout, build.directory)
+    if least <= piece.size:
+        return BuildError(f"{known}: {error.said}.", hint="The log has all of it.")
+    size = layout.scheme.size_around(least) if layout.scheme.can_fit else layout.size + least - piece.size
+    return BuildError(
+        f"{known}: it needs {format_size(least)}.",
+        hint=f"Set image-size to at least {-(-size // layouts.MIB)}M, or to fit."
+        if piece == layout.pieces[-1]
+        else f"Have {piece.name} be of at least {-(-least // layouts.MIB)}MiB in the layout.",
+    )
 
 
 def esp_argvs(disk: Path, esp: layouts.Piece, directory: Path, layout: Layout) -> list[list[str]]:
-    """Return the commands that make the ESP, with GRUB at the path where all firmware looks."""
+    """Return the commands that put GRUB on the ESP, at the path where all firmware looks."""
     at = f"{disk}@@{esp.offset}"
     suffix = _SHIM[layout.arch]
     files = {
@@ -202,11 +270,9 @@ def esp_argvs(disk: Path, esp: layouts.Piece, directory: Path, layout: Layout) -
         f"grub{suffix}.efi": f"EFI/BOOT/grub{suffix}.efi",
         f"mm{suffix}.efi": f"EFI/BOOT/mm{suffix}.efi",
     }
-    sizes = ["-T", str(esp.size // layouts.SECTOR), "-h", _FAT_HEADS, "-s", _FAT_SECTORS]
     argvs = [
-        ["mformat", "-i", at, "-F", "-N", layout.identity.esp, *sizes, "::"],
-        ["mmd", "-i", at, "::/EFI", "::/EFI/BOOT", *(f"::/EFI/{vendor}" for vendor in _VENDORS)],
-        *(["mcopy", "-i", at, str(directory / name), f"::/{place}"] for name, place in files.items()),
-        *(["mcopy", "-i", at, str(directory / "grub.cfg"), f"::/EFI/{vendor}/grub.cfg"] for vendor in _VENDORS),
+        ["mmd", "-D", "s", "-i", at, "::/EFI", "::/EFI/BOOT", *(f"::/EFI/{vendor}" for vendor in _VENDORS)],
+        *(["mcopy", "-o", "-i", at, str(directory / name), f"::/{place}"] for name, place in files.items()),
+        *(["mcopy", "-o", "-i", at, str(directory / "grub.cfg"), f"::/EFI/{vendor}/grub.cfg"] for vendor in _VENDORS),
     ]
     return [reproducible.with_date(layout.date, *words) for words in argvs]

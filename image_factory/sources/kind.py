@@ -18,7 +18,7 @@ _OF_ONE_SOURCE = {
         "install-timeout", "stall-timeout",
     ),
     "image": ("source-image", "source-image-sha256"),
-    "bootstrap": (BOOTSTRAP_KEY, "work-in-memory"),
+    "bootstrap": (BOOTSTRAP_KEY, "work-in-memory", "layout", "root-label", "mkfs-options", "extra-size"),
 }  # fmt: skip
 
 
@@ -94,6 +94,8 @@ class DiskSource:
     *explain*
         logs why the disk may have no system.
 
+    *fits* is whether it makes a tree, and so a disk that can be as small as the tree lets it.
+
     *answer_files* are the settings of which one may name its answer file, perhaps a template.
 
     *template_keys*
@@ -127,6 +129,7 @@ class DiskSource:
     warn: Callable[[Plan], None] = _nothing
     measure: Callable[[Plan], None] = _nothing
     explain: Callable[[Build], None] = _nothing
+    fits: bool = False
     answer_files: tuple[str, ...] = ()
     template_keys: Callable[[Path], set[str] | None] = lambda path: set()
     declared_keys: Callable[[Path, str], Mapping[str, Key]] = lambda path, arch: {}

@@ -681,7 +681,8 @@ def _mount_words(branch: Branch) -> tuple[str, ...]:
 
 def _device(volume: Volume) -> str:
     """Return the path of *volume* in the appliance, where the disk is the first one."""
-    return volume.name if volume.partition is None else f"/dev/sda{volume.partition.number}"
+    # What has the number 0 has no table around it.
+    return volume.name if volume.partition is None else f"/dev/sda{volume.partition.number or ''}"
 
 
 def _logical_volumes(guestfish: Conversation, volumes: Sequence[Volume]) -> list[Volume]:

@@ -39,6 +39,9 @@ ROOT_MARKS = ("etc/fstab", "etc/os-release", "usr/lib/os-release")
 
 SUPPORTED_ROOT = "Have the answer file put the root filesystem on ext4, xfs or btrfs."
 
+# The number of what is on a disk without a partition table.
+WHOLE_DISK = 0
+
 _SECTOR = 512
 _GPT = b"EFI PART"
 
@@ -49,7 +52,10 @@ _SECONDS = 60.0
 
 
 def read_partitions(image: Path) -> list[Partition]:
-    """Return the partitions of *image* in the order of the disk; NoSystemError if there is no table."""
+    """Return the partitions of *image* in the order of the disk; NoSystemError if there is nothing that is known.
+
+    A filesystem without a table is the only partition, WHOLE_DISK.
+    """
     try:
         # libparted aborts the process on some tables, and a guest can write any.
         return command.call_apart(_read_partitions, image, _SECONDS)
@@ -77,7 +83,7 @@ def _read_partitions(image: Path) -> list[Partition]:
         raise NoSystemError(f"The disk has no partition table that can be read: {_one_line(error)}") from error
     # libparted's name for a filesystem on the whole disk.
     if disk.type == "loop":
-        raise NoSystemError("The disk has no partition table, only a filesystem.")
+        return [Partition(WHOLE_DISK, 0, image.stat().st_size)]
     return [
         Partition(
             number=partition.number,
@@ -140,7 +146,7 @@ def _volume(
         text = ""
     values = {key: re.sub(r"\\(.)", r"\1", value) for key, value in re.findall(r"^([A-Z_]+)=(.*)$", text, re.MULTILINE)}
     return Volume(
-        f"partition {partition.number}",
+        f"partition {partition.number}" if partition.number != WHOLE_DISK else "the whole disk",
         partition.size,
         values.get("TYPE"),
         values.get("UUID"),

@@ -16,12 +16,12 @@ from ..conftest import REPOSITORY, User, run
 # A tree with all that a filesystem can tell of its files; $1 is its top.
 _TREE = r"""
 cd "$1"; export TZ=UTC
-mkdir -p etc dir/sub 'dir/with blank' .hidden empty many
+mkdir -p etc dir/sub dir/fat 'dir/with blank' .hidden empty many
 echo root >etc/fstab
 echo a >dir/a; ln dir/a dir/sub/b; ln dir/a c
 echo x >.dot; echo x >.hidden/..x; : >zero
 for number in $(seq 200); do ln .hidden/..x "many/$number"; done
-head -c 100000 /dev/urandom >old; head -c 100000 /dev/urandom >late
+head -c 8000000 /dev/urandom >old; head -c 100000 /dev/urandom >late
 truncate -s 50M sparse; truncate -s 1M hole
 printf hi | dd of=sparse bs=1 seek=20M conv=notrunc status=none
 ln -s etc/fstab link; ln -s "$(printf 'l%.0s' $(seq 300))" long
@@ -75,36 +75,74 @@ for path in sorted(os.path.join(top, name) for top, names, files in os.walk(b"."
 json.dump(found, sys.stdout)
 """
 
-# Makes the tree and the disk argv[1] of it in namespaces, and prints what the tree was.
+# A layout with all that is made without libguestfs.
+_LAYOUT = """\
+- local_loop: {name: image0}
+- partitioning:
+    base: image0
+    label: LABEL
+    partitions:
+    - name: swap
+      size: 8MiB
+      mkfs: {type: swap, label: swap, mount: {mount_point: swap}}
+    - name: fat
+      size: 64MiB
+      mkfs: {type: vfat, label: fat, mount: {mount_point: /dir/fat}}
+    - name: root
+      size: 100MiB
+      mkfs: {label: the-root, opts: "-m 1", mount: {mount_point: /}}
+    - name: dir
+      size: 50%
+      mkfs: {type: ext3, uuid: 11111111-2222-3333-4444-555555555555, mount: {mount_point: /dir}}
+    - name: deep
+      size: 100%
+      mkfs: {type: ext2, mount: {mount_point: /dir/sub, fstab: {options: nodev, dump-freq: 1, fsck-passno: 0}}}
+"""
+
+# Makes the tree and disks of it in namespaces, in the directory argv[3], and prints what the tree was.
 _MAKE = r"""
-import os, sys
+import dataclasses, datetime, os, sys
 from pathlib import Path
-from image_factory.disks import layouts, making
+from image_factory.base.errors import BuildError
+from image_factory.disks import layouts, making, notation
 from image_factory.inside import namespaces
+from image_factory.model import Build, Plan
 script, look, directory = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-size = 200 << 20
-root = layouts.pieces("bios", "x86_64", size)[-1]
-disk, tree = directory / "disk.raw", directory / "tree"
+tree = directory / "tree"
 tree.mkdir()
-with open(disk, "xb") as file:
-    file.truncate(size)
+root = layouts.root_of("ext4", "", [])
+
+def make(inside, name, scheme, size):
+    build = Build(Plan("x", None, datetime.date.today(), directory, {}), directory / name, "vm")
+    build.directory.mkdir()
+    layout = layouts.Layout(scheme, None, "x86_64", size, layouts.random_identity())
+    if not size:
+        layout = making.fitted(inside, tree / "root", build, layout, 3 << 20)
+    making.make_disk(inside, tree / "root", build, layout)
+
 with namespaces.entered(directory, as_root=os.geteuid() == 0) as inside:
     inside.run("mount", "-t", "tmpfs", "tree", str(tree))
     inside.run("mkdir", str(tree / "root"))
     inside.run("sh", "-e", "-c", script, "sh", str(tree / "root"), str(os.geteuid()))
     print(inside.run("python3", "-c", look, str(tree / "root"), capture=True))
-    layout = making.Layout("bios", "x86_64", size, layouts.random_identity())
-    for words in making.filesystem_argvs(tree / "root", disk, root, layout):
-        inside.run(*words)
-print(root.offset)
+    whole = layouts.scheme("filesystem", "x86_64", root)
+    make(inside, "fit", whole, 0)
+    fits = (directory / "fit/disk.raw").stat().st_size
+    try:
+        make(inside, "small", layouts.scheme("bios", "x86_64", root), (3 << 20) + fits // 2)
+    except BuildError as error:
+        print(error.message, error.hint)
+    make(inside, "gpt", notation.read(directory / "gpt.yaml", root), 260 << 20)
+    inside.run("umount", str(tree / "root/dir"))
+    make(inside, "mbr", notation.read(directory / "mbr.yaml", root), 260 << 20)
 """
 
 
 @contextmanager
-def mounted(disk: Path, offset: int, point: Path) -> Iterator[None]:
-    """Mount the filesystem at *offset* of *disk*."""
+def mounted(disk: Path, offset: int, size: int, point: Path) -> Iterator[None]:
+    """Mount the filesystem of *size* bytes at *offset* of *disk*."""
     point.mkdir()
-    run("mount", "-o", f"loop,ro,offset={offset}", disk, point)
+    run("mount", "-o", f"loop,ro,offset={offset},sizelimit={size}", disk, point)
     try:
         yield
     finally:
@@ -117,20 +155,62 @@ def look(top: Path) -> dict[str, Any]:
     return found
 
 
+def partitions_of(disk: Path) -> list[dict[str, Any]]:
+    """Return the partitions of *disk* as sfdisk tells them."""
+    found: list[dict[str, Any]] = json.loads(run("sfdisk", "--json", disk).stdout)["partitiontable"]["partitions"]
+    return found
+
+
+def probed(disk: Path, offset: int) -> dict[str, str]:
+    """Return what blkid tells of what is at *offset* of *disk*."""
+    text = run("blkid", "-p", "-o", "export", "-O", str(offset), disk).stdout
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
 @pytest.mark.parametrize("name", ["root", "c"])
-def test_all_of_a_tree_is_in_its_filesystem(users: dict[str, User], tmp_path: Path, name: str) -> None:
+def test_all_of_a_tree_is_in_its_filesystems(users: dict[str, User], tmp_path: Path, name: str) -> None:
     """Owners, modes, times, capabilities, ACLs, attributes, links, holes, devices, names."""
     user = users[name]
     directory = user.directory(f"tree-{name}")
+    for label in ("gpt", "mbr"):
+        (directory / f"{label}.yaml").write_text(_LAYOUT.replace("LABEL", label))
     environment = f"PYTHONPATH={REPOSITORY}", f"PATH={search_path()}"
     argv = user.argv("env", *environment, "/usr/bin/python3", "-c", _MAKE, _TREE, _LOOK, directory)
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    tree, offset = done.stdout.strip().splitlines()
+    tree, too_small = done.stdout.strip().splitlines()
     wanted = json.loads(tree)
-    with mounted(directory / "disk.raw", int(offset), tmp_path / "mounted"):
-        assert look(tmp_path / "mounted") == wanted
     # What the tree was made for was in it.
     assert wanted["dir/a"][:4] == ["0o100674", 1000, 65534, 981173106123456789]
     assert ("null" in wanted) == user.is_root
-    run("e2fsck", "-f", "-n", f"{directory}/disk.raw?offset={offset}")
+
+    fit = directory / "fit/disk.raw"
+    with mounted(fit, 0, fit.stat().st_size, tmp_path / "fit"):
+        assert look(tmp_path / "fit") == wanted
+    run("e2fsck", "-f", "-n", fit)
+    # The smallest one has some blocks of 4 KiB less: those of extra-size, and what nobody knew.
+    least = int(run("resize2fs", "-P", fit).stdout.split()[-1]) * 4096
+    assert fit.stat().st_size - least < 8 << 20
+    needed = (fit.stat().st_size >> 20) - 3 + 3
+    assert too_small.startswith("/ of the tree can't be put on its filesystem of ")
+    assert f"Set image-size to at least {needed}M, or to fit." in too_small
+
+    for label in ("gpt", "mbr"):
+        disk = directory / label / "disk.raw"
+        pieces = [piece for piece in partitions_of(disk) if piece["type"] != "5"]
+        places = [(piece["start"] * 512, piece["size"] * 512) for piece in pieces]
+        kinds = [probed(disk, offset) for offset, _ in places]
+        assert [kind["TYPE"] for kind in kinds] == ["swap", "vfat", "ext4", "ext3", "ext2"]
+        assert [kind.get("LABEL") for kind in kinds] == ["swap", "FAT", "the-root", None, None]
+        assert kinds[3]["UUID"] == "11111111-2222-3333-4444-555555555555"
+        root, below, deep = (tmp_path / label / part for part in ("root", "dir", "deep"))
+        (tmp_path / label).mkdir()
+        with mounted(disk, *places[2], root), mounted(disk, *places[3], below), mounted(disk, *places[4], deep):
+            found = look(root)
+            assert not [path for path in found if path.startswith("dir/")]
+            assert found["dir"][:5] == look(below)["."][:5] == wanted["dir"][:5]
+            assert look(below)["sub"][:3] == look(deep)["."][:3] == wanted["dir/sub"][:3]
+            assert look(deep)["b"][:6] == wanted["dir/sub/b"][:6]
+            assert found["many/1"] == wanted["many/1"]
+        for offset, _ in places[2:]:
+            run("e2fsck", "-f", "-n", f"{disk}?offset={offset}")

@@ -187,7 +187,8 @@ def test_two_filesystems_in_one_place(image: Image) -> None:
 
 def test_filesystem_without_a_table(image: Image) -> None:
     image.filesystem("ext4", 0, 60)
-    assert one_line(partitions.read_partitions, image.path) == "The disk has no partition table, only a filesystem."
+    assert filesystems(image) == [("the whole disk", "ext4")]
+    assert partitions.read_partitions(image.path) == [Partition(partitions.WHOLE_DISK, 0, image.path.stat().st_size)]
 
 
 def test_empty_disk(image: Image) -> None:

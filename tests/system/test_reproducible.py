@@ -51,7 +51,7 @@ work = directory / "work"
 work.mkdir()
 plan = pipeline.make_plan(Configuration({FILE_VARIABLE: str(path)}), "x", {"output-dir": str(directory)})
 build = Build(plan, work, "vm")
-layout = bootstrap._layout(plan, bootstrap._disk_identity(plan))
+layout = bootstrap.layout_of(plan, bootstrap._disk_identity(plan))
 for name in ("boot.img", "core.img", "bootx64.efi", "grubx64.efi", "mmx64.efi"):
     (work / name).write_bytes(name.encode() * 100)
 tree = work / "tree"
@@ -61,7 +61,7 @@ with namespaces.entered(work, as_root=plan.as_root) as inside:
     inside.run("mkdir", str(tree / "root"))
     inside.run("sh", "-e", "-c", script, "sh", str(tree / "root"))
     making.make_disk(inside, tree / "root", build, layout)
-print(layout.piece("root").offset)
+print(layout.root.offset)
 """
 
 

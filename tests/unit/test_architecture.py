@@ -35,7 +35,7 @@ LAYERS = [
         "mounts loop appliance rehearsal assembly inventory tree rpmdb partitions fstab privileged registrations",
     ),
     ("downloads", "verify fetch"),
-    ("disks", "making grub layouts reproducible"),
+    ("disks", "making filesystems notation grub layouts reproducible"),
     ("inside", "namespaces"),
     ("", "model"),
     # What the parts of a build need of the configuration, and no more: the files are above the tables of kinds.

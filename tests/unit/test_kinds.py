@@ -109,6 +109,7 @@ class Given:
     """A source whose disk is there already, and which notes what it is asked."""
 
     keys = ("given",)
+    fits = False
     answer_files = ("yast",)
     defaults: ClassVar[dict[str, str | None]] = {}
     dependent: ClassVar[Dependent] = {"mac": ("a cable", lambda settings: False)}

@@ -14,9 +14,11 @@ from ...base import events, trust
 from ...base.cleanup import released
 from ...base.errors import BuildError, CommandError, ConfigurationError
 from ...base.units import format_size
-from ...configuration.settings import BOOTSTRAP_KEY, ImageSettings
-from ...disks import layouts, making
+from ...configuration.parsers import FIT
+from ...configuration.settings import BOOTSTRAP_KEY, Dependent, ImageSettings
+from ...disks import layouts, making, notation
 from ...inside import namespaces
+from ...machines.arch import FIRMWARES
 from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
 from .. import answers
@@ -26,6 +28,8 @@ from . import failures, recipe
 _MEMORY = Path("/proc/meminfo")
 # What a tree on a tmpfs must leave to others.
 _SPARE_MEMORY = 1 << 30
+# A tree may have so much where the disk has no size yet.
+_USUAL_TREE = 4 << 30
 
 _TREE = "tree"
 _COPY = "bootstrap.yaml"
@@ -59,12 +63,52 @@ def check_settings(name: str, settings: ImageSettings) -> None:
         raise ConfigurationError(
             f"[{name}] has source = bootstrap and no 'bootstrap'.", hint="It is the path of what is to be installed."
         )
+    if settings.layout in FIRMWARES and settings.layout != settings.firmware:
+        raise ConfigurationError(
+            f"[{name}] has layout = {settings.layout} and firmware = {settings.firmware}.",
+            hint="Leave one of them out: the layout has what the firmware boots.",
+        )
+
+
+def layout_of(plan: Plan, identity: layouts.Identity = layouts.UNKNOWN) -> layouts.Layout:
+    """Return how the disk is laid out, with *identity*; ConfigurationError says what is wrong with a user's layout."""
+    settings = plan.settings
+    root = layouts.root_of("ext4", settings.root_label or "", settings.mkfs_options)
+    if isinstance(settings.layout, Path):
+        scheme = notation.read(settings.layout, root)
+    else:
+        scheme = layouts.scheme(settings.layout or settings.firmware, settings.arch, root)
+    firmware = settings.firmware if scheme.table else None
+    return layouts.Layout(scheme, firmware, settings.arch, disk_size(plan), identity, plan.source_date)
+
+
+def check_layout(plan: Plan) -> None:
+    """Raise ConfigurationError if the layout is wrong, or the disk can't have it."""
+    layout = layout_of(plan)
+    if not layout.firmware and plan.settings.test_boot:
+        raise ConfigurationError(
+            f"[{plan.image}] test-boot = yes: a filesystem without a partition table has no boot loader.",
+            hint="Set test-boot = no, or another layout.",
+        )
+    if layout.firmware:
+        layouts.check_firmware(layout.scheme, layout.firmware, f"The layout {plan.settings.layout}")
+    if not layout.size and not layout.scheme.can_fit:
+        raise ConfigurationError(
+            f"[{plan.image}] image-size = fit: the layout has no ext4 root that comes last and gets all that is left.",
+            hint="Set a size such as 4G, or have the root be the last partition, of size 100%.",
+        )
+    # What does not fit is told.
+    _ = layout.pieces
 
 
 def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str]:
     """Return a digest of each setting that makes the disk another one."""
     texts = {BOOTSTRAP_KEY: answers.content(plan), "image-size": str(plan.settings.image_size).encode()}
-    texts["firmware"] = plan.settings.firmware.encode()
+    settings = plan.settings
+    texts["firmware"] = settings.firmware.encode()
+    # The file of a layout may have changed.
+    texts["layout"] = repr(layout_of(plan).scheme).encode()
+    texts["extra-size"] = str(settings.extra_size).encode()
     return {key: hashlib.sha256(data).hexdigest() for key, data in texts.items()}
 
 
@@ -77,17 +121,18 @@ def original(plan: Plan, used: events.InputUsed) -> events.InputUsed | None:
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that it needs."""
-    return ["mmdebstrap", *namespaces.programs(as_root=plan.as_root), *making.programs(plan.settings.firmware)]
+    return ["mmdebstrap", *namespaces.programs(as_root=plan.as_root), *making.programs(layout_of(plan))]
 
 
 def check(plan: Plan) -> None:
-    """Raise ConfigurationError if the recipe is wrong, or the tree would have a path that is none for all programs."""
+    """Raise ConfigurationError if the recipe, the layout, or the path that the tree would have, is wrong."""
     recipe.read(plan)
     if match := _UNFIT.search(str(plan.work_path)):
         raise ConfigurationError(
             f"[{plan.image}] output-dir: {str(plan.output_dir)!r} has {match[0]!r} in it, as no path of a tree may.",
             hint="apt, dpkg-deb or mtools take it for something else: build elsewhere with --output-dir.",
         )
+    check_layout(plan)
 
 
 def check_here(plan: Plan) -> None:
@@ -97,9 +142,8 @@ def check_here(plan: Plan) -> None:
 
 
 def disk_size(plan: Plan) -> int:
-    """Return the bytes that the disk may grow to."""
-    assert plan.settings.image_size
-    return plan.settings.image_size
+    """Return the bytes that the disk may grow to, 0 if it is as small as the tree lets it."""
+    return plan.settings.image_size or 0
 
 
 def _tree(build: Build) -> Path:
@@ -151,11 +195,6 @@ def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]
     ]
 
 
-def _layout(plan: Plan, identity: layouts.Identity) -> making.Layout:
-    settings = plan.settings
-    return making.Layout(settings.firmware, settings.arch, disk_size(plan), identity, plan.source_date)
-
-
 def _disk_identity(plan: Plan) -> layouts.Identity:
     """Return a new identity of the disk, or with a date the one that all disks of this configuration have."""
     if plan.source_date is None:
@@ -170,7 +209,7 @@ class _Bootstrap:
     def __init__(self, plan: Plan, wanted: recipe.Recipe) -> None:
         self._inside: namespaces.Namespaces | None = None
         self._wanted = wanted
-        self._disk = _layout(plan, _disk_identity(plan))
+        self._disk = layout_of(plan, _disk_identity(plan))
 
     def entered(self, state: State, steps: Sequence[Step | Group]) -> State:
         """Carry out *steps* with namespaces, with which all that they have mounted goes."""
@@ -240,7 +279,11 @@ class _Bootstrap:
 
     def make_disk(self, state: State) -> None:
         assert self._inside is not None
-        making.make_disk(self._inside, self._root(state.build), state.build, self._disk)
+        build, tree = state.build, self._root(state.build)
+        layout = self._disk
+        if not layout.size:
+            layout = making.fitted(self._inside, tree, build, layout, build.plan.settings.extra_size or 0)
+        making.make_disk(self._inside, tree, build, layout)
 
 
 def in_memory(plan: Plan) -> bool:
@@ -261,7 +304,7 @@ def check_memory(plan: Plan) -> None:
 
 def needed_memory(plan: Plan) -> int:
     """Return the bytes that have to be free for a tree in memory: as many as the disk has, and some more."""
-    return disk_size(plan) + _SPARE_MEMORY
+    return (disk_size(plan) or _USUAL_TREE) + _SPARE_MEMORY
 
 
 def _free_memory() -> int:
@@ -279,7 +322,7 @@ def steps(build: Build) -> Iterator[Step | Group]:
     work = _Bootstrap(build.plan, wanted)
     tree = _tree(build) / "root"
     as_root = build.plan.as_root
-    layout = _layout(build.plan, layouts.UNKNOWN)
+    layout = layout_of(build.plan)
 
     def shown(*commands: Sequence[str]) -> list[list[str]]:
         return [namespaces.entering_argv("PID", *words, as_root=as_root) for words in commands]
@@ -296,6 +339,11 @@ def steps(build: Build) -> Iterator[Step | Group]:
     yield Group(inside, work.entered)
 
 
+_DEPENDENT: Dependent = {
+    **idle_beside("bootstrap"),
+    "extra-size": ("image-size = fit", lambda settings: settings.image_size == FIT),
+}
+
 SOURCE = DiskSource(
     keys=(BOOTSTRAP_KEY,),
     check_settings=check_settings,
@@ -306,7 +354,8 @@ SOURCE = DiskSource(
     disk_size=disk_size,
     downloads=lambda plan: False,
     remote=lambda plan: [],
-    dependent=idle_beside("bootstrap"),
+    dependent=_DEPENDENT,
+    fits=True,
     original=original,
     check_here=check_here,
     answer_files=(BOOTSTRAP_KEY,),

@@ -42,6 +42,8 @@ def grow(build: Build, disk: Disk, size: int) -> None:
     volumes = _volumes(disk)
     last = max(volumes, key=lambda volume: volume.partition.offset if volume.partition else 0)
     assert last.partition is not None
+    if last.partition.number == partitions.WHOLE_DISK:
+        raise BuildError("The disk can't grow: it has no partition table.", hint="Leave image-size out.")
     if last.filesystem not in partitions.ROOT_FILESYSTEMS:
         raise BuildError(
             f"The disk can't grow: {partitions.describe([last])} is last on it, where a root filesystem would be.",

@@ -23,6 +23,12 @@ mount -t tmpfs hidden "$place"
 for change in chmod chown touch; do $change --reference=. "$place"; done
 """
 
+_COPY_FIRST = """\
+target=$1; shift
+for file; do [ ! -e "$file" ] || exec cp "$file" "$target"; done
+echo "no package of the system has $*" >&2; exit 1
+"""
+
 # Where a signed GRUB looks for its configuration, whoever has signed it.
 _VENDORS = ("debian", "ubuntu")
 _SHIM = {"x86_64": "x64", "aarch64": "aa64"}
@@ -107,9 +113,9 @@ def _grub_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]:
             Inside(("cp", "-r", str(modules), f"{tree}/boot/grub/i386-pc")),
         ]
     if layout.esp:
-        for name, path in _signed(layout.arch):
+        for name, paths in _signed(layout.arch):
             # Ubuntu's are alternatives: links that are right only within the tree.
-            commands += [Inside(("chroot", str(tree), "cp", f"/{path}", f"/dev/{name}"))]
+            commands += [Inside(("chroot", str(tree), "sh", "-c", _COPY_FIRST, "sh", f"/dev/{name}", *paths))]
             commands += [Inside(("cp", str(scratch / name), str(directory)))]
     return [*commands, Inside(("umount", "--recursive", str(scratch)))]
 
@@ -124,14 +130,15 @@ def _fstab(layout: Layout) -> list[str]:
     return lines + [f"UUID={layout.uuid_of(found)} none swap {found.mount_options} 0 0" for found in swap]
 
 
-def _signed(arch: str) -> list[tuple[str, str]]:
-    """Return the signed programs of UEFI: the name of each on the ESP, and its place in a tree."""
+def _signed(arch: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the signed programs of UEFI: the name of each on the ESP, and the places that it may have in a tree."""
     suffix = _SHIM[arch]
     kind = {"x86_64": "x86_64-efi", "aarch64": "arm64-efi"}[arch]
     return [
-        (f"boot{suffix}.efi", f"usr/lib/shim/shim{suffix}.efi.signed"),
-        (f"mm{suffix}.efi", f"usr/lib/shim/mm{suffix}.efi.signed"),
-        (f"grub{suffix}.efi", f"usr/lib/grub/{kind}-signed/grub{suffix}.efi.signed"),
+        (f"boot{suffix}.efi", (f"/usr/lib/shim/shim{suffix}.efi.signed",)),
+        # Debian has the signature in the name, Ubuntu has not.
+        (f"mm{suffix}.efi", (f"/usr/lib/shim/mm{suffix}.efi.signed", f"/usr/lib/shim/mm{suffix}.efi")),
+        (f"grub{suffix}.efi", (f"/usr/lib/grub/{kind}-signed/grub{suffix}.efi.signed",)),
     ]
 
 

@@ -32,6 +32,8 @@ echo "no package of the system has $*" >&2; exit 1
 # Where a signed GRUB looks for its configuration, whoever has signed it.
 _VENDORS = ("debian", "ubuntu")
 _SHIM = {"x86_64": "x64", "aarch64": "aa64"}
+# What GRUB calls UEFI of an architecture.
+_EFI_KIND = {"x86_64": "x86_64-efi", "aarch64": "arm64-efi"}
 
 
 def programs(layout: Layout) -> list[str]:
@@ -113,6 +115,9 @@ def _grub_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]:
             Inside(("cp", "-r", str(modules), f"{tree}/boot/grub/i386-pc")),
         ]
     if layout.esp:
+        # grub.cfg loads some that are not in the signed program.
+        kind = _EFI_KIND[layout.arch]
+        commands += [Inside(("cp", "-r", f"{tree}/usr/lib/grub/{kind}", f"{tree}/boot/grub/{kind}"))]
         for name, paths in _signed(layout.arch):
             # Ubuntu's are alternatives: links that are right only within the tree.
             commands += [Inside(("chroot", str(tree), "sh", "-c", _COPY_FIRST, "sh", f"/dev/{name}", *paths))]
@@ -133,7 +138,7 @@ def _fstab(layout: Layout) -> list[str]:
 def _signed(arch: str) -> list[tuple[str, tuple[str, ...]]]:
     """Return the signed programs of UEFI: the name of each on the ESP, and the places that it may have in a tree."""
     suffix = _SHIM[arch]
-    kind = {"x86_64": "x86_64-efi", "aarch64": "arm64-efi"}[arch]
+    kind = _EFI_KIND[arch]
     return [
         (f"boot{suffix}.efi", (f"/usr/lib/shim/shim{suffix}.efi.signed",)),
         # Debian has the signature in the name, Ubuntu has not.

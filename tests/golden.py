@@ -14,7 +14,7 @@ import yaml
 from image_factory.disks import layouts
 
 # Part of the cached disk's name: another recipe makes another disk.
-RECIPE = 5
+RECIPE = 6
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "image-factory-golden"
 PROGRAM = Path(__file__).resolve().parents[1] / "image-factory"
 PACKAGES = (
@@ -33,7 +33,7 @@ echo startup archives unpack >/var/log/dpkg.log
 echo passwd >/root/.bash_history
 printf 'locale: C.UTF-8\\nssh_genkeytypes: [ed25519]\\n' >/etc/cloud/cloud.cfg.d/90-golden.cfg
 echo 'source /etc/network/interfaces.d/*' >/etc/network/interfaces
-printf 'GRUB_TIMEOUT=0\\nGRUB_CMDLINE_LINUX=console=ttyS0\\n' >>/etc/default/grub
+printf 'GRUB_TIMEOUT=0\\nGRUB_CMDLINE_LINUX_DEFAULT=\\nGRUB_CMDLINE_LINUX=console=ttyS0\\n' >>/etc/default/grub
 rm -rf /etc/apt/sources.list.d/* /var/lib/apt/lists/* /usr/share/man
 """
 CONFIGURATION = """\

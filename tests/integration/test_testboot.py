@@ -316,3 +316,32 @@ def test_the_program_is_killed(scene: Scene) -> None:
     assert (scene.work / "boot-1").is_dir()
     scene.user.run(scene.user.program, "--cleanup", "-o", scene.directory)
     assert not scene.work.exists()
+
+
+# Of the package ovmf: a firmware that starts only what is signed, with Microsoft's keys.
+SECURE_CODE, SECURE_VARIABLES = (f"/usr/share/OVMF/OVMF_{name}_4M.ms.fd" for name in ("CODE", "VARS"))
+
+
+def test_secure_boot(golden_disk: Path, tmp_path: Path) -> None:
+    """The boot loader that is put on a disk is signed, up to the kernel."""
+    run("cp", SECURE_VARIABLES, tmp_path / "variables")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", golden_disk, tmp_path / "overlay.qcow2")
+    console = tmp_path / "console"
+    argv = [
+        "qemu-system-x86_64", "-machine", "q35,smm=on,accel=tcg", "-cpu", "max", "-m", "512", "-nodefaults",
+        "-display", "none", "-no-reboot", "-global", "driver=cfi.pflash01,property=secure,value=on",
+        "-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={SECURE_CODE}",
+        "-drive", f"if=pflash,unit=1,format=raw,file={tmp_path}/variables",
+        "-drive", f"if=virtio,file={tmp_path}/overlay.qcow2", "-serial", f"file:{console}",
+    ]  # fmt: skip
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+
+    def is_secure() -> bool:
+        assert process.poll() is None
+        return console.exists() and b"Kernel is locked down from EFI Secure Boot" in console.read_bytes()
+
+    with process:
+        try:
+            wait_for(is_secure, "the kernel to say that it was booted securely", SECONDS)
+        finally:
+            process.kill()

@@ -1,13 +1,20 @@
 """Systems that are bootstrapped from a small archive, by root and by a user who may run nothing as root."""
 
 import json
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from ..bootstrap_scene import WORK, Place, new_place
-from ..conftest import User, run
-from ..small_archive import Archive
+from ..bootstrap_scene import BUILD, WORK, Place, new_place
+from ..conftest import PATIENCE, User, run
+from ..small_archive import SUITE, Archive, Mirror, closed_port, served
 
 
 @pytest.fixture(params=["root", "c"])
@@ -43,3 +50,232 @@ def test_disk_has_the_tree(place: Place) -> None:
     assert "vmlinuz" in in_disk(disk, "cat /boot/grub/grub.cfg")
     place.run("--cleanup", "--output-dir", str(place.out))
     assert place.left() == []
+
+
+@pytest.fixture
+def user_place(users: dict[str, User], small_archive: Archive) -> Place:
+    return new_place(users["c"], small_archive)
+
+
+def suite(**keys: object) -> Callable[[Place, Mirror], None]:
+    """Return what publishes a suite of its own, and takes that."""
+
+    def prepare(place: Place, mirror: Mirror) -> None:
+        place.archive.publish("other", **keys)  # type: ignore[arg-type]
+        place.recipe(mirror.uri, suite="other")
+
+    return prepare
+
+
+def rubbish(path: str) -> Callable[[Place, Mirror], None]:
+    """Return what has the mirror send something else for what begins with *path*."""
+
+    def prepare(place: Place, mirror: Mirror) -> None:
+        mirror.rubbish[path] = b"<html>Please log in.</html>"
+        place.recipe(mirror.uri, packages="hello")
+
+    return prepare
+
+
+def at(uri: str, **keys: object) -> Callable[[Place, Mirror], None]:
+    """Return what takes the recipe from *uri*, in which MIRROR and PORT are the server's and one that nobody has."""
+
+    def prepare(place: Place, mirror: Mirror) -> None:
+        place.recipe(uri.replace("MIRROR", mirror.uri).replace("PORT", str(closed_port())), **keys)
+
+    return prepare
+
+
+def larger(place: Place, mirror: Mirror) -> None:
+    """Have a package that does not fit."""
+    place.archive.add("large", files={"usr/share/large": "0123456789abcdef" * (3 << 20)})
+    place.archive.publish()
+    place.recipe(mirror.uri, packages="large")
+    place.configure(firmware="bios", image_size="40M")
+
+
+# What is wrong; what the error says, and what the hint.
+BAD: dict[str, tuple[Callable[[Place, Mirror], None], str, str]] = {
+    "no such suite": (at("MIRROR", suite="nosuch"), r"http://127\S+ has no suite nosuch\.", "Correct suite or mirror"),
+    "no such directory": (at("MIRROR/no/debian"), r"http://127\S+/no/debian has no suite small\.", "Correct suite"),
+    "refused": (at("http://127.0.0.1:PORT"), r"\S+InRelease can't be had: .*Connection refused", "when the mirror"),
+    "no such host": (
+        at("http://no-such-host.invalid/d"),
+        r"\S+ can't be had: .*resolve 'no-such-host",
+        "when the mirror",
+    ),
+    "login page": (
+        rubbish("/dists/small/InRelease"),
+        r"\S+/InRelease is no signed list of an archive",
+        "ask for a login",
+    ),
+    "rubbish in its lists": (rubbish("/dists/small/main"), r"\S+/Packages can't be had: .*unexpected size", "updated"),
+    "rubbish as a package": (rubbish("/pool/hello"), r"\S+/pool/hello\S+ can't be had: .*unexpected size", "updated"),
+    "expired": (suite(valid=timedelta(days=-1)), r"What \S+other/InRelease lists is expired \(.* 1d", "clock"),
+    "wrong key": (suite(key="wrong"), r"http:\S+ other is signed with the key [0-9A-F]{16}, which is in no", "keyring"),
+    "not signed": (suite(key=None), r"http://\S+ other is not signed\.", "can't be verified"),
+    "no such packages": (
+        at("MIRROR", packages="hello helo-there absolutely-nothing"),
+        r"The archive has no packages helo-there \(perhaps hello-there\), absolutely-nothing\.",
+        "Correct packages",
+    ),
+    "needs what is not there": (
+        at("MIRROR", packages="needy"),
+        r"Packages can't be installed together: needy : Depends: absent \(>= 2\)",
+        "Correct packages",
+    ),
+    "package that fails": (
+        at("MIRROR", packages="failing"),
+        r"The installation of failing failed: failing: no such thing \(.*exit status 3\)\.",
+        "The log has all",
+    ),
+    "script that fails": (at("MIRROR", script="nosuchprogram"), "The recipe's script failed: .*nosuchprogram", "log"),
+    "image-size": (larger, "", "image-size"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_told_in_a_line(user_place: Place, name: str) -> None:
+    """And nothing is left."""
+    prepare, message, hint = BAD[name]
+    archive = user_place.archive
+    archive.add("hello", files={"usr/share/hello": "hello"})
+    archive.add("hello-there")
+    archive.add("needy", fields={"Depends": "absent (>= 2)"})
+    archive.add("failing", scripts={"postinst": "echo 'failing: no such thing' >&2\nexit 3"})
+    archive.publish()
+    with served(archive) as mirror:
+        prepare(user_place, mirror)
+        done = user_place.run(check=False)
+    said = [line for line in done.stderr.splitlines() if line.startswith("image-factory: ")]
+    assert done.returncode == 1, done.stderr
+    assert re.match(f"image-factory: error: {message}", said[0]), said
+    assert re.match(f"image-factory: hint: .*{hint}", said[1]), said
+    assert len(said) == 2, said
+    assert user_place.left() == []
+    assert list(user_place.out.iterdir()) == []
+
+
+# Paths that need quotes in a shell.
+@pytest.mark.parametrize("name", ["a b", "a'b;c", "a`b"])
+def test_odd_paths(user_place: Place, name: str) -> None:
+    out, cache = user_place.directory / name / "out", user_place.directory / name / "cache"
+    user_place.recipe(script="echo kept >/srv/file")
+    user_place.run("--output-dir", str(out), "--cache-dir", str(cache), *BUILD)
+    assert in_disk(out / WORK / "disk.raw", "cat /srv/file") == "kept\n"
+    assert [path.name for path in (cache / "packages").iterdir() if path.suffix == ".deb"] == ["base_1_amd64.deb"]
+
+
+def test_password_of_a_mirror_is_not_shown(user_place: Place) -> None:
+    with served(user_place.archive) as mirror:
+        user_place.recipe(mirror.uri.replace("://", "://builder:hunter2@"), suite=SUITE, packages="nothing")
+        done = user_place.run(check=False)
+    assert "The archive has no package nothing" in done.stderr
+    assert "hunter2" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("path", ["/etc/fstab", "/boot", "/boot/grub", "/usr/sbin/grub-probe", "/usr/lib/grub"])
+def test_no_link_of_a_tree_is_followed_out_of_it(user_place: Place, path: str) -> None:
+    """The programs that write there, and read, are this machine's; the boot sector of another file is no image's."""
+    outside = user_place.directory / "outside"
+    outside.mkdir()
+    shutil.chown(outside, user_place.user.name)
+    script = f"rm -rf {path} && ln -s {outside} {path}"
+    if path == "/boot":
+        # Late, by a program of the tree.
+        text = f"#!/bin/sh\necho >/boot/grub/grub.cfg\nrm -rf /boot/grub\nln -s {outside} /boot/grub\n"
+        script = f"printf {shlex.quote(text)} >/usr/sbin/grub-mkconfig"
+    user_place.recipe(script=script)
+    done = user_place.run(check=False)
+    assert done.returncode == 1, done.stderr
+    reason = f"The boot loader can't be installed: a symbolic link of the tree leads out of it, to {outside}"
+    assert f"image-factory: error: {reason}" in done.stderr
+    assert list(outside.iterdir()) == []
+    assert user_place.left() == []
+
+
+def names(place: Place) -> set[str]:
+    """Return what the cache has, but for the lists."""
+    return {path.name for path in (place.cache / "packages").iterdir() if not path.name.startswith("lists-")}
+
+
+def test_packages_are_downloaded_once(user_place: Place) -> None:
+    """Only what has changed, or is broken in the cache, comes again; then nothing but the cache is needed."""
+    archive = user_place.archive
+    for name in ("hello", "other"):
+        archive.add(name, files={f"usr/share/{name}": "first"})
+    archive.publish()
+    # No package, and what a killed build has left.
+    script = "cp /etc/passwd /var/cache/apt/archives/poison_1_amd64.deb"
+    with served(archive) as mirror:
+        user_place.recipe(mirror.uri, packages="hello other", script=script)
+        user_place.run()
+        assert names(user_place) == {"base_1_amd64.deb", "hello_1_amd64.deb", "other_1_amd64.deb"}
+        assert sum(path.endswith(".deb") for path in mirror.asked) == 3
+        for path in (user_place.cache / "packages").iterdir():
+            assert stat.S_IMODE(path.stat().st_mode) == 0o644
+        archive.remove("other")
+        archive.add("other", version="2", files={"usr/share/other": "second"})
+        archive.publish()
+        kept = user_place.cache / "packages/hello_1_amd64.deb"
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[:-9] + b"x" + whole[-8:])
+        mirror.asked.clear()
+        user_place.run()
+        assert [path for path in mirror.asked if path.endswith(".deb")] == [
+            "/pool/hello_1_amd64.deb",
+            "/pool/other_2_amd64.deb",
+        ]
+        assert kept.read_bytes() == whole
+        mirror.asked.clear()
+        user_place.configure(offline="yes")
+        user_place.run()
+        assert mirror.asked == []
+    user_place.run()
+    assert in_disk(user_place.out / WORK / "disk.raw", "cat /usr/share/other") == "second"
+    (user_place.cache / "packages/other_2_amd64.deb").unlink()
+    done = user_place.run(check=False)
+    assert re.search(r"error: \S+/pool/other_2_amd64.deb can't be had: .*\n.*hint: .*With --offline only", done.stderr)
+    assert done.returncode == 1
+    user_place.recipe("http://another.example.com")
+    for flags in ((), ("--check", "small")):
+        done = user_place.run(*flags, check=False)
+        assert done.returncode == 2
+        assert f"--offline: {user_place.cache}/packages has no lists of the packages of these sources." in done.stderr
+
+
+def test_cache_that_others_can_write_is_not_used(user_place: Place) -> None:
+    with served(user_place.archive) as mirror:
+        user_place.recipe(mirror.uri)
+        user_place.run()
+        (user_place.cache / "packages").chmod(0o777)
+        mirror.asked.clear()
+        done = user_place.run()
+        assert f"{user_place.cache}/packages can be written by all users" in done.stderr
+        assert [path for path in mirror.asked if path.endswith(".deb")] == ["/pool/base_1_amd64.deb"]
+    user_place.configure(offline="yes")
+    done = user_place.run(check=False)
+    assert (done.returncode, "is not believed" in done.stderr) == (2, True)
+
+
+def test_builds_at_the_same_moment_share_the_cache(user_place: Place) -> None:
+    """Their namespaces may have the same numbers of processes."""
+    for name in ("hello", "other"):
+        user_place.archive.add(name, files={f"usr/share/{name}": name * 100_000})
+    user_place.archive.publish()
+    user_place.recipe(packages="hello other")
+    builds = [
+        subprocess.Popen(
+            user_place.argv("--output-dir", str(user_place.directory / name), *BUILD),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=user_place.directory,
+        )
+        for name in ("one", "two", "three")
+    ]  # fmt: skip
+    for build in builds:
+        _, errors = build.communicate(timeout=PATIENCE)
+        assert build.returncode == 0, errors
+    for name in ("one", "two", "three"):
+        assert in_disk(user_place.directory / name / WORK / "disk.raw", "stat /usr/share/other").count("500000")
+    assert names(user_place) == {"base_1_amd64.deb", "hello_1_amd64.deb", "other_1_amd64.deb"}
+    for path in (user_place.cache / "packages").glob("*.deb"):
+        assert path.read_bytes() == (user_place.archive.directory / "pool" / path.name).read_bytes()

@@ -24,7 +24,7 @@ LAYERS = [
     ("outputs", "__init__ raw qcow2"),
     ("sources", "__init__"),
     ("sources.image", "__init__ growing unpacking formats"),
-    ("sources.bootstrap", "__init__ failures recipe"),
+    ("sources.bootstrap", "__init__ failures packages recipe"),
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery installers"),
     ("sources", "kind answers forms"),
     ("uploads", "__init__ rsync"),
@@ -35,7 +35,7 @@ LAYERS = [
         "mounts loop appliance rehearsal assembly inventory tree rpmdb partitions fstab privileged registrations",
     ),
     ("downloads", "verify fetch"),
-    ("disks", "making filesystems notation grub layouts reproducible"),
+    ("disks", "bounds making filesystems notation grub layouts reproducible"),
     ("inside", "namespaces"),
     ("", "model"),
     # What the parts of a build need of the configuration, and no more: the files are above the tables of kinds.

@@ -10,20 +10,20 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from ...base import events, trust
+from ...base import events
 from ...base.cleanup import released
 from ...base.errors import BuildError, CommandError, ConfigurationError
 from ...base.units import format_size
 from ...configuration.parsers import FIT
 from ...configuration.settings import BOOTSTRAP_KEY, Dependent, ImageSettings
-from ...disks import layouts, making, notation
+from ...disks import bounds, layouts, making, notation
 from ...inside import namespaces
 from ...machines.arch import FIRMWARES
 from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
 from .. import answers
 from ..kind import DiskSource, idle_beside
-from . import failures, recipe
+from . import failures, packages, recipe
 
 _MEMORY = Path("/proc/meminfo")
 # What a tree on a tmpfs must leave to others.
@@ -34,22 +34,6 @@ _USUAL_TREE = 4 << 30
 _TREE = "tree"
 _COPY = "bootstrap.yaml"
 _DEBCONF, _SCRIPT = "debconf", "script"
-_TAKE, _KEEP = "take-packages", "keep-packages"
-
-# Packages of earlier builds, which apt takes if their checksums are right; $1 is the tree, $2 the cache.
-_TAKE_PACKAGES = """\
-mkdir -p "$1/var/cache/apt/archives/partial"
-for package in "$2"/*.deb; do
-    [ ! -e "$package" ] || cp "$package" "$1/var/cache/apt/archives/"
-done
-"""
-# Another build may do the same at this moment.
-_KEEP_PACKAGES = """\
-for package in "$1"/var/cache/apt/archives/*.deb; do
-    name=${package##*/}
-    [ ! -e "$package" ] || [ -e "$2/$name" ] || { cp "$package" "$2/.$name.$$" && mv "$2/.$name.$$" "$2/$name"; }
-done
-"""
 # apt and dpkg-deb take a quote, a backslash and a line break for their own, mtools a variable.
 _UNFIT = re.compile(r"[\"\\$\x00-\x1f]")
 # $1 is the tree.
@@ -126,7 +110,7 @@ def programs(plan: Plan) -> list[str]:
 
 def check(plan: Plan) -> None:
     """Raise ConfigurationError if the recipe, the layout, or the path that the tree would have, is wrong."""
-    recipe.read(plan)
+    packages.check(plan, recipe.read(plan))
     if match := _UNFIT.search(str(plan.work_path)):
         raise ConfigurationError(
             f"[{plan.image}] output-dir: {str(plan.output_dir)!r} has {match[0]!r} in it, as no path of a tree may.",
@@ -150,11 +134,6 @@ def _tree(build: Build) -> Path:
     return build.directory / _TREE
 
 
-def _cache(plan: Plan) -> Path:
-    """Return where packages are kept for later builds of any image."""
-    return plan.settings.cache_dir.absolute() / "packages"
-
-
 def memory_argv(build: Build) -> list[str]:
     """Return the command that gives the tree memory, which goes with the namespaces: all that has to be free."""
     options = f"mode=755,size={needed_memory(build.plan)}"
@@ -164,10 +143,8 @@ def memory_argv(build: Build) -> list[str]:
 def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]:
     """Return the command that makes the tree: in namespaces, where this user is root."""
     # Hooks are lines of shell.
-    debconf, script, take, keep = (
-        shlex.quote(str(build.directory / name)) for name in (_DEBCONF, _SCRIPT, _TAKE, _KEEP)
-    )
-    cache = shlex.quote(str(_cache(build.plan)))
+    debconf, script = (shlex.quote(str(build.directory / name)) for name in (_DEBCONF, _SCRIPT))
+    take, keep = packages.hooks(build, wanted)
     options = [f'APT::Install-Recommends "{str(wanted.recommends).lower()}"', 'Acquire::Languages "none"']
     if wanted.proxy:
         options += [f'Acquire::http::Proxy "{wanted.proxy}"', f'Acquire::https::Proxy "{wanted.proxy}"']
@@ -175,8 +152,10 @@ def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]
     if settings.verify == "none":
         options += ['Acquire::AllowInsecureRepositories "true"', 'APT::Get::AllowUnauthenticated "true"']
     return [
+        *packages.programs(build.plan),
         "mmdebstrap",
         "--mode=unshare",
+        *packages.options(build.plan),
         *([f"--keyring={settings.keyring}"] if settings.keyring else []),
         f"--variant={wanted.variant}",
         "--format=directory",
@@ -184,10 +163,10 @@ def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]
         # What is made is thrown away if the machine crashes.
         "--dpkgopt=force-unsafe-io",
         "--skip=essential/unlink",
-        f'--setup-hook=sh -e {take} "$1" {cache}',
+        f"--setup-hook={take}",
         f'--essential-hook=chroot "$1" debconf-set-selections <{debconf}',
         f'--customize-hook=chroot "$1" sh -e <{script}',
-        f'--customize-hook=sh -e {keep} "$1" {cache}',
+        f"--customize-hook={keep}",
         *([f"--include={','.join(wanted.packages)}"] if wanted.packages else []),
         wanted.suite,
         str(tree),
@@ -227,15 +206,10 @@ class _Bootstrap:
         copy = build.directory / _COPY
         answers.write(build.plan, copy)
         events.tell(events.InputUsed(BOOTSTRAP_KEY, str(build.plan.settings.bootstrap), copy))
-        texts = {
-            _DEBCONF: self._wanted.debconf,
-            _SCRIPT: self._wanted.script,
-            _TAKE: _TAKE_PACKAGES,
-            _KEEP: _KEEP_PACKAGES,
-        }
+        texts = {_DEBCONF: self._wanted.debconf, _SCRIPT: self._wanted.script} | packages.scripts(build.plan)
         for name, text in texts.items():
             answers.write_private(build.directory / name, text.encode())
-        trust.make(_cache(build.plan))
+        packages.prepare(build.plan)
         # Others may have taken it since the build began.
         check_memory(build.plan)
         if in_memory(build.plan):
@@ -250,7 +224,10 @@ class _Bootstrap:
                 variables={"TMPDIR": str(build.directory)},
             )
         except CommandError as error:
-            raise failures.explained(list(printed.lines), partial(self._near, build)) from error
+            reason = failures.explained(list(printed.lines), partial(self._near, build))
+            if build.plan.settings.offline:
+                reason.add_hint("With --offline only what earlier builds have cached can be had")
+            raise reason from error
 
     def _root(self, build: Build) -> Path:
         return _tree(build) / "root"
@@ -268,14 +245,11 @@ class _Bootstrap:
 
     def install_loader(self, state: State) -> None:
         assert self._inside is not None
-        for each in self._loader_commands(state.build):
+        for each in _loader_commands(state.build, self._disk):
             try:
                 self._inside.run(*each.words, stdin=each.text.encode())
             except CommandError as error:
                 raise BuildError(f"The boot loader can't be installed: {error.said}.", hint=error.hint) from error
-
-    def _loader_commands(self, build: Build) -> list[making.Inside]:
-        return making.loader_commands(self._root(build), build.directory, self._disk)
 
     def make_disk(self, state: State) -> None:
         assert self._inside is not None
@@ -316,6 +290,11 @@ def _free_memory() -> int:
     return 0
 
 
+def _loader_commands(build: Build, layout: layouts.Layout) -> list[making.Inside]:
+    root = _tree(build) / "root"
+    return bounds.guarded(root, making.loader_commands(root, build.directory, layout))
+
+
 def steps(build: Build) -> Iterator[Step | Group]:
     """Give the steps that make the disk."""
     wanted = recipe.read(build.plan)
@@ -327,7 +306,7 @@ def steps(build: Build) -> Iterator[Step | Group]:
     def shown(*commands: Sequence[str]) -> list[list[str]]:
         return [namespaces.entering_argv("PID", *words, as_root=as_root) for words in commands]
 
-    loader = [each.words for each in making.loader_commands(tree, build.directory, layout)]
+    loader = [each.words for each in _loader_commands(build, layout)]
     holding = namespaces.holding_argv(as_root=as_root)
     memory = [memory_argv(build)] if in_memory(build.plan) else []
     bootstrapping = shown(*memory, bootstrap_argv(build, wanted, tree))
@@ -352,7 +331,7 @@ SOURCE = DiskSource(
     programs=programs,
     check=check,
     disk_size=disk_size,
-    downloads=lambda plan: False,
+    downloads=lambda plan: not plan.settings.offline,
     remote=lambda plan: [],
     dependent=_DEPENDENT,
     fits=True,

@@ -127,7 +127,7 @@ _KINDS = (
     _Kind(r"E: Failed to fetch (\S+)  (.*)", _unfetched),
     _Kind(r"The following packages have unmet dependencies:", _unmet),
     _Kind(r"dpkg: error processing (?:package|archive) (\S+) ", _uninstalled),
-    _Kind(r"E: setup failed: E: command failed: .*/(script|debconf|take-packages|keep-packages)\b", _hook),
+    _Kind(r"E: (?:setup failed: E: )?command failed: .*/(script|debconf|take-packages|keep-packages)\b", _hook),
 )
 _ABSENT = re.compile(
     r"E: (?:Unable to locate package (\S+)|Package '(\S+)' has no installation candidate|"

@@ -23,7 +23,7 @@ PACKAGES = (
 )
 
 DISK_SIZE = 1536 << 20
-[ROOT_OFFSET] = [piece.offset for piece in layouts.pieces("hybrid", "x86_64", DISK_SIZE) if piece.role == "root"]
+ROOT_OFFSET = layouts.scheme("hybrid", "x86_64", layouts.root_of("ext4", "", ())).pieces(DISK_SIZE)[-1].offset
 # What an installed system has, and no image may have.  No locale has to be made, and one kind of host key is enough:
 # emulation is slow.
 SCRIPT = """\

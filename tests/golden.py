@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -60,13 +61,24 @@ def disk() -> Path:
     return made
 
 
+def _sources() -> Iterator[str]:
+    """Give the lines of this machine's sources.list, whatever notation its files are in."""
+    for path in [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if path.suffix == ".sources":
+            for stanza in re.split(r"\n{2,}", text):
+                values = dict(re.findall(r"^([A-Za-z-]+): *(.*)$", stanza, re.MULTILINE))
+                for suite in values.get("Suites", "").split():
+                    yield f"deb [signed-by={values['Signed-By']}] {values['URIs']} {suite} {values['Components']}"
+        else:
+            yield from re.findall("^deb .*$", text, re.MULTILINE)
+
+
 def _make(directory: Path, suite: str) -> Path:
-    places = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
-    files = [path for path in places if path.is_file() and suite in path.read_text(encoding="utf-8").split()]
     recipe = {
         "suite": suite,
         "variant": "minbase",
-        "sources": [str(path) for path in files],
+        "sources": [line for line in _sources() if suite in line],
         "packages": PACKAGES,
         "recommends": False,
         "script": SCRIPT,

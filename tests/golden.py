@@ -78,7 +78,7 @@ def _make(directory: Path, suite: str) -> Path:
     recipe = {
         "suite": suite,
         "variant": "minbase",
-        "sources": [line for line in _sources() if suite in line],
+        "sources": [line for line in _sources() if {*line.split()} & {suite, f"{suite}-updates", f"{suite}-security"}],
         "packages": PACKAGES,
         "recommends": False,
         "script": SCRIPT,

@@ -42,6 +42,7 @@ _FILES = {
     "etc/os-release": 'ID=debian\nVERSION_ID="13"\nPRETTY_NAME="Small"\n',
     "usr/lib/grub/i386-pc/boot.img": "\0" * 512,
     "usr/lib/grub/i386-pc/normal.mod": "a module",
+    "usr/lib/grub/x86_64-efi/normal.mod": "a module",
     "usr/lib/shim/shimx64.efi.signed": "shim",
     "usr/lib/shim/mmx64.efi.signed": "mm",
     "usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed": "grub",

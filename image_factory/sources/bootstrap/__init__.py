@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,25 @@ _COPY = "bootstrap.yaml"
 _DEBCONF, _SCRIPT = "debconf", "script"
 # apt and dpkg-deb take a quote, a backslash and a line break for their own, mtools a variable.
 _UNFIT = re.compile(r"[\"\\$\x00-\x1f]")
+# What a system's files have: an owner, a mode that gives rights, a capability (one that ping has); they are executed.
+_PROBE = """\
+import os, shutil, subprocess, sys
+probe = f"{sys.argv[1]}/probe"
+shutil.copy("/bin/true", probe)
+try:
+    for what, call in {
+        "another owner": lambda: os.chown(probe, 1, 1),
+        "a mode": lambda: os.chmod(probe, 0o4755),
+        "a capability": lambda: os.setxattr(probe, "security.capability", b"\\1\\0\\0\\2\\0\\40".ljust(20, b"\\0")),
+        "a program": lambda: subprocess.run([probe], check=True),
+    }.items():
+        try:
+            call()
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f"{what}: {getattr(error, 'strerror', None) or error}")
+finally:
+    os.unlink(probe)
+"""
 # $1 is the tree.
 _NAMES = 'sed -n "s/^Package: //p" "$1"/var/lib/apt/lists/*_Packages'
 _SECONDS = 4 * 3600.0
@@ -214,6 +234,8 @@ class _Bootstrap:
         check_memory(build.plan)
         if in_memory(build.plan):
             self._inside.run(*memory_argv(build))
+        else:
+            self._check_filesystem(build)
         printed = failures.Printed()
         try:
             self._inside.run(
@@ -231,6 +253,17 @@ class _Bootstrap:
 
     def _root(self, build: Build) -> Path:
         return _tree(build) / "root"
+
+    def _check_filesystem(self, build: Build) -> None:
+        """Raise BuildError unless the filesystem of the working directory can have the files of a system."""
+        assert self._inside is not None
+        try:
+            self._inside.run(sys.executable, "-I", "-c", _PROBE, str(_tree(build)), quiet=True)
+        except CommandError as error:
+            raise BuildError(
+                f"The filesystem of {build.plan.output_dir} can't have the files of a system: {error.said}.",
+                hint="Set work-in-memory = yes, or build on ext4, xfs or btrfs, mounted without noexec: --output-dir.",
+            ) from error
 
     def _near(self, build: Build, name: str) -> list[str]:
         """Return names like *name* of packages that the archive has."""

@@ -32,13 +32,14 @@ _SETTINGS = {
     Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns"): ("1", "0"),
 }
 
-# proc of this machine is still mounted: it has the number that the process has outside.
-_HOLD = 'read -r pid rest </proc/self/stat && echo "$pid" && exec sleep infinity'
+# Packages such as mail servers keep the name of the machine that they are installed on.  proc of this machine is still
+# mounted: it has the number that the process has outside.
+_HOLD = 'hostname localhost && read -r pid rest </proc/self/stat && echo "$pid" && exec sleep infinity'
 
 
 def programs(*, as_root: bool) -> list[str]:
     """Return the programs that are needed."""
-    return ["unshare", "nsenter", *([] if as_root else ["newuidmap"])]
+    return ["unshare", "nsenter", "hostname", *([] if as_root else ["newuidmap"])]
 
 
 def check(*, as_root: bool) -> None:
@@ -90,7 +91,7 @@ def _has_range(line: str, user: pwd.struct_passwd) -> bool:
 
 def _unshare(*, as_root: bool) -> list[str]:
     users = [] if as_root else ["--user", "--map-root-user", "--map-auto"]
-    return ["unshare", *users, "--mount", "--pid", "--fork", "--kill-child"]
+    return ["unshare", *users, "--mount", "--uts", "--pid", "--fork", "--kill-child"]
 
 
 def holding_argv(*, as_root: bool) -> list[str]:
@@ -101,7 +102,7 @@ def holding_argv(*, as_root: bool) -> list[str]:
 def entering_argv(pid: int | str, *words: str, as_root: bool) -> list[str]:
     """Return the command that runs *words* in the namespaces of process *pid*."""
     users = [] if as_root else ["--user"]
-    return ["nsenter", f"--target={pid}", *users, "--mount", "--pid", "--", *words]
+    return ["nsenter", f"--target={pid}", *users, "--mount", "--uts", "--pid", "--", *words]
 
 
 def _environment() -> dict[str, str]:

@@ -27,7 +27,7 @@ _TREE = r"""
 cd "$1"; mkdir -p etc/ssh var/lib many
 for number in $(seq 300 -1 1) $(seq 301 400); do echo "$number" >"many/file-$number"; done
 head -c 300000 /dev/zero | tr '\0' x >etc/large; ln etc/large many/link; ln -s large etc/link
-echo key >etc/ssh/ssh_host_key; echo id >etc/machine-id
+hostname >etc/mailname; mkdir -m 700 private; echo key >etc/ssh/ssh_host_key; echo id >etc/machine-id
 touch --date=2001-02-03 etc/large; touch --date=2100-01-01 etc/machine-id; chown 33:44 etc/ssh
 """
 

@@ -20,6 +20,7 @@ PACKAGES = {
     "gpgv": "gpgv",
     "guestfish": "guestfish",
     "gzip": "gzip",
+    "hostname": "hostname",
     "mcopy": "mtools",
     "mformat": "mtools",
     "mke2fs": "e2fsprogs",

@@ -281,7 +281,7 @@ class Configuration:
         try:
             value = self._value(name, key, dict(declared(ImageSettings))[key], {})
             if key == "firmware" and (arch := self._described(name, "arch")):
-                return value or self._usual_firmware(name, arch)
+                return value or self._usual_firmware(name, arch) or None
             # JSON has no infinity.
             return None if value == math.inf else value
         except ConfigurationError:

@@ -339,5 +339,5 @@ def parse_arch(text: str) -> str:
     """An architecture, by its name or by a distribution's."""
     name = text.strip().lower()
     if name not in NAMES:
-        raise ValueError(" or ".join(ARCHITECTURES), *_meant(name, NAMES))
+        raise ValueError(", ".join(ARCHITECTURES), *_meant(name, NAMES))
     return NAMES[name]

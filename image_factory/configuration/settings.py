@@ -171,7 +171,7 @@ class ImageSettings:
     osinfo: str | None = _setting(parse_option, "name of the operating system for virt-install")
     arch: str = _setting(
         parse_arch,
-        f"architecture of the image: {' or '.join(ARCHITECTURES)} (default: this machine's)",
+        f"architecture of the image: {', '.join(ARCHITECTURES)} (default: this machine's)",
         default_arch,
     )
     firmware: str = _setting(

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 class Architecture:
     """What differs between architectures.
 
-    *other_names* are the distributions' names of it; a 32-bit system runs on the machine of the 64-bit one.
+    *debian* is Debian's name, *other_names* are the distributions' names of it; a 32-bit system runs on the machine
+    of the 64-bit one.
     *machines* are the machine types of libvirt by firmware, the one that is usual first, empty for
-    virt-install's choice; a firmware that is not among them can't be had.
+    virt-install's choice; a firmware that is not among them can't be had.  Without any of them trees can be made of
+    the architecture, and nothing boots here.
     *uefi_package* is Debian's, with UEFI for it.
     *probe_options* are QEMU's for a kernel that is started directly with KVM.  *test_machine* is QEMU's
     machine type for the test boot, *test_cpu* its processor under emulation, and *flawed_feature* one of
@@ -20,6 +22,7 @@ class Architecture:
     """
 
     name: str
+    debian: str
     qemu: str
     console: str
     other_names: tuple[str, ...]
@@ -32,9 +35,16 @@ class Architecture:
     installer_kernels: tuple[str, ...]
 
 
+def _of_trees(name: str, *other_names: str) -> Architecture:
+    return Architecture(name, name, "", "", other_names, {}, "", (), "", "", "", ())
+
+
+_OF_TREES = (("armhf", "armv7l"), ("ppc64el", "ppc64le"), ("riscv64",), ("s390x",))
+
 ARCHITECTURES = {
     "x86_64": Architecture(
         name="x86_64",
+        debian="amd64",
         qemu="qemu-system-x86_64",
         console="ttyS0",
         other_names=("amd64", "i386", "i586", "i686"),
@@ -55,6 +65,7 @@ ARCHITECTURES = {
     ),
     "aarch64": Architecture(
         name="aarch64",
+        debian="arm64",
         qemu="qemu-system-aarch64",
         console="ttyAMA0",
         other_names=("arm64",),
@@ -72,7 +83,11 @@ ARCHITECTURES = {
             "boot/aarch64/linux",
         ),
     ),
+    **{name: _of_trees(name, *others) for name, *others in _OF_TREES},
 }
+
+# Those that images boot on.
+BOOTABLE = tuple(each.name for each in ARCHITECTURES.values() if each.machines)
 
 
 # What any of them can boot with.
@@ -81,7 +96,7 @@ FIRMWARES = tuple(dict.fromkeys(firmware for each in ARCHITECTURES.values() for 
 # The architectures by all of their names, which configuration files may have in a variable 'arch' of their own.
 NAMES = {name: each.name for each in ARCHITECTURES.values() for name in (each.name, *each.other_names)}
 # What images can't be built for, but files may be of.
-_OTHERS = ("armhf", "armv7l", "ppc64el", "ppc64le", "riscv64", "s390x", "loongarch64")
+_OTHERS = ("loongarch64",)
 
 
 def is_arch(name: str, arch: str) -> bool:
@@ -100,12 +115,17 @@ def named_architectures(text: str) -> set[str]:
 def default_arch() -> str:
     """Return the architecture of this machine, x86_64 if images can't be built for it."""
     machine = platform.machine()
-    return machine if machine in ARCHITECTURES else "x86_64"
+    return machine if machine in BOOTABLE else "x86_64"
 
 
 def default_firmware(arch: str) -> str:
-    """Return the firmware of machines of *arch* when nothing is said of it."""
-    return next(iter(ARCHITECTURES[arch].machines))
+    """Return the firmware of machines of *arch* when nothing is said of it, empty where there are none."""
+    return next(iter(ARCHITECTURES[arch].machines), "")
+
+
+def debian_arch(text: str, arch: str) -> str:
+    """Return Debian's name of *arch*, or of the 32-bit system on it that *text*, as a user wrote it, names."""
+    return "i386" if re.fullmatch("i[3-6]86", text.strip().lower()) else ARCHITECTURES[arch].debian
 
 
 def is_host(name: str) -> bool:

@@ -25,7 +25,7 @@ from jinja2 import (
 from jinja2.sandbox import SandboxedEnvironment
 
 from ..base.errors import ConfigurationError
-from ..machines.arch import ARCHITECTURES
+from ..machines.arch import ARCHITECTURES, debian_arch
 from ..model import Plan
 from . import forms
 
@@ -254,7 +254,8 @@ def _variables(plan: Plan, names: set[str]) -> dict[str, str]:
     variables = {name: plan.variables[name] for name in others if name in plan.variables}
     variables |= {key.name.replace("-", "_"): _checked(plan, key) for key in declared.values()}
     # These as they are understood, also where they are not given.
-    return variables | {"arch": plan.settings.arch, "firmware": plan.settings.firmware}
+    own = {"arch": plan.settings.arch, "firmware": plan.settings.firmware}
+    return variables | own | {"debian_arch": debian_arch(plan.variables.get("arch", ""), plan.settings.arch)}
 
 
 def _names(plan: Plan, environment: Environment, parts: _Parts) -> set[str]:

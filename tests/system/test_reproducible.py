@@ -24,7 +24,7 @@ _AROUND = {
 
 # Files in no order of their names, of before and of after the date; $1 is the top of the tree.
 _TREE = r"""
-cd "$1"; mkdir -p etc/ssh var/lib many
+cd "$1"; mkdir -p etc/ssh var/lib many boot/efi
 for number in $(seq 300 -1 1) $(seq 301 400); do echo "$number" >"many/file-$number"; done
 head -c 300000 /dev/zero | tr '\0' x >etc/large; ln etc/large many/link; ln -s large etc/link
 hostname >etc/mailname; mkdir -m 700 private; echo key >etc/ssh/ssh_host_key; echo id >etc/machine-id
@@ -88,11 +88,15 @@ def test_two_builds_make_one_disk(users: dict[str, User], tmp_path: Path, name: 
         run("mount", "-o", f"loop,offset={offset}", disk, point)
         try:
             (point / "etc/ssh/ssh_host_key").unlink()
-            (point / "etc/machine-id").write_text("uninitialized\n")
+            # A file that is emptied first gets another block.
+            with (point / "etc/machine-id").open("r+") as file:
+                file.write("uninitialized\n")
             for time_of_it in range(number):
                 run("touch", f"--date=@{time_of_it}", point / "etc/large")
                 run("sync", "--file-system", point)
             run("touch", "--date=2001-02-03", point / "etc/large")
+            # What has gone is free when the journal has it.
+            run("sync", "--file-system", point)
             run("fstrim", point)
         finally:
             run("umount", point)

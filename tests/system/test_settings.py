@@ -377,7 +377,7 @@ BAD: list[tuple[str, str, str]] = [
     ("keep-raw", "-", BOOLEANS),
     ("compression", "xz", "only zstd, zlib or none"),
     ("virt-type", "xen", "only auto, kvm or qemu"),
-    *(("arch", text, "only x86_64 or aarch64") for text in ("", "riscv64", "x86-64")),
+    *(("arch", text, "only x86_64, aarch64, armhf, ppc64el") for text in ("", "vax", "x86-64")),
     *(("max-parallel", text, "only auto, none or a whole number") for text in ("", "-1", "1.5", "all", "10000")),
     ("kernel-errors-allowed", "(", "only regular expressions, one a line"),
     ("test-script", "checks/", "only the name of a file"),
@@ -807,7 +807,7 @@ def test_key_of_a_later_file(
 def test_wrong_architecture_is_told_once(read: Read) -> None:
     configuration = read(f"{MINIMAL}arch = arm46\nappend@arm64 = a\n")
     error = error_of(lambda: configuration.image("x", {}))
-    assert error.message == "[x] arch: 'arm46' is not accepted, only x86_64 or aarch64."
+    assert error.message == "[x] arch: 'arm46' is not accepted, only x86_64, aarch64, armhf, ppc64el, riscv64, s390x."
     assert error.hint == "Did you mean arm64?"
 
 

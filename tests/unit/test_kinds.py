@@ -101,7 +101,9 @@ def test_each_answer_file_has_a_row_in_each_table_of_the_installer() -> None:
 
 def test_firmwares_are_those_of_the_architectures() -> None:
     assert arch.FIRMWARES == ("bios", "uefi", "hybrid")
-    assert {name: arch.default_firmware(name) for name in arch.ARCHITECTURES} == {"x86_64": "bios", "aarch64": "uefi"}
+    assert arch.BOOTABLE == ("x86_64", "aarch64")
+    assert {name: arch.default_firmware(name) for name in arch.BOOTABLE} == {"x86_64": "bios", "aarch64": "uefi"}
+    assert arch.default_firmware("s390x") == ""
     assert [arch.NAMES[name] for name in ("x86_64", "i386", "arm64")] == ["x86_64", "x86_64", "aarch64"]
 
 

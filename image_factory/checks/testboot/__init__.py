@@ -55,6 +55,8 @@ def check(plan: Plan) -> None:
         return
     if script and not (script.is_file() and os.access(script, os.R_OK)):
         raise ConfigurationError(f"[{plan.image}] test-script: {script} is not a file that can be read.")
+    if settings.arch not in arch.BOOTABLE:
+        raise ConfigurationError(f"[{plan.image}] test-boot: nothing boots {settings.arch} here.", hint="Set it to no.")
     if "uefi" in firmwares(settings):
         firmware_for(settings.arch)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from ...base import events
+from ...base import command, events
 from ...base.cleanup import released
 from ...base.errors import BuildError, CommandError, ConfigurationError
 from ...base.units import format_size
@@ -19,6 +19,7 @@ from ...configuration.parsers import FIT
 from ...configuration.settings import BOOTSTRAP_KEY, Dependent, ImageSettings
 from ...disks import bounds, layouts, making, notation
 from ...inside import namespaces
+from ...machines import arch
 from ...machines.arch import FIRMWARES
 from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
@@ -74,16 +75,56 @@ def check_settings(name: str, settings: ImageSettings) -> None:
         )
 
 
+def _is_foreign(plan: Plan) -> bool:
+    return recipe.architecture(plan) != arch.ARCHITECTURES[arch.default_arch()].debian
+
+
+def check_architecture(plan: Plan) -> None:
+    """Raise ConfigurationError if no disk is made of the architecture, or none that boots as it is to."""
+    settings, name = plan.settings, recipe.architecture(plan)
+    if settings.layout == "filesystem":
+        return
+    if not arch.ARCHITECTURES[settings.arch].machines:
+        raise ConfigurationError(
+            f"[{plan.image}] arch: a tree of {name} can be made, and no disk that boots.",
+            hint="Set layout = filesystem. Disks of amd64, i386 and arm64 boot.",
+        )
+    accepted = ["bios"] if name == "i386" else [*arch.ARCHITECTURES[settings.arch].machines]
+    if settings.firmware not in accepted:
+        raise ConfigurationError(
+            f"[{plan.image}] firmware: {name} has no {settings.firmware}.", hint=f"Use {' or '.join(accepted)}."
+        )
+
+
+def check_emulation(plan: Plan) -> None:
+    """Raise ConfigurationError unless this machine runs programs of the tree's architecture."""
+    name = recipe.architecture(plan)
+    try:
+        command.run(emulation_argv(name), quiet=True)
+    except BuildError as error:
+        raise ConfigurationError(
+            f"[{plan.image}] arch: this machine runs no programs of {name}.",
+            hint="Install what emulates them, and registers it as binfmt_misc(5): apt-get install qemu-user-static",
+        ) from error
+
+
+def emulation_argv(name: str) -> list[str]:
+    """Return the command that fails unless this machine runs programs of the architecture *name* of Debian's."""
+    return ["arch-test", name]
+
+
 def layout_of(plan: Plan, identity: layouts.Identity = layouts.UNKNOWN) -> layouts.Layout:
     """Return how the disk is laid out, with *identity*; ConfigurationError says what is wrong with a user's layout."""
     settings = plan.settings
+    # The machine of a 32-bit system is the 64-bit one.
+    system = "i386" if recipe.architecture(plan) == "i386" else settings.arch
     root = layouts.root_of("ext4", settings.root_label or "", settings.mkfs_options)
     if isinstance(settings.layout, Path):
         scheme = notation.read(settings.layout, root)
     else:
-        scheme = layouts.scheme(settings.layout or settings.firmware, settings.arch, root)
+        scheme = layouts.scheme(settings.layout or settings.firmware, system, root)
     firmware = settings.firmware if scheme.table else None
-    return layouts.Layout(scheme, firmware, settings.arch, disk_size(plan), identity, plan.source_date)
+    return layouts.Layout(scheme, firmware, system, disk_size(plan), identity, plan.source_date)
 
 
 def check_layout(plan: Plan) -> None:
@@ -109,6 +150,7 @@ def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str
     """Return a digest of each setting that makes the disk another one."""
     texts = {BOOTSTRAP_KEY: answers.content(plan), "image-size": str(plan.settings.image_size).encode()}
     settings = plan.settings
+    texts["arch"] = recipe.architecture(plan).encode()
     texts["firmware"] = settings.firmware.encode()
     # The file of a layout may have changed.
     texts["layout"] = repr(layout_of(plan).scheme).encode()
@@ -125,7 +167,8 @@ def original(plan: Plan, used: events.InputUsed) -> events.InputUsed | None:
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that it needs."""
-    return ["mmdebstrap", *namespaces.programs(as_root=plan.as_root), *making.programs(layout_of(plan))]
+    foreign = ["arch-test"] if _is_foreign(plan) else []
+    return ["mmdebstrap", *foreign, *namespaces.programs(as_root=plan.as_root), *making.programs(layout_of(plan))]
 
 
 def check(plan: Plan) -> None:
@@ -136,11 +179,14 @@ def check(plan: Plan) -> None:
             f"[{plan.image}] output-dir: {str(plan.output_dir)!r} has {match[0]!r} in it, as no path of a tree may.",
             hint="apt, dpkg-deb or mtools take it for something else: build elsewhere with --output-dir.",
         )
+    check_architecture(plan)
     check_layout(plan)
 
 
 def check_here(plan: Plan) -> None:
     """Raise ConfigurationError unless there are namespaces here, and memory where the tree has to be in it."""
+    if _is_foreign(plan):
+        check_emulation(plan)
     namespaces.check(as_root=plan.as_root)
     check_memory(plan)
 
@@ -178,6 +224,13 @@ def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]
         *packages.options(build.plan),
         *([f"--keyring={settings.keyring}"] if settings.keyring else []),
         f"--variant={wanted.variant}",
+        # The kernel opens the emulator when it is registered, so that no tree needs a file of it; mmdebstrap looks
+        # for binfmt_misc where namespaces have none mounted.
+        *(
+            [f"--architectures={recipe.architecture(build.plan)}", "--skip=check/qemu"]
+            if _is_foreign(build.plan)
+            else []
+        ),
         "--format=directory",
         *(f"--aptopt={option}" for option in options),
         # What is made is thrown away if the machine crashes.
@@ -198,7 +251,7 @@ def _disk_identity(plan: Plan) -> layouts.Identity:
     """Return a new identity of the disk, or with a date the one that all disks of this configuration have."""
     if plan.source_date is None:
         return layouts.random_identity()
-    asked = {**identity(plan), "image": plan.image, "arch": plan.settings.arch, "date": plan.source_date}
+    asked = {**identity(plan), "image": plan.image, "date": plan.source_date}
     return layouts.derived_identity(json.dumps(asked, sort_keys=True))
 
 

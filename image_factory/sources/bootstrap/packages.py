@@ -63,7 +63,7 @@ def directory(plan: Plan) -> Path:
 
 def _lists(plan: Plan, wanted: recipe.Recipe) -> Path:
     """Return the file with the lists of the sources of *wanted*."""
-    text = "\n".join([plan.settings.arch, plan.settings.verify, str(plan.settings.keyring), *wanted.sources])
+    text = "\n".join([recipe.architecture(plan), plan.settings.verify, str(plan.settings.keyring), *wanted.sources])
     return directory(plan) / f"lists-{hashlib.sha256(text.encode()).hexdigest()[:16]}.tar"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import yaml
 
 from ...base.errors import ConfigurationError
+from ...machines import arch
 from ...model import Plan
 from .. import answers
 
@@ -49,6 +50,11 @@ _KINDS: dict[str, tuple[str, str]] = {
 }
 _LISTS = ("sources",)
 _NEEDED = ("suite", "sources")
+
+
+def architecture(plan: Plan) -> str:
+    """Return Debian's name of the tree's architecture."""
+    return arch.debian_arch(plan.variables.get("arch", ""), plan.settings.arch)
 
 
 def read(plan: Plan) -> Recipe:

@@ -81,6 +81,11 @@ def check_machine(plan: Plan) -> None:
     """Raise ConfigurationError if there is no such machine, or not here: architecture, firmware, KVM."""
     settings = plan.settings
     facts = arch.ARCHITECTURES[settings.arch]
+    if not facts.machines:
+        raise ConfigurationError(
+            f"[{plan.image}] arch: nothing is installed on {settings.arch} here.",
+            hint=f"Use {' or '.join(arch.BOOTABLE)}.",
+        )
     if settings.firmware not in facts.machines:
         raise ConfigurationError(
             f"[{plan.image}] firmware: {settings.arch} has no {settings.firmware}.",
@@ -112,7 +117,7 @@ def _doubts(settings: ImageSettings, arch_text: str) -> list[str]:
         if re.fullmatch("i[356]86", arch_text.strip()) and re.search("amd64|x86_64", path):
             doubts.append(f"{key}: {path} is of 64 bits by its name, but arch is {arch_text.strip()}.")
         if named and settings.arch not in named:
-            possible = sorted(named & arch.ARCHITECTURES.keys())
+            possible = sorted(named & {*arch.BOOTABLE})
             move = f", or set arch = {possible[0]}" if possible else ""
             doubts.append(
                 f"{key}: {path} is of {' and '.join(sorted(named))} by its name, but arch is {settings.arch}. "

@@ -77,17 +77,19 @@ def clamp_argv(tree: Path, date: int) -> list[str]:
     return ["find", str(tree), "-xdev", "-newermt", f"@{date}", "-exec", *touch, "{}", "+"]
 
 
-def settle_argvs(disk: Path, offset: int | str, directory: Path, date: int) -> list[list[str]]:
-    """Return the commands of ``settle``."""
+def settle_argvs(
+    disk: Path, offset: int | str, directory: Path, date: int, journal: int | str = "SIZE"
+) -> list[list[str]]:
+    """Return the commands of ``settle``; *journal* is the size of the journal in MiB."""
     at = f"{disk}?offset={offset}"
     superblock = _debugfs_argv(directory / "superblock", at, date)
     # The journal remembers what was written to the filesystem while it was mounted.  tune2fs copies the superblock to
     # all places that have one.
     return [
+        ["dumpe2fs", at],
         superblock,
         with_date(date, "tune2fs", "-M", "", "-O", "^has_journal", at),
-        with_date(date, "tune2fs", "-j", at),
-        ["dumpe2fs", at],
+        with_date(date, "tune2fs", "-J", f"size={journal}", at),
         ["sh", "-c", 'debugfs -f "$1" "$2" | awk -v seconds="$3" -v latest="$4" "$5" >"$6"', "sh",
          str(directory / "inodes"), at, str(date), f"{date:08x}", _SETTLE_INODES, str(directory / "settle")],
         _debugfs_argv(directory / "settle", at, date),
@@ -102,13 +104,15 @@ def _debugfs_argv(commands: Path, at: str, date: int) -> list[str]:
 
 def settle(disk: Path, offset: int, directory: Path, date: int) -> None:
     """Have nothing in the ext4 filesystem at *offset* of *disk* tell when, or how often, it was changed."""
-    superblock, without_journal, journal, listing, looking, inodes, _ = settle_argvs(disk, offset, directory, date)
+    listed = command.run(settle_argvs(disk, offset, directory, date)[0], capture=True, quiet=True)
+    groups, size = [*groups_of(listed)], journal_size(listed)
+    argvs = settle_argvs(disk, offset, directory, date, size or 0)
+    _, superblock, without_journal, with_journal, looking, inodes, _ = argvs
     (directory / "superblock").write_text(
         "".join(f"ssv {name} {value.format(date=date)}\n" for name, value in _SUPERBLOCK.items()), encoding="ascii"
     )
-    for argv in (superblock, without_journal, journal):
+    for argv in (superblock, without_journal, *([with_journal] if size else [])):
         command.run(argv)
-    groups = [*groups_of(command.run(listing, capture=True, quiet=True))]
     with (directory / "inodes").open("w", encoding="ascii") as file:
         file.writelines(f"stat <{inode}>\n" for inode in _SPECIAL)
         file.writelines(f"stat <{inode}>\n" for group in groups for inode in group.used() if inode >= _FIRST_FILE)
@@ -144,6 +148,12 @@ class Inodes:
         """Give offset and size of each that may have had a file, and has none now."""
         freed = (inode for inode in sorted(self.free) if inode < self.unused)
         return ((self.offset + (inode - self.first) * self.size, self.size) for inode in freed)
+
+
+def journal_size(text: str) -> int | None:
+    """Return the MiB of the journal of a filesystem, as dumpe2fs shows it in *text*; None if it has none."""
+    found = re.search(r"^Total journal size:\s+([0-9]+)([kM])$", text, re.MULTILINE)
+    return int(found[1]) // (1024 if found[2] == "k" else 1) if found else None
 
 
 def groups_of(text: str) -> Iterator[Inodes]:

@@ -71,7 +71,7 @@ def debugfs(disk: Path, request: str) -> str:
     return subprocess.run(argv, capture_output=True, text=True, check=True, env=env).stdout
 
 
-def make(disk: Path, tree: Path, *times: int) -> None:
+def make(disk: Path, tree: Path, journal: list[str], *times: int) -> None:
     """Make a filesystem of *tree* at byte 4096 of *disk*, as if a kernel had worked on it at *times*."""
     env = {"PATH": search_path(), "LC_ALL": "C.UTF-8", "E2FSPROGS_FAKE_TIME": str(times[0])}
     with disk.open("wb") as file:
@@ -89,7 +89,7 @@ def make(disk: Path, tree: Path, *times: int) -> None:
         "-d",
         str(tree),
     ]
-    subprocess.run([*argv, str(disk), "15000k"], check=True, env=env)
+    subprocess.run([*argv, *journal, str(disk), "15000k"], check=True, env=env)
     requests = [
         "rm /gone",
         "kill_file /gone",
@@ -105,7 +105,8 @@ def make(disk: Path, tree: Path, *times: int) -> None:
     )  # fmt: skip
 
 
-def test_filesystem_does_not_tell_when_it_was_changed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("journal", "size"), [([], 1), (["-J", "size=3"], 3), (["-O", "^has_journal"], 0)])
+def test_filesystem_does_not_tell_when_it_was_changed(tmp_path: Path, journal: list[str], size: int) -> None:
     tree = tmp_path / "tree"
     (tree / "sub").mkdir(parents=True)
     for name in ("kept", "gone", "late", "old", "sub/c"):
@@ -117,7 +118,7 @@ def test_filesystem_does_not_tell_when_it_was_changed(tmp_path: Path) -> None:
         # This moment becomes its ctime.
         (tree / "kept").chmod(0o600)
         subprocess.run(reproducible.clamp_argv(tree, DATE), check=True)
-        make(disk, tree, *times)
+        make(disk, tree, journal, *times)
         reproducible.settle(disk, 4096, tmp_path, DATE)
         disks.append(disk)
     first, second = disks
@@ -132,5 +133,6 @@ def test_filesystem_does_not_tell_when_it_was_changed(tmp_path: Path) -> None:
     shown = debugfs(first, "stats -h")
     assert "Last mounted on:          <not available>" in shown
     assert "Mount count:              0" in shown
-    assert "has_journal" in shown
+    assert f" Size: {size << 20}\n" in debugfs(first, "stat <8>")
+    assert ("has_journal" in shown) == bool(size)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1800000000.raw", "1900000000.raw", "tree"]

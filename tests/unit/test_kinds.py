@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, cast
@@ -105,6 +106,13 @@ def test_firmwares_are_those_of_the_architectures() -> None:
     assert {name: arch.default_firmware(name) for name in arch.BOOTABLE} == {"x86_64": "bios", "aarch64": "uefi"}
     assert arch.default_firmware("s390x") == ""
     assert [arch.NAMES[name] for name in ("x86_64", "i386", "arm64")] == ["x86_64", "x86_64", "aarch64"]
+
+
+@pytest.mark.parametrize("name", ["manifest", "image-list"])
+def test_schemas_have_all_architectures(name: str) -> None:
+    text = (REPOSITORY / f"data/{name}.schema.json").read_text()
+    [line] = [line for line in text.splitlines() if '"aarch64"' in line]
+    assert re.findall('"([a-z0-9_]+)"', line)[1:] == [*arch.ARCHITECTURES]
 
 
 class Given:

@@ -8,10 +8,13 @@ from image_factory import pipeline
 from image_factory.base.errors import ConfigurationError
 from image_factory.configuration import files
 from image_factory.model import Plan
+from image_factory.sources import SOURCES
 from image_factory.sources.bootstrap import recipe
 
-SOURCES = "sources:\n- deb http://mirror.example.com/debian trixie main\n"
-GOOD = f"suite: trixie\n{SOURCES}"
+from ..conftest import REPOSITORY
+
+LISTED = "sources:\n- deb http://mirror.example.com/debian trixie main\n"
+GOOD = f"suite: trixie\n{LISTED}"
 
 
 def make_plan(directory: Path, text: str | bytes) -> Plan:
@@ -30,14 +33,14 @@ MISTAKES: dict[str, tuple[str | bytes, str]] = {
     "not UTF-8": (b"suite: \xff\n", " is not UTF-8."),
     "a list": ("- suite\n", " has no keys and values."),
     "nothing": ("", " has no keys and values."),
-    "no suite": (SOURCES, " lacks suite."),
+    "no suite": (LISTED, " lacks suite."),
     "nothing that is needed": ("script: x\n", " lacks suite and sources."),
     "no sources": ("suite: trixie\nsources: []\n", " lacks sources."),
     "unknown key": (f"{GOOD}package: x\n", ", line 4: 'package' is no key of it."),
     "key that is a list": (f"{GOOD}? [a, b]\n: c\n", ", line 4: "),
     "twice": (f"{GOOD}suite: sid\n", ", line 4: suite is there twice."),
-    "suite that is an option": (f"suite: --help\n{SOURCES}", ", line 1: suite is not accepted, only the name of one."),
-    "suite that is a list": (f"suite: [a]\n{SOURCES}", ", line 1: suite is not accepted"),
+    "suite that is an option": (f"suite: --help\n{LISTED}", ", line 1: suite is not accepted, only the name of one."),
+    "suite that is a list": (f"suite: [a]\n{LISTED}", ", line 1: suite is not accepted"),
     "variant": (
         f"{GOOD}variant: custom\n",
         ", line 4: variant is not accepted, only minbase or important or standard.",
@@ -93,3 +96,34 @@ def test_path_that_a_program_reads_otherwise(character: str, tmp_path: Path) -> 
     plan = pipeline.make_plan(configuration, "x", {"output-dir": str(directory)})
     with pytest.raises(ConfigurationError, match=r"output-dir: .* in it, as no path of a tree may"):
         pipeline.check_plan(plan)
+
+
+KEYS = "weak-dependencies = no\nproxy = http://proxy.example:3128\npackages = g++-12 vim\nkernel-arguments = a=b c"
+
+
+@pytest.mark.parametrize("lines", ["", KEYS], ids=["as shipped", "with keys"])
+@pytest.mark.parametrize("name", ["Debian-13-cloud", "Debian-12-cloud", "Ubuntu-26.04-cloud"])
+def test_shipped_recipes(tmp_path: Path, name: str, lines: str) -> None:
+    """What Secure Boot needs is there whether or not packages are installed that others recommend."""
+    path = tmp_path / "own.conf"
+    shipped = (REPOSITORY / "data/image-factory.conf").read_text(encoding="utf-8")
+    path.write_text(f"{shipped}[x]\nbased_on = {name}\nfirmware = hybrid\n{lines}\n", encoding="utf-8")
+    found = recipe.read(pipeline.make_plan(files.Configuration({files.FILE_VARIABLE: str(path)}), "x", {}))
+    assert {"grub-efi-amd64", "grub-efi-amd64-signed", "shim-signed", "grub-pc-bin"} <= set(found.packages)
+    assert found.recommends == (not lines)
+
+
+def test_what_is_asked_with_online(tmp_path: Path) -> None:
+    """The lists of each archive that another machine has; behind a proxy only that."""
+    sources = (
+        "'deb [a=b] http://x.example/d/ sid main', deb-src https://y/d sid a, deb http://z ./, 'deb copy:/a sid b'"
+    )
+    text = f"suite: sid\nsources: [{sources}]\n"
+    found = SOURCES["bootstrap"].remote(make_plan(tmp_path, text))
+    assert found == [
+        ("bootstrap", "http://x.example/d/dists/sid/InRelease", True),
+        ("bootstrap", "https://y/d/dists/sid/InRelease", True),
+        ("bootstrap", "http://z/./InRelease", True),
+    ]
+    found = SOURCES["bootstrap"].remote(make_plan(tmp_path, f"{text}proxy: http://p.example:1\n"))
+    assert found == [("bootstrap", "http://p.example:1", False)]

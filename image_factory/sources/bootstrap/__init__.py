@@ -171,6 +171,16 @@ def programs(plan: Plan) -> list[str]:
     return ["mmdebstrap", *foreign, *namespaces.programs(as_root=plan.as_root), *making.programs(layout_of(plan))]
 
 
+def remote(plan: Plan) -> list[tuple[str, str, bool]]:
+    """Return the lists of the archives that packages come from, or the proxy that brings them."""
+    wanted = recipe.read(plan)
+    if plan.settings.offline:
+        return []
+    if wanted.proxy:
+        return [(BOOTSTRAP_KEY, wanted.proxy, False)]
+    return [(BOOTSTRAP_KEY, uri, True) for uri in recipe.lists(wanted) if uri.startswith(("http:", "https:"))]
+
+
 def check(plan: Plan) -> None:
     """Raise ConfigurationError if the recipe, the layout, or the path that the tree would have, is wrong."""
     packages.check(plan, recipe.read(plan))
@@ -418,7 +428,7 @@ SOURCE = DiskSource(
     check=check,
     disk_size=disk_size,
     downloads=lambda plan: not plan.settings.offline,
-    remote=lambda plan: [],
+    remote=remote,
     dependent=_DEPENDENT,
     fits=True,
     original=original,

@@ -34,7 +34,7 @@ _VARIANTS = ("minbase", "important", "standard")
 
 # A name of a package with what apt lets follow it: the version, the suite, the architecture.  No option is one.
 _PACKAGE = r"[a-z0-9][a-z0-9.+-]*(?::[a-z0-9-]+)?(?:[=/][A-Za-z0-9.+~:-]+)?"
-_SOURCE = r"deb(?:-src)?(?: +\[[^\]\n]*\])? +[a-z][a-z0-9+.-]*:\S+ +\S+(?: +\S+)*"
+_SOURCE = r"deb(?:-src)?(?: +\[[^\]\n]*\])? +(?P<uri>[a-z][a-z0-9+.-]*:\S+) +(?P<suite>\S+)(?: +\S+)*"
 
 # What each key may be, for people, and the pattern of its text, or of each text where it is a list.
 _KINDS: dict[str, tuple[str, str]] = {
@@ -84,6 +84,16 @@ def read(plan: Plan) -> Recipe:
         script=one.get("script", ""),
         proxy=one.get("proxy", ""),
     )
+
+
+def lists(wanted: Recipe) -> list[str]:
+    """Return the URIs of what each of the sources of *wanted* lists."""
+    found = []
+    for match in filter(None, (re.fullmatch(_SOURCE, line) for line in wanted.sources)):
+        uri, suite = match["uri"].rstrip("/"), match["suite"]
+        # Where it ends with a slash it is the directory itself.
+        found.append(f"{uri}/{suite}InRelease" if suite.endswith("/") else f"{uri}/dists/{suite}/InRelease")
+    return list(dict.fromkeys(found))
 
 
 def _nodes(plan: Plan) -> list[tuple[yaml.Node, yaml.Node]]:

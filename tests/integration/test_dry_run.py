@@ -16,7 +16,6 @@ from image_factory.parts import Group, Steps, always
 
 from .. import golden
 from ..conftest import User, left_behind, run
-from .test_build import logged_commands
 
 pytestmark = pytest.mark.usefixtures("machine")
 
@@ -115,10 +114,25 @@ def place(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path
     shutil.rmtree(made.directory)
 
 
+def whole(lines: list[str]) -> Iterator[str]:
+    """Give *lines*, with those that a command's argument goes on in as one."""
+    kept = ""
+    for line in lines:
+        kept = f"{kept}\n{line}" if kept else line
+        is_command = " INFO: Running: " in kept or not re.match("# |[0-9]{4}-", kept)
+        if is_command and "'" in kept:
+            try:
+                shlex.split(kept)
+            except ValueError:
+                continue
+        yield kept
+        kept = ""
+
+
 def announced(printed: str) -> list[tuple[str, list[list[str]]]]:
     """Return the steps that a dry run has printed, in their order, each with its commands."""
     steps: list[tuple[str, list[list[str]]]] = []
-    for line in printed.splitlines():
+    for line in whole(printed.splitlines()):
         if line.startswith("# "):
             if not line.startswith("#   "):
                 steps.append((line[2:], []))
@@ -132,12 +146,12 @@ def logged(log: str) -> list[tuple[str, list[list[str]]]]:
     steps: list[tuple[str, list[list[str]]]] = []
     # Programs print lines with three dots, too.
     names = set(re.findall(r" INFO: (.*): done in [0-9.]+ s$", log, re.MULTILINE))
-    for line in log.splitlines():
+    for line in whole(log.splitlines()):
         text = line.partition(" INFO: ")[2]
         if (match := re.fullmatch(r"(.*) \.\.\.", text)) and match[1] in names:
             steps.append((match[1], []))
         elif text.startswith("Running: ") and steps:
-            steps[-1][1].append(normal(logged_commands(line)[0]))
+            steps[-1][1].append(normal(shlex.split(text.removeprefix("Running: "))))
     return steps
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from ..bootstrap_scene import BUILD, WORK, Place, new_place
 from ..conftest import PATIENCE, User, run
+from ..integration.test_dry_run import announced, logged
 from ..small_archive import SUITE, Archive, Mirror, closed_port, served
 
 
@@ -305,3 +306,27 @@ def test_filesystem_that_has_not_all_of_a_system(user_place: Place, mount: list[
     assert done.returncode == 1
     assert f"error: The filesystem of {user_place.out} can't have the files of a system: {reason}." in done.stderr
     assert user_place.left() == []
+
+
+def plain(argv: list[str]) -> str:
+    """Replace what a dry run can't know of a command: numbers of processes, and what tells a disk from others."""
+    text = shlex.join(argv)
+    for pattern, replacement in (
+        (r"--target=[0-9]+", "--target=PID"),
+        (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[A-Z-]+-UUID", "UUID"),
+        (r"(?<=-N )[0-9A-Fa-fX]{8}\b|(?<=by-uuid/)[0-9A-FX]{4}-[0-9A-FX]{4}", "SERIAL"),
+    ):
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def test_each_command_is_in_the_dry_run(place: Place) -> None:
+    """Those of the steps that make the disk, in their order."""
+    shown = announced(place.run("--dry-run", *BUILD).stdout)
+    log = place.run(*BUILD).stderr
+    done = logged(log)
+    # What has the namespaces is started before the first step in them.
+    assert f"Running: {shlex.join(shown[0][1].pop(0))}\n" in log
+    assert [name for name, _ in done] == ["Bootstrapping", "Installing the boot loader", "Making the disk"]
+    for (name, commands), (_, expected) in zip(done, shown, strict=True):
+        assert [*map(plain, commands)] == [*map(plain, expected)], name

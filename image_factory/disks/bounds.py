@@ -16,6 +16,11 @@ done
 """
 
 
+def check_argv(tree: Path, paths: Iterable[str]) -> tuple[str, ...]:
+    """Return the command that fails where one of *paths* of *tree* leads out of it."""
+    return ("sh", "-c", _CHECK, "sh", str(tree), *paths)
+
+
 def guarded(tree: Path, commands: Sequence[Inside]) -> list[Inside]:
     """Return *commands* with what fails where a path of *tree* in them leads out of it: before them all, and again
     after each program of the tree itself, which may have made a link.
@@ -26,7 +31,7 @@ def guarded(tree: Path, commands: Sequence[Inside]) -> list[Inside]:
         end = next((number for number, each in enumerate(rest, 1) if each.words[0] == "chroot"), len(rest))
         paths = sorted(set(_paths(tree, rest)))
         if paths:
-            found.append(Inside(("sh", "-c", _CHECK, "sh", str(tree), *paths)))
+            found.append(Inside(check_argv(tree, paths)))
         found += rest[:end]
         del rest[:end]
     return found

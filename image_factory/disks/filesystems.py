@@ -1,5 +1,6 @@
 """Filesystems of a disk that is made from a tree, each with its part of the tree; no root is needed."""
 
+import shlex
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from ..base import command
 from ..base.errors import BuildError, CommandError
 from ..inside.namespaces import Namespaces
 from . import reproducible
-from .layouts import EXT, MIB, SECTOR, SWAP, Filesystem, Layout, Piece
+from .layouts import APPLIANCE, EXT, MIB, SECTOR, SWAP, Filesystem, Layout, Piece
 
 # Of e2fsprogs since 1.47.1: the GRUB of older releases reads no filesystem with them.
 _FEATURES = "^metadata_csum_seed,^orphan_file"
@@ -54,6 +55,7 @@ _SUPERBLOCK = 1024
 _FREE_BLOCKS, _FREE_INODES, _LOG_BLOCK_SIZE = 12, 16, 24
 _INODE_RATIO = 16384
 _SCRATCH = "measured.ext"
+_SCRATCH_ROOM = 256 * MIB
 _ATTEMPTS = 16
 
 
@@ -116,6 +118,47 @@ def fill_fat_argv(disk: Path, piece: Piece, tree: Path, layout: Layout) -> list[
     return reproducible.with_date(layout.date, *words)
 
 
+def appliance_argv(disk: Path, piece: Piece, filesystem: Filesystem, layout: Layout, scratch: Path | None) -> list[str]:
+    """Return the command that makes the xfs or btrfs *filesystem* on *piece* in libguestfs' appliance.
+
+    It gets what is in the ext4 filesystem *scratch*: owners, attributes and times are in that as they were in the tree.
+    """
+    uuid = layout.uuid_of(filesystem)
+    own = {
+        # GRUB until 2.12 reads no filesystem with more than 32 bits for the number of extents.
+        "xfs": ["mkfs.xfs", "-q", "-f", "-m", f"uuid={uuid}", "-i", "nrext64=0"],
+        "btrfs": ["mkfs.btrfs", "-q", "-f", "-U", uuid],
+    }[filesystem.kind]
+    device = f"/dev/sda{piece.number or ''}"
+    label = ["-L", filesystem.label] if filesystem.label else []
+    lines = [
+        # The build starts anew if the machine crashes.
+        ["add", str(disk), "format:raw", "cachemode:unsafe", "discard:besteffort"],
+        *([["add", str(scratch), "format:raw", "readonly:true"]] if scratch else []),
+        ["run"],
+        ["debug", "sh", shlex.join([*own, *label, *filesystem.options, device])],
+        ["mkmountpoint", "/made"],
+        ["mount", device, "/made"],
+    ]
+    if scratch:
+        lines += [["mkmountpoint", "/tree"], ["mount-ro", "/dev/sdb", "/tree"], ["cp-a", "/tree/.", "/made"]]
+    words = [word for line in [*lines, ["umount-all"], ["shutdown"]] for word in (*line, ":")]
+    return ["guestfish", *words[:-1]]
+
+
+def scratch_argvs(scratch: Path, piece: Piece, layout: Layout, tree: Path) -> list[list[str]]:
+    """Return the commands that make the ext4 filesystem *scratch* with what is in *tree*, which is for *piece*."""
+    # With room for what the other one can do with less.
+    whole = Piece("scratch", 0, "", 0, piece.size + piece.size // 4 + _SCRATCH_ROOM)
+    filesystem = Filesystem("scratch", "ext4")
+    return [
+        ["truncate", f"--size={whole.size}", str(scratch)],
+        ext_argv(scratch, whole, filesystem, layout, tree),
+        ["debugfs", "-w", "-R", "rmdir /lost+found", str(scratch)],
+        rest_argv(scratch, whole, tree, layout),
+    ]
+
+
 def swap_argvs(disk: Path, piece: Piece, filesystem: Filesystem, layout: Layout, directory: Path) -> list[list[str]]:
     """Return the commands that make swap space on *piece* of *disk*."""
     scratch = directory / "swap"
@@ -133,6 +176,7 @@ def programs(filesystems: Sequence[Filesystem]) -> list[str]:
     """Return the programs that *filesystems* need."""
     found = {
         **dict.fromkeys(EXT, ("mke2fs", *reproducible.PROGRAMS)),
+        **dict.fromkeys(APPLIANCE, ("guestfish", "mke2fs", "debugfs")),
         "vfat": ("mformat", "mmd", "mcopy"),
         SWAP: ("mkswap",),
     }

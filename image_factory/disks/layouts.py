@@ -29,8 +29,11 @@ EXTENDED = "5"
 ESP_OF_MBR = "ef"
 
 EXT = ("ext2", "ext3", "ext4")
-ROOT_FILESYSTEMS = ("ext4", "xfs", "btrfs")
+# Those that are made in libguestfs' appliance.
+APPLIANCE = ("xfs", "btrfs")
 SWAP = "swap"
+# Bytes of a label at most.
+LABELS = {**dict.fromkeys(EXT, 16), "xfs": 12, "btrfs": 255, "vfat": 11, SWAP: 15}
 # Firmware looks for boot loaders on what is mounted there.
 ESP_POINT = "/boot/efi"
 
@@ -123,9 +126,10 @@ class Scheme:
             asked = wanted.size if isinstance(wanted.size, int) else int(left * wanted.size)
             length = asked // self.align * self.align if asked <= left else asked
             if not 0 < length <= left:
+                size = f" of {format_size(wanted.size)}" if isinstance(wanted.size, int) else ""
                 raise ConfigurationError(
-                    f"{wanted.where or 'The layout'}: {wanted.name} of {format_size(max(asked, 1))} does not fit: "
-                    f"{format_size(left)} of the disk are left.",
+                    f"{wanted.where or 'The layout'}: {wanted.name}{size} does not fit: {format_size(left)} of the "
+                    "disk are left.",
                     hint="Set a larger image-size.",
                 )
             yield Piece(wanted.name, number, wanted.kind, offset, length, wanted.filesystem, wanted.bootable)
@@ -257,7 +261,14 @@ def _depth(point: str) -> tuple[int, str]:
 
 def root_of(kind: str, label: str, options: Sequence[str], name: str = "root") -> Filesystem:
     """Return the root filesystem of *kind*."""
-    return Filesystem(name, kind, "/", label, options=tuple(options), mount_options=root_options(kind), order=1)
+    return Filesystem(
+        name, kind, "/", label, options=tuple(options), mount_options=root_options(kind), order=order_of(kind, "/")
+    )
+
+
+def order_of(kind: str, point: str | None) -> int:
+    """Return when fsck has its turn at a filesystem of *kind*, which may be mounted at *point*: 0 for never."""
+    return 0 if kind in APPLIANCE else 1 if point == "/" else 2
 
 
 def root_options(kind: str) -> str:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..base import command
-from ..base.errors import BuildError
+from ..base.errors import BuildError, CommandError
 from ..base.units import format_size
 from ..inside.namespaces import Namespaces, entering_argv
 from ..model import Build
+from ..system import appliance
 from . import filesystems, grub, layouts, reproducible
-from .layouts import EXT, SWAP, Filesystem, Layout, Piece
+from .layouts import APPLIANCE, EXT, SWAP, Filesystem, Layout, Piece
 
 # What is in the directory $1 is not copied once more into the filesystem that it is on: an empty one like it is.  The
 # directories below it that are hidden already, the others, could not be reached any more.
@@ -31,6 +32,13 @@ echo "no package of the system has $*" >&2; exit 1
 
 # Where a signed GRUB looks for its configuration, whoever has signed it.
 _VENDORS = ("debian", "ubuntu")
+# What a system needs for its filesystems: a file of it, and Debian's package.
+_TOOLS = {
+    **dict.fromkeys(EXT, ("usr/sbin/mke2fs", "e2fsprogs")),
+    "xfs": ("usr/sbin/mkfs.xfs", "xfsprogs"),
+    "btrfs": ("usr/bin/btrfs", "btrfs-progs"),
+}
+
 _SHIM = {"x86_64": "x64", "aarch64": "aa64"}
 # What GRUB calls UEFI of an architecture.
 _EFI_KIND = {"x86_64": "x86_64-efi", "aarch64": "arm64-efi"}
@@ -53,11 +61,12 @@ class Inside:
 class Making:
     """A command that makes a part of the disk, with *text* on its stdin; *inside* the namespaces where a tree is read.
 
-    *piece* is the partition that it fills, if it does.
+    *piece* is the partition that it fills, if it does.  One of libguestfs' *appliance* has its own environment.
     """
 
     words: list[str]
     inside: bool = False
+    appliance: bool = False
     text: str = ""
     piece: Piece | None = None
 
@@ -70,6 +79,19 @@ def _put(path: Path, text: str, mode: str = "644") -> Inside:
 def place(tree: Path, point: str | None) -> Path:
     """Return where *point* of a system is in its *tree*."""
     return tree / (point or "").lstrip("/")
+
+
+def check_tools(inside: Namespaces, tree: Path, layout: Layout) -> None:
+    """Raise BuildError unless *tree* has the programs of its filesystems."""
+    for kind in dict.fromkeys(filesystem.kind for filesystem in layout.scheme.filesystems):
+        path, package = _TOOLS.get(kind, ("", ""))
+        try:
+            inside.run("test", "-e", str(tree / path), quiet=True)
+        except CommandError as error:
+            raise BuildError(
+                f"The system has no {package}, which its filesystem {kind} needs.",
+                hint=f"Add {package} to the packages, or choose another filesystem.",
+            ) from error
 
 
 def loader_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]:
@@ -147,6 +169,11 @@ def _signed(arch: str) -> list[tuple[str, tuple[str, ...]]]:
     ]
 
 
+def parts(tree: Path, layout: Layout) -> list[str]:
+    """Return the directories of *tree* that get filesystems of their own."""
+    return [str(place(tree, filesystem.point)) for _, filesystem in layout.mounted if filesystem.point != "/"]
+
+
 def making_commands(tree: Path, build: Build, layout: Layout) -> Iterator[Making]:
     """Give the commands of ``make_disk``, but for the boot loader's."""
     disk = build.disk_path
@@ -156,23 +183,33 @@ def making_commands(tree: Path, build: Build, layout: Layout) -> Iterator[Making
         yield Making(reproducible.clamp_argv(tree, layout.date), inside=True)
     for piece, filesystem in layout.mounted:
         part = place(tree, filesystem.point)
-        for words in _filling(disk, piece, filesystem, layout, part):
-            yield Making(words, inside=True, piece=piece)
+        yield from _filling(build, piece, filesystem, layout, part)
         if filesystem.point != "/":
             below = _others(tree, layout, filesystem.point or "")
             yield Making(["sh", "-e", "-c", _HIDE, "sh", str(part), *map(str, below)], inside=True)
     for piece in layout.pieces:
         if piece.filesystem and not piece.filesystem.point:
             for words in _empty(disk, piece, piece.filesystem, layout, build.directory):
-                yield Making(words)
+                yield Making(words, appliance=words[0] == "guestfish")
 
 
-def _filling(disk: Path, piece: Piece, filesystem: Filesystem, layout: Layout, part: Path) -> list[list[str]]:
-    """Return the commands that make *filesystem* on *piece*, with what is in *part* of the tree."""
+def _filling(build: Build, piece: Piece, filesystem: Filesystem, layout: Layout, part: Path) -> Iterator[Making]:
+    """Give the commands that make *filesystem* on *piece*, with what is in *part* of the tree."""
+    disk, scratch = build.disk_path, build.directory / "scratch.ext4"
     if filesystem.kind in EXT:
-        making = filesystems.ext_argv(disk, piece, filesystem, layout, part)
-        return [making, filesystems.rest_argv(disk, piece, part, layout)]
-    return [filesystems.fat_argv(disk, piece, filesystem, layout), filesystems.fill_fat_argv(disk, piece, part, layout)]
+        made = filesystems.ext_argv(disk, piece, filesystem, layout, part)
+        argvs = [made, filesystems.rest_argv(disk, piece, part, layout)]
+    elif filesystem.kind in APPLIANCE:
+        argvs = filesystems.scratch_argvs(scratch, piece, layout, part)
+    else:
+        made = filesystems.fat_argv(disk, piece, filesystem, layout)
+        argvs = [made, filesystems.fill_fat_argv(disk, piece, part, layout)]
+    for words in argvs:
+        yield Making(words, inside=True, piece=piece)
+    if filesystem.kind in APPLIANCE:
+        words = filesystems.appliance_argv(disk, piece, filesystem, layout, scratch)
+        yield Making(words, appliance=True, piece=piece)
+        yield Making(["rm", str(scratch)])
 
 
 def _empty(disk: Path, piece: Piece, filesystem: Filesystem, layout: Layout, directory: Path) -> list[list[str]]:
@@ -181,6 +218,8 @@ def _empty(disk: Path, piece: Piece, filesystem: Filesystem, layout: Layout, dir
         return filesystems.swap_argvs(disk, piece, filesystem, layout, directory)
     if filesystem.kind in EXT:
         return [filesystems.ext_argv(disk, piece, filesystem, layout, None)]
+    if filesystem.kind in APPLIANCE:
+        return [filesystems.appliance_argv(disk, piece, filesystem, layout, None)]
     return [filesystems.fat_argv(disk, piece, filesystem, layout)]
 
 
@@ -235,7 +274,8 @@ def make_disk(inside: Namespaces, tree: Path, build: Build, layout: Layout) -> N
             if each.inside:
                 inside.run(*each.words)
             else:
-                command.run(each.words, stdin=each.text.encode())
+                environment = appliance.environment(build) if each.appliance else None
+                command.run(each.words, stdin=each.text.encode(), env=environment)
         except BuildError as error:
             if not each.piece:
                 raise

@@ -11,7 +11,7 @@ import yaml
 
 from ..base.errors import ConfigurationError
 from . import layouts
-from .layouts import EXT, MIB, SWAP, Filesystem, Scheme, Wanted
+from .layouts import APPLIANCE, EXT, MIB, SWAP, Filesystem, Scheme, Wanted
 
 # What each module lies on, and its keys; all have a name and a base.
 _BASES = {
@@ -33,9 +33,7 @@ _KEYS = {
 _IMAGE = "image0"
 _ROOT = "mkfs_root"
 
-_FILESYSTEMS = (*EXT, "vfat", SWAP)
-# Bytes of a label at most.
-_LABELS = {**dict.fromkeys(EXT, 16), "xfs": 12, "btrfs": 255, "vfat": 11, SWAP: 15}
+_FILESYSTEMS = (*EXT, *APPLIANCE, "vfat", SWAP)
 _NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
 # Codes of sgdisk, for the types that layouts have.
@@ -265,8 +263,8 @@ class _Reader:
         label = self._value(module, "label", "[ -.0-~]*", "a text without slashes", root.label if is_root else "")
         if kind == "vfat":
             label = label.upper()
-        if len(label) > _LABELS[kind]:
-            raise self._wrong(module, "label", f"{kind} has labels of at most {_LABELS[kind]} characters")
+        if len(label) > layouts.LABELS[kind]:
+            raise self._wrong(module, "label", f"{kind} has labels of at most {layouts.LABELS[kind]} characters")
         if label in labels:
             raise self._wrong(module, "label", f"the filesystem of line {labels[label]} has it, too")
         if label:
@@ -295,7 +293,7 @@ class _Reader:
     def _mounted(self, found: Filesystem, fstab: _Module | None) -> Filesystem:
         """Return the filesystem *found* with what *fstab* says of it."""
         usual = layouts.root_options(found.kind) if found.point == "/" else "sw" if found.kind == SWAP else "defaults"
-        order = 1 if found.point == "/" else 2
+        order = layouts.order_of(found.kind, found.point)
         if fstab is None:
             options, dump = usual, 0
         else:

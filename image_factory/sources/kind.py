@@ -18,7 +18,7 @@ _OF_ONE_SOURCE = {
         "install-timeout", "stall-timeout",
     ),
     "image": ("source-image", "source-image-sha256"),
-    "bootstrap": (BOOTSTRAP_KEY, "work-in-memory", "layout", "root-label", "mkfs-options", "extra-size"),
+    "bootstrap": (BOOTSTRAP_KEY, "work-in-memory", "layout", "filesystem", "root-label", "mkfs-options", "extra-size"),
 }  # fmt: skip
 
 

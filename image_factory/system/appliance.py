@@ -85,17 +85,22 @@ def programs(plan: Plan) -> list[str]:
 
 def check(plan: Plan) -> None:
     """Raise ConfigurationError unless libguestfs finds a kernel for its appliance."""
+    check_kernel("mount-via = guestfs")
+
+
+def check_kernel(what: str) -> None:
+    """Raise ConfigurationError unless libguestfs finds a kernel for its appliance, which *what* needs."""
     kernels = [path for path in BOOT.glob("vmlinuz-*") if (MODULES / _version(path) / "modules.dep").is_file()]
     if not kernels:
         raise ConfigurationError(
-            f"mount-via = guestfs needs a kernel in {BOOT} with its modules in {MODULES}.",
+            f"{what} needs a kernel in {BOOT} with its modules in {MODULES}.",
             hint=f"Install one: apt-get install {KERNEL_PACKAGE}",
         )
     # libguestfs takes the newest.
     kernel = max(kernels, key=_sort_key)
     if not os.access(kernel, os.R_OK):
         raise ConfigurationError(
-            f"mount-via = guestfs needs to read the kernel {kernel}.", hint=f"Allow it: sudo chmod a+r {kernel}"
+            f"{what} needs to read the kernel {kernel}.", hint=f"Allow it: sudo chmod a+r {kernel}"
         )
 
 

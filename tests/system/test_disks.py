@@ -60,7 +60,9 @@ for path in sorted(os.path.join(top, name) for top, names, files in os.walk(b"."
         continue
     status = os.lstat(path)
     attributes = {name: os.getxattr(path, name, follow_symlinks=False).hex()
-                  for name in sorted(os.listxattr(path, follow_symlinks=False))}
+                  for name in sorted(os.listxattr(path, follow_symlinks=False))
+                  # xfs shows ACLs a second time.
+                  if not name.startswith("trusted.SGI_ACL_")}
     told = [oct(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns, status.st_rdev, attributes]
     if not stat.S_ISDIR(status.st_mode):
         told += [status.st_nlink, os.fsdecode(first.setdefault(status.st_ino, path))]
@@ -99,6 +101,21 @@ _LAYOUT = """\
       mkfs: {type: ext2, mount: {mount_point: /dir/sub, fstab: {options: nodev, dump-freq: 1, fsck-passno: 0}}}
 """
 
+# And those that are made with it: the mount point is nothing that the tree has elsewhere.
+_IN_APPLIANCE = """\
+- local_loop: {name: image0}
+- partitioning:
+    base: image0
+    label: gpt
+    partitions:
+    - name: root
+      size: 320MiB
+      mkfs: {type: xfs, label: the-root, mount: {mount_point: /}}
+    - name: dir
+      size: 100%
+      mkfs: {type: btrfs, opts: "--metadata single", mount: {mount_point: /dir}}
+"""
+
 # Makes the tree and disks of it in namespaces, in the directory argv[3], and prints what the tree was.
 _MAKE = r"""
 import dataclasses, datetime, os, sys
@@ -125,6 +142,9 @@ with namespaces.entered(directory, as_root=os.geteuid() == 0) as inside:
     inside.run("mkdir", str(tree / "root"))
     inside.run("sh", "-e", "-c", script, "sh", str(tree / "root"), str(os.geteuid()))
     print(inside.run("python3", "-c", look, str(tree / "root"), capture=True))
+    if (directory / "appliance.yaml").exists():
+        make(inside, "appliance", notation.read(directory / "appliance.yaml", root), 512 << 20)
+        sys.exit()
     whole = layouts.scheme("filesystem", "x86_64", root)
     make(inside, "fit", whole, 0)
     fits = (directory / "fit/disk.raw").stat().st_size
@@ -167,18 +187,23 @@ def probed(disk: Path, offset: int) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 
+def made(user: User, directory: Path, **layouts: str) -> list[str]:
+    """Make the tree, and disks of it with *layouts*, as *user* in *directory*; return the lines that are said."""
+    for name, text in layouts.items():
+        (directory / f"{name}.yaml").write_text(text)
+    environment = f"PYTHONPATH={REPOSITORY}", f"PATH={search_path()}"
+    argv = user.argv("env", *environment, "/usr/bin/python3", "-c", _MAKE, _TREE, _LOOK, directory)
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()
+
+
 @pytest.mark.parametrize("name", ["root", "c"])
 def test_all_of_a_tree_is_in_its_filesystems(users: dict[str, User], tmp_path: Path, name: str) -> None:
     """Owners, modes, times, capabilities, ACLs, attributes, links, holes, devices, names."""
     user = users[name]
     directory = user.directory(f"tree-{name}")
-    for label in ("gpt", "mbr"):
-        (directory / f"{label}.yaml").write_text(_LAYOUT.replace("LABEL", label))
-    environment = f"PYTHONPATH={REPOSITORY}", f"PATH={search_path()}"
-    argv = user.argv("env", *environment, "/usr/bin/python3", "-c", _MAKE, _TREE, _LOOK, directory)
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    tree, too_small = done.stdout.strip().splitlines()
+    tree, too_small = made(user, directory, **{label: _LAYOUT.replace("LABEL", label) for label in ("gpt", "mbr")})
     wanted = json.loads(tree)
     # What the tree was made for was in it.
     assert wanted["dir/a"][:4] == ["0o100674", 1000, 65534, 981173106123456789]
@@ -214,3 +239,26 @@ def test_all_of_a_tree_is_in_its_filesystems(users: dict[str, User], tmp_path: P
             assert found["many/1"] == wanted["many/1"]
         for offset, _ in places[2:]:
             run("e2fsck", "-f", "-n", f"{disk}?offset={offset}")
+
+
+def test_all_of_a_tree_is_on_xfs_and_btrfs(users: dict[str, User], tmp_path: Path) -> None:
+    directory = users["c"].directory("tree-appliance")
+    [tree] = made(users["c"], directory, appliance=_IN_APPLIANCE)
+    wanted = json.loads(tree)
+    disk = directory / "appliance/disk.raw"
+    places = [(piece["start"] * 512, piece["size"] * 512) for piece in partitions_of(disk)]
+    kinds = [probed(disk, offset) for offset, _ in places]
+    assert [(kind["TYPE"], kind.get("LABEL")) for kind in kinds] == [("xfs", "the-root"), ("btrfs", None)]
+    with mounted(disk, *places[0], tmp_path / "xfs"), mounted(disk, *places[1], tmp_path / "btrfs"):
+        root, below = look(tmp_path / "xfs"), look(tmp_path / "btrfs")
+    # The links of these lead from one filesystem to the other.
+    apart = {"c", "dir/a", "dir/sub/b"}
+    # Of a directory that is a mount point, what lies below it is on the other.
+    assert {path: root[path] for path in root if path not in apart} == {
+        path: told for path, told in wanted.items() if path not in apart and not path.startswith("dir/")
+    } | {"dir": root["dir"]}
+    names = {path: "." if path == "dir" else path.removeprefix("dir/") for path in wanted}
+    within = {path for path in wanted if path == "dir" or path.startswith("dir/")} - apart
+    assert {path: below[names[path]][:6] for path in within} == {path: wanted[path][:6] for path in within}
+    assert below["a"][:7] == [*wanted["dir/a"][:6], 2]
+    assert root["c"][:7] == [*wanted["c"][:6], 1]

@@ -30,12 +30,12 @@ LAYERS = [
     ("uploads", "__init__ rsync"),
     ("told", "record display estimates junit"),
     ("", "parts"),
+    ("disks", "bounds making filesystems notation grub layouts reproducible"),
     (
         "system",
         "mounts loop appliance rehearsal assembly inventory tree rpmdb partitions fstab privileged registrations",
     ),
     ("downloads", "verify fetch"),
-    ("disks", "bounds making filesystems notation grub layouts reproducible"),
     ("inside", "namespaces"),
     ("", "model"),
     # What the parts of a build need of the configuration, and no more: the files are above the tables of kinds.

@@ -2,21 +2,25 @@
 
 import json
 import subprocess
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from image_factory import pipeline
-from image_factory.base.errors import ConfigurationError
+from image_factory.base import command
+from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.configuration import files
 from image_factory.disks import grub, layouts, making, notation
 from image_factory.disks.layouts import MIB, Layout, Scheme
+from image_factory.inside.namespaces import Namespaces
 from image_factory.model import Build, Plan
 from image_factory.sources import bootstrap
+from image_factory.sources.bootstrap import recipe
 
-from ..conftest import run, shown
+from ..conftest import REPOSITORY, run, shown
 
 ROOT = layouts.root_of("ext4", "the-label", ["-m", "1"])
 
@@ -216,7 +220,7 @@ def test_error_names_file_line_and_key(tmp_path: Path, name: str) -> None:
     ("change", "message"),
     [
         (("64MiB", "5GiB"), "line 7: ESP of 5.0 GiB does not fit: 3.0 GiB of the disk are left."),
-        (("0.3GB", "100%"), "line 23: data of 1 B does not fit: 0 B of the disk are left."),
+        (("0.3GB", "100%"), "line 23: data does not fit: 0 B of the disk are left."),
     ],
 )
 def test_partitions_that_do_not_fit(tmp_path: Path, change: tuple[str, str], message: str) -> None:
@@ -304,6 +308,8 @@ def test_layout_and_firmware(tmp_path: Path, text: str, firmware: str, table: li
         ("layout = DIR/gpt.yaml\nimage-size = 100M\nfirmware = uefi", "DIR/gpt.yaml, line 20: boot of 286.1 MiB"),
         ("layout = DIR/gpt.yaml\nimage-size = fit\nfirmware = uefi", "[x] image-size = fit: the layout has no"),
         ("layout = DIR/uefi.yaml\nfirmware = bios", "The layout DIR/uefi.yaml has no place for the boot loader that"),
+        ("filesystem = xfs\nroot-label = 0123456789abc", "[x] root-label: xfs has labels of at most 12 characters."),
+        ("filesystem = xfs\nimage-size = fit", "[x] image-size = fit: the layout has no ext4 root"),
         ("image-size = fitt", "[x] image-size: 'fitt' is not accepted, only a size above zero such as"),
     ],
 )  # fmt: skip
@@ -313,6 +319,54 @@ def test_contradictions(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         bootstrap.check(make_plan(tmp_path, text.replace("DIR", str(tmp_path))))
     assert caught.value.message.startswith(message.replace("DIR", str(tmp_path)))
+
+
+@dataclass(frozen=True)
+class Here:
+    """Namespaces that are this machine."""
+
+    def run(self, *words: str, **keywords: Any) -> str:
+        return command.run(words, **keywords)
+
+
+def test_system_has_the_programs_of_its_filesystems(tmp_path: Path) -> None:
+    scheme = read(tmp_path, GPT.replace("type: ext3", "type: btrfs"))
+    layout = Layout(scheme, "hybrid", "x86_64", 3 << 30)
+    here = cast(Namespaces, Here())
+    for path in ("usr/sbin/mke2fs", "usr/bin/btrfs"):
+        with pytest.raises(BuildError) as caught:
+            making.check_tools(here, tmp_path, layout)
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    assert caught.value.message == "The system has no btrfs-progs, which its filesystem btrfs needs."
+    making.check_tools(here, tmp_path, layout)
+
+
+def test_mount_point_that_leads_out_of_the_tree(tmp_path: Path) -> None:
+    """Programs of this machine would copy its own files."""
+    (tmp_path / "gpt.yaml").write_text(GPT)
+    plan = make_plan(tmp_path, f"layout = {tmp_path}/gpt.yaml\nfirmware = hybrid\nimage-size = 3G")
+    build = Build(plan, plan.work_path, "vm")
+    last = list(shown(build, bootstrap.steps(build))["Installing the boot loader"][-1])
+    tree = plan.work_path / "tree/root"
+    for place in ("boot/efi", "srv/data"):
+        assert str(tree / place) in last
+        (tree / place).mkdir(parents=True)
+    check = last[last.index("sh") :]
+    run(*check)
+    (tree / "srv/data").rmdir()
+    (tree / "srv/data").symlink_to("/etc")
+    done = run(*check, check=False)
+    assert (done.returncode, done.stderr) == (1, "a symbolic link of the tree leads out of it, to /etc\n")
+
+
+def test_recipe_has_the_programs_of_its_filesystem(tmp_path: Path) -> None:
+    text = f"bootstrap = {REPOSITORY}/data/debian.bootstrap.yaml.j2\nfilesystem = "
+    for kind, package in (("ext4", None), ("xfs", "xfsprogs"), ("btrfs", "btrfs-progs")):
+        (tmp_path / "own.conf").write_text(f"[x]\nsource = bootstrap\n{text}{kind}\n")
+        configuration = files.Configuration({files.FILE_VARIABLE: str(tmp_path / "own.conf")})
+        packages = recipe.read(pipeline.make_plan(configuration, "x", {})).packages
+        assert {"xfsprogs", "btrfs-progs"} & {*packages} == {*filter(None, [package])}
 
 
 def test_installers_have_no_tree_to_fit(tmp_path: Path) -> None:

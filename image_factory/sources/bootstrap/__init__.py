@@ -23,6 +23,7 @@ from ...machines import arch
 from ...machines.arch import FIRMWARES
 from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
+from ...system import appliance
 from .. import answers
 from ..kind import DiskSource, idle_beside
 from . import failures, packages, recipe
@@ -118,7 +119,7 @@ def layout_of(plan: Plan, identity: layouts.Identity = layouts.UNKNOWN) -> layou
     settings = plan.settings
     # The machine of a 32-bit system is the 64-bit one.
     system = "i386" if recipe.architecture(plan) == "i386" else settings.arch
-    root = layouts.root_of("ext4", settings.root_label or "", settings.mkfs_options)
+    root = layouts.root_of(settings.filesystem, settings.root_label or "", settings.mkfs_options)
     if isinstance(settings.layout, Path):
         scheme = notation.read(settings.layout, root)
     else:
@@ -141,6 +142,12 @@ def check_layout(plan: Plan) -> None:
         raise ConfigurationError(
             f"[{plan.image}] image-size = fit: the layout has no ext4 root that comes last and gets all that is left.",
             hint="Set a size such as 4G, or have the root be the last partition, of size 100%.",
+        )
+    most = layouts.LABELS[plan.settings.filesystem]
+    if len(plan.settings.root_label or "") > most:
+        raise ConfigurationError(
+            f"[{plan.image}] root-label: {plan.settings.filesystem} has labels of at most {most} characters.",
+            hint="Choose a shorter one.",
         )
     # What does not fit is told.
     _ = layout.pieces
@@ -199,6 +206,9 @@ def check_here(plan: Plan) -> None:
         check_emulation(plan)
     namespaces.check(as_root=plan.as_root)
     check_memory(plan)
+    kinds = [each.kind for each in layout_of(plan).scheme.filesystems if each.kind in layouts.APPLIANCE]
+    if kinds:
+        appliance.check_kernel(f"The filesystem {kinds[0]}")
 
 
 def disk_size(plan: Plan) -> int:
@@ -341,6 +351,7 @@ class _Bootstrap:
 
     def install_loader(self, state: State) -> None:
         assert self._inside is not None
+        making.check_tools(self._inside, self._root(state.build), self._disk)
         for each in _loader_commands(state.build, self._disk):
             try:
                 self._inside.run(*each.words, stdin=each.text.encode())
@@ -388,7 +399,10 @@ def _free_memory() -> int:
 
 def _loader_commands(build: Build, layout: layouts.Layout) -> list[making.Inside]:
     root = _tree(build) / "root"
-    return bounds.guarded(root, making.loader_commands(root, build.directory, layout))
+    parts = making.parts(root, layout)
+    # These are copied next, by programs of this machine.
+    last = [making.Inside(bounds.check_argv(root, parts))] if parts else []
+    return [*bounds.guarded(root, making.loader_commands(root, build.directory, layout)), *last]
 
 
 def steps(build: Build) -> Iterator[Step | Group]:

@@ -72,8 +72,13 @@ def _forbidden() -> tuple[str, str]:
     """Return the setting of this machine's kernel that forbids user namespaces, and what allows them; else nothing."""
     for path, (forbids, allows) in _SETTINGS.items():
         if _lines(path) == [forbids]:
-            return ".".join(path.parts[3:]), allows
+            return _setting_name(path), allows
     return "", ""
+
+
+def _setting_name(path: Path) -> str:
+    """Return what sysctl calls the setting at *path*, below /proc/sys."""
+    return ".".join(path.parts[3:])
 
 
 def _lines(path: Path) -> list[str]:

@@ -34,7 +34,11 @@ echo startup archives unpack >/var/log/dpkg.log
 echo passwd >/root/.bash_history
 printf 'locale: C.UTF-8\\nssh_genkeytypes: [ed25519]\\n' >/etc/cloud/cloud.cfg.d/90-golden.cfg
 echo 'source /etc/network/interfaces.d/*' >/etc/network/interfaces
-printf 'GRUB_TIMEOUT=0\\nGRUB_CMDLINE_LINUX_DEFAULT=\\nGRUB_CMDLINE_LINUX="no_timer_check console=ttyS0"\\n' >>/etc/default/grub
+cat >>/etc/default/grub <<.
+GRUB_TIMEOUT=0
+GRUB_CMDLINE_LINUX_DEFAULT=
+GRUB_CMDLINE_LINUX="no_timer_check console=ttyS0"
+.
 rm -rf /etc/apt/sources.list.d/* /var/lib/apt/lists/* /usr/share/man
 """
 CONFIGURATION = """\

@@ -47,6 +47,8 @@ _FILES = {
     "usr/lib/shim/mmx64.efi.signed": "mm",
     "usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed": "grub",
     "boot/vmlinuz": "a kernel",
+    # What a system needs for its filesystem.
+    "usr/sbin/mke2fs": "",
 }
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..base import command
 from ..base.errors import BuildError, CommandError
 from ..inside.namespaces import Namespaces
 from . import reproducible
@@ -216,7 +215,9 @@ def _room(scratch: Path, size: int, filesystem: Filesystem, layout: Layout) -> N
     with scratch.open("xb") as file:
         file.truncate(size)
     try:
-        command.run(ext_argv(scratch, Piece("", 0, "", 0, size), filesystem, layout_of(size, layout), None), quiet=True)
+        reproducible.run(
+            ext_argv(scratch, Piece("", 0, "", 0, size), filesystem, layout_of(size, layout), None), quiet=True
+        )
     except CommandError as error:
         raise BuildError(f"The filesystem can't be made: {error.said}.", hint="See mkfs-options.") from error
     with scratch.open("rb") as file:

@@ -273,9 +273,10 @@ def make_disk(inside: Namespaces, tree: Path, build: Build, layout: Layout) -> N
         try:
             if each.inside:
                 inside.run(*each.words)
+            elif each.appliance:
+                command.run(each.words, stdin=each.text.encode(), env=appliance.environment(build))
             else:
-                environment = appliance.environment(build) if each.appliance else None
-                command.run(each.words, stdin=each.text.encode(), env=environment)
+                reproducible.run(each.words, stdin=each.text.encode())
         except BuildError as error:
             if not each.piece:
                 raise
@@ -287,7 +288,7 @@ def make_disk(inside: Namespaces, tree: Path, build: Build, layout: Layout) -> N
     if layout.esp:
         (directory / "grub.cfg").write_text(grub.stub_configuration(layout), encoding="ascii")
         for argv in esp_argvs(disk, layout.esp, directory, layout):
-            command.run(argv)
+            reproducible.run(argv)
 
 
 def _does_not_fit(

@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..base import command
 from ..base.errors import ConfigurationError
@@ -71,6 +72,11 @@ def with_date(date: int | None, *words: str) -> list[str]:
     return ["env", "TZ=UTC", f"{VARIABLE}={date}", f"E2FSPROGS_FAKE_TIME={date}", *words] if date else [*words]
 
 
+def run(argv: Sequence[str], **keywords: Any) -> str:
+    """Run *argv* as ``command.run`` does; what it runs itself, such as env and sh do, is found in the same places."""
+    return command.run(argv, env=os.environ | {"PATH": command.search_path()}, **keywords)
+
+
 def clamp_argv(tree: Path, date: int) -> list[str]:
     """Return the command after which no file of *tree* was changed later than *date*."""
     touch = ["touch", "--no-dereference", f"--date=@{date}"]
@@ -104,7 +110,7 @@ def _debugfs_argv(commands: Path, at: str, date: int) -> list[str]:
 
 def settle(disk: Path, offset: int, directory: Path, date: int) -> None:
     """Have nothing in the ext4 filesystem at *offset* of *disk* tell when, or how often, it was changed."""
-    listed = command.run(settle_argvs(disk, offset, directory, date)[0], capture=True, quiet=True)
+    listed = run(settle_argvs(disk, offset, directory, date)[0], capture=True, quiet=True)
     groups, size = [*groups_of(listed)], journal_size(listed)
     argvs = settle_argvs(disk, offset, directory, date, size or 0)
     _, superblock, without_journal, with_journal, looking, inodes, _ = argvs
@@ -112,12 +118,12 @@ def settle(disk: Path, offset: int, directory: Path, date: int) -> None:
         "".join(f"ssv {name} {value.format(date=date)}\n" for name, value in _SUPERBLOCK.items()), encoding="ascii"
     )
     for argv in (superblock, without_journal, *([with_journal] if size else [])):
-        command.run(argv)
+        run(argv)
     with (directory / "inodes").open("w", encoding="ascii") as file:
         file.writelines(f"stat <{inode}>\n" for inode in _SPECIAL)
         file.writelines(f"stat <{inode}>\n" for group in groups for inode in group.used() if inode >= _FIRST_FILE)
     for argv in (looking, inodes, superblock):
-        command.run(argv)
+        run(argv)
     with disk.open("r+b") as written:
         for group in groups:
             for position, size in group.freed():

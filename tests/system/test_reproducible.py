@@ -9,7 +9,9 @@ import pytest
 from image_factory.base.command import search_path
 from image_factory.disks import reproducible
 
+from ..bootstrap_scene import WORK, new_place
 from ..conftest import REPOSITORY, User, run
+from ..small_archive import Archive
 
 DATE = 1700000000
 
@@ -110,3 +112,24 @@ def test_two_builds_make_one_disk(users: dict[str, User], tmp_path: Path, name: 
 def same(first: Path, second: Path) -> bool:
     """Return whether two files have the same contents."""
     return subprocess.run(["cmp", "--silent", first, second]).returncode == 0
+
+
+@pytest.mark.parametrize(("name", "until"), [("root", "clean"), ("c", "install")])
+def test_two_systems_are_one(users: dict[str, User], small_archive: Archive, name: str, until: str) -> None:
+    """What a package's script does is part of it, and that the disk was mounted is none."""
+    place = new_place(users[name], small_archive)
+    script = "hostname >/srv/name; mkdir /srv/made; date >/srv/date --date=@0; echo $LANG $TZ >/srv/words"
+    place.archive.add("hello", files={"usr/share/hello": "hello"}, scripts={"postinst": script})
+    place.archive.publish()
+    place.recipe(packages="hello")
+    disks = []
+    for which, mask, language in (("first", "022", "C"), ("second", "077", "de_DE.UTF-8")):
+        out = place.directory / which
+        place.configure(output_dir=str(out))
+        before = ["unshare", "--uts", "sh", "-c", f'hostname {which} && umask {mask} && exec "$@"', "sh"]
+        # The zone of the tests is another one than UTC.
+        zone = {"TZ": "UTC"} if which == "first" else {}
+        environment = {"SOURCE_DATE_EPOCH": str(DATE), "LANG": language, **zone}
+        run(*before, *place.argv("--until", until, "small", **environment), cwd=place.directory)
+        disks.append(out / WORK / "disk.raw")
+    assert same(*disks)

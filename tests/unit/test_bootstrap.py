@@ -139,9 +139,12 @@ def test_this_machine_runs_its_own_programs() -> None:
 @pytest.mark.parametrize(
     ("text", "packages"),
     [
-        ("arch = amd64\nfirmware = hybrid", "linux-image-amd64 grub-efi-amd64 shim-signed grub-pc-bin"),
+        (
+            "arch = amd64\nfirmware = hybrid",
+            "linux-image-amd64 grub-efi-amd64 grub-efi-amd64-signed shim-signed grub-pc-bin",
+        ),
         ("arch = i386\nsuite = bookworm\nfirmware = bios", "linux-image-686-pae grub-pc"),
-        ("arch = arm64\nfirmware = uefi", "linux-image-arm64 grub-efi-arm64 shim-signed"),
+        ("arch = arm64\nfirmware = uefi", "linux-image-arm64 grub-efi-arm64 grub-efi-arm64-signed shim-signed"),
         ("arch = armhf\nlayout = filesystem", "linux-image-armmp"),
         ("arch = ppc64el\nlayout = filesystem", "linux-image-powerpc64le"),
         ("arch = riscv64\nlayout = filesystem", "linux-image-riscv64"),

@@ -198,6 +198,13 @@ def parse_answer_files(text: str) -> tuple[InstallerFile, ...]:
     return tuple(found)
 
 
+def parse_filesystem(text: str) -> str:
+    """The name of a kind of filesystem: which ones there are, the source and its template say."""
+    if not re.fullmatch("[A-Za-z0-9]+", text.strip()):
+        raise ValueError("a name such as ext4")
+    return text.strip().lower()
+
+
 def parse_bootstrap_file(text: str) -> Path:
     """Return the path of what a tree is bootstrapped from."""
     return parse_answer_file(text)

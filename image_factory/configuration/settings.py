@@ -27,6 +27,7 @@ from .parsers import (
     parse_count,
     parse_disk_size,
     parse_file_name,
+    parse_filesystem,
     parse_key,
     parse_label,
     parse_large_size,
@@ -135,9 +136,7 @@ class ImageSettings:
     layout: str | Path | None = _setting(
         parse_layout, f"{', '.join(LAYOUTS)}, or a YAML file with the disk's partitions (default: as firmware says)"
     )
-    filesystem: str = _setting(
-        one_of("ext4", "xfs", "btrfs"), "the root filesystem of a tree: ext4, xfs or btrfs", "ext4"
-    )
+    filesystem: str | None = _setting(parse_filesystem, "the root filesystem of a tree: ext4 (default), xfs or btrfs")
     root_label: str | None = _setting(parse_label, "label of the root filesystem")
     mkfs_options: tuple[str, ...] = _setting(parse_words, "options of mkfs for the root filesystem", "")
     format: tuple[str, ...] = _setting(split_list, "{}, or several with commas", "raw", ("-f", "--format"), "FORMAT")

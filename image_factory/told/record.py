@@ -43,6 +43,8 @@ _SETTINGS_WITHOUT_SECRETS = (
     "seal-only", "seal-skip", "audit-skip", "test-boot-timeout",
 )  # fmt: skip
 
+# These have no option for that.
+_WITHOUT_VERSION = ("arch-test", "debugfs", "dumpe2fs", "mke2fs", "newuidmap", "tune2fs", "zerofree")
 _VERSION = re.compile(r"[0-9]+(?:\.[0-9]+)+[-+~.\w]*")
 
 
@@ -236,9 +238,8 @@ def _answer(query: command.Query | None, deadline: float) -> str | None:
 
 def _version_argv(program: str) -> list[str] | None:
     """Return what tells the version of *program*; None for the user's own, which may do anything when it is run."""
-    if program == "zerofree":
-        # It has no option for that.
-        return ["dpkg-query", "--show", "--showformat", "${Version}", program]
+    if program in _WITHOUT_VERSION:
+        return ["dpkg-query", "--show", "--showformat", "${Version}", command.PACKAGES[program]]
     if program in ("ssh", "ssh-keygen"):
         # The latter has no option for that, and is of the same package.
         return ["ssh", "-V"]

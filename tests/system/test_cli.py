@@ -362,7 +362,8 @@ def test_keys(place: Place) -> None:
     done = place.run("--keys", "x", "--image-size", "3G")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("[x]\n\n# Variables of its values:\n")
-    assert "\n# size of the disk (of an existing image: its own)\n# Accepted: a size" in done.stdout
+    sentence = "size of the disk (of an existing image: its own), or fit, as small as a tree lets it"
+    assert f"\n# {sentence}\n# Accepted: a size" in done.stdout
     assert "\nimage-size = 3G\n" in done.stdout
     assert place.files() == existing
 

@@ -1,5 +1,6 @@
 """The settings: files, flags, parsers, and what is said about mistakes."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from image_factory import sources
 from image_factory.base.errors import ConfigurationError
 from image_factory.configuration import files as configuration_files
 from image_factory.configuration.files import Configuration, declared
@@ -27,7 +29,6 @@ from image_factory.configuration.settings import (
 )
 from image_factory.configuration.unused import unused_keys
 from image_factory.machines.arch import default_arch, default_firmware, named_architectures
-from image_factory.sources import installer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED_IMAGE = "Debian-13-server"
@@ -196,7 +197,7 @@ def test_defaults(read: Read) -> None:
         source_image_sha256=None,
         work_in_memory="auto",
         layout=None,
-        filesystem="ext4",
+        filesystem=None,
         root_label=None,
         mkfs_options=(),
         extra_size=None,
@@ -423,7 +424,7 @@ def test_bad_flag_names_the_flag(read: Read, key: str, flag: str) -> None:
 # Of the others any text is accepted, but for what no argument of a program can have.
 ABSURD = {
     "source": "installers", "source-image": "ftp://a/b", "source-image-sha256": "abc",
-    "work-in-memory": "maybe", "bootstrap": "a b", "layout": "raid", "filesystem": "zfs", "root-label": "a/b",
+    "work-in-memory": "maybe", "bootstrap": "a b", "layout": "raid", "filesystem": "a b", "root-label": "a/b",
     "mkfs-options": "'",
     "extra-size": "0",
     "linux": "ftp://a/b", "initrd": "ftp://a/b", "installer-image": "ftp://a/b", "linux-sha256": "abc",
@@ -663,7 +664,8 @@ def unused(
         return {*of_it.split()} if path.suffix == ".j2" else set()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(installer, "template_keys", template_keys)
+        of_installer = dataclasses.replace(sources.SOURCES["installer"], template_keys=template_keys)
+        patch.setitem(sources.SOURCES, "installer", of_installer)
         return unused_keys(configuration, image, destinations)
 
 

@@ -273,10 +273,8 @@ def test_own_template_declares_keys(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigurationError, match=r"^\[x\] colour: 'blue' is not accepted, only red or green\.$"):
         answers.content(own_plan(tmp_path, OWN, "colour = blue"))
-    assert {arch: answers.declared_keys(tmp_path / "a.cfg.j2", arch)["colour"].default for arch in ARCHITECTURES} == {
-        "x86_64": "red",
-        "aarch64": "green",
-    }
+    defaults = {arch: answers.declared_keys(tmp_path / "a.cfg.j2", arch)["colour"].default for arch in ARCHITECTURES}
+    assert defaults == {**dict.fromkeys(ARCHITECTURES, "red"), "aarch64": "green"}
 
 
 def test_included_template_declares_keys(tmp_path: Path) -> None:
@@ -352,8 +350,8 @@ def test_keys_of_every_shipped_recipe() -> None:
     with_templates = [name for name in configuration.images() if not name.endswith("-cloud-image")]
     assert len(with_templates) > 20
     for name in with_templates:
-        key = r"words of .*\n" if name.endswith("-cloud") else "(ext4, xfs|xfs, ext4) or btrfs"
-        assert re.search(f"\n# Accepted: {key}", cli.keys_listing(configuration, name, {})), name
+        listing = cli.keys_listing(configuration, name, {})
+        assert re.search("\n# Accepted: (ext4, xfs|xfs, ext4) or btrfs", listing), name
 
 
 def test_keys_of_a_plain_answer_file(tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ _SPARE_MEMORY = 1 << 30
 # A tree may have so much where the disk has no size yet.
 _USUAL_TREE = 4 << 30
 
+# Of a root; the first where nothing is said.
+_FILESYSTEMS = ("ext4", "xfs", "btrfs")
+
 _TREE = "tree"
 _COPY = "bootstrap.yaml"
 _DEBCONF, _SCRIPT = "debconf", "script"
@@ -63,11 +66,20 @@ _NAMES = 'sed -n "s/^Package: //p" "$1"/var/lib/apt/lists/*_Packages'
 _SECONDS = 4 * 3600.0
 
 
+def _filesystem(settings: ImageSettings) -> str:
+    return settings.filesystem or _FILESYSTEMS[0]
+
+
 def check_settings(name: str, settings: ImageSettings) -> None:
     """Raise ConfigurationError unless *settings* name what to bootstrap."""
     if settings.bootstrap is None:
         raise ConfigurationError(
             f"[{name}] has source = bootstrap and no 'bootstrap'.", hint="It is the path of what is to be installed."
+        )
+    if _filesystem(settings) not in _FILESYSTEMS:
+        raise ConfigurationError(
+            f"[{name}] filesystem: {settings.filesystem!r} is not accepted, only {', '.join(_FILESYSTEMS)}.",
+            hint=f"'image-factory --keys {name}' lists all keys.",
         )
     if settings.layout in FIRMWARES and settings.layout != settings.firmware:
         raise ConfigurationError(
@@ -119,7 +131,7 @@ def layout_of(plan: Plan, identity: layouts.Identity = layouts.UNKNOWN) -> layou
     settings = plan.settings
     # The machine of a 32-bit system is the 64-bit one.
     system = "i386" if recipe.architecture(plan) == "i386" else settings.arch
-    root = layouts.root_of(settings.filesystem, settings.root_label or "", settings.mkfs_options)
+    root = layouts.root_of(_filesystem(settings), settings.root_label or "", settings.mkfs_options)
     if isinstance(settings.layout, Path):
         scheme = notation.read(settings.layout, root)
     else:
@@ -143,10 +155,10 @@ def check_layout(plan: Plan) -> None:
             f"[{plan.image}] image-size = fit: the layout has no ext4 root that comes last and gets all that is left.",
             hint="Set a size such as 4G, or have the root be the last partition, of size 100%.",
         )
-    most = layouts.LABELS[plan.settings.filesystem]
+    most = layouts.LABELS[_filesystem(plan.settings)]
     if len(plan.settings.root_label or "") > most:
         raise ConfigurationError(
-            f"[{plan.image}] root-label: {plan.settings.filesystem} has labels of at most {most} characters.",
+            f"[{plan.image}] root-label: {_filesystem(plan.settings)} has labels of at most {most} characters.",
             hint="Choose a shorter one.",
         )
     # What does not fit is told.

@@ -121,7 +121,7 @@ def test_each_program_comes_with_a_package() -> None:
     """What image-factory tells the user to install is known to the package."""
     related = packages("Depends") | packages("Recommends") | packages("Suggests")
     # No Debian is without these.
-    assert set(PACKAGES.values()) - {"gzip", "util-linux"} <= related
+    assert set(PACKAGES.values()) - {"gzip", "hostname", "util-linux"} <= related
 
 
 def test_readme_and_make_check_have_the_dependencies() -> None:

@@ -29,7 +29,7 @@ def guarded(tree: Path, commands: Sequence[Inside]) -> list[Inside]:
     rest = [*commands]
     while rest:
         end = next((number for number, each in enumerate(rest, 1) if each.words[0] == "chroot"), len(rest))
-        paths = sorted(set(_paths(tree, rest)))
+        paths = dict.fromkeys(_paths(tree, rest))
         if paths:
             found.append(Inside(check_argv(tree, paths)))
         found += rest[:end]

@@ -135,7 +135,8 @@ def appliance_argv(disk: Path, piece: Piece, filesystem: Filesystem, layout: Lay
         ["add", str(disk), "format:raw", "cachemode:unsafe", "discard:besteffort"],
         *([["add", str(scratch), "format:raw", "readonly:true"]] if scratch else []),
         ["run"],
-        ["debug", "sh", shlex.join([*own, *label, *filesystem.options, device])],
+        # The nodes of partitions come after the appliance has started.
+        ["debug", "sh", f"udevadm settle && {shlex.join([*own, *label, *filesystem.options, device])}"],
         ["mkmountpoint", "/made"],
         ["mount", device, "/made"],
     ]

@@ -323,7 +323,8 @@ class _Reader:
         """Return the bytes of *key*, or a share of what is left."""
         accepted = "a size such as 550MiB or 2GB, or a share such as 100%"
         text = self._value(module, key, r"[0-9]+(\.[0-9]+)? ?(%|[A-Za-z]*)", accepted, default)
-        number, unit = re.match(r"([0-9.]+) ?(.*)", text).groups()  # type: ignore[union-attr]
+        unit = text.lstrip("0123456789.").lstrip()
+        number = text.removesuffix(unit).rstrip()
         if unit == "%":
             share = Fraction(number) / 100
             if not 0 < share <= 1:

@@ -1,6 +1,8 @@
 """The machine of the test boot: which boots there are, its commands, and what its console tells."""
 
+import dataclasses
 import itertools
+import logging
 import os
 import re
 import subprocess
@@ -9,14 +11,16 @@ from pathlib import Path
 import pytest
 
 from image_factory import pipeline
+from image_factory.base import files
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.checks import testboot
 from image_factory.checks.testboot.guest import Guest, PortTakenError
 from image_factory.checks.testboot.login import LOGIN, RUN_SCRIPT, ssh_argv
 from image_factory.checks.testboot.machine import Machine, free_port, other_mac, pipes, prepared, qemu_argv, time_limit
 from image_factory.configuration.files import Configuration
-from image_factory.model import Artifact, Build, Plan
+from image_factory.model import Artifact, Build, Disk, Plan
 from image_factory.outputs import planned
+from image_factory.parts import State, carry_out
 
 GIB = 1 << 30
 
@@ -132,7 +136,8 @@ def test_programs(tmp_path: Path) -> None:
     assert "ssh-keygen" not in pipeline.programs(plan_of(tmp_path, wanted="no"))
 
 
-def test_described(tmp_path: Path) -> None:
+def test_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(testboot, "at_once", lambda settings, virt_type: 1)
     plan = plan_of(tmp_path, "firmware = hybrid\ntest-script = /srv/it's.sh")
     steps = dict(pipeline.described(plan))
     assert {f"Booting {plan.file_name('raw')} with {firmware}" for firmware in ("bios", "uefi")} < set(steps)
@@ -143,6 +148,64 @@ def test_described(tmp_path: Path) -> None:
     assert commands[-2:] == [ssh_argv(made, "PORT", words) for words in (LOGIN, RUN_SCRIPT)]
     # It is the one in the working directory, which is not published yet.
     assert str(plan.work_path / plan.file_name("raw")) in commands[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "virt_type", "processors", "free", "expected"),
+    [
+        ("ram = 1G", "qemu", 2, 8 << 30, 2),
+        ("ram = 1G", "qemu", 64, 3 << 30, 3),
+        ("ram = 1G", "qemu", 1, 8 << 30, 1),
+        ("ram = 1G", "qemu", 2, 1 << 20, 1),
+        ("cores = 2", "kvm", 2, 8 << 30, 1),
+        ("cores = 2", "kvm", 5, 64 << 30, 2),
+    ],
+)
+def test_as_many_at_once_as_the_machine_takes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    virt_type: str,
+    processors: int,
+    free: int,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
+    monkeypatch.setattr(testboot, "free_memory", lambda: free)
+    assert testboot.at_once(plan_of(tmp_path, text).settings, virt_type) == expected
+
+
+@pytest.mark.parametrize(
+    ("at_once", "expected"), [(1, [[1], [2], [3]]), (2, [[1, 2], [3], []]), (9, [[1, 2, 3], [], []])]
+)
+def test_each_machine_is_started_once(at_once: int, expected: list[list[int]]) -> None:
+    test = testboot._TestBoot(at_once)
+    assert [[*test.started_with(number, [1, 2, 3])] for number in (1, 2, 3)] == expected  # type: ignore[list-item]
+
+
+def test_machines_beside_one_that_fails_are_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(testboot, "at_once", lambda settings, virt_type: 2)
+    caplog.set_level(logging.INFO)
+    plan = plan_of(tmp_path, "ram = 128M\nformat = qcow2")
+    build = Build(plan, plan.work_path, "vm")
+    build.directory.mkdir()
+    artifacts = [
+        dataclasses.replace(artifact, virtual_size=GIB, sha256=files.digest_of(path))
+        for artifact, path in [(made, empty_disk(made.path)) for made in planned(plan, build.directory)]
+    ]
+    state = State(build, Disk(build.disk_path), artifacts=tuple(artifacts))
+    with pytest.raises(BuildError, match="the firmware found no boot loader on its disk"):
+        carry_out(state, testboot.steps(build))
+    assert len([line for line in caplog.messages if line.startswith("Running: qemu-system-x86_64 ")]) == 2
+    assert [path.name for path in build.directory.iterdir()] == [plan.file_name("qcow2")]
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in path.read_bytes()]
+
+
+def empty_disk(path: Path) -> Path:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1G"], check=True)
+    return path
 
 
 def test_time_limits(tmp_path: Path) -> None:
@@ -263,10 +326,10 @@ def test_qemu_that_fails(scene: Scene) -> None:
 
 def test_a_report_without_end_is_refused(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
-    with pytest.raises(BuildError, match="too long"):
-        for _ in range(100):
-            scene.reports("x" * 65536)
-            scene.guest.look()
+    for _ in range(100):
+        scene.reports("x" * 65536)
+        scene.guest.look()
+    assert scene.answer() == "what it reported is too long"
 
 
 def test_results_in_the_place_of_a_directory(tmp_path: Path) -> None:

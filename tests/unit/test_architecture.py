@@ -43,7 +43,7 @@ LAYERS = [
     ("machines", "kvm libvirt firmware turns console arch"),
     ("base", "openpgp scratch"),
     ("base.command", "__init__ apart conversations programs children output installed"),
-    ("base", "files cleanup locks interrupts log events units errors trust fuse"),
+    ("base", "files cleanup locks interrupts log events units errors trust fuse memory"),
     # The version.
     ("", "__init__"),
 ]

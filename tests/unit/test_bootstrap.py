@@ -50,7 +50,7 @@ def test_tree_is_in_memory_where_it_is_free(
 ) -> None:
     memory = tmp_path / "meminfo"
     memory.write_text(f"MemTotal: 99999999 kB\nMemFree: 10 kB\nMemAvailable:   {free << 10} kB\n")
-    monkeypatch.setattr(bootstrap, "_MEMORY", memory)
+    monkeypatch.setattr("image_factory.base.memory._MEMORY", memory)
     plan = make_plan(tmp_path, f"work-in-memory = {wish}")
     if isinstance(found, str):
         with pytest.raises(ConfigurationError) as caught:

@@ -2,24 +2,30 @@
 
 QEMU is started directly and not by libvirt: the kernel kills it when image-factory ends, however that ends,
 and there is no machine to undefine.  All files are in the working directory.
+
+The next machines run beside the one that is waited for, as many as this machine has processors and memory for.
 """
 
 import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 
 from ...base import command, events, files
+from ...base.cleanup import released
 from ...base.errors import BuildError, ConfigurationError
 from ...base.events import BootCheck, BootTested
 from ...base.log import logger
+from ...base.memory import free_memory
 from ...configuration.settings import ImageSettings
 from ...machines import arch
 from ...model import Artifact, Build, Plan
 from ...outputs import planned
-from ...parts import State, Step, doing
+from ...parts import Group, State, Step, Steps, carry_out, doing
 from ...told import junit
 from .guest import Guest, PortTakenError
 from .login import LOGIN, RUN_SCRIPT, login_checks, ssh_argv
@@ -33,6 +39,7 @@ from .machine import (
     overlay_argv,
     pipes,
     prepared,
+    processors_of,
     qemu_argv,
     seed_argv,
     time_limit,
@@ -80,42 +87,87 @@ def boots(settings: ImageSettings, artifacts: Sequence[Artifact]) -> list[tuple[
     return [(artifacts[number % len(artifacts)], names[number % len(names)]) for number in range(count)]
 
 
-def steps(build: Build) -> Iterator[Step]:
+def at_once(settings: ImageSettings, virt_type: str) -> int:
+    """Return how many machines of the test boot this machine takes at the same time."""
+    processors = len(os.sched_getaffinity(0)) // processors_of(settings, virt_type)
+    return max(1, min(processors, free_memory() // settings.ram))
+
+
+def steps(build: Build) -> Iterator[Group]:
     """Give the steps of the test boot, if it is wanted."""
     settings = build.plan.settings
     if not settings.test_boot:
         return
-    test = _TestBoot()
-    for number, (artifact, firmware) in enumerate(boots(settings, planned(build.plan, build.directory)), 1):
-        machine = Machine(build, artifact, firmware, build.virt_type, number)
+    test = _TestBoot(at_once(settings, build.virt_type))
+    made = boots(settings, planned(build.plan, build.directory))
+    machines = [Machine(build, *boot, build.virt_type, number) for number, boot in enumerate(made, 1)]
+    shown = []
+    for number, machine in enumerate(machines, 1):
         commands = [
-            overlay_argv(machine),
-            key_argv(machine),
-            seed_argv(machine),
-            qemu_argv(machine, "02:XX:XX:XX:XX:XX", "PORT"),
-            ssh_argv(machine, "PORT", LOGIN),
+            argv
+            for started in test.started_with(number, machines)
+            for argv in (
+                overlay_argv(started),
+                key_argv(started),
+                seed_argv(started),
+                qemu_argv(started, "02:XX:XX:XX:XX:XX", "PORT"),
+            )
         ]
+        commands.append(ssh_argv(machine, "PORT", LOGIN))
         if settings.test_script:
             commands.append(ssh_argv(machine, "PORT", RUN_SCRIPT))
-        boot = doing(partial(test.boot, number, firmware))
-        yield Step(f"Booting {artifact.path.name} with {firmware}", boot, commands)
+        boot = doing(partial(test.boot, number))
+        shown.append(Step(f"Booting {machine.artifact.path.name} with {machine.firmware}", boot, commands))
+    yield Group(shown, test.run)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A *guest* whose sshd is at *port*, since *start*; its machine and its files are gone when *stack* is closed."""
+
+    guest: Guest
+    port: int
+    start: float
+    stack: ExitStack
 
 
 class _TestBoot:
-    """The boots of a build's artifacts: their results are told to observers, and written beside the artifacts."""
+    """The boots of a build's artifacts, *at_once* at the same time.
 
-    def __init__(self) -> None:
+    Their results are told to observers, and written beside the artifacts, in the order of the boots.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once = at_once
+        self._running: dict[int, _Running] = {}
         self._done: list[BootTested] = []
         self._reports: list[Message] = []
 
-    def boot(self, number: int, firmware: str, state: State) -> None:
+    def started_with(self, number: int, machines: Sequence[Machine]) -> Sequence[Machine]:
+        """Return which of *machines* are started when the *number*-th is waited for: all but those that run already."""
+        return machines[0 if number == 1 else number + self._at_once - 2 : number + self._at_once - 1]
+
+    def run(self, state: State, steps: Steps) -> State:
+        """Carry out *steps*, and end the machines that are left."""
+        with released(self._end):
+            return carry_out(state, steps)
+
+    def _end(self) -> None:
+        while self._running:
+            _, running = self._running.popitem()
+            running.stack.close()
+
+    def boot(self, number: int, state: State) -> None:
         """Boot an artifact for the *number*-th time; BuildError says what is wrong with it."""
         build = state.build
-        artifact, _ = boots(build.plan.settings, state.artifacts)[number - 1]
-        start = time.monotonic()
-        checks, report, lines = _boot(Machine(build, artifact, firmware, build.virt_type, number), self._reports)
-        checks.append(judged("unchanged", _why_changed(artifact)))
-        self._done.append(BootTested(artifact.path.name, firmware, time.monotonic() - start, tuple(checks)))
+        made = boots(build.plan.settings, state.artifacts)
+        machines = [Machine(build, *boot, build.virt_type, each) for each, boot in enumerate(made, 1)]
+        for machine in self.started_with(number, machines):
+            self._running[machine.number] = _started(machine)
+        machine = machines[number - 1]
+        checks, report, lines, seconds = self._checked(machine)
+        checks.append(judged("unchanged", _why_changed(machine.artifact)))
+        self._done.append(BootTested(machine.artifact.path.name, machine.firmware, seconds, tuple(checks)))
         events.tell(self._done[-1])
         _write_results(build, self._done, lines)
         _log(checks)
@@ -123,31 +175,44 @@ class _TestBoot:
         if problems:
             _explain(report, lines)
             raise BuildError(
-                f"{artifact.path.name} failed its test boot with {firmware}: {'; '.join(problems)}.",
+                f"{machine.artifact.path.name} failed its test boot with {machine.firmware}: {'; '.join(problems)}.",
                 hint=f"All results are in {build.plan.junit_path}.",
             )
         if report:
             self._reports.append(report)
 
-
-def _boot(machine: Machine, earlier: Sequence[Message]) -> tuple[list[BootCheck], Message | None, list[str]]:
-    """Boot *machine*; return the checks, what it reported, and what it printed."""
-    with prepared(machine):
+    def _checked(self, machine: Machine) -> tuple[list[BootCheck], Message | None, list[str], float]:
+        """Return the checks of *machine*, which is ended then, what it reported and printed, and its seconds."""
         for _ in range(_PORT_TRIES):
-            port = free_port()
-            argv = qemu_argv(machine, other_mac(), port)
-            with (
-                pipes(machine) as (console, report),
-                command.background(argv, machine.directory / "qemu.log") as ended,
-                contextlib.suppress(PortTakenError),
-            ):
-                found = Guest(machine, ended, console, report)
-                return [*_checks(machine, found, port, earlier)], found.message, [*found.lines]
-    raise BuildError(f"No port of {HOST} could be had for the machine.", hint="Try again.")
+            running = self._running.pop(machine.number, None) or _started(machine)
+            guest = running.guest
+            with running.stack, contextlib.suppress(PortTakenError):
+                checks = [*_checks(machine, guest, running.port, self._reports, self._look)]
+                return checks, guest.message, [*guest.lines], time.monotonic() - running.start
+        raise BuildError(f"No port of {HOST} could be had for the machine.", hint="Try again.")
+
+    def _look(self) -> None:
+        """Read what the guests say that run beside: they stop where a pipe is full."""
+        # What is shown is of the guest that is waited for.
+        with events.unobserved():
+            for running in self._running.values():
+                running.guest.look()
 
 
-def _checks(machine: Machine, found: Guest, port: int, earlier: Sequence[Message]) -> Iterator[BootCheck]:
-    problem = found.wait_for_report(time_limit(machine.build.plan.settings, machine.virt_type))
+def _started(machine: Machine) -> _Running:
+    with ExitStack() as stack:
+        stack.enter_context(prepared(machine))
+        console, report = stack.enter_context(pipes(machine))
+        port = free_port()
+        argv = qemu_argv(machine, other_mac(), port)
+        ended = stack.enter_context(command.background(argv, machine.directory / "qemu.log"))
+        return _Running(Guest(machine, ended, console, report), port, time.monotonic(), stack.pop_all())
+
+
+def _checks(
+    machine: Machine, found: Guest, port: int, earlier: Sequence[Message], beside: Callable[[], None]
+) -> Iterator[BootCheck]:
+    problem = found.wait_for_report(time_limit(machine.build.plan.settings, machine.virt_type), beside)
     yield judged("boot", problem)
     message = found.message
     if problem or message is None:
@@ -156,7 +221,12 @@ def _checks(machine: Machine, found: Guest, port: int, earlier: Sequence[Message
     checks = checks_of(message, subject)
     yield from checks
     yield from identity_checks(message, earlier)
-    yield from login_checks(machine, found, port, message, checks)
+
+    def look() -> None:
+        found.look()
+        beside()
+
+    yield from login_checks(machine, look, port, message, checks)
 
 
 def _why_changed(artifact: Artifact) -> str:

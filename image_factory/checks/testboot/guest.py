@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...base import events, interrupts
-from ...base.errors import BuildError
 from ...base.units import format_duration
 from ...machines.console import Console
 from .machine import Machine
@@ -69,22 +68,32 @@ class Guest:
         self._console = Console()
         self._unread = b""
         self._sign: tuple[int, str, float] | None = None
+        self._refused = ""
         self._untouched = _state_of(machine.overlay)
         self._start = time.monotonic()
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.message: Message | None = None
 
     def look(self) -> None:
-        """Read what the guest has said since, without waiting; BuildError if a report is not readable or too long."""
+        """Read what the guest has said since, without waiting; a report that is no such ends the wait for it."""
         console, report = self._descriptors
         self._read_console(_read(console))
-        self._unread += _read(report)
+        data = _read(report)
+        if self._refused:
+            return
+        self._unread += data
         *lines, self._unread = self._unread.split(b"\n")
         for line in lines:
-            if line.strip():
-                self.message = parse(line)
+            if line.strip() and not self._refused:
+                self._take(line)
         if len(self._unread) > LONGEST_LINE:
-            raise BuildError("What the guest reported is too long.")
+            self._refused = "what it reported is too long"
+
+    def _take(self, line: bytes) -> None:
+        try:
+            self.message = parse(line)
+        except ValueError as error:
+            self._refused = f"what it reported is not readable: {error}"
 
     def _read_console(self, data: bytes) -> None:
         lines = self._console.feed(data)
@@ -101,8 +110,11 @@ class Guest:
                     # Take the longer text: the line was not whole before.
                     self._sign = order, problem, self._sign[2]
 
-    def wait_for_report(self, seconds: float) -> str:
-        """Wait until the system is up and has reported; return why it has not, empty if it has."""
+    def wait_for_report(self, seconds: float, beside: Callable[[], None] = lambda: None) -> str:
+        """Wait until the system is up and has reported; return why it has not, empty if it has.
+
+        *beside* is called each second.
+        """
         deadline = self._start + seconds
         with interrupts.interruptible():
             while not (self.message and self.message.stage == "finished"):
@@ -111,8 +123,11 @@ class Guest:
                 if status is not None:
                     time.sleep(0.1)
                 self.look()
+                beside()
                 events.tell(events.TimePassed())
                 now = time.monotonic()
+                if self._refused:
+                    return self._refused
                 if self._sign and (now >= self._sign[2] or now >= deadline or status is not None):
                     return self._sign[1]
                 if status is not None:

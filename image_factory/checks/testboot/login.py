@@ -3,13 +3,12 @@
 import contextlib
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ...base import command, interrupts
 from ...base.errors import BuildError, CommandError
 from ...base.events import BootCheck
 from ...base.units import format_duration
-from .guest import Guest
 from .machine import HOST, Machine, time_limit
 from .report import USER, Message, judged, passed, skipped
 
@@ -44,26 +43,25 @@ def ssh_argv(machine: Machine, port: int | str, remote: str) -> list[str]:
 
 
 def login_checks(
-    machine: Machine, found: Guest, port: int, message: Message, checks: Sequence[BootCheck]
+    machine: Machine, look: Callable[[], None], port: int, message: Message, checks: Sequence[BootCheck]
 ) -> Iterator[BootCheck]:
-    """Give the checks that need sshd."""
+    """Give the checks that need sshd; *look*, which reads the guests' pipes, is called each second."""
     settings = machine.build.plan.settings
     names = ("sshd", "login", *(["test-script"] if settings.test_script else []))
     gone = [check.name for check in checks if check.outcome == "failed" and check.name in ("sshd-installed", "network")]
     if gone:
         yield from (skipped(name, f"{gone[0]} failed") for name in names)
         return
-    problem = _why_no_sshd(found, port)
+    problem = _why_no_sshd(look, port)
     yield judged("sshd", problem)
     if problem:
         yield from (skipped(name, "sshd failed") for name in names[1:])
         return
     lines = [f"[{HOST}]:{port} {key}\n" for key in message.host_keys]
     machine.known_hosts.write_text("".join(lines), encoding="ascii")
-    # Read the pipes each second meanwhile: the guest stops where they are full.
     login_seconds = _LOGIN_SECONDS[machine.virt_type]
     try:
-        command.run(ssh_argv(machine, port, LOGIN), timeout=login_seconds, watch=found.look)
+        command.run(ssh_argv(machine, port, LOGIN), timeout=login_seconds, watch=look)
     except BuildError as error:
         yield judged("login", f"nobody can log in with the key of the seed's user: {error.said}")
         yield from (skipped(name, "login failed") for name in names[2:])
@@ -72,9 +70,7 @@ def login_checks(
     if settings.test_script:
         limit = time_limit(settings, machine.virt_type)
         try:
-            command.run(
-                ssh_argv(machine, port, RUN_SCRIPT), stdin=settings.test_script, timeout=limit, watch=found.look
-            )
+            command.run(ssh_argv(machine, port, RUN_SCRIPT), stdin=settings.test_script, timeout=limit, watch=look)
         except CommandError as error:
             said = f": {error.last_line}" if error.last_line else ""
             yield judged("test-script", f"{settings.test_script.name} failed with status {error.status}{said}")
@@ -84,12 +80,12 @@ def login_checks(
             yield passed("test-script")
 
 
-def _why_no_sshd(found: Guest, port: int) -> str:
+def _why_no_sshd(look: Callable[[], None], port: int) -> str:
     """Return why no sshd answers at *port*, empty if one does."""
     deadline = time.monotonic() + _BANNER_SECONDS
     with interrupts.interruptible():
         while time.monotonic() < deadline:
-            found.look()
+            look()
             # QEMU accepts the connection itself, and ends it if nothing in the guest listens.
             with contextlib.suppress(OSError), socket.create_connection((HOST, port), 5.0) as connection:
                 if connection.recv(64).startswith(b"SSH-2.0"):

@@ -105,6 +105,12 @@ def time_limit(settings: ImageSettings, virt_type: str) -> float:
     return parse_duration("30m" if virt_type == "qemu" else "10m") if limit is None else limit
 
 
+def processors_of(settings: ImageSettings, virt_type: str) -> int:
+    """Return how many processors the machine has."""
+    # Emulation of two processors now and then mixes up old and new code of a kernel that patches itself.
+    return 1 if virt_type == "qemu" else settings.cores
+
+
 def firmware_for(architecture: str) -> Firmware:
     """Return a UEFI without secure boot, as files for QEMU; ConfigurationError if there is none."""
     for found in uefi_firmware(architecture):
@@ -165,8 +171,7 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
         "-name", machine.build.vm_name,
         "-machine", ",".join(options),
         "-cpu", _emulated_cpu(settings) if emulated else "host",
-        # Emulation of two processors now and then mixes up old and new code of a kernel that patches itself.
-        "-smp", "1" if emulated else str(settings.cores),
+        "-smp", str(processors_of(settings, machine.virt_type)),
         "-m", str(settings.ram >> 20),
         "-nodefaults",
         "-no-user-config",

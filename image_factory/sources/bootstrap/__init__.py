@@ -14,6 +14,7 @@ from pathlib import Path
 from ...base import command, events
 from ...base.cleanup import released
 from ...base.errors import BuildError, CommandError, ConfigurationError
+from ...base.memory import free_memory
 from ...base.units import format_size
 from ...configuration.parsers import FIT
 from ...configuration.settings import BOOTSTRAP_KEY, Dependent, ImageSettings
@@ -28,7 +29,6 @@ from .. import answers
 from ..kind import DiskSource, idle_beside
 from . import failures, packages, recipe
 
-_MEMORY = Path("/proc/meminfo")
 # What a tree on a tmpfs must leave to others.
 _SPARE_MEMORY = 1 << 30
 # A tree may have so much where the disk has no size yet.
@@ -382,12 +382,12 @@ class _Bootstrap:
 def in_memory(plan: Plan) -> bool:
     """Return whether the tree is made in memory."""
     wish = plan.settings.work_in_memory
-    return wish == "yes" or (wish == "auto" and _free_memory() >= needed_memory(plan))
+    return wish == "yes" or (wish == "auto" and free_memory() >= needed_memory(plan))
 
 
 def check_memory(plan: Plan) -> None:
     """Raise ConfigurationError if the tree has to be made in memory, and too little is free."""
-    free, needed = _free_memory(), needed_memory(plan)
+    free, needed = free_memory(), needed_memory(plan)
     if plan.settings.work_in_memory == "yes" and free < needed:
         raise ConfigurationError(
             f"{format_size(free)} of memory are free, and a tree in memory needs {format_size(needed)}.",
@@ -398,15 +398,6 @@ def check_memory(plan: Plan) -> None:
 def needed_memory(plan: Plan) -> int:
     """Return the bytes that have to be free for a tree in memory: as many as the disk has, and some more."""
     return (disk_size(plan) or _USUAL_TREE) + _SPARE_MEMORY
-
-
-def _free_memory() -> int:
-    """Return the bytes of memory that programs can have without swapping."""
-    for line in _MEMORY.read_text(encoding="ascii").splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) << 10
-    return 0
 
 
 def _loader_commands(build: Build, layout: layouts.Layout) -> list[making.Inside]:

@@ -73,7 +73,7 @@ def test_an_error_of_emulation_is_none_of_the_image(tmp_path: Path) -> None:
 def test_the_machine_is_another_one_than_that_of_the_installation(tmp_path: Path) -> None:
     argv = qemu_argv(machine(tmp_path, text="mac = 52:54:00:12:34:56"), "02:00:00:00:00:01", 4242)
     assert values(argv, "-machine") == ["q35,graphics=off,accel=tcg"]
-    assert (values(argv, "-cpu"), values(argv, "-smp")) == (["max,-cx16"], ["1"])
+    assert (values(argv, "-cpu"), values(argv, "-smp")) == (["max,-la57,-cx16"], ["1"])
     devices = values(argv, "-device")
     assert "scsi-hd,drive=disk,bootindex=1" in devices
     assert not [device for device in devices if device.startswith("virtio-blk")]
@@ -87,7 +87,18 @@ def test_kvm_has_all_processors(tmp_path: Path) -> None:
     assert (values(argv, "-cpu"), values(argv, "-smp"), values(argv, "-m")) == (["host"], ["3"], ["2048"])
 
 
-@pytest.mark.parametrize(("text", "cpu"), [("kickstart = /k.ks", "max"), ("arch = aarch64", "max,pauth-impdef=on")])
+@pytest.mark.parametrize(
+    ("text", "cpu"),
+    [
+        ("kickstart = /k.ks", "max,-la57"),
+        ("agama = /a.json", "max,-la57"),
+        ("source = image\nsource-image = /rocky.qcow2\ndistribution = Rocky Linux", "max,-la57"),
+        ("source = image\nsource-image = /debian.qcow2\ndistribution = Debian", "max,-la57,-cx16"),
+        ("source = image\nsource-image = /own.qcow2", "max,-la57,-cx16"),
+        ("distribution = Rocky Linux\npreseed = /p.cfg", "max,-la57,-cx16"),
+        ("arch = aarch64", "max,pauth-impdef=on"),
+    ],
+)
 def test_processor_of_other_systems(tmp_path: Path, text: str, cpu: str) -> None:
     argv = qemu_argv(machine(tmp_path, "uefi", text), "02:00:00:00:00:01", 1)
     assert values(argv, "-cpu") == [cpu]

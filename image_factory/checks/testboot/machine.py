@@ -33,6 +33,10 @@ _DISK_DEVICE = "scsi-hd"
 _ERRORS_OF_EMULATION = (r"^\.\.MP-BIOS bug: 8254 timer not connected to IO-APIC",)
 
 
+# What runs on any x86-64; all other distributions are for x86-64-v2.  An image that says nothing may be of these.
+_FIRST_X86_64 = (None, "Debian", "Ubuntu", "Fedora")
+
+
 @dataclass(frozen=True)
 class Machine:
     """The machine of one boot of *artifact*; *number* tells the boots of a build apart."""
@@ -199,7 +203,8 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
 
 def _emulated_cpu(settings: ImageSettings) -> str:
     facts = arch.ARCHITECTURES[settings.arch]
-    if settings.kickstart or not facts.flawed_feature:
+    is_image = settings.source == "image" and settings.distribution not in _FIRST_X86_64
+    if settings.kickstart or settings.agama or is_image or not facts.flawed_feature:
         return facts.test_cpu
     return f"{facts.test_cpu},-{facts.flawed_feature}"
 

@@ -43,7 +43,6 @@ _FILES = {
     "usr/lib/grub/i386-pc/boot.img": "\0" * 512,
     "usr/lib/grub/i386-pc/normal.mod": "a module",
     "usr/lib/grub/x86_64-efi/normal.mod": "a module",
-    "usr/share/grub/unicode.pf2": "a font",
     "usr/lib/shim/shimx64.efi.signed": "shim",
     "usr/lib/shim/mmx64.efi.signed": "mm",
     "usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed": "grub",

@@ -127,11 +127,6 @@ def _grub_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]:
             Inside(("mount", "--bind", str(scratch / name), str(tree / path))),
         ]
     commands.append(Inside(("chroot", str(tree), "grub-mkconfig", "-o", "/boot/grub/grub.cfg")))
-    # grub.cfg loads it, with an error on the console where it is not.
-    font = "unicode.pf2"
-    commands.append(
-        Inside(("install", "-D", "-m", "644", f"{tree}/usr/share/grub/{font}", f"{tree}/boot/grub/fonts/{font}"))
-    )
     commands += [Inside(("umount", str(tree / path))) for path in replaced]
     if layout.core:
         modules = tree / "usr/lib/grub/i386-pc"

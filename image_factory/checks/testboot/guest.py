@@ -15,8 +15,9 @@ from ...machines.console import Console
 from .machine import Machine
 from .report import LONGEST_LINE, Message, parse
 
-# A kernel that starts writes to its root filesystem well within these; a machine without a boot loader never does.
-_START_SECONDS = {"kvm": 60.0, "qemu": 240.0}
+# A kernel that starts writes to its root filesystem well within these, on a busy machine too; one without a boot loader
+# never does.
+_START_SECONDS = {"kvm": 60.0, "qemu": 480.0}
 
 # Seconds to wait after a sign: a failure prints several lines, and a system that is up in spite of it may still report.
 _SETTLE_SECONDS = 2.0

@@ -33,7 +33,7 @@ check: packages-check .venv/bin/ruff lint lint-groovy
 
 # The tests that need neither root nor a machine, a kernel or the network.
 check-unit: packages-unit
-	PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m pytest -p no:cacheprovider --quiet tests/unit
+	PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m pytest -p no:cacheprovider --numprocesses auto --quiet tests/unit
 
 lint: .venv/bin/ruff
 	.venv/bin/ruff check

@@ -12,6 +12,7 @@ from pathlib import Path
 from . import checkpoint, outputs, publish, workspace
 from .base import command, events, interrupts
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, InstalledError, NoSystemError
+from .base.files import check_readable
 from .base.log import logger
 from .base.units import format_size
 from .checkpoint import Checkpoint, Reached
@@ -165,6 +166,8 @@ def programs(plan: Plan) -> list[str]:
 
 
 def _check_files(plan: Plan, *, resume: bool) -> None:
+    if plan.settings.keyring and plan.settings.verify != "none":
+        check_readable(f"[{plan.image}] keyring", plan.settings.keyring)
     if not resume:
         _source(plan).check(plan)
     _check_writable(f"[{plan.image}] output-dir", plan.output_dir)

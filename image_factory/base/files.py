@@ -1,4 +1,4 @@
-"""Files that are whole or not there: replacing one safely, and the checksum of one."""
+"""Files that are whole or not there: replacing one safely, the checksum of one, whether one can be read."""
 
 import hashlib
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from . import events, interrupts
+from .errors import ConfigurationError
 
 _PART_SIZE = 1 << 20
 
@@ -85,3 +86,17 @@ def digest_of(path: Path, algorithm: str = "sha256", meter: events.Meter | None 
             if meter is not None:
                 meter.at(done, size)
     return digest.hexdigest()
+
+
+def check_readable(where: str, path: Path, *, directory: bool = False) -> None:
+    """Raise ConfigurationError, which names *where* a user named it, unless *path* is a file that can be read."""
+    if directory and path.is_dir():
+        return
+    try:
+        if not path.is_file():
+            reason = "is not a file" if path.exists() else "is not there"
+            raise ConfigurationError(f"{where}: {path} {reason}.")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{where}: {path} can't be read: {error.strerror}.") from error

@@ -63,6 +63,10 @@ linux = linux
 initrd = initrd
 image-size = 1M
 keyring = absent.gpg
+[no-keys]
+source = bootstrap
+bootstrap = answer.cfg
+keyring = absent.gpg
 [directory]
 linux = .
 initrd = initrd
@@ -214,6 +218,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no kernel file": (["no-file"], "[no-file] linux: absent is not there."),
     "no answer file": (["no-answer"], "[no-answer] preseed: absent.cfg is not there."),
     "no keyring": (["no-keyring"], "[no-keyring] keyring: absent.gpg is not there."),
+    "no keyring of packages": (["no-keys"], "[no-keys] keyring: absent.gpg is not there."),
     "directory for a kernel": (["directory"], "[directory] linux: . is not a file."),
     "size in the file": (["bad-size"], "[bad-size] image-size: '-1G' is not accepted, only a size above zero"),
     "size -1G": (["x", "--image-size=-1G"], "--image-size: '-1G' is not accepted, only a size above zero"),

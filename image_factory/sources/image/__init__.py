@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...base import command, events, interrupts, trust
 from ...base.errors import CommandError, ConfigurationError
+from ...base.files import check_readable
 from ...base.log import masked
 from ...base.units import parse_percentage
 from ...configuration.parsers import Source
@@ -99,9 +100,7 @@ def check(plan: Plan) -> None:
 
 
 def _check_local(plan: Plan, where: str, path: Path) -> None:
-    if not path.is_file():
-        reason = "is not a file" if path.exists() else "is not there"
-        raise ConfigurationError(f"{where}: {path} {reason}.")
+    check_readable(where, path)
     try:
         found = None if unpacking.is_packed(path) else formats.format_of(path)
     except OSError as error:

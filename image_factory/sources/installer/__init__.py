@@ -12,6 +12,7 @@ from pathlib import Path
 from ...base import command, events, files
 from ...base.cleanup import released
 from ...base.errors import BuildError, ConfigurationError
+from ...base.files import check_readable
 from ...base.log import logger, masked
 from ...configuration.parsers import Source
 from ...configuration.settings import ANSWER_FILE_KEYS, Dependent, ImageSettings
@@ -186,20 +187,18 @@ def check(plan: Plan) -> None:
         if key == "installer_image" and is_tree(source):
             _check_tree(plan, source)
         if source.path is not None:
-            _check_readable(f"[{plan.image}] {key}", source.path, directory=key == "installer_image")
+            check_readable(f"[{plan.image}] {key}", source.path, directory=key == "installer_image")
         elif key != "installer_image" and not source.name:
             raise ConfigurationError(f"[{plan.image}] {key}: {source.uri} names no file.")
         elif key == "installer_image" and source.by_rsync and is_tree(source):
             raise ConfigurationError(
                 f"[{plan.image}] {key}: virt-install reads no tree by rsync.", hint="Give its http or https URL."
             )
-    if plan.settings.keyring and plan.settings.verify != "none":
-        _check_readable(f"[{plan.image}] keyring", plan.settings.keyring)
     if plan.settings.answer_file:
-        _check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
+        check_readable(f"[{plan.image}] {plan.settings.answer_file_key}", plan.settings.answer_file)
     delivery.check(plan)
     for file in plan.settings.answer_files:
-        _check_readable(f"[{plan.image}] answer-files", file.path)
+        check_readable(f"[{plan.image}] answer-files", file.path)
     answercheck.check(plan)
     verify.Verifier(plan).check_cache(_sources(plan.settings))
 
@@ -243,19 +242,6 @@ def _check_tree(plan: Plan, tree: Source) -> None:
             f"{where}: virt-install fetches an installation tree itself, and verifies nothing.",
             hint="Name the kernel and initrd of the tree with 'linux' and 'initrd'.",
         )
-
-
-def _check_readable(where: str, path: Path, *, directory: bool = False) -> None:
-    if directory and path.is_dir():
-        return
-    try:
-        if not path.is_file():
-            reason = "is not a file" if path.exists() else "is not there"
-            raise ConfigurationError(f"{where}: {path} {reason}.")
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise ConfigurationError(f"{where}: {path} can't be read: {error.strerror}.") from error
 
 
 def create_argv(build: Build) -> list[str]:

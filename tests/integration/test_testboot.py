@@ -23,6 +23,7 @@ from image_factory.model import Artifact, Plan
 
 from .. import golden
 from ..conftest import TODAY, User, run, wait_for
+from . import test_dry_run
 
 WORK = ".image-factory-golden"
 # So long may a boot take, on a busy machine.
@@ -49,6 +50,8 @@ class Scene:
     user: User
     directory: Path
     disk: Path
+    # What a dry run has printed before.
+    shown: str = ""
 
     @property
     def work(self) -> Path:
@@ -187,7 +190,7 @@ class Broken:
 
 BROKEN = {
     "no boot loader": Broken(
-        "no boot loader", "boot", "it did not start: within 60 s .*Booting from Hard Disk", 240, timeout=60
+        "no boot loader", "boot", "it did not start: within 25 s .*Booting from Hard Disk", 240, timeout=25
     ),
     "kernel panic": Broken(
         "rm /lib/systemd/systemd\nwrite /bin/false /lib/systemd/systemd\nsif /lib/systemd/systemd mode 0100755\n",
@@ -228,7 +231,11 @@ def built(users: dict[str, User], golden_disk: Path) -> Iterator[dict[str, Built
             change = BROKEN[name].change.replace("UNIT", f"{found.directory}/unit")
             found.prepare(change, extra, timeout=BROKEN[name].timeout)
         else:
-            found.install(f"seal = yes\naudit = yes\nmanifest = yes\nfirmware = hybrid\n{extra}")
+            key = test_dry_run.make_key(found.user, found.directory)
+            found.user.run("mkdir", found.directory / "upload")
+            keys = test_dry_run.all_keys(found.user, found.directory, key)
+            found.install(f"firmware = hybrid\n{extra}\n{keys}")
+            found.shown = found.run("--dry-run").stdout
 
     def build(found: Scene) -> Built:
         start = time.monotonic()
@@ -242,10 +249,12 @@ def built(users: dict[str, User], golden_disk: Path) -> Iterator[dict[str, Built
 
 
 def test_an_installed_system_becomes_a_golden_image(built: dict[str, Built]) -> None:
-    """Sealed, listed, audited, and booted with both firmwares, as the shipped recipes have it."""
+    """Sealed, listed, audited, and booted with both firmwares, as shipped recipes have it; a dry run shows it all."""
     scene, done, _ = built[GOLDEN]
     print(done.stderr)
     assert done.returncode == 0
+    assert scene.shown.count("# Booting ") == 2
+    test_dry_run.compare(scene.directory / "image-factory.conf", "golden", scene.shown, done.stderr)
     record = json.loads((scene.directory / "record.json").read_text())
     assert {entry["name"] for entry in record["sealed"] if entry["files"] or entry["changed"]} >= {
         "machine-id", "ssh-host-keys", "random-seed", "histories", "logs", "package-caches"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from .configuration.settings import Destination, ImageSettings
+from .configuration.settings import Destination, ImageSettings, Task
 
 # What the names of working directories and virtual machines begin with; an image's name follows.
 WORK_PREFIX = ".image-factory-"
@@ -37,6 +37,7 @@ class Plan:
 
     *output_dir* is absolute.  *destinations* has the upload destinations of each format's file, in
     the order of the formats.  *variables* has the texts of the section's keys, for a template.
+    *tasks* are before cleaning, *late_tasks* after it, in their order.
     *guestfs_allowed* is whether a disk that the chosen way can't reach may be mounted by guestfs.  *source_date* is
     the time, in seconds since 1970, that a build which can be repeated takes for the present.
     """
@@ -50,6 +51,8 @@ class Plan:
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
     guestfs_allowed: bool = False
     source_date: int | None = None
+    tasks: tuple[Task, ...] = ()
+    late_tasks: tuple[Task, ...] = ()
 
     @property
     def base_name(self) -> str:

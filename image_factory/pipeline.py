@@ -125,10 +125,15 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     }
     audit.check(plan)
     seal.check(plan)
-    doubts = unused.unused_keys(configuration, image, settings.upload_destinations)
+    tasks, late_tasks = (
+        tuple(configuration.task(name, key, named_by=image) for name in names)
+        for key, names in (("tasks", settings.tasks), ("tasks-after-cleaning", settings.tasks_after_cleaning))
+    )
+    sections = [task.section for task in (*tasks, *late_tasks) if task.section]
+    doubts = unused.unused_keys(configuration, image, settings.upload_destinations, sections)
     for sentence in (*doubts, *unused.idle_keys(configuration, image, settings, flags)):
         logger.warning("%s", sentence)
-    return dataclasses.replace(plan, destinations=destinations)
+    return dataclasses.replace(plan, destinations=destinations, tasks=tasks, late_tasks=late_tasks)
 
 
 def check_plan(plan: Plan, *, resume: bool = False) -> Plan:

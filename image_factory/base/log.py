@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -55,7 +55,17 @@ def masked(text: str) -> str:
     text = _QUERY.sub(lambda match: match["uri"] + _VALUE.sub(rf"\g<key>{_MASK}", match["query"]), text)
     for pattern in _SECRETS:
         text = pattern.sub(rf"\g<1>{_MASK}", text)
+    for secret in _hidden:
+        text = text.replace(secret, _MASK)
     return text
+
+
+_hidden: list[str] = []
+
+
+def hide(secrets: Iterable[str]) -> None:
+    """Have ``***`` in the place of each of *secrets* from now on, in all that is shown."""
+    _hidden[:] = sorted({*_hidden, *secrets}, key=len, reverse=True)
 
 
 def _masked_login(match: re.Match[str]) -> str:

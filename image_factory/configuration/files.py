@@ -18,12 +18,15 @@ from ..base.errors import ConfigurationError
 from ..machines.arch import ARCHITECTURES, FIRMWARES, default_arch, default_firmware, is_arch
 from ..outputs import OUTPUTS
 from ..sources import SOURCES
+from ..tasks import KINDS as TASKS
 from ..uploads import UPLOADS
-from .parsers import FIT, one_of, parse_arch, parse_command, some_of
+from .parsers import FIT, one_of, parse_arch, parse_command, parse_path, some_of
 from .settings import (
     Declaration,
     Destination,
     ImageSettings,
+    Task,
+    TaskSettings,
     UploadSettings,
     declarations,
 )
@@ -43,6 +46,7 @@ _KINDS: dict[str, tuple[Callable[..., Callable[[str], Any]], Collection[str]]] =
     "source": (one_of, SOURCES),
     "format": (some_of, OUTPUTS),
     "upload-type": (one_of, UPLOADS),
+    "task-type": (one_of, TASKS),
 }
 
 
@@ -377,6 +381,43 @@ class Configuration:
         commands = tuple(with_image._parse(section, key, parse_command) for key in keys)
         return Destination(section, settings.upload_type, settings.upload_target, settings.upload_args, commands)
 
+    def task(self, name: str, key: str, *, named_by: str) -> Task:
+        """Return the task *name* of the setting *key* of image *named_by*: a path if it has a slash, else a section."""
+        if "/" in name:
+            path = parse_path(name)
+            return Task(path.name, "", _type_of(path), path)
+        if name not in self._parser or name == self._parser.default_section:
+            near = difflib.get_close_matches(name, self._parser.sections(), n=1, cutoff=0.6)
+            raise ConfigurationError(
+                f"[{named_by}] {key}: there is no section [{name}].",
+                hint=f"Did you mean {near[0]}?" if near else f"A file is a path with a slash: ./{name}",
+            )
+        if name in self._broken:
+            raise self._broken[name]
+        found = TaskSettings(**self._values(name, TaskSettings, {}))
+        kind = found.task_type or (_type_of(found.task_file) if found.task_file else None)
+        kind = kind or next((kind for kind, each in TASKS.items() if each.key in self._parser[name]), None)
+        if kind is None or TASKS[kind].key not in self._parser[name]:
+            needed = [TASKS[kind].key] if kind else dict.fromkeys(each.key for each in TASKS.values())
+            raise ConfigurationError(
+                f"[{name}] lacks '{' or '.join(needed)}'.", hint=f"[{name}] is a task of [{named_by}]."
+            )
+        return Task(
+            name,
+            name,
+            kind,
+            found.task_file,
+            found.task_packages,
+            found.task_command or "",
+            found.task_args,
+            found.task_environment,
+            found.task_secrets,
+            math.inf if found.task_timeout is None else found.task_timeout,
+            found.task_retries,
+            found.task_reboot == "after",
+            found.task_allow_failure,
+        )
+
     def _defining(self, section: str, key: str, text: str) -> "Configuration":
         """Return a copy in which ``${key}`` is *text* in *section*, and where it takes texts from others."""
         copied = copy.deepcopy(self)
@@ -465,6 +506,11 @@ def _of_arch(texts: Mapping[str, str], arch: str) -> dict[str, str]:
 def names_arch(key: str) -> bool:
     """Return whether *key* has ``@ARCH`` behind it, and is of an architecture."""
     return any(is_arch(key.partition("@")[2], arch) for arch in ARCHITECTURES)
+
+
+def _type_of(path: Path) -> str:
+    """Return the type of the task that the file at *path* is, by its name."""
+    return "playbook" if path.suffix in (".yml", ".yaml") else "script"
 
 
 def _command_number(key: str) -> int:

@@ -48,6 +48,26 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_retries(text: str) -> int:
+    """How often: a whole number."""
+    if not re.fullmatch(r"[0-9]{1,2}", text.strip()):
+        raise ValueError("a whole number from 0 to 99")
+    return int(text)
+
+
+def parse_text(text: str) -> str:
+    """Any text, over as many lines as it has."""
+    return text.strip()
+
+
+def parse_environment(text: str) -> tuple[tuple[str, str], ...]:
+    """Variables of a program: words ``NAME=VALUE``, split like a shell does."""
+    parts = [word.partition("=") for word in parse_words(text)]
+    if not all(equals and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) for name, equals, _ in parts):
+        raise ValueError("words NAME=VALUE, whose names have only letters, digits and _")
+    return tuple((name, value) for name, _, value in parts)
+
+
 def parse_limit(text: str) -> float | None:
     """How many: a whole number, infinity for ``none`` or 0, None for ``auto``."""
     word = text.strip().lower()

@@ -26,6 +26,7 @@ from .parsers import (
     parse_bootstrap_file,
     parse_count,
     parse_disk_size,
+    parse_environment,
     parse_file_name,
     parse_filesystem,
     parse_key,
@@ -40,8 +41,10 @@ from .parsers import (
     parse_option,
     parse_path,
     parse_patterns,
+    parse_retries,
     parse_sha256,
     parse_target,
+    parse_text,
     parse_vnc,
     parse_words,
     split_list,
@@ -205,6 +208,20 @@ class ImageSettings:
     kernel_errors_allowed: tuple[str, ...] = _setting(
         parse_patterns, "regular expressions, one a line, of errors in the kernel's log that the test boot accepts", ""
     )
+    tasks: tuple[str, ...] = _setting(
+        split_list,
+        "own work before the disk is cleaned: paths of scripts and playbooks, sections of tasks, with commas",
+        "",
+    )
+    tasks_after_cleaning: tuple[str, ...] = _setting(
+        split_list, "tasks after the disk is cleaned, which have no network", ""
+    )
+    tasks_via: str = _setting(
+        one_of("auto", "guest", "namespace"),
+        "where tasks run: guest, the booted system; namespace, a tree before it is a disk; or auto",
+        "auto",
+    )
+    tasks_network: bool = _setting(parse_boolean, "let tasks before cleaning use the network", "yes")
     manifest: bool = _setting(
         parse_boolean, "write what is in the image beside it: packages, licenses, sizes; and an SBOM", "no"
     )
@@ -257,6 +274,47 @@ class Destination:
     target: str
     arguments: tuple[str, ...]
     commands: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """The settings of one task."""
+
+    task_type: str | None = _setting(parse_line, "what the task is: {} (default: as the file's name says)")
+    task_file: Path | None = _setting(parse_path, "script or playbook")
+    task_packages: tuple[str, ...] = _setting(parse_words, "packages that the task installs", "")
+    task_command: str | None = _setting(parse_text, "lines of shell that the task runs")
+    task_args: tuple[str, ...] = _setting(parse_words, "arguments of the script, or of ansible-playbook", "")
+    task_environment: tuple[tuple[str, str], ...] = _setting(
+        parse_environment, "variables of the task, as words NAME=VALUE", ""
+    )
+    task_secrets: Path | None = _setting(parse_path, "file of secrets that only the task sees")
+    task_timeout: float | None = _setting(parse_long_duration, "how long the task may take, or none", "30m")
+    task_retries: int = _setting(parse_retries, "how often the task is tried again when it fails", "0")
+    task_reboot: str = _setting(one_of("no", "after"), "whether the guest reboots after the task", "no")
+    task_allow_failure: bool = _setting(parse_boolean, "go on when the task fails", "no")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, ready to be carried out; *section* is empty where a path alone names it, *type* is of the table of kinds.
+
+    *timeout* is in seconds, infinite where there is none.
+    """
+
+    name: str
+    section: str
+    type: str
+    file: Path | None = None
+    packages: tuple[str, ...] = ()
+    command: str = ""
+    args: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    secrets: Path | None = None
+    timeout: float = 1800.0
+    retries: int = 0
+    reboot: bool = False
+    allow_failure: bool = False
 
 
 def accepted_by(declaration: Declaration) -> str:

@@ -1,6 +1,7 @@
 """Keys and sections of the user's files that do nothing, each with what was perhaps meant."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from ..sources import SOURCES
 from .files import COMMAND_KEY, Configuration, names_arch, normal_key
 from .parsers import split_list
-from .settings import Dependent, ImageSettings, UploadSettings, declarations
+from .settings import Dependent, ImageSettings, TaskSettings, UploadSettings, declarations
 
 # The keys of no source.
 _DEPENDENT: Dependent = {
@@ -24,8 +25,10 @@ _DEPENDENT: Dependent = {
 }
 
 
-def unused_keys(configuration: Configuration, image: str, destinations: Iterable[str]) -> list[str]:
-    """Return a sentence on each key of the user's files that nothing of *image*, or of *destinations*, uses."""
+def unused_keys(
+    configuration: Configuration, image: str, destinations: Iterable[str], tasks: Iterable[str] = ()
+) -> list[str]:
+    """Return a sentence on each key of the user's files that nothing uses of *image*, *destinations* and *tasks*."""
     answers = _answers(configuration, image)
     template = _asked_for(answers)
     settings = {key for key, _ in declarations(ImageSettings)} | {"based-on"}
@@ -42,6 +45,9 @@ def unused_keys(configuration: Configuration, image: str, destinations: Iterable
         known = {key for key, _ in declarations(UploadSettings)} | _references(configuration, section)
         unused = [key for key in _unused(configuration, section, known) if not COMMAND_KEY.fullmatch(key)]
         sentences += [_unused_key(section, key, known) for key in unused]
+    for section in dict.fromkeys(tasks):
+        known = {key for key, _ in declarations(TaskSettings)} | _references(configuration, section)
+        sentences += [_unused_key(section, key, known) for key in _unused(configuration, section, known)]
     return sentences + _unused_defaults(configuration) + _unused_sections(configuration, image)
 
 
@@ -93,7 +99,9 @@ def _unused(configuration: Configuration, section: str, used: set[str]) -> list[
 
 def _unused_defaults(configuration: Configuration) -> list[str]:
     section = configuration.default_section
-    used = {key for kind in (ImageSettings, UploadSettings) for key, _ in declarations(kind)} | {"data-dir"}
+    used = {key for kind in (ImageSettings, UploadSettings, TaskSettings) for key, _ in declarations(kind)} | {
+        "data-dir"
+    }
     for texts in (configuration.defaults, *configuration.own.values()):
         used |= {normal_key(key or name) for text in texts.values() for name, _, key in _references_in(text)}
     unused = [key for key in _unused(configuration, section, used) if not COMMAND_KEY.fullmatch(key)]
@@ -113,7 +121,8 @@ def _unused_sections(configuration: Configuration, image: str) -> list[str]:
     used = {*configuration.images(), configuration.default_section}
     used |= {section for section in configuration.own if "upload-type" in configuration.texts(section)}
     for texts in configuration.own.values():
-        used |= {texts.get("based-on", "").strip(), *split_list(texts.get("upload-destinations", ""))}
+        listed = (split_list(texts.get(key, "")) for key in ("upload-destinations", "tasks", "tasks-after-cleaning"))
+        used |= {texts.get("based-on", "").strip(), *itertools.chain.from_iterable(listed)}
         used |= {section for text in texts.values() for section, colon, _ in _references_in(text) if colon}
     unused = [section for section in configuration.written if section not in used]
     return [

@@ -16,7 +16,14 @@ from image_factory.base.events import InputUsed
 from image_factory.checks import audit
 from image_factory.configuration import files, unused
 from image_factory.configuration.files import Configuration
-from image_factory.configuration.settings import ANSWER_FILE_KEYS, Dependent, Destination, ImageSettings, UploadSettings
+from image_factory.configuration.settings import (
+    ANSWER_FILE_KEYS,
+    Dependent,
+    Destination,
+    ImageSettings,
+    TaskSettings,
+    UploadSettings,
+)
 from image_factory.machines import arch
 from image_factory.model import Artifact, Build, Plan
 from image_factory.outputs import OUTPUTS, raw
@@ -87,7 +94,7 @@ def test_each_output_says_what_it_is_made_from() -> None:
 
 
 def test_kinds_are_those_of_settings() -> None:
-    known = {key for kind in (ImageSettings, UploadSettings) for key, _ in files.declared(kind)}
+    known = {key for kind in (ImageSettings, TaskSettings, UploadSettings) for key, _ in files.declared(kind)}
     assert files._KINDS
     assert files._KINDS.keys() <= known
 

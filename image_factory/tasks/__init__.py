@@ -1,0 +1,188 @@
+"""Tasks: a user's own work in a system, before or after it is cleaned.
+
+A task is a script that root runs in the system, whatever its type; but for a playbook, which runs on this machine.
+"""
+
+import base64
+import os
+import re
+import shlex
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..base.errors import ConfigurationError, reason_of
+from ..configuration.settings import Task
+from ..model import Plan
+
+# A secret of fewer characters is a word that any output may have.
+_SHORTEST_SECRET = 6
+_LARGEST_FILE = 4 << 20
+
+# By the package manager that the system has.
+_PACKAGES = """\
+#!/bin/sh
+set -e
+if command -v apt-get >/dev/null; then
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -q update
+    exec apt-get -q -y install -- "$@"
+elif command -v dnf >/dev/null; then
+    exec dnf -q -y install -- "$@"
+elif command -v zypper >/dev/null; then
+    exec zypper -q --non-interactive install -- "$@"
+fi
+echo "the system has none of apt-get, dnf and zypper" >&2
+exit 1
+"""
+
+
+@dataclass(frozen=True)
+class Script:
+    """What root runs in the system: *content*, whose first line names its interpreter, with *arguments*.
+
+    *secrets* is a file that is there meanwhile, at the path that the variable TASK_SECRETS has.
+    """
+
+    content: bytes
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    secrets: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of tasks: the key that says what is to be done, and how that becomes a script.
+
+    *script* is None where the task is run on this machine.
+    """
+
+    key: str
+    script: Callable[[Task], Script] | None
+
+
+def _file_script(task: Task) -> Script:
+    assert task.file
+    return Script(_read(task, "task-file", task.file), task.args)
+
+
+def _packages_script(task: Task) -> Script:
+    return Script(_PACKAGES.encode(), task.packages)
+
+
+def _command_script(task: Task) -> Script:
+    return Script(f"#!/bin/sh\nset -e\n{task.command}\n".encode(), task.args)
+
+
+KINDS = {
+    "script": Kind("task-file", _file_script),
+    "packages": Kind("task-packages", _packages_script),
+    "command": Kind("task-command", _command_script),
+    "playbook": Kind("task-file", None),
+}
+
+
+def script_of(task: Task) -> Script:
+    """Return the script of *task*, which is no playbook, with all that it gets."""
+    make = KINDS[task.type].script
+    assert make
+    found = make(task)
+    return Script(found.content, found.arguments, dict(task.environment), secrets_of(task))
+
+
+def secrets_of(task: Task) -> bytes:
+    """Return the file of secrets of *task*, empty if it has none."""
+    return _read(task, "task-secrets", task.secrets) if task.secrets else b""
+
+
+def hidden_in(secrets: bytes) -> list[str]:
+    """Return the texts in a file of *secrets* that nobody is to see: its lines, and values of ``NAME=VALUE``."""
+    found = []
+    for line in secrets.decode("utf-8", errors="replace").splitlines():
+        _, _, value = line.partition("=")
+        found += [text.strip().strip("'\"") for text in (line, value)]
+    return sorted({text for text in found if len(text) >= _SHORTEST_SECRET}, key=len, reverse=True)
+
+
+def payload(script: Script) -> bytes:
+    """Return what ``receiving`` reads on its stdin."""
+    return b"\n".join([base64.b64encode(script.content), base64.b64encode(script.secrets), b""])
+
+
+def receiving(script: Script, directory: str) -> str:
+    """Return the line of shell that runs *script*, whose ``payload`` it reads, as root in the system.
+
+    *directory*, where it puts it, is on a tmpfs, and not there yet.
+    """
+    words = [f"{name}={value}" for name, value in script.environment.items()]
+    if script.secrets:
+        words.append(f"TASK_SECRETS={directory}/secrets")
+    return (
+        f"umask 077; mkdir {directory} && read -r task && read -r secrets"
+        f" && echo $task | base64 -d >{directory}/task && echo $secrets | base64 -d >{directory}/secrets"
+        f" && chmod 700 {directory}/task || exit 125; unset task secrets; umask 022; cd /;"
+        f" env {shlex.join([*words, f'{directory}/task', *script.arguments])} </dev/null;"
+        f" status=$?; rm -rf {directory}; exit $status"
+    )
+
+
+def place(plan: Plan) -> str:
+    """Return where the tasks before cleaning run: ``guest`` or ``namespace``."""
+    via = plan.settings.tasks_via
+    if via == "auto":
+        return "namespace" if plan.settings.source == "bootstrap" else "guest"
+    return via
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that the playbooks of *plan* need."""
+    return ["ansible-playbook"] if any(task.type == "playbook" for task in plan.tasks) else []
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if it is known that a task of *plan* can't be carried out."""
+    for task in (*plan.tasks, *plan.late_tasks):
+        secrets_of(task)
+        if KINDS[task.type].script:
+            _check_script(task, script_of(task))
+        else:
+            _read(task, "task-file", task.file)
+    for task in plan.late_tasks:
+        if KINDS[task.type].script is None:
+            raise ConfigurationError(
+                f"[{plan.image}] tasks-after-cleaning: {task.name} is a playbook, and these run without network.",
+                hint="Move it to tasks.",
+            )
+
+
+def _check_script(task: Task, script: Script) -> None:
+    if not re.match(rb"#! ?/", script.content):
+        raise ConfigurationError(
+            f"{_where(task, 'task-file')}: the first line of {task.file} does not say what runs it.",
+            hint="Begin it with #!/bin/sh",
+        )
+
+
+def _read(task: Task, key: str, path: Path | None) -> bytes:
+    assert path
+    where = _where(task, key)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigurationError(f"{where}: {path} is not a file.")
+            if key == "task-secrets" and status.st_mode & 0o077:
+                raise ConfigurationError(
+                    f"{where}: others than its owner can read {path}.", hint=f"chmod 600 {shlex.quote(str(path))}"
+                )
+            if status.st_size > _LARGEST_FILE:
+                raise ConfigurationError(f"{where}: {path} has more than {_LARGEST_FILE >> 20} MiB.")
+            return file.read()
+    except OSError as error:
+        raise ConfigurationError(f"{where}: {path} can't be read: {reason_of(error)}.") from error
+
+
+def _where(task: Task, key: str) -> str:
+    return f"[{task.section}] {key}" if task.section else f"tasks: {task.name}"

@@ -122,6 +122,22 @@ class Sealed:
 
 
 @dataclass(frozen=True)
+class TaskEnded:
+    """The task *name*, of *type*, has ended after *seconds*, with all its tries.
+
+    *digest* is the SHA-256 of what it does.  *outcome* is ``passed``, ``failed``, or ``allowed`` of one that failed and
+    may, and *message* says how it failed.
+    """
+
+    name: str
+    type: str
+    digest: str
+    seconds: float
+    outcome: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
 class Published:
     """An artifact has its final name; the fields are those of ``model.Artifact``."""
 
@@ -173,6 +189,7 @@ Event = (
     | Installed
     | Audited
     | Sealed
+    | TaskEnded
     | Published
     | BootTested
     | Compared

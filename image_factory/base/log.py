@@ -61,11 +61,21 @@ def masked(text: str) -> str:
 
 
 _hidden: list[str] = []
+# Of a longer one, these are its first bytes.
+LONGEST_SECRET = 4096
 
 
 def hide(secrets: Iterable[str]) -> None:
     """Have ``***`` in the place of each of *secrets* from now on, in all that is shown."""
-    _hidden[:] = sorted({*_hidden, *secrets}, key=len, reverse=True)
+    cut = (secret.encode()[:LONGEST_SECRET].decode(errors="ignore") for secret in secrets)
+    _hidden[:] = sorted({*_hidden, *cut}, key=len, reverse=True)
+
+
+def masked_bytes(data: bytes) -> bytes:
+    """Return *data* with ``***`` for what ``hide`` was told."""
+    for secret in _hidden:
+        data = data.replace(secret.encode(), _MASK.encode())
+    return data
 
 
 def _masked_login(match: re.Match[str]) -> str:

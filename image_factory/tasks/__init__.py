@@ -4,6 +4,7 @@ A task is a script that root runs in the system, whatever its type; but for a pl
 """
 
 import base64
+import hashlib
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..base import log
 from ..base.errors import ConfigurationError, reason_of
 from ..configuration.settings import Task
 from ..model import Plan
@@ -19,6 +21,11 @@ from ..model import Plan
 # A secret of fewer characters is a word that any output may have.
 _SHORTEST_SECRET = 6
 _LARGEST_FILE = 4 << 20
+
+# Of a shell's variables, and of YAML's and JSON's mappings.
+_ASSIGNMENT = re.compile(r"""\s*(?:export\s+)?["']?[A-Za-z_][\w.-]*["']?\s*(?:=|:\s)\s*(?P<value>.*?),?\s*""")
+# Of a section, a mapping, a key in PEM: many files that have no secret have the same line.
+_HEADING = re.compile(r"-----.*|\[.*\]|[\w.\"'-]+:")
 
 # By the package manager that the system has.
 _PACKAGES = """\
@@ -92,17 +99,37 @@ def script_of(task: Task) -> Script:
 
 
 def secrets_of(task: Task) -> bytes:
-    """Return the file of secrets of *task*, empty if it has none."""
-    return _read(task, "task-secrets", task.secrets) if task.secrets else b""
+    """Return the file of secrets of *task*, empty if it has none; from here on nothing shows what is secret of it."""
+    if not task.secrets:
+        return b""
+    secrets = _read(task, "task-secrets", task.secrets)
+    log.hide(hidden_in(secrets))
+    return secrets
 
 
 def hidden_in(secrets: bytes) -> list[str]:
-    """Return the texts in a file of *secrets* that nobody is to see: its lines, and values of ``NAME=VALUE``."""
-    found = []
+    """Return the texts in a file of *secrets* that nobody is to see, the longest first.
+
+    They are the values of ``NAME=VALUE`` and ``NAME: VALUE``, and all other lines but headings.
+    """
+    found = set()
     for line in secrets.decode("utf-8", errors="replace").splitlines():
-        _, _, value = line.partition("=")
-        found += [text.strip().strip("'\"") for text in (line, value)]
-    return sorted({text for text in found if len(text) >= _SHORTEST_SECRET}, key=len, reverse=True)
+        match = _ASSIGNMENT.fullmatch(line)
+        value = match["value"].strip("'\"") if match else ""
+        text = value if len(value) >= _SHORTEST_SECRET else line.strip()
+        if len(text) >= _SHORTEST_SECRET and not _HEADING.fullmatch(text):
+            found.add(text)
+    return sorted(found, key=len, reverse=True)
+
+
+def digest_of(task: Task) -> str:
+    """Return the SHA-256 of what *task* does: of its type, script, arguments and environment.
+
+    Its secrets are not in it: a digest that others may read lets them try passwords.
+    """
+    content = _read(task, "task-file", task.file) if task.file else b""
+    parts = [task.type, task.command, *task.packages, "", *task.args, "", *map("=".join, task.environment)]
+    return hashlib.sha256("\0".join(parts).encode() + b"\0" + content).hexdigest()
 
 
 def payload(script: Script) -> bytes:
@@ -110,19 +137,23 @@ def payload(script: Script) -> bytes:
     return b"\n".join([base64.b64encode(script.content), base64.b64encode(script.secrets), b""])
 
 
-def receiving(script: Script, directory: str) -> str:
+def receiving(script: Script, directory: str, timeout: float | None = None) -> str:
     """Return the line of shell that runs *script*, whose ``payload`` it reads, as root in the system.
 
-    *directory*, where it puts it, is on a tmpfs, and not there yet.
+    *directory*, where it puts it, is on a tmpfs, and root's alone.  After *timeout* seconds the system ends it, with
+    status 124; 125 says that it could not be put there.
     """
     words = [f"{name}={value}" for name, value in script.environment.items()]
     if script.secrets:
         words.append(f"TASK_SECRETS={directory}/secrets")
+    # The system's own clock ends it: what is started by ssh goes on when ssh is killed.
+    limit = [] if timeout is None else ["timeout", "-k", "10", f"{timeout:.0f}"]
     return (
-        f"umask 077; mkdir {directory} && read -r task && read -r secrets"
+        # What a try whose connection broke has left is no reason to fail.
+        f"umask 077; rm -rf {directory}; mkdir {directory} && read -r task && read -r secrets"
         f" && echo $task | base64 -d >{directory}/task && echo $secrets | base64 -d >{directory}/secrets"
         f" && chmod 700 {directory}/task || exit 125; unset task secrets; umask 022; cd /;"
-        f" env {shlex.join([*words, f'{directory}/task', *script.arguments])} </dev/null;"
+        f" {shlex.join([*limit, 'env', *words, f'{directory}/task', *script.arguments])} </dev/null;"
         f" status=$?; rm -rf {directory}; exit $status"
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from ..base.events import BootTested
+from ..base.log import masked
 
 # Characters that XML 1.0 doesn't have.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -41,4 +42,4 @@ def document(image: str, boots: Sequence[BootTested], output: str = "") -> bytes
 
 
 def _clean(text: str) -> str:
-    return _NO_XML.sub("?", text)
+    return _NO_XML.sub("?", masked(text))

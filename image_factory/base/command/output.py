@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from .. import events, interrupts
 from ..errors import BuildError
+from ..log import LONGEST_SECRET, masked_bytes
 
 # So many lines are kept, to say why a program failed.
 LAST_LINES = 20
@@ -13,6 +14,8 @@ LAST_LINES = 20
 LONGEST_LINE = 64 * 1024
 # What a program prints is taken into memory whole where its caller wants it: at most so much.
 MOST_PRINTED = 64 << 20
+# So much of what a program prints goes to the log, whose disk it would fill.
+MOST_LOGGED = 16 << 20
 # So often a silent program is looked at, and observers are told that it goes on.
 TICK_SECONDS = 1.0
 
@@ -39,8 +42,10 @@ class Lines:
             if overwritten:
                 self._emit(states)
         if len(self._rest) > LONGEST_LINE:
-            self._emit(self._rest)
-            self._rest = b""
+            # No part of a secret may be in one line, and the other in the next.
+            text = masked_bytes(self._rest)
+            self._emit(text[:-LONGEST_SECRET])
+            self._rest = text[-LONGEST_SECRET:]
 
     def close(self) -> None:
         """Take what has come as the last line."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from .. import events, interrupts
 from ..errors import BuildError, CommandError, command_hint, command_line, reason_of
 from ..log import logger
+from ..units import format_size
 from . import output
 from .children import KILL_SECONDS, closed, forget, start, stop
 
@@ -165,10 +166,18 @@ def _communicate(
     """Read what *process* prints until it exits; return whether it did so within *timeout*."""
     name = Path(str(process.args[0] if isinstance(process.args, list) else process.args)).name
 
+    left = output.MOST_LOGGED
+
     def log_line(line: str) -> None:
-        if not quiet:
-            logger.info("%s: %s", name, line)
+        nonlocal left
         last_lines.append(line)
+        if not quiet and left >= 0:
+            logger.info("%s: %s", name, line)
+            left -= len(line) + 1
+            if left < 0:
+                logger.warning(
+                    "%s prints more than %s: the log has no more of it.", name, format_size(output.MOST_LOGGED)
+                )
 
     deadline = None if timeout is None else time.monotonic() + timeout
     lines = output.Lines(log_line, None if progress is None else partial(_tell_progress, events.Meter(), progress))

@@ -34,7 +34,12 @@ EVENTS = {
     "publish": ("Publishing", "os.rename", "*.qcow2 *.qcow2 *"),
 }
 # Those of a build whose source is no installer.
-BOOTSTRAP = {"bootstrap": "Bootstrapping", "loader": "Installing the boot loader", "layout": "Making the disk"}
+BOOTSTRAP = {
+    "bootstrap": "Bootstrapping",
+    "task": "Task work.sh",
+    "loader": "Installing the boot loader",
+    "layout": "Making the disk",
+}
 ORDER = list(
     dict.fromkeys(
         ["create", "cache", "cache-http", *list(PROGRAMS)[:11], "checksum", "reopen", "publish", *PROGRAMS, *BOOTSTRAP]

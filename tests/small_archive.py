@@ -25,7 +25,7 @@ _APPLETS = (
     "rmdir sed sleep sort start-stop-daemon stat sync tail tee test touch tr true umount uname uniq wc which xargs"
 )
 _PROGRAMS = ("dpkg", "dpkg-deb", "dpkg-query", "dpkg-split", "dpkg-trigger", "dpkg-divert", "dpkg-statoverride",
-             "tar", "env")  # fmt: skip
+             "tar", "env", "base64", "timeout")  # fmt: skip
 _DIRECTORIES = "dev proc sys run tmp root srv etc var/cache var/lib/dpkg var/log/apt usr/bin usr/sbin usr/lib usr/lib64"
 _SCRIPTS = {
     "usr/bin/debconf-set-selections": "cat >>/var/cache/debconf",

@@ -6,7 +6,7 @@ from pathlib import Path
 from .making import Inside
 
 # $1 is the tree, the others are paths in it, which need not be there yet.
-_CHECK = """\
+CHECK = """\
 tree=$(realpath -e "$1") && shift && realpath -m "$@" | while read -r found; do
     case $found in
     "$tree"/*) ;;
@@ -18,7 +18,7 @@ done
 
 def check_argv(tree: Path, paths: Iterable[str]) -> tuple[str, ...]:
     """Return the command that fails where one of *paths* of *tree* leads out of it."""
-    return ("sh", "-c", _CHECK, "sh", str(tree), *paths)
+    return ("sh", "-c", CHECK, "sh", str(tree), *paths)
 
 
 def guarded(tree: Path, commands: Sequence[Inside]) -> list[Inside]:

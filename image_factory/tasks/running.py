@@ -1,6 +1,7 @@
 """Carry out one task in a system, wherever that is: its tries, its time, its secrets, and how it failed."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from . import KINDS, digest_of, payload, receiving, script_of
 
 # Statuses of the line of shell that ``receiving`` gives, and of timeout(1) in it.
 _NOT_RECEIVED = 125
-_TOO_LONG = 124
+# busybox has no status of its own for it; a task that heeds no SIGTERM is killed.
+_TOO_LONG = (124, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
 # The system ends a task that takes too long.  Where it doesn't, it is left after so many more seconds.
 _GRACE_SECONDS = 30.0
 _LONGEST_SAID = 300
@@ -98,7 +100,7 @@ def _tried(task: Task, place: Place) -> str:
     except PlaceGoneError:
         raise
     except CommandError as error:
-        if limit is not None and error.status == _TOO_LONG and time.monotonic() - start >= limit:
+        if limit is not None and error.status in _TOO_LONG and time.monotonic() - start >= limit:
             return _too_long(limit)
         said = f": {printable(error.last_line)[:_LONGEST_SAID]}" if error.last_line else ""
         if error.status == _NOT_RECEIVED:

@@ -47,7 +47,8 @@ def armed(place: Place, cell: Cell) -> list[str]:
         script += body
     elif cell.step == "loader":
         script += f"printf '%s\\n' '#!/bin/sh' '{body}' >/usr/sbin/grub-mkconfig"
-    place.configure(work_in_memory="no")
+    place.configure(work_in_memory="no", **({"tasks": "./work.sh"} if cell.step == "task" else {}))
+    (place.directory / "work.sh").write_text(f"#!/bin/sh\n{body}\n")
     place.recipe(script=script)
     programs = place.directory / "programs"
     programs.mkdir()

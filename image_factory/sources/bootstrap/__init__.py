@@ -17,7 +17,7 @@ from ...base.errors import BuildError, CommandError, ConfigurationError
 from ...base.memory import free_memory
 from ...base.units import format_size
 from ...configuration.parsers import FIT
-from ...configuration.settings import BOOTSTRAP_KEY, Dependent, ImageSettings
+from ...configuration.settings import BOOTSTRAP_KEY, Dependent, ImageSettings, Task
 from ...disks import bounds, layouts, making, notation
 from ...inside import namespaces
 from ...machines import arch
@@ -25,6 +25,7 @@ from ...machines.arch import FIRMWARES
 from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
 from ...system import appliance
+from ...tasks import namespace, running
 from .. import answers
 from ..kind import DiskSource, idle_beside
 from . import failures, packages, recipe
@@ -174,6 +175,7 @@ def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str
     # The file of a layout may have changed.
     texts["layout"] = repr(layout_of(plan).scheme).encode()
     texts["extra-size"] = str(settings.extra_size).encode()
+    texts |= namespace.identity(plan)
     return {key: hashlib.sha256(data).hexdigest() for key, data in texts.items()}
 
 
@@ -187,7 +189,8 @@ def original(plan: Plan, used: events.InputUsed) -> events.InputUsed | None:
 def programs(plan: Plan) -> list[str]:
     """Return the programs that it needs."""
     foreign = ["arch-test"] if _is_foreign(plan) else []
-    return ["mmdebstrap", *foreign, *namespaces.programs(as_root=plan.as_root), *making.programs(layout_of(plan))]
+    inside = [*namespaces.programs(as_root=plan.as_root), *namespace.programs(plan)]
+    return ["mmdebstrap", *foreign, *inside, *making.programs(layout_of(plan))]
 
 
 def remote(plan: Plan) -> list[tuple[str, str, bool]]:
@@ -361,6 +364,20 @@ class _Bootstrap:
         near = {other for other in text.split() if other[:1] == name[:1] and abs(len(other) - len(name)) <= 4}
         return difflib.get_close_matches(name, sorted(near), n=3, cutoff=0.75)
 
+    def carry_out(self, task: Task, state: State) -> None:
+        assert self._inside is not None
+        namespace.prepare(state.build.directory)
+        running.run_task(task, self._place(state.build, self._inside.pid))
+
+    def _place(self, build: Build, pid: int | str) -> running.Place:
+        return namespace.place(build, self._root(build), pid, self._wanted.proxy)
+
+    def task_steps(self, build: Build) -> Iterator[Step]:
+        """Give the steps of the tasks that run in the tree."""
+        place = self._place(build, "PID")
+        for task in namespace.tasks(build.plan):
+            yield Step(f"Task {task.name}", doing(partial(self.carry_out, task)), namespace.commands(task, place))
+
     def install_loader(self, state: State) -> None:
         assert self._inside is not None
         making.check_tools(self._inside, self._root(state.build), self._disk)
@@ -425,6 +442,7 @@ def steps(build: Build) -> Iterator[Step | Group]:
     bootstrapping = shown(*memory, bootstrap_argv(build, wanted, tree))
     inside = [
         Step("Bootstrapping", doing(work.bootstrap), [holding, *bootstrapping]),
+        *work.task_steps(build),
         Step("Installing the boot loader", doing(work.install_loader), shown(*loader)),
         Step("Making the disk", doing(work.make_disk), making.disk_argvs(tree, build, layout)),
     ]

@@ -1,0 +1,176 @@
+"""Tasks in a tree that is no disk yet: in the namespaces of its build, for an ordinary user too, and with no boot."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..base import files
+from ..configuration.settings import Task
+from ..disks import bounds
+from ..inside.namespaces import entering_argv
+from ..model import Build, Plan
+from . import digest_of, secrets_of
+from . import place as place_of
+from .running import Place, script_argv
+
+_SCRIPT = "task-in-tree"
+_DIRECTORY = "/run/image-factory-task"
+
+# Nothing of the user's: also proxies are those of the recipe.
+_ENVIRONMENT = (
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME=/root",
+    "USER=root",
+    "LOGNAME=root",
+    "SHELL=/bin/sh",
+    "TERM=dumb",
+    "LC_ALL=C.UTF-8",
+    "DEBIAN_FRONTEND=noninteractive",
+)
+
+# $1 is the tree, $2 whether there is a network, the rest is the command to run.  The shell is the first process of a
+# pid namespace and has a mount namespace of its own: what the task leaves running or mounted ends with it.
+_RUN = (
+    """\
+set -e
+trap '[ "$ready" ] || exit 125' EXIT
+within() (
+"""
+    + bounds.CHECK
+    + """\
+)
+tree=$1 network=$2
+shift 2
+umask 022
+# Shows the file $1 at $2, which is made if it is not there.
+show() {
+    within "$tree" "$2"
+    [ -e "$2" ] || : >"$2"
+    mount --bind "$1" "$2"
+}
+# Takes the mount at $1 away, and what was made for it.
+hide() {
+    umount -l "$1" 2>/dev/null && within "$tree" "$1" || return 0
+    [ -s "$1" ] || rm -f "$1"
+}
+within "$tree" "$tree/proc" "$tree/sys" "$tree/dev" "$tree/run" "$tree/tmp"
+mount -t proc -o nosuid,nodev,noexec proc "$tree/proc"
+# Those of the machine, which root of the machine could change.
+mount --bind "$tree/proc/sys" "$tree/proc/sys"
+mount -o remount,bind,ro,nosuid,nodev,noexec "$tree/proc/sys"
+[ ! -e "$tree/proc/sysrq-trigger" ] || mount --bind /dev/null "$tree/proc/sysrq-trigger"
+# Who has no network namespace gets no sysfs of their own, and then the directories of cgroups may be theirs.
+if ! mount -t sysfs -o ro,nosuid,nodev,noexec sysfs "$tree/sys" 2>/dev/null; then
+    mount --rbind /sys "$tree/sys"
+    [ ! -d "$tree/sys/fs/cgroup" ] || mount -t tmpfs -o ro,size=0 cgroup "$tree/sys/fs/cgroup"
+fi
+mount -t tmpfs -o nosuid,mode=755,size=1M dev "$tree/dev"
+for name in null zero full random urandom tty; do
+    : >"$tree/dev/$name"
+    mount --bind "/dev/$name" "$tree/dev/$name"
+done
+mkdir "$tree/dev/pts" "$tree/dev/shm"
+mount -t devpts -o newinstance,nosuid,noexec,ptmxmode=666,mode=620,gid=5 devpts "$tree/dev/pts"
+ln -s pts/ptmx "$tree/dev/ptmx"
+ln -s /proc/self/fd "$tree/dev/fd"
+ln -s /proc/self/fd/0 "$tree/dev/stdin"
+ln -s /proc/self/fd/1 "$tree/dev/stdout"
+ln -s /proc/self/fd/2 "$tree/dev/stderr"
+mount -t tmpfs -o nosuid,nodev,mode=1777,size=1G shm "$tree/dev/shm"
+mount -t tmpfs -o nosuid,nodev,mode=755,size=256M run "$tree/run"
+mkdir -m 1777 "$tree/run/lock"
+mount -t tmpfs -o nosuid,nodev,mode=1777,size=1G tmp "$tree/tmp"
+# Packages ask it whether they may start their services.
+printf '#!/bin/sh\\nexit 101\\n' >"$tree/dev/file"
+chmod 755 "$tree/dev/file"
+show "$tree/dev/file" "$tree/usr/sbin/policy-rc.d"
+rm "$tree/dev/file"
+names=$tree/etc/resolv.conf
+if [ "$network" = yes ] && [ -e /etc/resolv.conf ]; then
+    within "$tree" "$tree/etc"
+    if [ -L "$names" ]; then
+        link=$(readlink "$names")
+        case $link in
+        /*) names=$tree$link ;;
+        *) names=$tree/etc/$link ;;
+        esac
+        within "$tree" "$names"
+        # What a service makes when the system runs.
+        case $(realpath -m "$names") in
+        "$(realpath "$tree")"/run/*) mkdir -p "$(dirname "$(realpath -m "$names")")" ;;
+        esac
+    fi
+    # A copy, which the task may change.
+    cat /etc/resolv.conf >"$tree/dev/file"
+    show "$tree/dev/file" "$names"
+    rm "$tree/dev/file"
+fi
+[ "$network" = yes ] || ! command -v ip >/dev/null || ip link set lo up
+ready=yes
+status=0
+"$@" || status=$?
+kill -9 -1 2>/dev/null || :
+hide "$tree/usr/sbin/policy-rc.d"
+hide "$names"
+exit $status
+"""
+)
+
+
+def prepare(directory: Path) -> None:
+    """Write to the build's *directory* what a place needs."""
+    files.replace(directory / _SCRIPT, _RUN.encode(), mode=0o600)
+
+
+def place(build: Build, tree: Path, pid: int | str, proxy: str | None) -> Place:
+    """Return the *tree* of *build* as a place for tasks, in the namespaces of process *pid*.
+
+    *proxy* is the URI of one that brings packages.
+    """
+    proxies = [f"{name}={proxy}" for name in ("http_proxy", "https_proxy") if proxy]
+
+    def shell(line: str) -> Sequence[str]:
+        apart = _apart(build, tree)
+        words = ("env", "-i", *_ENVIRONMENT, *proxies, *apart, "chroot", str(tree), "sh", "-c", line)
+        return entering_argv(pid, *words, as_root=build.plan.as_root)
+
+    return Place(shell, _DIRECTORY)
+
+
+def has_network(plan: Plan) -> bool:
+    """Return whether tasks may use the network."""
+    return plan.settings.tasks_network and not plan.settings.offline
+
+
+def _apart(build: Build, tree: Path) -> list[str]:
+    """Return the command that runs another one for *tree*, which all that is left of it ends with."""
+    network = has_network(build.plan)
+    kinds = ["--mount", "--pid", "--uts", "--ipc", *([] if network else ["--net"])]
+    # unshare heeds no SIGTERM while its child runs.
+    ends = ["setpriv", "--pdeathsig=KILL", "unshare", *kinds, "--fork", "--kill-child"]
+    return [*ends, "sh", str(build.directory / _SCRIPT), str(tree), "yes" if network else "no"]
+
+
+def tasks(plan: Plan) -> tuple[Task, ...]:
+    """Return the tasks of *plan* that run in its tree."""
+    return plan.tasks if place_of(plan) == "namespace" else ()
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that the tasks of *plan* in its tree need."""
+    return ["setpriv", "unshare"] if tasks(plan) else []
+
+
+def commands(task: Task, place: Place) -> list[list[str]]:
+    """Return the commands that carry out *task* at *place*."""
+    return [script_argv(task, place)]
+
+
+def identity(plan: Plan) -> dict[str, bytes]:
+    """Return what the tasks of *plan* in its tree make of it, by the key that has them."""
+    found = tasks(plan)
+    if not found:
+        return {}
+    parts = [[digest_of(task), hashlib.sha256(secrets_of(task)).hexdigest()] for task in found]
+    return {"tasks": json.dumps([has_network(plan), *parts]).encode()}

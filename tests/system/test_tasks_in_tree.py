@@ -1,0 +1,234 @@
+"""Tasks in a tree that is bootstrapped from a small archive, by root and by a user who may run nothing as root."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ..bootstrap_scene import BUILD, WORK, Place, new_place
+from ..conftest import User, run
+from ..integration.test_dry_run import announced, logged
+from ..small_archive import Archive
+from .test_bootstrap import in_disk, plain
+
+SECRET = "correct-horse-battery"
+
+# What a task sees goes to files of the system.
+LOOK = """\
+#!/bin/sh
+set -e
+env | sort >/srv/environment
+echo "$@" >/srv/arguments
+id -u >/srv/user
+umask >>/srv/user
+cat /proc/mounts >/srv/mounts
+ps >/srv/processes
+cat "$TASK_SECRETS" | tr a-z n-za-m >/srv/secrets
+cat "$TASK_SECRETS"
+/usr/sbin/policy-rc.d || echo "policy $?" >/srv/policy
+cat /etc/resolv.conf >/srv/names
+echo here >/etc/resolv.conf
+for name in null zero full random urandom tty ptmx stdout; do [ -e /dev/$name ]; done
+echo x >/tmp/x; echo x >/run/x; echo x >/dev/shm/x; echo x >/dev/null
+! echo 1 >/proc/sys/kernel/panic_on_oops
+hostname >/srv/hostname || cat /proc/sys/kernel/hostname >/srv/hostname
+printf '\\033[31mred\\033[0m \\033]0;title\\007\\n'
+"""
+# What it leaves running, mounted and open.
+LEAVE = """\
+mkdir /srv/mounted && mount -t tmpfs left /srv/mounted
+sleep 471105 &
+(while :; do sleep 0.1; : >>/srv/log; done) &
+start-stop-daemon -S -b -x /bin/sleep -- 471105
+"""
+LEFT = "ps >/srv/after; cat /proc/mounts >>/srv/after; ls -A /run /tmp /dev/shm >/srv/empty"
+
+
+@pytest.fixture(params=["root", "c"])
+def place(request: pytest.FixtureRequest, users: dict[str, User], small_archive: Archive) -> Place:
+    """A place of root, and one of the user who has no sudo rule."""
+    return new_place(users[request.param], small_archive)
+
+
+@pytest.fixture
+def user_place(users: dict[str, User], small_archive: Archive) -> Place:
+    return new_place(users["c"], small_archive)
+
+
+def write(place: Place, name: str, text: str, mode: int = 0o644) -> Path:
+    path = place.directory / name
+    path.write_text(text)
+    path.chmod(mode)
+    run("chown", place.user.name, path)
+    return path
+
+
+def configure(place: Place, tasks: str, sections: str = "", **keys: str) -> None:
+    place.configure(tasks=tasks, **keys)
+    with (place.directory / "image-factory.conf").open("a") as file:
+        file.write(sections)
+
+
+def in_tree(place: Place, path: str) -> str:
+    return in_disk(place.out / WORK / "disk.raw", f"cat {path}")
+
+
+def task(name: str, command: str, **keys: str) -> str:
+    """Return the section of a task that runs *command*."""
+    values = {"task-command": command.strip().replace("\n", "\n  ").replace("$", "$$")} | keys
+    return f"\n[{name}]\n" + "".join(f"{key.replace('_', '-')} = {value}\n" for key, value in values.items())
+
+
+def said(errors: str) -> list[str]:
+    return [line for line in errors.splitlines() if line.startswith("image-factory: ")]
+
+
+def test_what_a_task_sees_and_leaves(place: Place) -> None:
+    """Each is in a place of its own, nothing of the user's is there, and nothing of what it leaves."""
+    write(place, "look.sh", LOOK)
+    write(place, "secrets", f"TOKEN={SECRET}\n", 0o600)
+    look = (
+        "\n[look]\ntask-file = ./look.sh\ntask-args = one 'two words'\ntask-environment = COLOUR='dark red'\n"
+        "task-secrets = ./secrets\n"
+    )
+    configure(place, "look, leave, left", look + task("leave", LEAVE) + task("left", LEFT))
+    place.recipe(proxy="http://127.0.0.1:9")
+    shown = announced(place.run("--dry-run", *BUILD).stdout)
+    log = place.run(*BUILD, SECRET_OF_THE_USER="x", TMPDIR=str(place.directory)).stderr
+    environment = dict(line.split("=", 1) for line in in_tree(place, "/srv/environment").splitlines())
+    assert environment.pop("TASK_SECRETS").startswith("/run/")
+    # Shells count themselves.
+    environment = {name: value for name, value in environment.items() if name not in ("SHLVL", "OLDPWD")}
+    assert environment == {
+        "COLOUR": "dark red", "DEBIAN_FRONTEND": "noninteractive", "HOME": "/root", "LC_ALL": "C.UTF-8",
+        "LOGNAME": "root", "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PWD": "/",
+        "SHELL": "/bin/sh", "TERM": "dumb", "USER": "root", "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }  # fmt: skip
+    assert in_tree(place, "/srv/arguments") == "one two words\n"
+    assert in_tree(place, "/srv/user") == "0\n0022\n"
+    assert in_tree(place, "/srv/hostname") == "localhost\n"
+    assert in_tree(place, "/srv/policy") == "policy 101\n"
+    assert in_tree(place, "/srv/names") == Path("/etc/resolv.conf").read_text()
+    assert in_tree(place, "/etc/resolv.conf") == in_tree(place, "/srv/names")
+    points = {line.split()[1] for line in in_tree(place, "/srv/mounts").splitlines()}
+    assert {"/proc", "/sys", "/dev", "/dev/pts", "/dev/shm", "/run", "/tmp"} <= points
+    assert "sleep" not in in_tree(place, "/srv/processes")
+    # What the task before has left.
+    after = in_tree(place, "/srv/after")
+    assert "sleep" not in after and "/srv/mounted" not in after and "/proc" in after
+    assert in_tree(place, "/srv/empty").split() == ["/dev/shm:", "/run:", "image-factory-task", "lock", "/tmp:"]
+    for path in ("/usr/sbin/policy-rc.d", "/run", "/tmp", "/dev"):
+        listed = in_disk(place.out / WORK / "disk.raw", f"ls -p {path}")
+        assert [name for line in listed.splitlines() if (name := line.split("/")[5:6]) not in ([], ["."], [".."])] == []
+    check_log(place, log)
+    steps = [name for name, _ in shown]
+    assert steps[:4] == ["Bootstrapping", "Task look", "Task leave", "Task left"]
+    for name, commands in logged(log)[1:4]:
+        [(_, expected)] = [each for each in shown if each[0] == name]
+        assert [*map(plain, commands)] == [*map(plain, expected)]
+
+
+def check_log(place: Place, log: str) -> None:
+    """A secret, and what a terminal obeys, are not shown; the secret is nowhere on the disk."""
+    assert SECRET.translate(str.maketrans({})) not in log and "\033" not in log
+    assert "nsenter: TOKEN=***" in log and "nsenter: red" in log
+    assert in_tree(place, "/srv/secrets").strip().endswith("pbeerpg-ubefr-onggrel")
+    assert SECRET.encode() not in (place.out / WORK / "disk.raw").read_bytes()
+    for path in (place.out / WORK).iterdir():
+        assert SECRET not in path.read_bytes().decode(errors="replace"), path
+
+
+# What is wrong of a task; what the error says.
+BAD = {
+    "fails": (task("bad", "echo reason >&2; exit 7"), r"Task bad failed with status 7: reason\."),
+    "hangs": (
+        task("bad", "sleep 471105 & sleep 471105", task_timeout="1s"),
+        r"Task bad did not end within 1 s\.",
+    ),
+    "powers off": (
+        task("bad", "kill -9 1; kill -TERM 1; busybox reboot -f; sleep 471105", task_timeout="1s"),
+        "Task bad ",
+    ),
+    "fills its memory": (
+        task("bad", "head -c 1100000000 /dev/zero >/tmp/x"),
+        r"Task bad failed .*(No space left|I/O error)",
+    ),
+    "no interpreter": (task("bad", "exec /usr/bin/nosuch"), r"Task bad failed with status 127: .*not found"),
+    "no network": (
+        task("bad", "[ $(grep -c : /proc/net/dev) = 1 ] && [ ! -s /etc/x ] && echo only lo && exit 9"),
+        "Task bad failed with status 9: only lo",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_task(user_place: Place, name: str) -> None:
+    """It is told in a line, and nothing is left."""
+    section, message = BAD[name]
+    configure(user_place, "bad", section, tasks_network="no" if name == "no network" else "yes")
+    done = user_place.run(check=False)
+    assert done.returncode == 1, done.stderr
+    assert re.match(f"image-factory: error: {message}", said(done.stderr)[0]), said(done.stderr)
+    assert len(said(done.stderr)) == 2
+    assert "471105" not in run("ps", "-eo", "args").stdout.replace("kill -9", "")
+    assert list(user_place.out.iterdir()) == []
+    assert user_place.left() == []
+
+
+def test_tries_and_much_output(user_place: Place) -> None:
+    """A try begins with nothing of the one before; one may fail; 100 MB of output are no reason to fail."""
+    again = "ps | grep -q [4]71105 && exit 8; sleep 471105 & echo again >>/srv/tries; [ $(grep -c . /srv/tries) = 3 ]"
+    configure(
+        user_place,
+        "again, may, much",
+        task("again", again, task_retries="2")
+        + task("may", "exit 5", task_allow_failure="yes")
+        + task("much", "yes 2>/dev/null | head -c 1 || :; head -c 100000000 /dev/zero | tr '\\0' 'x'; echo; echo end"),
+    )
+    done = user_place.run()
+    assert in_tree(user_place, "/srv/tries") == "again\n" * 3
+    assert done.stderr.count("It is tried again.") == 2
+    assert "Task may failed with status 5. It may fail." in done.stderr
+    assert len(done.stderr) < 20_000_000
+
+
+@pytest.mark.parametrize("path", ["/run", "/etc/resolv.conf", "/usr/sbin/policy-rc.d"])
+def test_no_link_of_a_tree_is_followed_out_of_it(user_place: Place, path: str) -> None:
+    outside = user_place.directory / "outside"
+    outside.mkdir()
+    user_place.recipe(script=f"rm -rf {path}; ln -s ../../../../../../../../../../..{outside} {path}")
+    configure(user_place, "x", task("x", "echo x >/srv/x"))
+    done = user_place.run(check=False)
+    assert done.returncode == 1, done.stderr
+    reason = f"a symbolic link of the tree leads out of it, to {outside}."
+    assert said(done.stderr)[0] == f"image-factory: error: Task x could not be put into the system: {reason}"
+    assert list(outside.iterdir()) == []
+    assert user_place.left() == []
+
+
+def test_link_of_names_into_run(user_place: Place) -> None:
+    """As a service has it; it stays as it is."""
+    user_place.recipe(script="rm -f /etc/resolv.conf; ln -s ../run/some/service/names /etc/resolv.conf")
+    configure(user_place, "x", task("x", "cat /etc/resolv.conf >/srv/names"))
+    user_place.run()
+    assert in_tree(user_place, "/srv/names") == Path("/etc/resolv.conf").read_text()
+    assert "../run/some/service/names" in in_disk(user_place.out / WORK / "disk.raw", "stat /etc/resolv.conf")
+
+
+def test_resuming_knows_the_tasks(user_place: Place) -> None:
+    """A task that has changed, in its script or in its secrets, makes another disk; its timeout does not."""
+    write(user_place, "work.sh", "#!/bin/sh\necho one >/srv/work\n")
+    secrets = write(user_place, "secrets", "PASSWORD=one-one-one\n", 0o600)
+    section = "\n[work]\ntask-file = ./work.sh\ntask-secrets = ./secrets\n"
+    configure(user_place, "work", section)
+    user_place.run()
+    secrets.write_text("PASSWORD=two-two-two\n")
+    done = user_place.run("--resume", "--dry-run", "small", check=False)
+    assert "tasks changed since the disk was installed" in said(done.stderr)[0]
+    secrets.write_text("PASSWORD=one-one-one\n")
+    configure(user_place, "work", f"{section}task-timeout = 5m\n")
+    user_place.run("--resume", "--dry-run", "small")
+    write(user_place, "work.sh", "#!/bin/sh\necho two >/srv/work\n")
+    done = user_place.run("--resume", "--dry-run", "small", check=False)
+    assert "tasks changed since the disk was installed" in said(done.stderr)[0]

@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -117,9 +118,9 @@ def content(plan: Plan) -> bytes:
 
     ConfigurationError names the file, the line and, where one is unknown, the key.
     """
-    path = _path(plan)
-    data = _read(plan, path)
-    return _rendered(plan, path, data).encode() if is_template(path) else mended(data)
+    own = _own(plan)
+    data = own.read(own.path)
+    return rendered(own, data) if is_template(own.path) else mended(data)
 
 
 def mended(data: bytes) -> bytes:
@@ -158,26 +159,40 @@ def write_private(target: Path, data: bytes) -> None:
 
 def where(plan: Plan, path: Path | None = None) -> str:
     """Return how a message names the answer file, or the file *path* that belongs to it."""
-    return f"[{plan.image}] {plan.settings.answer_file_key}: {path or plan.settings.answer_file}"
+    return _own(plan).where(path)
 
 
-def _path(plan: Plan) -> Path:
-    assert plan.settings.answer_file is not None
-    return plan.settings.answer_file
+@dataclass(frozen=True)
+class Named:
+    """The file *path*, which the setting *key* of *plan* names; a template gets the keys of the image's section."""
+
+    plan: Plan
+    key: str
+    path: Path
+
+    def where(self, path: Path | None = None) -> str:
+        """Return how a message names it, or the file *path* that belongs to it."""
+        return f"[{self.plan.image}] {self.key}: {path or self.path}"
+
+    def read(self, path: Path) -> bytes:
+        """Return the bytes of it, or of the file *path* that belongs to it."""
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(f"{self.where(path)} can't be read: {error.strerror}.") from error
 
 
-def _read(plan: Plan, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(f"{where(plan, path)} can't be read: {error.strerror}.") from error
+def _own(plan: Plan) -> Named:
+    settings = plan.settings
+    assert settings.answer_file is not None and settings.answer_file_key is not None
+    return Named(plan, settings.answer_file_key, settings.answer_file)
 
 
 class _Parts(BaseLoader):
-    """Gives Jinja2 the template of *plan*, whose bytes are *data*, and the files beside it and below."""
+    """Gives Jinja2 the template *named*, whose bytes are *data*, and the files beside it and below."""
 
-    def __init__(self, plan: Plan, path: Path, data: bytes) -> None:
-        self._plan, self._path, self._data = plan, path, data
+    def __init__(self, named: Named, data: bytes) -> None:
+        self._named, self._path, self._data = named, named.path, data
         # All that were asked for, as tracebacks name them.
         self.files: dict[str, Path] = {}
 
@@ -186,13 +201,13 @@ class _Parts(BaseLoader):
         path, data = self._path, self._data
         if template != path.name:
             path = self._find(template)
-            data = _read(self._plan, path)
+            data = self._named.read(path)
         self.files[str(path)] = path
         try:
             return data.removeprefix(codecs.BOM_UTF8).decode(), str(path), None
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
-            raise ConfigurationError(f"{where(self._plan, path)}, line {line} is not UTF-8.") from None
+            raise ConfigurationError(f"{self._named.where(path)}, line {line} is not UTF-8.") from None
 
     def _find(self, template: str) -> Path:
         """Return the path of *template*, which is not the answer file."""
@@ -201,7 +216,7 @@ class _Parts(BaseLoader):
         # A link could lead anywhere, and what is there would be in the image.
         if not path.resolve().is_relative_to(directory.resolve()):
             raise ConfigurationError(
-                f"{where(self._plan)}: the template includes {template!r}, which is outside of its directory.",
+                f"{self._named.where()}: the template includes {template!r}, which is outside of its directory.",
                 hint="A template includes files of its own directory, or below it.",
             )
         if not path.is_file():
@@ -209,47 +224,50 @@ class _Parts(BaseLoader):
         return path
 
 
-def _rendered(plan: Plan, path: Path, data: bytes) -> str:
-    """Return the text made from the template *path*, whose bytes are *data*.
+def rendered(named: Named, data: bytes) -> bytes:
+    """Return what the template *named*, whose bytes are *data*, becomes.
 
-    None of Jinja2's errors is chained to ours: they quote the template.
+    ConfigurationError names the file, the line and, where one is unknown, the key.  None of Jinja2's errors is chained
+    to it: they quote the template.
     """
-    parts = _Parts(plan, path, data)
+    path = named.path
+    parts = _Parts(named, data)
     # Sandboxed: a recipe from elsewhere is to write an answer file and nothing else.
     environment = SandboxedEnvironment(
         loader=parts, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     names: set[str] = set()
     try:
-        names = _names(plan, environment, parts)
+        names = _names(named, environment, parts)
         template = environment.get_template(path.name)
-        return template.render(_variables(plan, names), refuse=partial(_refuse, plan))
+        return template.render(_variables(named, names), refuse=partial(_refuse, named)).encode()
     except ConfigurationError:
         raise
     except TemplateSyntaxError as error:
         raise ConfigurationError(
-            f"{where(plan, Path(error.filename or path))}, line {error.lineno}: Jinja2 doesn't understand the template "
+            f"{named.where(Path(error.filename or path))}, line {error.lineno}: Jinja2 doesn't understand the template "
             "there.",
             hint="The part in {{ }}, {% %} or {# #} there, or one that is not closed, is wrong.",
         ) from None
     except TemplateNotFound as error:
         raise ConfigurationError(
-            f"{_place(plan, parts, error)}: the template includes {error.name!r}, which is not there.",
+            f"{_place(named, parts, error)}: the template includes {error.name!r}, which is not there.",
             hint=f"Put it beside {path}, or below; names are relative to the answer file, in each part of it.",
         ) from None
     except UndefinedError as error:
-        raise _unknown(plan, parts, error, names) from None
+        raise _unknown(named, parts, error, names) from None
     except Exception as error:
         # A filter raises whatever it likes.
         raise ConfigurationError(
-            f"{_place(plan, parts, error)}: the template can't be rendered ({type(error).__name__}).",
+            f"{_place(named, parts, error)}: the template can't be rendered ({type(error).__name__}).",
             hint="A filter or an expression there doesn't take the value that it gets.",
         ) from None
 
 
-def _variables(plan: Plan, names: set[str]) -> dict[str, str]:
+def _variables(named: Named, names: set[str]) -> dict[str, str]:
     """Return the keys that a template with *names* asks for or declares: an error in another is no concern of it."""
-    declared = declared_keys(_path(plan), plan.settings.arch)
+    plan = named.plan
+    declared = declared_keys(named.path, plan.settings.arch)
     others = (name for name in sorted(names) if name.replace("_", "-") not in declared)
     variables = {name: plan.variables[name] for name in others if name in plan.variables}
     variables |= {key.name.replace("-", "_"): _checked(plan, key) for key in declared.values()}
@@ -258,10 +276,11 @@ def _variables(plan: Plan, names: set[str]) -> dict[str, str]:
     return variables | own | {"debian_arch": debian_arch(plan.variables.get("arch", ""), plan.settings.arch)}
 
 
-def _names(plan: Plan, environment: Environment, parts: _Parts) -> set[str]:
+def _names(named: Named, environment: Environment, parts: _Parts) -> set[str]:
     """Return the names in the template and in all that it includes."""
+    plan = named.plan
     names: set[str] = set()
-    templates = [_path(plan).name]
+    templates = [named.path.name]
     for template in templates:
         try:
             source, filename, _ = parts.get_source(environment, template)
@@ -305,28 +324,28 @@ def _checked(plan: Plan, key: forms.Key) -> str:
         ) from None
 
 
-def _refuse(plan: Plan, key: str, reason: str) -> NoReturn:
+def _refuse(named: Named, key: str, reason: str) -> NoReturn:
     """Stop a template, as what *key* says can't be had."""
-    raise ConfigurationError(f"{where(plan)}: {reason}", hint=f"Change {key} in [{plan.image}].")
+    raise ConfigurationError(f"{named.where()}: {reason}", hint=f"Change {key} in [{named.plan.image}].")
 
 
-def _unknown(plan: Plan, parts: _Parts, error: UndefinedError, names: set[str]) -> ConfigurationError:
-    place = _place(plan, parts, error)
+def _unknown(named: Named, parts: _Parts, error: UndefinedError, names: set[str]) -> ConfigurationError:
+    place = _place(named, parts, error)
     match = _UNKNOWN.fullmatch(error.message or "")
     if not match or match[1] not in names:
         return ConfigurationError(f"{place}: a part of a value is not there.")
     key = match[1].replace("_", "-")
     return ConfigurationError(
         f"{place}: there is no key '{key}'.",
-        hint=f"Define {key} in [{plan.image}] or [DEFAULT], or give it a default in the template.",
+        hint=f"Define {key} in [{named.plan.image}] or [DEFAULT], or give it a default in the template.",
     )
 
 
-def _place(plan: Plan, parts: _Parts, error: BaseException) -> str:
+def _place(named: Named, parts: _Parts, error: BaseException) -> str:
     """Return how a message names the file and the line where *error* was raised."""
     path, line, entry = None, 0, error.__traceback__
     while entry:
         if entry.tb_frame.f_code.co_filename in parts.files:
             path, line = parts.files[entry.tb_frame.f_code.co_filename], entry.tb_lineno
         entry = entry.tb_next
-    return f"{where(plan, path)}, line {line}"
+    return f"{named.where(path)}, line {line}"

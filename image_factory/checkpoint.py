@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import tasks
 from .base import files
 from .base.errors import ConfigurationError, reason_of
 from .base.events import Event, InputUsed
@@ -28,6 +29,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 # The settings of sealing.
 _SEALING = ("seal", "seal_only", "seal_skip")
+_LATE_TASKS = "tasks_after_cleaning"
 
 
 class Reached(enum.StrEnum):
@@ -220,7 +222,9 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
             f"[{plan.image}] {' and '.join(changed)} changed since the disk was installed.",
             hint="Build it without --resume, or take the change back.",
         )
-    sealing = [key.replace("_", "-") for key in _changed(found.outputs, outputs_of(plan)) if key in _SEALING]
+    sealing = [
+        key.replace("_", "-") for key in _changed(found.outputs, outputs_of(plan)) if key in (*_SEALING, _LATE_TASKS)
+    ]
     if sealing and found.is_at(Reached.CLEANED):
         # Sealing can't put back what it has taken from the disk.
         raise ConfigurationError(
@@ -301,7 +305,10 @@ def outputs_of(plan: Plan) -> dict[str, str]:
     """Return a digest of each setting that makes the artifacts other ones."""
     settings = plan.settings
     keys = ("format", "keep_raw", "compression", "manifest", "sign_key", *_SEALING)
-    return {key: _digest(repr(getattr(settings, key)).encode()) for key in keys}
+    found = {key: _digest(repr(getattr(settings, key)).encode()) for key in keys}
+    if plan.late_tasks:
+        found[_LATE_TASKS] = tasks.digest_with_secrets(plan.late_tasks)
+    return found
 
 
 def _state_of(path: Path | None) -> list[int]:

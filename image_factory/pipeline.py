@@ -26,6 +26,7 @@ from .model import Artifact, Build, Disk, Plan
 from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
 from .sources import SOURCES, DiskSource
 from .system import mounts
+from .tasks import offline
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def _cleaning(build: Build) -> Steps:
     inside = [
         *clean.steps(build),
         *seal.steps(build),
+        *offline.steps(build),
         *manifest.listing_steps(build),
         *shrink.mounted_steps(build),
     ]
@@ -77,6 +79,7 @@ STAGES = (
         "clean",
         (
             Part(_cleaning, mounts.programs, mounts.check),
+            Part(lambda build: [], check=offline.check),
             Part(shrink.steps, shrink.programs),
             Part(settling.steps, settling.programs),
         ),

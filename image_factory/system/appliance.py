@@ -508,6 +508,10 @@ class ApplianceFilesystem:
         lines = self.guestfish.ask(f"-debug sh {quoted(f'cat /sys/class/block/{name}/queue/discard_granularity')}")
         return next((int(line) for line in lines if line.isdigit()), 0)
 
+    def forget(self) -> None:
+        """Forget which directories are there."""
+        self._directories.clear()
+
     def _statvfs(self, name: str) -> int:
         return _numbers(self.guestfish.ask(f"statvfs {self.place}"))[name]
 
@@ -632,6 +636,70 @@ def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tre
         with step(assembly.UNMOUNTING):
             guestfish.do("umount-all")
             guestfish.do("shutdown")
+
+
+# A tmpfs in the appliance, which has what a script reads.
+_SCRIPTS = "/scripts"
+ROOT = f"/sysroot{_SCRIPTS}/root"
+_PRINTED = 60_000
+# Nothing of what the script starts outlives it.
+_RUN = (
+    f"cd /sysroot{_SCRIPTS}; {{ unshare --mount --pid --uts --ipc --net --fork --kill-child sh script <input; "
+    f"echo $? >status; }} 2>&1 | tail -c {_PRINTED}; echo; cat status"
+)
+
+
+def run_script(tree: Tree, script: str, data: bytes, seconds: float) -> tuple[int, list[str]]:
+    """Run the shell's *script* in the appliance that has *tree* mounted; return its status, and what it prints last.
+
+    It reads *data*, and finds the system, put together, at ROOT.  It has a mount and a pid namespace of its own,
+    and no network.  BuildError if it takes more than *seconds*, which ends the appliance.
+    """
+    filesystem = tree.branches[-1].filesystem
+    assert isinstance(filesystem, ApplianceFilesystem)
+    guestfish = filesystem.guestfish
+    guestfish.do(f"mkmountpoint {_SCRIPTS}")
+    place = f"/sysroot{_SCRIPTS}"
+    guestfish.do(f"debug sh {quoted(f'mount -t tmpfs -o mode=700 scripts {place} && mkdir {ROOT}')}")
+    _upload(guestfish, f"{_SCRIPTS}/script", (_together(tree) + script).encode())
+    _upload(guestfish, f"{_SCRIPTS}/input", data)
+    *lines, status = guestfish.do(f"debug sh {quoted(_RUN)}", seconds=seconds)
+    guestfish.do(f"debug sh {quoted(f'umount {place}')}")
+    guestfish.do(f"rmmountpoint {_SCRIPTS}")
+    # What was a directory may be a link now.
+    for each in tree.filesystems:
+        assert isinstance(each, ApplianceFilesystem)
+        each.forget()
+    return int(status), [line for line in lines if line]
+
+
+def _together(tree: Tree) -> str:
+    """Return lines of shell that mount the branches of *tree* below each other at ROOT."""
+    lines = []
+    for branch in reversed(tree.branches):
+        filesystem = branch.filesystem
+        assert isinstance(filesystem, ApplianceFilesystem)
+        source = _shell_word(os.path.join(f"/sysroot{filesystem.place}", branch.top))
+        point = _shell_word(os.path.join(ROOT, branch.point)) if branch.point else ROOT
+        # The status by which tasks tell that their script did not begin.
+        lines.append(f"mount --bind {source} {point} || exit 125\n")
+    return "".join(lines)
+
+
+def _upload(guestfish: Conversation, path: str, data: bytes) -> None:
+    """Have *data*, which no file of this machine gets, in the new file *path* of the appliance."""
+    descriptor = os.memfd_create("upload")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        guestfish.do(f"upload /proc/{os.getpid()}/fd/{descriptor} {path}")
+    finally:
+        os.close(descriptor)
+
+
+def script_commands() -> list[list[str]]:
+    """Return the commands of ``run_script``."""
+    return _comments(f"upload LOCAL {_SCRIPTS}/script", f"debug sh {quoted(_RUN)}")
 
 
 # The commands of guestfish that have a filesystem fill its partition; all but ext's want it mounted.

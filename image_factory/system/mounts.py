@@ -150,7 +150,9 @@ def chosen(plan: Plan) -> Plan:
     if plan.settings.mount_via != "auto":
         return plan
     name, reason = "loop", "root may"
-    if (unsuited := loop.unsuited(plan)) is not None:
+    if plan.late_tasks:
+        name, reason = "guestfs", "tasks after cleaning run in its appliance"
+    elif (unsuited := loop.unsuited(plan)) is not None:
         name, reason = "guestfs", unsuited
     elif not plan.as_root:
         try:

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,6 +130,12 @@ def digest_of(task: Task) -> str:
     content = _read(task, "task-file", task.file) if task.file else b""
     parts = [task.type, task.command, *task.packages, "", *task.args, "", *map("=".join, task.environment)]
     return hashlib.sha256("\0".join(parts).encode() + b"\0" + content).hexdigest()
+
+
+def digest_with_secrets(tasks: Iterable[Task]) -> str:
+    """Return the SHA-256 of what *tasks* do, and of their secrets: nobody else is to read it."""
+    parts = [f"{digest_of(task)} {hashlib.sha256(secrets_of(task)).hexdigest()}" for task in tasks]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def payload(script: Script) -> bytes:

@@ -1,7 +1,5 @@
 """Tasks in a tree that is no disk yet: in the namespaces of its build, for an ordinary user too, and with no boot."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +8,12 @@ from ..configuration.settings import Task
 from ..disks import bounds
 from ..inside.namespaces import entering_argv
 from ..model import Build, Plan
-from . import digest_of, secrets_of
+from . import digest_with_secrets
 from . import place as place_of
 from .running import Place, script_argv
 
 _SCRIPT = "task-in-tree"
-_DIRECTORY = "/run/image-factory-task"
+DIRECTORY = "/run/image-factory-task"
 
 # Nothing of the user's: also proxies are those of the recipe.
 _ENVIRONMENT = (
@@ -29,9 +27,9 @@ _ENVIRONMENT = (
     "DEBIAN_FRONTEND=noninteractive",
 )
 
-# $1 is the tree, $2 whether there is a network, the rest is the command to run.  The shell is the first process of a
-# pid namespace and has a mount namespace of its own: what the task leaves running or mounted ends with it.
-_RUN = (
+# A script of shell: $1 is the tree, $2 whether there is a network, the rest is the command to run.  Its shell is the
+# first process of a pid namespace and has a mount namespace: what a task leaves running or mounted ends with it.
+RUN = (
     """\
 set -e
 trap '[ "$ready" ] || exit 125' EXIT
@@ -120,7 +118,7 @@ exit $status
 
 def prepare(directory: Path) -> None:
     """Write to the build's *directory* what a place needs."""
-    files.replace(directory / _SCRIPT, _RUN.encode(), mode=0o600)
+    files.replace(directory / _SCRIPT, RUN.encode(), mode=0o600)
 
 
 def place(build: Build, tree: Path, pid: int | str, proxy: str | None) -> Place:
@@ -131,11 +129,15 @@ def place(build: Build, tree: Path, pid: int | str, proxy: str | None) -> Place:
     proxies = [f"{name}={proxy}" for name in ("http_proxy", "https_proxy") if proxy]
 
     def shell(line: str) -> Sequence[str]:
-        apart = _apart(build, tree)
-        words = ("env", "-i", *_ENVIRONMENT, *proxies, *apart, "chroot", str(tree), "sh", "-c", line)
+        words = (*_apart(build, tree), *chroot_argv(str(tree), line, proxies))
         return entering_argv(pid, *words, as_root=build.plan.as_root)
 
-    return Place(shell, _DIRECTORY)
+    return Place(shell, DIRECTORY)
+
+
+def chroot_argv(tree: str, line: str, proxies: Sequence[str] = ()) -> list[str]:
+    """Return the command that runs *line* of shell in *tree*, with nothing of the user's environment."""
+    return ["env", "-i", *_ENVIRONMENT, *proxies, "chroot", tree, "sh", "-c", line]
 
 
 def has_network(plan: Plan) -> bool:
@@ -172,5 +174,4 @@ def identity(plan: Plan) -> dict[str, bytes]:
     found = tasks(plan)
     if not found:
         return {}
-    parts = [[digest_of(task), hashlib.sha256(secrets_of(task)).hexdigest()] for task in found]
-    return {"tasks": json.dumps([has_network(plan), *parts]).encode()}
+    return {"tasks": f"{has_network(plan)} {digest_with_secrets(found)}".encode()}

@@ -34,12 +34,14 @@ class Place:
     *shell* makes the argv that runs a line of shell as root there.  *directory*, on a tmpfs there, is made for a task
     and removed.  *watch*, called each second, raises PlaceGoneError when the system is there no more.  *playbook*
     runs a task that this machine runs, within a number of seconds if that is not None; it is None where none can be.
+    *script* runs one that the system runs, where no command of this machine does.
     """
 
     shell: Callable[[str], Sequence[str]]
     directory: str
     watch: Callable[[], None] | None = None
     playbook: Callable[[Task, float | None], None] | None = None
+    script: Callable[[Task, float | None], None] | None = None
 
 
 def script_argv(task: Task, place: Place) -> list[str]:
@@ -87,7 +89,9 @@ def _tried(task: Task, place: Place) -> str:
     limit = _limit(task)
     start = time.monotonic()
     try:
-        if KINDS[task.type].script:
+        if place.script:
+            place.script(task, limit)
+        elif KINDS[task.type].script:
             command.run(
                 script_argv(task, place),
                 stdin=payload(script_of(task)),

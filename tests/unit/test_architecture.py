@@ -28,7 +28,7 @@ LAYERS = [
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery installers"),
     ("sources", "kind answers forms"),
     ("uploads", "__init__ rsync"),
-    ("tasks", "namespace running __init__"),
+    ("tasks", "offline namespace running __init__"),
     ("told", "record display estimates junit"),
     ("", "parts"),
     ("disks", "bounds making filesystems notation grub layouts reproducible"),

@@ -22,7 +22,7 @@ def tree(tmp_path: Path) -> Path:
 def carried_out(tree: Path, *words: str, network: str = "no") -> "subprocess.CompletedProcess[str]":
     """Run the command *words* as a task of *tree*, in namespaces where this user is root."""
     users = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    argv = ["unshare", *users, "--mount", "--pid", "--net", "--fork", "--kill-child", "sh", "-c", namespace._RUN, "sh"]
+    argv = ["unshare", *users, "--mount", "--pid", "--net", "--fork", "--kill-child", "sh", "-c", namespace.RUN, "sh"]
     return subprocess.run([*argv, str(tree), network, *words], capture_output=True, text=True, check=False)
 
 

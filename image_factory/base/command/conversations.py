@@ -37,24 +37,25 @@ class Conversation:
         self._end = secrets.token_hex(16)
         self._last_lines: deque[str] = deque(maxlen=output.LAST_LINES)
 
-    def do(self, line: str) -> list[str]:
+    def do(self, line: str, seconds: float | None = None) -> list[str]:
         """Give the command *line*, log it and what it prints; return what it prints."""
         logger.info("%s> %s", self._name, line)
-        lines = self.ask(line)
+        lines = self.ask(line, seconds)
         for answer in lines:
             logger.info("%s: %s", self._name, answer)
         return lines
 
-    def ask(self, line: str) -> list[str]:
+    def ask(self, line: str, seconds: float | None = None) -> list[str]:
         """Give the command *line*, return what it prints.
 
-        Raises CommandError if the program ends, BuildError if it doesn't answer in time.
+        Raises CommandError if the program ends, BuildError if it doesn't answer in time: in *seconds*, if it is a
+        command that may take longer than others.
         """
         lines: list[str] = []
         left = output.MOST_PRINTED
         with interrupts.interruptible():
             self._say(line)
-            for answer in self._lines():
+            for answer in self._lines(seconds):
                 if answer == self._end:
                     return lines
                 lines.append(answer)
@@ -101,8 +102,8 @@ class Conversation:
             if self._status():
                 raise self._failure()
 
-    def _lines(self) -> Iterator[str]:
-        deadline = time.monotonic() + self._seconds
+    def _lines(self, seconds: float | None = None) -> Iterator[str]:
+        deadline = time.monotonic() + (seconds or self._seconds)
         while (data := self._read_line(deadline)) is not None:
             line = data.decode("utf-8", errors="replace").rstrip()
             self._last_lines.append(line)

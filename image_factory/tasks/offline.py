@@ -1,0 +1,67 @@
+"""Tasks after cleaning: in libguestfs' appliance, which has the system mounted, and no network."""
+
+import shlex
+from collections.abc import Iterator
+from functools import partial
+
+from ..base.errors import CommandError, ConfigurationError
+from ..configuration.settings import Task
+from ..machines.arch import default_arch
+from ..model import Build, Plan
+from ..parts import State, Step, on_tree
+from ..system import appliance
+from ..system.tree import Tree
+from . import payload, receiving, script_of
+from .namespace import DIRECTORY, RUN, chroot_argv
+from .running import Place, run_task
+
+# More than the system takes to end a task.
+_GRACE_SECONDS = 60.0
+_FOREVER = 365 * 86400.0
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if it is known that a task after cleaning can't be carried out here."""
+    where = f"[{plan.image}] tasks-after-cleaning"
+    if not plan.late_tasks:
+        return
+    if plan.settings.mount_via == "loop":
+        # The sudo rule would be one for all that a user wants root to run.
+        raise ConfigurationError(
+            f"{where}: these run in an appliance only, and mount-via = loop has none.", hint="Set mount-via = guestfs."
+        )
+    if plan.settings.arch != default_arch():
+        raise ConfigurationError(
+            f"{where}: this machine's appliance runs no programs of {plan.settings.arch}.",
+            hint="Move them to tasks, which run in the system itself.",
+        )
+    for task in plan.late_tasks:
+        if task.type == "packages":
+            raise ConfigurationError(
+                f"{where}: {task.name} installs packages, and these run without network.", hint="Move it to tasks."
+            )
+
+
+def steps(build: Build) -> Iterator[Step]:
+    """Give the steps on the mounted system."""
+    for task in build.plan.late_tasks:
+        # No rehearsal has an appliance.
+        yield Step(f"Task {task.name}", on_tree(partial(_carry_out, task)), appliance.script_commands(), when=_mounted)
+
+
+def _mounted(state: State) -> bool:
+    return state.tree is not None
+
+
+def _carry_out(task: Task, build: Build, tree: Tree) -> None:
+    run_task(task, Place(partial(chroot_argv, appliance.ROOT), DIRECTORY, script=partial(_run, tree)))
+
+
+def _run(tree: Tree, task: Task, limit: float | None) -> None:
+    script = script_of(task)
+    words = [appliance.ROOT, "no", *chroot_argv(appliance.ROOT, receiving(script, DIRECTORY, limit))]
+    text = f"set -- {shlex.join(words)}\n{RUN}"
+    seconds = _FOREVER if limit is None else limit + _GRACE_SECONDS
+    status, lines = appliance.run_script(tree, text, payload(script), seconds)
+    if status:
+        raise CommandError([task.name], status, lines)

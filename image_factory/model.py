@@ -182,10 +182,32 @@ class Subvolume:
 
 @dataclass(frozen=True)
 class Entry:
-    """A name in a guest's filesystem; *kind* is ``file``, ``directory``, ``link`` or ``other``."""
+    """A name in a guest's filesystem; *kind* is ``file``, ``directory``, ``link`` or ``other``.
+
+    *target* is where a link leads to, where that was asked for.
+    """
 
     path: str
     kind: str
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What is to be at *path* in a guest's filesystem; *kind* is ``file``, ``directory`` or ``link``.
+
+    A file or a directory has *mode*, a link leads to *target*.  A file has the *size* bytes at *offset* of the file
+    that has the contents of all.
+    """
+
+    path: str
+    kind: str
+    mode: int = 0o755
+    uid: int = 0
+    gid: int = 0
+    target: str = ""
+    offset: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -239,6 +261,17 @@ class Filesystem(Protocol):
 
         One that is not there is made, with the directories on the way: root's, with *mode* and the
         SELinux label of its directory.
+        """
+
+    def look(self, paths: Sequence[str]) -> list[Entry]:
+        """Return those of *paths*, which are no patterns, that are there, links with where they lead to."""
+
+    def put(self, items: Sequence[Placed], contents: Path) -> None:
+        """Make *items*, whose bytes are in the file *contents*, in their order.
+
+        The directory of each is there, or is an item before.  A directory that is there stays as it is; a file takes
+        the place of a file and keeps its SELinux label, a link that of a link; nothing takes that of anything else.
+        What is new has the label of its directory.
         """
 
     def rename(self, path: str, name: str) -> None:

@@ -19,7 +19,7 @@ from ..base import command
 from ..base.command import Conversation
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.log import logger, step
-from ..model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
+from ..model import Build, Change, Disk, Entry, Placed, Plan, Subvolume, Volume
 from . import assembly, partitions
 from .rehearsal import Call
 from .tree import Branch, Tree
@@ -46,6 +46,8 @@ _SHOWN = 16 << 20
 _HEADING = 1 << 10
 # A file that is read as a whole has at most so many bytes.
 _WHOLE = 1 << 20
+# Of files that are written at once.
+_LARGEST_ARCHIVE = 64 << 20
 # So long is a list of names at most.
 _LARGEST_ANSWER = 65 << 20
 # So much of a file is asked for at once: a message of libguestfs has 4 MiB at most.
@@ -119,6 +121,8 @@ _LINES = {
     "read": "pread {place}/{}",
     "load": "pread {place}/{}",
     "write": "upload LOCAL {place}/{}",
+    "look": "lstatns {place}/FILE",
+    "put": "tar-in LOCAL {place}/ xattrs:true",
     "rename": "rename {place}/{} {place}/NAME",
     "remove": "rm-rf {place}/{}",
     "truncate": "truncate {place}/{}",
@@ -143,8 +147,8 @@ def commands(build: Build, calls: Sequence[Call]) -> list[list[str]]:
         if call.operation == "trim":
             found += [_punch_argv(build), *_comments("sync", f"-fstrim {_PLACE}")]
         elif line := _LINES.get(call.operation):
-            # What is behind a path is its new name or its mode.
-            paths = call.words[:1] if call.operation in ("write", "rename") else call.words
+            # What is behind a path is its new name or its mode.  Paths that no word names are known in the build only.
+            paths = call.words[:1] if call.operation in ("write", "rename") else call.words or ("",)
             found += _comments(*(line.format(path, place=_PLACE) for path in paths))
     return found
 
@@ -293,12 +297,65 @@ class ApplianceFilesystem:
 
     def _copy_label(self, directory: str, new: str) -> None:
         """Give what is *new* in *directory* the label that SELinux, where it is on, would give it."""
-        # lgetxattr prints a value without the end of a line, so the answer would have none.
-        text = "\n".join(self.guestfish.ask(f"-lgetxattrs {self._word(directory)}"))
-        found = re.search(rf"attrname: {re.escape(_LABEL)}\n *attrval: ([!-~]+)", text)
-        label = found[1].removesuffix("\\x00") if found else ""
+        label = self._label(directory)
         if label:
             self.guestfish.do(f"lsetxattr {_LABEL} {quoted(label)} {len(label)} {self._word(new)}")
+
+    def _label(self, path: str) -> str:
+        """Return the label of *path*, empty if it has none."""
+        # lgetxattr prints a value without the end of a line, so the answer would have none.
+        text = "\n".join(self.guestfish.ask(f"-lgetxattrs {self._word(path)}"))
+        found = re.search(rf"attrname: {re.escape(_LABEL)}\n *attrval: ([!-~]+)", text)
+        return found[1].removesuffix("\\x00") if found else ""
+
+    def look(self, paths: Sequence[str]) -> list[Entry]:
+        """Return those of *paths* that are there."""
+        known = [path for path in paths if self._is_directory(path.rpartition("/")[0])]
+        return [self._entry(path, _kind_of(status)) for path, status in self._statuses(known).items()]
+
+    def _entry(self, path: str, kind: str) -> Entry:
+        lines = self.guestfish.do(f"readlink {self._word(path)}") if kind == "link" else []
+        return Entry(path, kind, "\n".join(lines))
+
+    def put(self, items: Sequence[Placed], contents: Path) -> None:
+        """Make *items*, whose bytes are in the file *contents*."""
+        # A whole archive takes no longer than a single file.
+        labels: dict[str, str] = {}
+        file = _scratch(self.build)
+        with contents.open("rb") as data:
+            for group in _groups_to_put(items):
+                with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as archive:
+                    for item, label in self._prepared(group, labels):
+                        data.seek(item.offset)
+                        archive.addfile(_member(item, label), data if item.size else None)
+                self.guestfish.do(f"tar-in {quoted(str(file))} {self._word('')} xattrs:true")
+
+    def _prepared(self, items: Sequence[Placed], made: dict[str, str]) -> Iterator[tuple[Placed, str]]:
+        """Give those of *items* that an archive is to have, with their labels.
+
+        *made* has the labels of the directories that are, or will be, made before.
+        """
+        outside = [item.path for item in items if _directory_of(item.path) not in made]
+        kinds = {entry.path: entry.kind for entry in self.look(outside)}
+        seen: dict[str, str] = {}
+        for item in items:
+            directory, kind = _directory_of(item.path), kinds.get(item.path)
+            if kind not in (None, item.kind):
+                raise BuildError(f"/{_shown_name(item.path)} of the guest is no {item.kind}.")
+            if directory not in made and directory not in seen:
+                if not self._is_directory(directory):
+                    raise BuildError(f"/{_shown_name(directory)} of the guest is no directory.")
+                self._make_changeable(directory)
+                seen[directory] = self._label(directory)
+            if kind == "directory":
+                continue
+            label = made.get(directory, seen.get(directory, ""))
+            if kind == "file":
+                self._make_changeable(item.path)
+                label = self._label(item.path)
+            if item.kind == "directory":
+                made[item.path] = label
+            yield item, label
 
     def rename(self, path: str, name: str) -> None:
         """Give *path* another *name*."""
@@ -542,6 +599,36 @@ class ApplianceFilesystem:
             where = _shown_name(directory)
             raise BuildError(f"/{where} of the guest has more than {_LARGEST_ANSWER >> 20} MiB of names.")
         return sorted(os.fsdecode(name) for name in file.read_bytes().split(b"\0") if name)
+
+
+def _directory_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _groups_to_put(items: Sequence[Placed]) -> Iterator[list[Placed]]:
+    """Give *items* in groups whose archives are not too large, but for that of a single large file."""
+    group: list[Placed] = []
+    size = 0
+    for item in items:
+        if group and size + item.size > _LARGEST_ARCHIVE:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += item.size
+    if group:
+        yield group
+
+
+def _member(item: Placed, label: str) -> tarfile.TarInfo:
+    """Return what an archive has of *item*, with the *label* of SELinux, if it has one."""
+    member = tarfile.TarInfo(item.path)
+    types = {"file": tarfile.REGTYPE, "directory": tarfile.DIRTYPE, "link": tarfile.SYMTYPE}
+    member.type, member.mode, member.size = types[item.kind], item.mode, item.size
+    member.uid, member.gid, member.linkname = item.uid, item.gid, item.target
+    member.mtime = int(time.time())
+    if label:
+        member.pax_headers = {f"SCHILY.xattr.{_LABEL}": label}
+    return member
 
 
 def _numbers(lines: Iterable[str]) -> Status:

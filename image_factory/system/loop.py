@@ -16,7 +16,7 @@ from ..base import command, fuse, locks
 from ..base.cleanup import released
 from ..base.errors import BuildError, ConfigurationError
 from ..base.log import logger, step, waiting
-from ..model import Build, Change, Disk, Entry, Plan, Subvolume, Volume
+from ..model import Build, Change, Disk, Entry, Placed, Plan, Subvolume, Volume
 from . import assembly, partitions, privileged
 from .rehearsal import Call
 from .tree import Tree
@@ -68,6 +68,14 @@ class LoopFilesystem:
     def write(self, path: str, data: bytes, mode: int) -> None:
         """Have *data* in the file *path*."""
         privileged.write(self.path, path, data, mode)
+
+    def look(self, paths: Sequence[str]) -> list[Entry]:
+        """Return those of *paths* that are there."""
+        return privileged.look(self.path, paths)
+
+    def put(self, items: Sequence[Placed], contents: Path) -> None:
+        """Make *items*, whose bytes are in the file *contents*."""
+        privileged.put(self.path, items, contents)
 
     def rename(self, path: str, name: str) -> None:
         """Give *path* another *name*."""
@@ -171,6 +179,8 @@ _VERBS = {
     "entries": "list",
     "read": "read",
     "write": "write",
+    "look": "look",
+    "put": "put",
     "rename": "rename",
     "remove": "remove",
     "truncate": "truncate",

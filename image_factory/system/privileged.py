@@ -11,13 +11,13 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import __version__
 from ..base import command
 from ..base.errors import BuildError, CommandError, ConfigurationError
-from ..model import Change, Entry, Subvolume
+from ..model import Change, Entry, Placed, Subvolume
 
 HELPER = "image-factory-sudo-helper"
 
@@ -30,6 +30,9 @@ _NAME = re.compile(r"\.?[A-Za-z0-9_@][A-Za-z0-9._@+~-]{0,254}")
 _LEVELS = 24
 # The directory of a btrfs subvolume, below which patterns begin.
 _TOP_LEVELS = 8
+
+# So many bytes of files it is given at once.
+_PLACED_AT_ONCE = 32 << 20
 
 # A trim or an umount may have much to write to a slow disk, but nothing is waited for for ever.
 _SECONDS = 1800.0
@@ -147,6 +150,45 @@ def read(directory: Path, patterns: Sequence[str]) -> dict[str, bytes]:
 def write(directory: Path, path: str, data: bytes, mode: int) -> None:
     """Write *data* to the file *path* below the tree at *directory*; a new one has *mode*."""
     _run("write", str(directory), f"{mode:04o}", path, stdin=data)
+
+
+def look(directory: Path, paths: Sequence[str]) -> list[Entry]:
+    """Return those of *paths* below the tree at *directory* that are there, links with where they lead to."""
+    lines = "".join(f"{json.dumps(path)}\n" for path in paths).encode("ascii")
+    return [Entry(*json.loads(line)) for line in _run("look", str(directory), stdin=lines).splitlines()]
+
+
+def put(directory: Path, items: Sequence[Placed], contents: Path) -> None:
+    """Make *items*, whose bytes are in the file *contents*, below the tree at *directory*, in their order."""
+    with contents.open("rb") as file:
+        for pieces in _pieces(items):
+            stream = bytearray()
+            for item, start, size in pieces:
+                words: list[str | int] = [item.target if item.kind == "link" else item.mode, item.uid, item.gid]
+                words += [start, size] if item.kind == "file" else []
+                stream += f"{json.dumps([item.kind, item.path, *words])}\n".encode("ascii")
+                file.seek(item.offset + start)
+                stream += file.read(size)
+            _run("put", str(directory), stdin=bytes(stream))
+
+
+def _pieces(items: Sequence[Placed]) -> Iterator[list[tuple[Placed, int, int]]]:
+    """Give *items* in groups of so many bytes, each with a beginning and a size: a large file goes in several."""
+    group: list[tuple[Placed, int, int]] = []
+    room = _PLACED_AT_ONCE
+    for item in items:
+        start = 0
+        while True:
+            size = min(item.size - start, room)
+            group.append((item, start, size))
+            start, room = start + size, room - size
+            if not room:
+                yield group
+                group, room = [], _PLACED_AT_ONCE
+            if start == item.size:
+                break
+    if group:
+        yield group
 
 
 def rename(directory: Path, path: str, name: str) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..base import events, log
-from ..model import Change, Entry, Subvolume, Volume
+from ..model import Change, Entry, Placed, Subvolume, Volume
 from .tree import Branch, Tree
 
 
@@ -59,6 +60,15 @@ class RecordingFilesystem:
     def write(self, path: str, data: bytes, mode: int) -> None:
         """Note it."""
         self._note("write", path, f"{mode:04o}")
+
+    def look(self, paths: Sequence[str]) -> list[Entry]:
+        """Note it."""
+        self._note("look")
+        return []
+
+    def put(self, items: Sequence[Placed], contents: Path) -> None:
+        """Note it."""
+        self._note("put")
 
     def rename(self, path: str, name: str) -> None:
         """Note it."""

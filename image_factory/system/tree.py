@@ -9,11 +9,12 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..base import interrupts
 from ..base.errors import BuildError
 from ..base.units import format_size
-from ..model import Change, Entry, Filesystem, LogicalVolumes, Volume
+from ..model import Change, Entry, Filesystem, LogicalVolumes, Placed, Volume
 
 # What programs keep snapshots in, beside what they know of each: snapper, Timeshift.
 _OF_SNAPSHOT = re.compile(r"(?:.*/)?\.snapshots/[0-9]+|(?:.*/)?timeshift-btrfs/snapshots/[^/]+")
@@ -148,6 +149,24 @@ class Tree:
         """Have *data* in the regular file *path*; a new one is root's, with *mode*."""
         branch = self._branch_of(path)
         branch.filesystem.write(branch.inner(path), data, mode)
+
+    def look(self, paths: Sequence[str]) -> dict[str, Entry]:
+        """Return those of *paths*, which are no patterns, that are there, links with where they lead to."""
+        found: dict[str, Entry] = {}
+        for branch, inner in self._routed(paths):
+            entries = branch.filesystem.look(inner)
+            self.budget.spend(names=len(entries))
+            for entry in entries:
+                path = branch.outer(entry.path)
+                found[path] = dataclasses.replace(entry, path=path)
+        return found
+
+    def put(self, items: Sequence[Placed], contents: Path) -> None:
+        """Make *items*, whose bytes are in the file *contents*; see ``Filesystem``."""
+        for branch, inner in self._routed([item.path for item in items]):
+            own = [item for item in items if self._branch_of(item.path) is branch]
+            placed = [dataclasses.replace(item, path=path) for item, path in zip(own, inner, strict=True)]
+            branch.filesystem.put(placed, contents)
 
     def rename(self, path: str, name: str) -> None:
         """Give *path* another *name* in its directory, which nothing there has."""

@@ -122,6 +122,17 @@ REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("list: in another user's mount", ["list", "<THEIRS>", "*"]),
     ("list: through a link", ["list", "<OWN>/link", "*"]),
     ("list: a pattern in the middle", ["list", "<MOUNTED>", "*/x"]),
+    ("look: a word more", ["look", "<MOUNTED>", "etc"]),
+    ("look: outside of a mount", ["look", "<OWN>"]),
+    ("look: in another user's mount", ["look", "<THEIRS>"]),
+    ("look: the machine's root", ["look", "/"]),
+    ("look: through a link", ["look", "<OWN>/link"]),
+    ("put: a word more", ["put", "<MOUNTED>", "etc/x"]),
+    ("put: outside of a mount", ["put", "<OWN>"]),
+    ("put: in another user's mount", ["put", "<THEIRS>"]),
+    ("put: the machine's root", ["put", "/"]),
+    ("put: below the mount's root", ["put", "<MOUNTED>/etc"]),
+    ("put: through a link", ["put", "<OWN>/link"]),
     ("read: nothing named", ["read", "<MOUNTED>"]),
     ("read: with ..", ["read", "<MOUNTED>", "etc/../../shadow"]),
     ("read: absolute", ["read", "<MOUNTED>", "/etc/shadow"]),
@@ -343,6 +354,113 @@ def test_write_makes_what_is_not_there(scene: Scene) -> None:
         assert os.listxattr(point / "plain") == []
 
 
+def stream(*items: object) -> bytes:
+    """Return the input of put, or of look: JSON for each of *items*, and bytes as they are."""
+    return b"".join(item if isinstance(item, bytes) else f"{json.dumps(item)}\n".encode() for item in items)
+
+
+def test_put_makes_what_stdin_says(scene: Scene) -> None:
+    outside = scene.outside()
+    with own_mount(scene) as point:
+        for name, label in (("etc", b"system_u:object_r:etc_t:s0\0"), ("etc/fstab", b"system_u:object_r:fstab_t:s0\0")):
+            os.setxattr(point / name, "security.selinux", label)
+        odd = "etc/é \udcff\n-*"
+        items = [
+            *(["directory", "etc", 0o700, 9, 9], ["directory", odd, 0o2750, 1234, 4321]),
+            *(["file", f"{odd}/file", 0o4711, 5, 6, 0, 4], b"one\n", ["file", "etc/fstab", 0o640, 7, 8, 0, 0]),
+            *(["file", f"{odd}/file", 0, 0, 0, 4, 4], b"two\n", ["link", "etc/link", "../../../x y", 5, 6]),
+            *(["file", "plain", 0o600, 0, 0, 0, 3], b"\n[]"),
+        ]
+        for _ in range(2):
+            done = scene.helper("put", str(point), stdin=stream(*items))
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+            assert (point / odd / "file").read_bytes() == b"one\ntwo\n"
+            assert (point / "plain").read_bytes() == b"\n[]"
+            assert os.readlink(point / "etc/link") == "../../../x y"
+        found = {name: (point / name).lstat() for name in ("etc", odd, f"{odd}/file", "etc/fstab", "etc/link")}
+        assert {name: (status.st_uid, status.st_gid, status.st_mode & 0o7777) for name, status in found.items()} == {
+            "etc": (0, 0, 0o755), odd: (1234, 4321, 0o2750), f"{odd}/file": (5, 6, 0o4711), "etc/fstab": (7, 8, 0o640),
+            "etc/link": (5, 6, 0o777),
+        }  # fmt: skip
+        labels = {
+            name: os.getxattr(point / name, "security.selinux", follow_symlinks=False).decode()[18:-4] for name in found
+        }
+        assert labels == {name: "fstab_t" if name == "etc/fstab" else "etc_t" for name in found}
+        assert os.listxattr(point / "plain") == []
+        done = scene.helper("look", str(point), stdin=stream("etc", odd, "none", "etc/none/x", "plain/x", "etc/link"))
+        assert [json.loads(line) for line in done.stdout.splitlines()] == [
+            ["etc", "directory", ""], [odd, "directory", ""], ["etc/link", "link", "../../../x y"],
+        ]  # fmt: skip
+    assert scene.outside() == outside
+
+
+PUT_REFUSED: dict[str, tuple[object, ...]] = {
+    "no JSON": (b"x\n",),
+    "no list": ("etc/x",),
+    "nothing": ([],),
+    "a kind alone": (["file"],),
+    "an unknown kind": (["device", "x", 0o644, 0, 0],),
+    "a kind that is a list": ([["file"], "x", 0o644, 0, 0, 0, 0],),
+    "words are missing": (["file", "x", 0o644, 0, 0],),
+    "a word more": (["directory", "x", 0o755, 0, 0, 0],),
+    "a path that is a number": (["directory", 1, 0o755, 0, 0],),
+    "an empty path": (["directory", "", 0o755, 0, 0],),
+    "the root": (["directory", ".", 0o755, 0, 0],),
+    "..": (["file", "../x", 0o644, 0, 0, 0, 0],),
+    ".. in the middle": (["file", "etc/../x", 0o644, 0, 0, 0, 0],),
+    ".. at the end": (["link", "etc/..", "x", 0, 0],),
+    "absolute": (["file", "/etc/x", 0o644, 0, 0, 0, 0],),
+    "a slash at the end": (["directory", "etc/x/", 0o755, 0, 0],),
+    "a zero byte": (["file", "etc/x\0y", 0o644, 0, 0, 0, 0],),
+    "a long name": (["file", "x" * 256, 0o644, 0, 0, 0, 0],),
+    "a deep path": (["file", "/".join("x" * 300), 0o644, 0, 0, 0, 0],),
+    "a lone surrogate": (["file", "\ud800", 0o644, 0, 0, 0, 0],),
+    "a long line": (["link", "x", "y" * 70_000, 0, 0],),
+    "a negative owner": (["directory", "x", 0o755, -1, 0],),
+    "no owner": (["directory", "x", 0o755, (1 << 32) - 1, 0],),
+    "an owner that is none": (["directory", "x", 0o755, True, 0],),
+    "a name of an owner": (["directory", "x", 0o755, "root", 0],),
+    "a mode with a type": (["file", "x", 0o100644, 0, 0, 0, 0],),
+    "a negative size": (["file", "x", 0o644, 0, 0, 0, -1],),
+    "a size of many digits": (b'["file", "x", 420, 0, 0, 0, ' + b"9" * 5000 + b"]\n",),
+    "a size that is no number": (b'["file", "x", 420, 0, 0, 0, NaN]\n',),
+    "an empty target": (["link", "x", "", 0, 0],),
+    "too few bytes": (["file", "x", 0o644, 0, 0, 0, 5], b"four"),
+    "no directory": (["file", "none/x", 0o644, 0, 0, 0, 0],),
+    "below a file": (["file", "etc/fstab/x", 0o644, 0, 0, 0, 0],),
+    "below a link": (["file", "var/lib/secret/x", 0o644, 0, 0, 0, 0],),
+    "a new directory below a link": (["directory", "var/adm/autoinstall/x", 0o755, 0, 0],),
+    "a file over a link": (["file", "var/lib/secret", 0o644, 0, 0, 0, 0],),
+    "the rest of a file over a link": (["file", "var/lib/secret", 0o644, 0, 0, 14, 1], b"x"),
+    "a file over a directory": (["file", "etc", 0o644, 0, 0, 0, 0],),
+    "a file over a pipe": (["file", "var/log/YaST2/fifo", 0o644, 0, 0, 0, 0],),
+    "a file over a device": (["file", "var/log/YaST2/y2log", 0o644, 0, 0, 0, 0],),
+    "a link over a file": (["link", "etc/fstab", "x", 0, 0],),
+    "a directory over a link": (["directory", "var/lib/secret", 0o755, 0, 0],),
+    "the rest of nothing": (["file", "x", 0o644, 0, 0, 5, 1], b"x"),
+    "the rest of another file": (["file", "etc/fstab", 0o644, 0, 0, 1 << 40, 1], b"x"),
+}
+
+
+def test_put_refuses_what_it_does_not_know(scene: Scene) -> None:
+    outside = scene.outside()
+    with own_mount(scene) as point:
+        before = {path: path.lstat()[:3] for path in point.rglob("*")}
+        for name, items in PUT_REFUSED.items():
+            done = scene.helper("put", str(point), stdin=stream(*items))
+            assert done.returncode == 1, name
+            assert done.stderr.startswith("image-factory-sudo-helper: ") and done.stderr.count("\n") == 1, name
+            assert "Traceback" not in done.stderr, name
+            # What has too few bytes is there in part.
+            (point / "x").unlink(missing_ok=True)
+        for line in (b"x\n", b"1\n", stream("../etc"), stream("/etc/passwd"), stream([]), b'"' + b"x" * 70_000):
+            assert scene.helper("look", str(point), stdin=line).returncode == 1
+        done = scene.helper("look", str(point), stdin=stream("var/lib/secret/file", "var/adm/autoinstall/x"))
+        assert (done.returncode, done.stdout) == (0, "")
+        assert {path: path.lstat()[:3] for path in point.rglob("*")} == before
+    assert scene.outside() == outside
+
+
 @pytest.mark.parametrize("flag", ["i", "a"])
 def test_attributes_do_not_stop_it(scene: Scene, flag: str) -> None:
     with own_mount(scene) as point:
@@ -353,6 +471,9 @@ def test_attributes_do_not_stop_it(scene: Scene, flag: str) -> None:
         assert scene.helper("truncate", str(point), "etc/x").stdout == "1 4 etc/x\n"
         assert scene.helper("rename", str(point), "etc/x", "z").returncode == 0
         assert scene.helper("write", str(point), "0644", "etc/y", stdin=b"new").returncode == 0
+        run("chattr", f"+{flag}", point / "etc", point / "etc/y")
+        items = (["file", "etc/y", 0o644, 0, 0, 0, 3], b"new", ["directory", "etc/new", 0o755, 0, 0])
+        assert scene.helper("put", str(point), stdin=stream(*items)).returncode == 0
         run("chattr", f"+{flag}", point / "etc")
         assert scene.helper("write", str(point), "0644", "etc/new/file", stdin=b"new").returncode == 0
         assert scene.helper("remove", str(point), "d/*").stdout == "3 4 d/e\n1 4 d/h\n"

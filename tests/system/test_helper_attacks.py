@@ -95,6 +95,8 @@ def test_link_in_the_way_to_the_image(scene: Scene, image: Path, point: Path, fr
         "rename",
         "truncate",
         "write",
+        "look",
+        "put",
         "trim",
         "usage",
         "keys",
@@ -114,6 +116,8 @@ def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Pa
         "rename": ["rename", str(path), "root/install.log", "x"],
         "truncate": ["truncate", str(path), "root/install.log"],
         "write": ["write", str(path), "0644", "root/install.log"],
+        "look": ["look", str(path)],
+        "put": ["put", str(path)],
         "trim": ["trim", str(path)],
         "usage": ["usage", str(path)],
         "keys": ["keys", str(path)],
@@ -146,6 +150,11 @@ def test_link_in_the_way_inside_the_mount(scene: Scene, position: int) -> None:
         assert listed == (f'["{path}", "link"]\n' if position == 3 else "")
         assert refused(scene.helper("write", str(mounted), "0644", str(path), stdin=b"new"))
         assert refused(scene.helper("write", str(mounted), "0644", f"{path}/x/y", stdin=b"new"))
+        for name in (str(path), f"{path}/x"):
+            item = f'["file", "{name}", 420, 0, 0, 0, 3]\nnew'.encode()
+            assert refused(scene.helper("put", str(mounted), stdin=item))
+            looked = scene.helper("look", str(mounted), stdin=f'"{name}"\n'.encode()).stdout
+            assert looked.startswith(f'["{path}", "link", ') if position == 3 and name == str(path) else looked == ""
         assert refused(scene.helper("rename", str(mounted), str(path), "x")) == (position != 3)
         if position == 3:
             # The link itself got another name.
@@ -504,6 +513,9 @@ def test_write_to_a_full_disk(scene: Scene) -> None:
         run("sh", "-c", f"dd if=/dev/zero of={mounted}/full2 bs=1k 2>/dev/null || true")
         assert refused(scene.helper("write", str(mounted), "0644", "etc/fstab", stdin=bytes(1 << 20)))
         assert refused(scene.helper("write", str(mounted), "0644", "etc/new", stdin=bytes(1 << 20)))
+        item = b'["file", "etc/put", 420, 0, 0, 0, 1048576]\n' + bytes(1 << 20)
+        done = scene.helper("put", str(mounted), stdin=item)
+        assert refused(done) and "No space left on device" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class Reached(enum.StrEnum):
     """How far a build has come for good, in this order: each is written down when what it says is done."""
 
     INSTALLED = "installed"
+    TASKED = "tasked"
     CLEANED = "cleaned"
     CONVERTED = "converted"
     PUBLISHED = "published"
@@ -222,6 +223,13 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
             f"[{plan.image}] {' and '.join(changed)} changed since the disk was installed.",
             hint="Build it without --resume, or take the change back.",
         )
+    if "tasks" in _changed(found.outputs, outputs_of(plan)) and (
+        found.is_at(Reached.TASKED) or any(directory.glob(f"{tasks.DONE_PREFIX}*"))
+    ):
+        raise ConfigurationError(
+            f"[{plan.image}] tasks changed since they were carried out.",
+            hint="Build it without --resume, or take the change back.",
+        )
     sealing = [
         key.replace("_", "-") for key in _changed(found.outputs, outputs_of(plan)) if key in (*_SEALING, _LATE_TASKS)
     ]
@@ -308,6 +316,8 @@ def outputs_of(plan: Plan) -> dict[str, str]:
     found = {key: _digest(repr(getattr(settings, key)).encode()) for key in keys}
     if plan.late_tasks:
         found[_LATE_TASKS] = tasks.digest_with_secrets(plan.late_tasks)
+    if plan.tasks and tasks.place(plan) == "guest":
+        found["tasks"] = tasks.digest_with_secrets(plan.tasks)
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from .base import scratch
+from .base.events import TaskEnded
 from .base.log import step
 from .model import Artifact, Build, Disk, Plan, Volume
 from .system import mounts
@@ -33,7 +34,8 @@ class State:
 
     *tree* is there while the disk is mounted, *volumes* are those of the disk that was, and *unfreed* those of them
     whose unused blocks are not all zeros.  *artifacts* are in the order of the formats.  *cleans* is whether this build
-    itself cleans the disk, and no earlier one has.
+    itself cleans the disk, and no earlier one has.  *attended* is whether the user wants a shell where something fails.
+    *tasks* are those that this build has carried out.
     """
 
     build: Build
@@ -44,6 +46,8 @@ class State:
     artifacts: tuple[Artifact, ...] = ()
     served: Served | None = None
     cleans: bool = True
+    attended: bool = False
+    tasks: tuple[TaskEnded, ...] = ()
 
 
 class Shown(NamedTuple):

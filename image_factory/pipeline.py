@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import checkpoint, outputs, publish, workspace
+from . import checkpoint, outputs, publish, tasks, workspace
 from .base import command, events, interrupts
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, InstalledError, NoSystemError
 from .base.files import check_readable
@@ -26,7 +26,7 @@ from .model import Artifact, Build, Disk, Plan
 from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
 from .sources import SOURCES, DiskSource
 from .system import mounts
-from .tasks import offline
+from .tasks import guest, offline
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,15 @@ def _checksumming(build: Build) -> Steps:
     return checksum.steps(build, outputs.formats(build.plan))
 
 
+def _check_tasks(plan: Plan) -> None:
+    tasks.check(plan)
+    guest.check(plan)
+
+
 # The whole build, in its order.  All that has to know what a build does reads it here.
 STAGES = (
     Stage("install", (Part(_installing, lambda plan: _source(plan).programs(plan)),), Reached.INSTALLED),
+    Stage("tasks", (Part(guest.steps, guest.programs, _check_tasks),), Reached.TASKED),
     Stage(
         "clean",
         (
@@ -231,7 +237,7 @@ def build_image(
         events.observed(chosen),
         _shell_on_error(build, chosen, shell_on_error),
     ):
-        state = State(build, Disk(build.disk_path))
+        state = State(build, Disk(build.disk_path), attended=shell_on_error)
         if resume:
             done = checkpoint.resumed(plan, build.directory)
             state = _gone_on(state, done)
@@ -310,7 +316,7 @@ def _shell_on_error(build: Build, chosen: _Chosen, wanted: bool) -> Iterator[Non
     try:
         yield
     except BuildError as error:
-        if wanted and build.disk_path.is_file():
+        if wanted and not error.attended and build.disk_path.is_file():
             logger.error("%s", error.message)
             logger.error("A shell is opened where the build failed; the build ends when you leave it.")
             try:

@@ -18,6 +18,7 @@ from .inside import namespaces
 from .machines import libvirt
 from .model import READ_ONLY_NAME, VM_PREFIX, WORK_PREFIX, Build, Plan
 from .system import loop
+from .tasks import DONE_PREFIX
 
 _VM_FILE = "vm-name"
 _IN_ITS_PLACE = "Remove what is in its place, or build into another directory with --output-dir."
@@ -130,7 +131,9 @@ def _records(directory: Path) -> list[Path]:
 def _kept(directory: Path) -> list[Path]:
     """Return what is to be resumed, and what is to be made read-only then."""
     found = checkpoint.read(directory)
-    return [directory / name for name in (*found.kept, READ_ONLY_NAME)] if found else []
+    if not found:
+        return []
+    return [*(directory / name for name in (*found.kept, READ_ONLY_NAME)), *directory.glob(f"{DONE_PREFIX}*")]
 
 
 def _remove(directory: Path) -> None:

@@ -15,6 +15,8 @@ class ImageFactoryError(Exception):
     """
 
     exit_status = 1
+    # Whether the user was given a shell where it happened.
+    attended = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

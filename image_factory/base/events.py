@@ -215,6 +215,18 @@ class StepTimes:
             self.ended.append(event)
 
 
+class TasksEnded:
+    """An observer that keeps the tasks that have ended, however."""
+
+    def __init__(self) -> None:
+        self.found: list[TaskEnded] = []
+
+    def notice(self, event: Event) -> None:
+        """Keep *event* if it is one."""
+        if isinstance(event, TaskEnded):
+            self.found.append(event)
+
+
 class Differences:
     """An observer that keeps what has changed since the build before, None if that is not known."""
 

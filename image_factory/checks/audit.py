@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from .. import tasks
 from ..base import command, events, interrupts
 from ..base.cleanup import released
 from ..base.errors import BuildError, CommandError, ConfigurationError
@@ -45,13 +46,14 @@ class Secrets:
     """The secrets of a build, of which its image is to have none: *answers* are pieces of the answer file.
 
     *credentials* are users and passwords of proxies and mirrors, the user empty where there is none.
-    *seed* are the texts of the seed disk's other files.
+    *seed* are the texts of the seed disk's other files, *tasks* those of the secrets of tasks, each with its task.
     """
 
     answers: tuple[bytes, ...] = field(default=(), repr=False)
     hashes: frozenset[bytes] = field(default=frozenset(), repr=False)
     credentials: frozenset[tuple[str, str]] = field(default=frozenset(), repr=False)
     seed: tuple[str, ...] = field(default=(), repr=False)
+    tasks: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
 
 def _no_files(look: Look, asked: Asked) -> leftovers.Found:
@@ -162,6 +164,11 @@ def _seeds(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
         yield "a file of the seed disk", text.encode()
 
 
+def _task_secrets(secrets: Secrets) -> Iterator[tuple[str, bytes]]:
+    for name, text in secrets.tasks:
+        yield f"a secret of task {name}", text.encode()
+
+
 # In this order they are made and told.
 CHECKS = (
     Check(
@@ -211,6 +218,12 @@ CHECKS = (
         "from keys such as *proxy-password*, anywhere on the disk; one of less than 8 characters only together with "
         "its user.",
         needles=_passwords,
+    ),
+    Check(
+        "task-secrets",
+        "What a file of **task-secrets** has, anywhere on the disk: its values and its lines, but for those of less "
+        "than 6 characters.",
+        needles=_task_secrets,
     ),
     Check(
         "logs",
@@ -287,7 +300,15 @@ def secrets_of(build: Build) -> tuple[Asked, Secrets]:
     credentials |= {("", text.strip()) for key, text in texts.items() if _PASSWORD_KEY.fullmatch(key)}
     return (
         Asked(frozenset(hashes), frozenset(keys), given.name),
-        Secrets(given.pieces, frozenset(hashes), frozenset(credentials), given.marks),
+        Secrets(given.pieces, frozenset(hashes), frozenset(credentials), given.marks, _secrets_of_tasks(plan)),
+    )
+
+
+def _secrets_of_tasks(plan: Plan) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (task.name, text)
+        for task in (*plan.tasks, *plan.late_tasks)
+        for text in tasks.hidden_in(tasks.secrets_of(task))
     )
 
 

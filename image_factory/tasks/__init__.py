@@ -16,11 +16,14 @@ from pathlib import Path
 from ..base import log
 from ..base.errors import ConfigurationError, reason_of
 from ..configuration.settings import Task
-from ..model import Plan
+from ..model import Build, Plan
 
 # A secret of fewer characters is a word that any output may have.
 _SHORTEST_SECRET = 6
 _LARGEST_FILE = 4 << 20
+
+# Of the name of what tasks have done, before it is on the disk.
+DONE_PREFIX = "tasks-done-"
 
 # Of a shell's variables, and of YAML's and JSON's mappings.
 _ASSIGNMENT = re.compile(r"""\s*(?:export\s+)?["']?[A-Za-z_][\w.-]*["']?\s*(?:=|:\s)\s*(?P<value>.*?),?\s*""")
@@ -136,6 +139,11 @@ def digest_with_secrets(tasks: Iterable[Task]) -> str:
     """Return the SHA-256 of what *tasks* do, and of their secrets: nobody else is to read it."""
     parts = [f"{digest_of(task)} {hashlib.sha256(secrets_of(task)).hexdigest()}" for task in tasks]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def done_path(build: Build) -> Path:
+    """Return the overlay of all tasks that are done, there until it is written to the disk."""
+    return build.directory / f"{DONE_PREFIX}{digest_with_secrets(build.plan.tasks)[:32]}.qcow2"
 
 
 def payload(script: Script) -> bytes:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..base import command, events
+from ..base import command, events, interrupts
 from ..base.errors import BuildError, CommandError
 from ..base.events import TaskEnded
 from ..base.log import logger, printable
@@ -18,6 +18,9 @@ from . import KINDS, digest_of, payload, receiving, script_of
 _NOT_RECEIVED = 125
 # busybox has no status of its own for it; a task that heeds no SIGTERM is killed.
 _TOO_LONG = (124, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
+# Of ssh(1).
+_NO_CONNECTION = 255
+_BROKEN_SECONDS = 60.0
 # The system ends a task that takes too long.  Where it doesn't, it is left after so many more seconds.
 _GRACE_SECONDS = 30.0
 _LONGEST_SAID = 300
@@ -62,9 +65,9 @@ def run_task(task: Task, place: Place) -> None:
             if not problem or not left:
                 break
             logger.warning("Task %s %s. It is tried again.", task.name, problem)
-    except BuildError as error:
+    except PlaceGoneError as error:
         _tell(task, start, "failed", error.message)
-        raise
+        raise PlaceGoneError(f"Task {task.name} failed: {error.message}.", hint=error.hint) from error
     if not problem:
         _tell(task, start, "passed", "")
     elif task.allow_failure:
@@ -107,6 +110,9 @@ def _tried(task: Task, place: Place) -> str:
         if limit is not None and error.status in _TOO_LONG and time.monotonic() - start >= limit:
             return _too_long(limit)
         said = f": {printable(error.last_line)[:_LONGEST_SAID]}" if error.last_line else ""
+        if error.status == _NO_CONNECTION and place.watch:
+            _look_for_a_reason(place.watch)
+            raise PlaceGoneError(f"the connection to the system broke{said}") from error
         if error.status == _NOT_RECEIVED:
             return f"could not be put into the system{said}"
         return f"failed with status {error.status}{said}" if error.status > 0 else f"{_killed(error)}{said}"
@@ -115,6 +121,16 @@ def _tried(task: Task, place: Place) -> str:
             return _too_long(limit)
         return f"can't be run: {error.message}"
     return ""
+
+
+def _look_for_a_reason(watch: Callable[[], None]) -> None:
+    """Give a system that goes off, or starts anew, the time until that is seen."""
+    deadline = time.monotonic() + _BROKEN_SECONDS
+    with interrupts.interruptible():
+        while time.monotonic() < deadline:
+            watch()
+            events.tell(events.TimePassed())
+            time.sleep(1.0)
 
 
 def _too_long(limit: float) -> str:

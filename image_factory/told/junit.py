@@ -1,44 +1,77 @@
 """Results as JUnit XML, for Jenkins and others that show tests."""
 
+import errno
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from xml.etree import ElementTree
 
-from ..base.events import BootTested
+from ..base import files
+from ..base.errors import BuildError
+from ..base.events import BootTested, TaskEnded
 from ..base.log import masked
+from ..model import Plan
 
 # Characters that XML 1.0 doesn't have.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
+# What JUnit calls the outcomes of a check that it has an element for.
+_KINDS = {"failed": "failure", "skipped": "skipped"}
 
-def document(image: str, boots: Sequence[BootTested], output: str = "") -> bytes:
-    """Return the document of the test *boots* of *image*; *output* is what the guest of the last one printed."""
-    suite = ElementTree.Element("testsuite", name=_clean(image))
-    counted = {"failed": 0, "skipped": 0}
-    tests = 0
-    for number, boot in enumerate(boots, 1):
-        for check in boot.checks:
-            tests += 1
-            # The time of a boot is told with its first check: what shows it adds them up.
-            seconds = boot.seconds if check is boot.checks[0] else 0.0
-            name = f"{_clean(boot.artifact)}.{number}-{boot.firmware}"
-            case = ElementTree.SubElement(suite, "testcase", classname=name, name=check.name, time=f"{seconds:.3f}")
-            if check.outcome != "passed":
-                counted[check.outcome] += 1
-                kind = {"failed": "failure", "skipped": "skipped"}[check.outcome]
-                ElementTree.SubElement(case, kind, message=_clean(check.message))
-    suite.set("tests", str(tests))
-    suite.set("failures", str(counted["failed"]))
-    suite.set("errors", "0")
-    suite.set("skipped", str(counted["skipped"]))
-    suite.set("time", f"{sum(boot.seconds for boot in boots):.3f}")
-    if output:
-        ElementTree.SubElement(suite, "system-out").text = _clean(output)
+
+def document(image: str, boots: Sequence[BootTested], output: str = "", tasks: Sequence[TaskEnded] = ()) -> bytes:
+    """Return the document of the *tasks* of *image*, a suite of their own, and of its test *boots*.
+
+    *output* is what the guest of the last boot printed.
+    """
     root = ElementTree.Element("testsuites")
-    root.append(suite)
+    if tasks:
+        suite = ElementTree.SubElement(root, "testsuite", name=_clean(f"{image} tasks"))
+        for task in tasks:
+            # One that may fail is no failure of the build.
+            outcome = {"passed": "passed", "failed": "failed", "allowed": "skipped"}[task.outcome]
+            _add(suite, f"{_clean(image)}.tasks", task.name, task.seconds, outcome, task.message)
+        _count(suite, [task.seconds for task in tasks])
+    if boots or not tasks:
+        suite = ElementTree.SubElement(root, "testsuite", name=_clean(image))
+        for number, boot in enumerate(boots, 1):
+            for check in boot.checks:
+                # The time of a boot is told with its first check: what shows it adds them up.
+                seconds = boot.seconds if check is boot.checks[0] else 0.0
+                name = f"{_clean(boot.artifact)}.{number}-{boot.firmware}"
+                _add(suite, name, check.name, seconds, check.outcome, check.message)
+        _count(suite, [boot.seconds for boot in boots])
+        if output:
+            ElementTree.SubElement(suite, "system-out").text = _clean(output)
     ElementTree.indent(root)
     text: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return text + b"\n"
+
+
+def write(
+    plan: Plan, directory: Path, boots: Sequence[BootTested], output: str = "", tasks: Sequence[TaskEnded] = ()
+) -> None:
+    """Write the document where *plan* has it, by way of *directory*; BuildError where a directory is in its place."""
+    try:
+        files.replace(plan.junit_path, document(plan.image, boots, output, tasks), directory=directory)
+    except OSError as error:
+        if error.errno != errno.EISDIR:
+            raise
+        raise BuildError(f"The results can't be written: {plan.junit_path} is a directory.") from error
+
+
+def _add(suite: ElementTree.Element, group: str, name: str, seconds: float, outcome: str, message: str) -> None:
+    case = ElementTree.SubElement(suite, "testcase", classname=group, name=_clean(name), time=f"{seconds:.3f}")
+    if outcome != "passed":
+        ElementTree.SubElement(case, _KINDS[outcome], message=_clean(message))
+
+
+def _count(suite: ElementTree.Element, seconds: Sequence[float]) -> None:
+    suite.set("tests", str(len(suite.findall("testcase"))))
+    suite.set("failures", str(len(suite.findall("testcase/failure"))))
+    suite.set("errors", "0")
+    suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
+    suite.set("time", f"{sum(seconds):.3f}")
 
 
 def _clean(text: str) -> str:

@@ -93,6 +93,7 @@ class Record:
         self._steps: list[_Span] = []
         self._audit: dict[str, Any] | None = None
         self._sealed: list[dict[str, Any]] = []
+        self._tasks: list[dict[str, Any]] = []
         self._artifacts: list[dict[str, Any]] = []
         self._test_boots: list[events.BootTested] = []
         self._difference: dict[str, Any] | None = None
@@ -143,6 +144,8 @@ class Record:
                 }
             case events.Sealed():
                 self._sealed.append(dataclasses.asdict(event))
+            case events.TaskEnded():
+                self._tasks.append(dataclasses.asdict(event) | {"seconds": _rounded(event.seconds)})
             case events.Published():
                 self._artifacts.append(_artifact(event, self._plan))
             case events.BootTested():
@@ -206,6 +209,7 @@ class Record:
                 step.document() | {"phases": [phase.document() for phase in step.phases]} for step in self._steps
             ],
             "audit": self._audit,
+            "tasks": self._tasks,
             "sealed": self._sealed,
             "test_boots": [dataclasses.asdict(boot) | {"seconds": _rounded(boot.seconds)} for boot in self._test_boots],
             "artifacts": self._artifacts,

@@ -112,6 +112,7 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
         log.logger.warning("\x1b[31mred\x1b[0m %s", "tape")
         log.logger.error("no warning")
         events.tell(events.Sealed("logs", 3, 4096, 0))
+        events.tell(events.TaskEnded("nginx", "playbook", "0" * 64, 1.23456, "allowed", "failed with status 1"))
         with pytest.raises(CommandError) as caught, log.step("Installing"):
             origin = "https://me:s3cret@example.com:8443/linux?token=s3cret"
             events.tell(events.InputUsed("linux", origin, tmp_path, "linux-sha256"))

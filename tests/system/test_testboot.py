@@ -21,6 +21,7 @@ from image_factory.configuration.files import Configuration
 from image_factory.model import Artifact, Build, Disk, Plan
 from image_factory.outputs import planned
 from image_factory.parts import State, carry_out
+from image_factory.told import junit
 
 GIB = 1 << 30
 
@@ -348,4 +349,4 @@ def test_results_in_the_place_of_a_directory(tmp_path: Path) -> None:
     made.build.directory.mkdir()
     made.build.plan.junit_path.mkdir()
     with pytest.raises(BuildError, match="is a directory"):
-        testboot._write_results(made.build, [], [])
+        junit.write(made.build.plan, made.build.directory, [])

@@ -16,6 +16,7 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 LAYERS = [
     ("", "cli completion online pipeline fleet workspace publish"),
     ("configuration", "unused files"),
+    ("tasks", "guest playbooks"),
     ("checks.testboot", "__init__ login guest machine report"),
     ("checks", "audit keys search leftovers"),
     ("finishing", "sign manifest shrink settling clean checksum"),

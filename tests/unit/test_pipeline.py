@@ -13,7 +13,7 @@ from image_factory.parts import Group, State, Step, Steps, carry_out, doing, sho
 from ..conftest import state_of
 from .test_estimates import make_plan
 
-NAMES = ["install", "clean", "convert", "check", "publish", "upload", "notify"]
+NAMES = ["install", "tasks", "clean", "convert", "check", "publish", "upload", "notify"]
 
 
 def test_a_checkpoint_knows_the_stages_that_are_reached() -> None:
@@ -25,16 +25,17 @@ def test_a_checkpoint_knows_the_stages_that_are_reached() -> None:
 @pytest.mark.parametrize(
     ("reached", "until", "first", "last"),
     [
-        (None, None, 0, 7),
+        (None, None, 0, 8),
         (None, "install", 0, 1),
-        (None, "check", 0, 4),
-        ("installed", None, 1, 7),
-        ("installed", "clean", 1, 2),
-        ("cleaned", "clean", 2, 2),
+        (None, "check", 0, 5),
+        ("installed", None, 1, 8),
+        ("installed", "clean", 1, 3),
+        ("tasked", "tasks", 2, 2),
+        ("cleaned", "clean", 3, 3),
         # What is published has been proved in the same build.
-        ("converted", "publish", 3, 5),
-        ("published", None, 5, 7),
-        ("published", "convert", 5, 5),
+        ("converted", "publish", 4, 6),
+        ("published", None, 6, 8),
+        ("published", "convert", 6, 6),
     ],
 )
 def test_stages_that_are_left(tmp_path: Path, reached: str | None, until: str | None, first: int, last: int) -> None:

@@ -8,6 +8,7 @@ from ..errors import ConfigurationError
 
 # The Debian package that has each program; see require().
 PACKAGES = {
+    "ansible-playbook": "ansible-core",
     "arch-test": "arch-test",
     "blkid": "util-linux",
     "bzip2": "bzip2",

@@ -7,7 +7,6 @@ The next machines run beside the one that is waited for, as many as this machine
 """
 
 import contextlib
-import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -169,7 +168,7 @@ class _TestBoot:
         checks.append(judged("unchanged", _why_changed(machine.artifact)))
         self._done.append(BootTested(machine.artifact.path.name, machine.firmware, seconds, tuple(checks)))
         events.tell(self._done[-1])
-        _write_results(build, self._done, lines)
+        junit.write(build.plan, build.directory, self._done, "\n".join(lines), state.tasks)
         _log(checks)
         problems = [check.message for check in checks if check.outcome == "failed"]
         if problems:
@@ -231,17 +230,6 @@ def _checks(
 
 def _why_changed(artifact: Artifact) -> str:
     return "" if files.digest_of(artifact.path) == artifact.sha256 else "its file is not the one that was made"
-
-
-def _write_results(build: Build, done: Sequence[BootTested], lines: Sequence[str]) -> None:
-    plan = build.plan
-    document = junit.document(plan.image, done, "\n".join(lines))
-    try:
-        files.replace(plan.junit_path, document, directory=build.directory)
-    except OSError as error:
-        if error.errno != errno.EISDIR:
-            raise
-        raise BuildError(f"The results of the test boot can't be written: {plan.junit_path} is a directory.") from error
 
 
 def _log(checks: Sequence[BootCheck]) -> None:

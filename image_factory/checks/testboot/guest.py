@@ -30,12 +30,13 @@ class _Sign:
     """A line on the console, by its *pattern*, that tells why there will be no report.
 
     *problem* is what the build says of it, with the pattern's groups, and *seconds* how long a report is still
-    waited for.
+    waited for.  *lasting* is whether a system that was up is lost with it.
     """
 
     pattern: str
     problem: str
     seconds: float = _SETTLE_SECONDS
+    lasting: bool = True
 
 
 # The first in this order counts where several are seen.
@@ -47,7 +48,7 @@ _SIGNS = (
     _Sign(r"No bootable device|No bootable option|>>Start (?:PXE|HTTP) over|UEFI Interactive Shell",
           "the firmware found no boot loader on its disk"),
     _Sign(r"grub rescue>", "its boot loader did not find its files"),
-    _Sign(r"[Nn]o space left on device", "its root filesystem is full", 60.0),
+    _Sign(r"[Nn]o space left on device", "its root filesystem is full", 60.0, False),
 )  # fmt: skip
 
 
@@ -110,6 +111,19 @@ class Guest:
                 elif problem and self._sign and problem.startswith(self._sign[1]):
                     # Take the longer text: the line was not whole before.
                     self._sign = order, problem, self._sign[2]
+
+    def off(self) -> str:
+        """Return how the machine has ended, empty if it runs."""
+        status = self._ended()
+        return "" if status is None else "it went off" if status == 0 else self._why_off(status)
+
+    def lost(self) -> str:
+        """Return why a system that was up is lost, as far as it is known now; empty if it is not."""
+        if problem := self.off():
+            return problem
+        if self._sign and _SIGNS[self._sign[0]].lasting and time.monotonic() >= self._sign[2]:
+            return self._sign[1]
+        return "it rebooted" if self.message and self.message.stage == "started" else ""
 
     def wait_for_report(self, seconds: float, beside: Callable[[], None] = lambda: None) -> str:
         """Wait until the system is up and has reported; return why it has not, empty if it has.

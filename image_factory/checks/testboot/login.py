@@ -3,7 +3,7 @@
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ...base import command, interrupts
 from ...base.errors import BuildError, CommandError
@@ -18,9 +18,9 @@ LOGIN = "true"
 RUN_SCRIPT = "f=$(mktemp) && cat >$f && chmod 700 $f && exec $f"
 
 
-def ssh_argv(machine: Machine, port: int | str, remote: str) -> list[str]:
-    """Return the command that logs in with the seed's user and key, and runs *remote*."""
-    options = {
+def ssh_options(machine: Machine) -> dict[str, str]:
+    """Return the options of ssh that the machine's login needs, of which it asks for nothing."""
+    return {
         "BatchMode": "yes",
         "ConnectTimeout": "60",
         "GlobalKnownHostsFile": "/dev/null",
@@ -31,13 +31,23 @@ def ssh_argv(machine: Machine, port: int | str, remote: str) -> list[str]:
         "StrictHostKeyChecking": "yes",
         "UserKnownHostsFile": f'"{machine.known_hosts}"',
     }
+
+
+def ssh_argv(
+    machine: Machine, port: int | str, remote: str, user: str = USER, options: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return the command that logs in as *user* with the machine's key, and runs *remote*; *options* are further ones.
+
+    The user is the seed's if nothing is said.
+    """
+    all_options = ssh_options(machine) | dict(options or {})
     return [
         "ssh",
         "-F", "none",
         "-i", str(machine.key),
         "-p", str(port),
-        *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
-        f"{USER}@{HOST}",
+        *(word for name, value in all_options.items() for word in ("-o", f"{name}={value}")),
+        f"{user}@{HOST}",
         remote,
     ]  # fmt: skip
 
@@ -52,7 +62,7 @@ def login_checks(
     if gone:
         yield from (skipped(name, f"{gone[0]} failed") for name in names)
         return
-    problem = _why_no_sshd(look, port)
+    problem = why_no_sshd(look, port)
     yield judged("sshd", problem)
     if problem:
         yield from (skipped(name, "sshd failed") for name in names[1:])
@@ -80,7 +90,7 @@ def login_checks(
             yield passed("test-script")
 
 
-def _why_no_sshd(look: Callable[[], None], port: int) -> str:
+def why_no_sshd(look: Callable[[], None], port: int) -> str:
     """Return why no sshd answers at *port*, empty if one does."""
     deadline = time.monotonic() + _BANNER_SECONDS
     with interrupts.interruptible():

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,19 +38,48 @@ _FIRST_X86_64 = (None, "Debian", "Ubuntu", "Fedora")
 
 
 @dataclass(frozen=True)
+class Purpose:
+    """What a machine is booted for.
+
+    Its directory is *name* with its number, its disk the image's size times *growth*, its sshd listens on *port*.
+    *given* returns the files of its seed and the credentials of its SMBIOS, once there is its key.
+    """
+
+    name: str
+    growth: int
+    port: int
+    given: Callable[["Machine"], tuple[dict[str, str], dict[str, str]]]
+    reboots: bool = False
+
+
+def _given(machine: "Machine") -> tuple[dict[str, str], dict[str, str]]:
+    key = machine.public_key
+    return seed_files(key, f"image-factory-{secrets.token_hex(4)}"), credentials(key)
+
+
+# Twice the size shows whether the root grows.
+TEST = Purpose("boot", 2, 22, _given)
+
+
+@dataclass(frozen=True)
 class Machine:
-    """The machine of one boot of *artifact*; *number* tells the boots of a build apart."""
+    """The machine of one boot of *artifact*; *number* tells the boots of a build apart.
+
+    *restricted* is whether it reaches no network.
+    """
 
     build: Build
     artifact: Artifact
     firmware: str
     virt_type: str
     number: int
+    purpose: Purpose = TEST
+    restricted: bool = False
 
     @property
     def directory(self) -> Path:
         """The directory of all its files."""
-        return self.build.directory / f"boot-{self.number}"
+        return self.build.directory / f"{self.purpose.name}-{self.number}"
 
     @property
     def errors_allowed(self) -> tuple[str, ...]:
@@ -79,6 +108,11 @@ class Machine:
         return self.directory / "key"
 
     @property
+    def public_key(self) -> str:
+        """The public key, which is there when the machine is prepared."""
+        return self.key.with_suffix(".pub").read_text(encoding="ascii").strip()
+
+    @property
     def known_hosts(self) -> Path:
         """The file of the host keys that the guest has told."""
         return self.directory / "known_hosts"
@@ -90,8 +124,8 @@ class Machine:
 
     @property
     def larger_size(self) -> int:
-        """The size of the overlay's disk: twice the image's, so that it is plain whether the root has grown."""
-        return 2 * self.artifact.virtual_size
+        """The size of the overlay's disk."""
+        return self.purpose.growth * self.artifact.virtual_size
 
     def pipe(self, name: str) -> Path:
         """Return the path of the pipe *name*, to which QEMU adds .in and .out."""
@@ -170,6 +204,9 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
         options += ["pflash0=code", "pflash1=memory"]
         flash += _blockdev("code", found.format, str(found.code), read_only=True)
         flash += _blockdev("memory", found.format, str(machine.nvram))
+    network = f"user,id=network,hostfwd=tcp:{HOST}:{port}-:{machine.purpose.port}"
+    if machine.restricted:
+        network += ",restrict=on"
     return [
         facts.qemu,
         "-name", machine.build.vm_name,
@@ -179,7 +216,7 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
         "-m", str(settings.ram >> 20),
         "-nodefaults",
         "-no-user-config",
-        "-no-reboot",
+        *([] if machine.purpose.reboots else ["-no-reboot"]),
         "-display", "none",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         *flash,
@@ -188,7 +225,7 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
         "-device", "virtio-scsi-pci",
         "-device", f"{_DISK_DEVICE},drive=disk,bootindex=1",
         "-device", "scsi-cd,drive=seed",
-        "-netdev", f"user,id=network,hostfwd=tcp:{HOST}:{port}-:22",
+        "-netdev", network,
         # Leave out the ROM, so that no firmware tries to boot from the network.
         "-device", f"virtio-net-pci,netdev=network,mac={mac},romfile=",
         "-device", "virtio-rng-pci",
@@ -243,12 +280,12 @@ def prepared(machine: Machine) -> Iterator[None]:
     with released(lambda: shutil.rmtree(machine.directory)):
         command.run(overlay_argv(machine))
         command.run(key_argv(machine))
-        key = machine.key.with_suffix(".pub").read_text(encoding="ascii").strip()
         machine.seed_source.mkdir()
-        for name, text in seed_files(key, f"image-factory-{secrets.token_hex(4)}").items():
+        seed, strings = machine.purpose.given(machine)
+        for name, text in seed.items():
             (machine.seed_source / name).write_text(text, encoding="utf-8")
         command.run(seed_argv(machine))
-        for path, (name, text) in zip(machine.credentials, credentials(key).items(), strict=True):
+        for path, (name, text) in zip(machine.credentials, strings.items(), strict=True):
             path.write_text(f"io.systemd.credential.binary:{name}={base64.b64encode(text.encode()).decode()}")
         if machine.firmware == "uefi":
             shutil.copyfile(str(firmware_for(machine.build.plan.settings.arch).memory), machine.nvram)

@@ -30,30 +30,18 @@ _LONGEST_SHOWN = 200
 # Asking again and again would take a tenth of the time of a guest that is emulated; systemd before 240 does not wait.
 # Facility 0 leaves out what systemd writes to the kernel's log.
 # A guest without cloud-init, which has no user from the seed, gets one here.
-_SCRIPT = """\
+BEGINNING = f"""\
 export LC_ALL=C
-port=/dev/virtio-ports/%(port)s
+port=/dev/virtio-ports/{PORT}
 until [ -c "$port" ]; do sleep 1; done
 exec >"$port" 2>/dev/null
-fact() {
+fact() {{
     name=$1; shift
-    printf ',"%%s":"%%s"' "$name" "$("$@" 2>/dev/null | head -c 65536 | base64 | tr -d '\\n')"
-}
-partitions() {
-    for entry in /sys/class/block/*/partition; do
-        device=$(readlink -f "${entry%%/partition}")
-        echo "${device##*/} $(basename "${device%%/*}") $(cat "$device/start") $(cat "$device/size")"
-    done
-}
-echo '{"stage":"started"}'
-if ! command -v cloud-init >/dev/null; then
-    useradd -m -s /bin/sh -p '*' %(user)s
-    home=$(getent passwd %(user)s | cut -d: -f6)
-    mkdir -m 700 "$home/.ssh"
-    echo '%(key)s' >"$home/.ssh/authorized_keys"
-    chown -R %(user)s: "$home/.ssh"
-    echo '%(user)s ALL=(ALL) NOPASSWD:ALL' >/etc/sudoers.d/%(user)s
-fi
+    printf ',"%s":"%s"' "$name" "$("$@" 2>/dev/null | head -c 65536 | base64 | tr -d '\\n')"
+}}
+echo '{{"stage":"started"}}'
+"""
+UNTIL_UP = """\
 while :; do
     state=$(timeout 10 systemctl is-system-running --wait)
     [ "$state" ] || state=$(systemctl is-system-running)
@@ -63,6 +51,24 @@ while :; do
     echo '}'
     sleep 2
 done
+"""
+_USER = """\
+partitions() {
+    for entry in /sys/class/block/*/partition; do
+        device=$(readlink -f "${entry%%/partition}")
+        echo "${device##*/} $(basename "${device%%/*}") $(cat "$device/start") $(cat "$device/size")"
+    done
+}
+if ! command -v cloud-init >/dev/null; then
+    useradd -m -s /bin/sh -p '*' %(user)s
+    home=$(getent passwd %(user)s | cut -d: -f6)
+    mkdir -m 700 "$home/.ssh"
+    echo '%(key)s' >"$home/.ssh/authorized_keys"
+    chown -R %(user)s: "$home/.ssh"
+    echo '%(user)s ALL=(ALL) NOPASSWD:ALL' >/etc/sudoers.d/%(user)s
+fi
+"""
+_REPORT = """\
 printf '{"stage":"finished"'
 fact state echo "$state"
 fact failed systemctl list-units --state=failed --plain --no-legend --no-pager
@@ -83,28 +89,43 @@ echo '}'
 """
 
 
-def _command(public_key: str) -> str:
-    """Return the shell's command that reports; it has no quotes, backslashes, dollars or percent signs."""
-    script = _SCRIPT % {"port": PORT, "user": USER, "key": public_key}
-    path = f"/run/{UNIT}"
+def started_by(script: str, unit: str) -> str:
+    """Return the shell's command that runs *script* as *unit*; it has no quotes, backslashes, dollars or per cent."""
+    path = f"/run/{unit}"
     return f"echo {base64.b64encode(script.encode()).decode()} | base64 -d >{path} && exec /bin/sh {path}"
 
 
-def credentials(public_key: str) -> dict[str, str]:
-    """Return the credentials of the system, by name, with which systemd 256 and later have the unit.
+def unit_credentials(script: str, unit: str, description: str) -> dict[str, str]:
+    """Return the credentials of the system, by name, with which systemd 256 and later have *script* as *unit*.
 
     See systemd.system-credentials(7): systemd.extra-unit.*, systemd.unit-dropin.*.
     """
-    unit = f"[Unit]\nDescription=Report of the test boot\n[Service]\nExecStart=/bin/sh -c '{_command(public_key)}'\n"
+    command = started_by(script, unit)
     return {
-        f"systemd.extra-unit.{UNIT}.service": unit,
-        "systemd.unit-dropin.multi-user.target": f"[Unit]\nWants={UNIT}.service\n",
+        f"systemd.extra-unit.{unit}.service": (
+            f"[Unit]\nDescription={description}\n[Service]\nExecStart=/bin/sh -c '{command}'\n"
+        ),
+        "systemd.unit-dropin.multi-user.target": f"[Unit]\nWants={unit}.service\n",
     }
+
+
+def boot_command(script: str, unit: str) -> list[str]:
+    """Return the command with which cloud-init has *script* run as *unit*, where there is none of that name yet."""
+    start = f"systemd-run --quiet --no-block --unit={unit} /bin/sh -c '{started_by(script, unit)}' || :"
+    return ["sh", "-c", start]
+
+
+def _script(public_key: str) -> str:
+    return BEGINNING + _USER % {"user": USER, "key": public_key} + UNTIL_UP + _REPORT
+
+
+def credentials(public_key: str) -> dict[str, str]:
+    """Return the credentials of the system with which systemd 256 and later have the unit."""
+    return unit_credentials(_script(public_key), UNIT, "Report of the test boot")
 
 
 def seed_files(public_key: str, instance: str) -> dict[str, str]:
     """Return the files of the NoCloud seed, by name: a user with *public_key*, and the unit where there is none yet."""
-    start = f"systemd-run --quiet --no-block --unit={UNIT} /bin/sh -c '{_command(public_key)}' || :"
     user = {
         "name": USER,
         "shell": "/bin/sh",
@@ -112,7 +133,7 @@ def seed_files(public_key: str, instance: str) -> dict[str, str]:
         "sudo": "ALL=(ALL) NOPASSWD:ALL",
         "ssh_authorized_keys": [public_key],
     }
-    data = {"users": ["default", user], "bootcmd": [["sh", "-c", start]]}
+    data = {"users": ["default", user], "bootcmd": [boot_command(_script(public_key), UNIT)]}
     return {
         # JSON is YAML.
         "user-data": f"#cloud-config\n{json.dumps(data, indent=1)}\n",

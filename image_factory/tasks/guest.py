@@ -1,0 +1,424 @@
+"""Tasks in the booted guest: on an overlay over the disk, which is written to it when all of them are done.
+
+The guest is the test boot's, with another unit: an sshd of its own, for root alone, whose files are on a tmpfs.
+"""
+
+import base64
+import dataclasses
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+
+from ..base import command, events, files, interrupts
+from ..base.cleanup import released
+from ..base.errors import BuildError, CommandError, ConfigurationError
+from ..base.log import logger
+from ..base.units import format_duration, format_size
+from ..checks import testboot
+from ..checks.testboot.guest import Guest, PortTakenError
+from ..checks.testboot.login import ssh_argv, ssh_options, why_no_sshd
+from ..checks.testboot.machine import (
+    HOST,
+    Machine,
+    Purpose,
+    firmware_for,
+    free_port,
+    key_argv,
+    other_mac,
+    overlay_argv,
+    pipes,
+    prepared,
+    qemu_argv,
+    seed_argv,
+    time_limit,
+)
+from ..checks.testboot.report import BEGINNING, UNTIL_UP, boot_command, unit_credentials
+from ..configuration.settings import Task
+from ..machines import arch
+from ..model import Artifact, Build, Plan
+from ..parts import Group, State, Step, Steps, carry_out, doing
+from ..told import junit
+from . import KINDS, done_path, place
+from . import programs as programs_of_tasks
+from .playbooks import Login, check_playbooks, playbook_argv, run_playbook
+from .running import Place, PlaceGoneError, run_task, script_argv
+
+_UNIT = "image-factory-tasks"
+_DIRECTORY = f"/run/{_UNIT}.d"
+# Another than that of the system's own sshd, which tasks may start anew.
+_PORT = 22022
+_PORT_TRIES = 5
+_LOGIN_SECONDS = {"kvm": 60.0, "qemu": 180.0}
+_SHOWN_LINES = 40
+# QEMU stops a guest whose disk can't be written.
+_LEAST_FREE = 16 << 20
+
+# /run of Debian is mounted noexec.  SELinux knows no sshd but that of the system, and has a login of no other; files
+# get their labels in spite of it.  QEMU's network has the one address, which its DHCP gives too.
+_SCRIPT = """\
+cd /
+umask 077
+place=%(directory)s
+mkdir -p $place && mount -t tmpfs -o mode=700,nosuid,nodev image-factory $place
+echo '%(host_key)s' | base64 -d >$place/host-key
+echo '%(key)s' >$place/keys
+cat >$place/configuration <<.
+Port %(port)s
+HostKey $place/host-key
+AuthorizedKeysFile $place/keys
+StrictModes no
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+UsePAM yes
+UseDNS no
+PrintMotd no
+PidFile none
+Subsystem sftp internal-sftp
+.
+setenforce 0
+sshd=$(command -v sshd || ls /usr/sbin/sshd)
+mkdir -p -m 755 /run/sshd
+[ "$sshd" ] && "$sshd" -D -f $place/configuration >/dev/null &
+has_address() { ip -4 -o addr show scope global | grep -q inet; }
+for second in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    has_address && break
+    sleep 2
+done
+if ! has_address; then
+    for card in /sys/class/net/*/device; do
+        card=${card%%/device}
+        card=${card##*/}
+        ip link set "$card" up
+        ip addr add 10.0.2.15/24 dev "$card"
+        ip route add default via 10.0.2.2
+        break
+    done
+fi
+if ! grep -q '^nameserver' /etc/resolv.conf; then
+    echo nameserver 10.0.2.3 >$place/resolv.conf
+    chmod 644 $place/resolv.conf
+    file=$(readlink -m /etc/resolv.conf)
+    case $file in
+    /run/*) mkdir -p -m 755 "${file%%/*}" && (umask 022; cat $place/resolv.conf >"$file") ;;
+    *)
+        [ -e "$file" ] || { : >"$file" && echo "$file" >$place/made; }
+        mount --bind $place/resolv.conf "$file"
+        ;;
+    esac
+fi
+command -v firewall-cmd && firewall-cmd --add-port %(port)s/tcp >&2
+"""
+_REPORT = """\
+printf '{"stage":"finished"'
+fact sshd echo "$sshd"
+fact state echo "$state"
+echo '}'
+wait
+"""
+_STOPPING = '[ "$(systemctl is-system-running)" != stopping ]'
+_PYTHON = "command -v python3 || ls /usr/libexec/platform-python"
+# What cloud-init has of the seed, and what the unit has made where the system had nothing.
+_LEAVING = (
+    "rm -rf /var/lib/cloud/instance /var/lib/cloud/instances/image-factory-* /var/lib/cloud/data /var/lib/cloud/sem"
+    " /var/log/cloud-init.log /var/log/cloud-init-output.log;"
+    f" if [ -s {_DIRECTORY}/made ]; then file=$(cat {_DIRECTORY}/made); umount $file; rm -f $file; fi;"
+    " systemctl poweroff"
+)
+_REBOOTING = "systemctl reboot"
+_NO_LOGIN = (
+    "It needs sshd, and cloud-init or systemd 256; tasks-via = namespace and tasks-after-cleaning do without a boot."
+)
+# A guest that is emulated may be silent for long.
+_KEPT_ALIVE = {"ServerAliveInterval": "30", "ServerAliveCountMax": "20"}
+
+
+def _given(machine: Machine) -> tuple[dict[str, str], dict[str, str]]:
+    host_key = _host_key(machine)
+    command.run([*key_argv(machine)[:-1], str(host_key)])
+    kind, public = host_key.with_suffix(".pub").read_text(encoding="ascii").split()[:2]
+    # The port is known when QEMU is started.
+    (machine.directory / "host-key.known").write_text(f"{kind} {public}", encoding="ascii")
+    values = {
+        "directory": _DIRECTORY,
+        "host_key": base64.b64encode(host_key.read_bytes()).decode(),
+        "key": machine.public_key,
+        "port": _PORT,
+    }
+    script = BEGINNING + _SCRIPT % values + UNTIL_UP + _REPORT
+    # cloud-init is to do nothing but start the unit: no user, no host name, no host keys, no network of its own.
+    data = {
+        "bootcmd": [boot_command(script, _UNIT)],
+        "cloud_init_modules": ["bootcmd"],
+        "cloud_config_modules": [],
+        "cloud_final_modules": [],
+        "users": [],
+        "preserve_hostname": True,
+        "ssh_deletekeys": False,
+    }
+    seed = {
+        "user-data": f"#cloud-config\n{json.dumps(data, indent=1)}\n",
+        "meta-data": f"instance-id: image-factory-{secrets.token_hex(4)}\n",
+        "network-config": "config: disabled\n",
+    }
+    return seed, unit_credentials(script, _UNIT, "Login for tasks")
+
+
+_PURPOSE = Purpose("tasks", 1, _PORT, _given, reboots=True)
+
+
+def _host_key(machine: Machine) -> Path:
+    return machine.directory / "host-key"
+
+
+def programs(plan: Plan) -> list[str]:
+    """Return the programs that the tasks of *plan* need in a guest."""
+    if not _wanted(plan):
+        return []
+    qemu = arch.ARCHITECTURES[plan.settings.arch].qemu
+    return [qemu, "qemu-img", "ssh", "ssh-keygen", "xorriso", *programs_of_tasks(plan)]
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if it is known that the tasks of *plan* can't be carried out in a guest."""
+    if not _wanted(plan):
+        return
+    settings = plan.settings
+    if settings.arch not in arch.BOOTABLE:
+        raise ConfigurationError(f"[{plan.image}] tasks: nothing boots {settings.arch} here.")
+    if _firmware(plan) == "uefi":
+        firmware_for(settings.arch)
+    check_playbooks(plan)
+    if not settings.seal:
+        logger.warning(
+            "[%s] tasks: without 'seal = yes' the image has the machine-id and the logs of the boot for its tasks.",
+            plan.image,
+        )
+
+
+def steps(build: Build) -> Iterator[Step | Group]:
+    """Give the steps of the tasks before cleaning, if they run in the guest."""
+    plan = build.plan
+    if not _wanted(plan):
+        return
+    guest = _TaskGuest(build)
+    machine = guest.machine
+    booting = [
+        overlay_argv(machine),
+        key_argv(machine),
+        [*key_argv(machine)[:-1], str(_host_key(machine))],
+        seed_argv(machine),
+        qemu_argv(machine, "02:XX:XX:XX:XX:XX", "PORT"),
+    ]
+    inside = [
+        Step("Booting for tasks", doing(guest.boot), booting),
+        *(Step(f"Task {task.name}", doing(partial(guest.task, task)), guest.commands(task)) for task in plan.tasks),
+        Step("Shutting down", doing(guest.shut_down), [guest.ssh(_LEAVING)]),
+    ]
+    yield Group(inside, guest.run, when=lambda state: not done_path(state.build).exists())
+    yield Step("Writing what tasks have done", doing(_write), [_write_argv(build)])
+
+
+def _wanted(plan: Plan) -> bool:
+    return bool(plan.tasks) and place(plan) == "guest"
+
+
+def _firmware(plan: Plan) -> str:
+    return testboot.firmwares(plan.settings)[0]
+
+
+def _write_argv(build: Build) -> list[str]:
+    # ``-d``: the overlay stays whole, so that an end meanwhile is no harm.
+    return ["qemu-img", "commit", "-q", "-d", "-f", "qcow2", str(done_path(build))]
+
+
+def _write(state: State) -> None:
+    """Write the overlay to the disk; one that was not written whole is written again by --resume."""
+    command.run(_write_argv(state.build))
+    done_path(state.build).unlink()
+
+
+def _machine(build: Build) -> Machine:
+    disk = build.disk_path
+    size = disk.stat().st_size if disk.exists() else 0
+    artifact = Artifact(disk, "raw", size)
+    restricted = not build.plan.settings.tasks_network
+    return Machine(build, artifact, _firmware(build.plan), build.virt_type, 1, _PURPOSE, restricted)
+
+
+class _TaskGuest:
+    """The guest in which the tasks of *build* run one after the other."""
+
+    def __init__(self, build: Build) -> None:
+        self.machine = _machine(build)
+        self._plan = build.plan
+        self._port: int | str = "PORT"
+        self._guest: Guest | None = None
+        self._make_guest: Callable[[], Guest] | None = None
+        self._stack = ExitStack()
+
+    def run(self, state: State, steps: Steps) -> State:
+        """Carry out *steps*; the guest is gone afterwards, and with it what is not to be kept."""
+        # A build that goes on from an earlier one knows its machine only now.
+        self.machine = _machine(state.build)
+        ended = events.TasksEnded()
+        with released(self._end), events.observed(ended):
+            try:
+                state = carry_out(state, steps)
+            except BuildError as error:
+                self._explain()
+                if state.attended and self._guest and not isinstance(error, PlaceGoneError):
+                    error.attended = True
+                    self._look(error)
+                raise
+            finally:
+                junit.write(self._plan, state.build.directory, (), tasks=ended.found)
+        return dataclasses.replace(state, tasks=(*state.tasks, *ended.found))
+
+    def _end(self) -> None:
+        self._stack.close()
+
+    def _explain(self) -> None:
+        for line in [*self._guest.lines][-_SHOWN_LINES:] if self._guest else []:
+            logger.error("console: %s", line)
+
+    def _look(self, error: BuildError) -> None:
+        """Let the user look at the guest in which a task has failed."""
+        logger.error("%s", error.message)
+        logger.error("A shell is opened in the guest; the build ends when you leave it.")
+        argv = self.ssh("cd; exec ${SHELL:-/bin/sh} -l")
+        command.interact([argv[0], "-t", *argv[1:]])
+
+    def ssh(self, remote: str) -> list[str]:
+        """Return the command that runs *remote* as root in the guest."""
+        return ssh_argv(self.machine, self._port, remote, "root", _KEPT_ALIVE)
+
+    @property
+    def _place(self) -> Place:
+        return Place(self.ssh, f"{_DIRECTORY}/task", self._watch, self._playbook)
+
+    def commands(self, task: Task) -> list[list[str]]:
+        """Return the commands that carry out *task*."""
+        if KINDS[task.type].script:
+            argv = [script_argv(task, self._place)]
+        else:
+            argv = [playbook_argv(self._plan, task, Path("INVENTORY"))]
+        return [*argv, *([self.ssh(_REBOOTING)] if task.reboot else [])]
+
+    def boot(self, state: State) -> None:
+        """Start the guest, and wait until the system is up."""
+        for _ in range(_PORT_TRIES):
+            with ExitStack() as stack, suppress(PortTakenError):
+                machine = self.machine
+                stack.enter_context(prepared(machine))
+                console, report = stack.enter_context(pipes(machine))
+                self._port = free_port()
+                known = (machine.directory / "host-key.known").read_text(encoding="ascii")
+                machine.known_hosts.write_text(f"[{HOST}]:{self._port} {known}\n", encoding="ascii")
+                argv = qemu_argv(machine, other_mac(), self._port)
+                ended = stack.enter_context(command.background(argv, machine.directory / "qemu.log"))
+                self._make_guest = partial(Guest, machine, ended, console, report)
+                self._wait_until_up()
+                self._stack = stack.pop_all()
+                return
+        raise BuildError(f"No port of {HOST} could be had for the machine.", hint="Try again.")
+
+    def _wait_until_up(self) -> None:
+        assert self._make_guest
+        guest = self._guest = self._make_guest()
+        problem = guest.wait_for_report(self._limit, self._look_at_space)
+        if problem:
+            raise BuildError(f"The system did not come up for its tasks: {problem}.", hint=_NO_LOGIN)
+        if guest.message and not guest.message.fact("sshd"):
+            raise BuildError("The system has no sshd, by which its tasks are run.", hint=_NO_LOGIN)
+        problem = why_no_sshd(guest.look, int(self._port))
+        if problem:
+            raise BuildError(f"The system came up, but for its tasks {problem}.", hint=_NO_LOGIN)
+
+    @property
+    def _limit(self) -> float:
+        return time_limit(self._plan.settings, self.machine.virt_type)
+
+    def _watch(self) -> None:
+        assert self._guest
+        self._guest.look()
+        problem = self._guest.lost()
+        if problem:
+            raise PlaceGoneError(f"the guest is lost: {problem}")
+        self._look_at_space()
+
+    def _look_at_space(self) -> None:
+        # QEMU stops the guest where this disk is full.
+        if shutil.disk_usage(self.machine.directory).free < _LEAST_FREE:
+            raise PlaceGoneError(f"{self.machine.directory} has less than {format_size(_LEAST_FREE)} free")
+
+    def task(self, task: Task, state: State) -> None:
+        """Carry out *task*, and see whether the guest is there afterwards."""
+        run_task(task, self._place)
+        self._see_it_is_there(task)
+        if task.reboot:
+            self._reboot(task)
+
+    def _see_it_is_there(self, task: Task) -> None:
+        try:
+            self._said(_STOPPING)
+        except PlaceGoneError as error:
+            raise PlaceGoneError(f"After task {task.name} {error.message}.") from error
+        except CommandError as error:
+            why = "the guest goes off or reboots by itself" if error.status == 1 else f"nobody can log in: {error.said}"
+            raise PlaceGoneError(f"After task {task.name} {why}.", hint="'task-reboot = after' reboots it.") from error
+        except BuildError as error:
+            raise PlaceGoneError(f"After task {task.name} the guest answers no more: {error.message}.") from error
+
+    def _said(self, remote: str) -> str:
+        seconds = _LOGIN_SECONDS[self.machine.virt_type]
+        return command.run(self.ssh(remote), capture=True, quiet=True, timeout=seconds, watch=self._watch)
+
+    def _reboot(self, task: Task) -> None:
+        with suppress(BuildError):
+            self._said(_REBOOTING)
+        try:
+            self._wait_until_up()
+        except BuildError as error:
+            raise PlaceGoneError(f"After the reboot of task {task.name}: {error.message}", hint=error.hint) from error
+
+    def _playbook(self, task: Task, timeout: float | None) -> None:
+        try:
+            self._said(_PYTHON)
+        except CommandError as error:
+            raise BuildError(f"the system has no Python, which a playbook needs ({error.said})") from error
+        login = Login(HOST, self._port, self.machine.key, ssh_options(self.machine), f"{_DIRECTORY}/ansible")
+        # It may reboot the system, and wait for it: so only a machine that has ended is lost.
+        run_playbook(self._plan, task, login, timeout, self._watch_machine)
+        assert self._make_guest
+        self._guest = self._make_guest()
+
+    def _watch_machine(self) -> None:
+        assert self._guest
+        self._guest.look()
+        problem = self._guest.off()
+        if problem:
+            raise PlaceGoneError(f"the guest is lost: {problem}")
+        self._look_at_space()
+
+    def shut_down(self, state: State) -> None:
+        """Have the guest go off in good order, and keep its overlay as what is to be written to the disk."""
+        guest = self._guest
+        assert guest
+        with suppress(CommandError):
+            command.run(self.ssh(_LEAVING), timeout=_LOGIN_SECONDS[self.machine.virt_type], watch=guest.look)
+        deadline = time.monotonic() + self._limit
+        with interrupts.interruptible():
+            while not guest.off():
+                guest.look()
+                events.tell(events.TimePassed())
+                if time.monotonic() >= deadline:
+                    raise BuildError(f"The guest did not go off within {format_duration(self._limit)} after its tasks.")
+                time.sleep(1.0)
+        if guest.off() != "it went off":
+            raise BuildError(f"The guest was lost when it was to go off: {guest.off()}.")
+        files.move(self.machine.overlay, done_path(state.build))

@@ -1,0 +1,157 @@
+"""Playbooks: ansible-playbook runs on this machine, and works on the booted system by ssh."""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..base import command, scratch
+from ..base.errors import BuildError, CommandError, ConfigurationError
+from ..configuration.settings import Task
+from ..model import Plan
+
+_PROGRAM = "ansible-playbook"
+_CHECK_SECONDS = 120.0
+_LONGEST_REASON = 300
+# What the user has for all playbooks: no setting of theirs, but the roles and collections that they have installed.
+_OWN = "~/.ansible"
+_CONFIGURATION = "ansible.cfg"
+
+
+@dataclass(frozen=True)
+class Login:
+    """How the system is reached: root's sshd at *port* of *host*, by the private *key* and ssh's *options*.
+
+    *temporary* is a directory there, on a tmpfs.
+    """
+
+    host: str
+    port: int | str
+    key: Path
+    options: Mapping[str, str]
+    temporary: str
+
+
+def playbook_argv(plan: Plan, task: Task, inventory: Path) -> list[str]:
+    """Return the command that carries out *task* on the one host of *inventory*."""
+    facts = {"image_factory_image": plan.image, "image_factory_release": plan.settings.release or ""}
+    return [
+        _PROGRAM,
+        "-i", str(inventory),
+        "-e", json.dumps(facts),
+        *(["-e", f"@{task.secrets.absolute()}"] if task.secrets else []),
+        *task.args,
+        str(_playbook(task)),
+    ]  # fmt: skip
+
+
+def _playbook(task: Task) -> Path:
+    assert task.file
+    return task.file.absolute()
+
+
+def inventory_of(plan: Plan, login: Login) -> str:
+    """Return the inventory, in JSON, which is YAML."""
+    options = " ".join(f"-o {shlex.quote(f'{name}={value}')}" for name, value in login.options.items())
+    host = {
+        "ansible_host": login.host,
+        "ansible_port": login.port,
+        "ansible_user": "root",
+        "ansible_ssh_private_key_file": str(login.key),
+        "ansible_ssh_common_args": f"-F none {options}",
+    }
+    return json.dumps({"all": {"hosts": {plan.image: host}}}, indent=1)
+
+
+def environment_of(task: Task, directory: Path, temporary: str) -> dict[str, str]:
+    """Return the environment of ansible-playbook, which has its files in *directory*.
+
+    No configuration of the user's, nor one beside the playbook, changes whom it trusts or what it runs.
+    """
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_") and name != "SSH_AUTH_SOCK"
+    }
+    own = Path(_OWN).expanduser()
+    return {
+        **kept,
+        "LC_ALL": "C.UTF-8",
+        "ANSIBLE_CONFIG": str(directory / _CONFIGURATION),
+        "ANSIBLE_HOME": str(directory),
+        "ANSIBLE_LOCAL_TEMP": str(directory),
+        "ANSIBLE_COLLECTIONS_PATH": f"{own}/collections:/usr/share/ansible/collections",
+        "ANSIBLE_ROLES_PATH": f"{own}/roles:/usr/share/ansible/roles:/etc/ansible/roles",
+        "ANSIBLE_HOST_KEY_CHECKING": "True",
+        "ANSIBLE_NOCOLOR": "True",
+        "ANSIBLE_NOCOWS": "True",
+        "ANSIBLE_RETRY_FILES_ENABLED": "False",
+        # Arguments of modules may have secrets, and the journal is on the disk.
+        "ANSIBLE_NO_TARGET_SYSLOG": "True",
+        "ANSIBLE_PIPELINING": "True",
+        "ANSIBLE_REMOTE_TMP": temporary,
+        # No connection is left when it ends.
+        "ANSIBLE_SSH_ARGS": "-o ControlMaster=no",
+        **dict(task.environment),
+    }
+
+
+def _files(directory: Path, inventory: str) -> Path:
+    """Make the files of ansible-playbook in *directory*; return that of the *inventory*."""
+    (directory / _CONFIGURATION).touch()
+    path = directory / "inventory.json"
+    path.write_text(inventory, encoding="utf-8")
+    return path
+
+
+def run_playbook(
+    plan: Plan, task: Task, login: Login, timeout: float | None, watch: Callable[[], None] | None = None
+) -> None:
+    """Carry out *task*; BuildError if it fails, or takes more than *timeout* seconds."""
+    with scratch.directory() as directory:
+        inventory = _files(directory, inventory_of(plan, login))
+        command.run(
+            playbook_argv(plan, task, inventory),
+            cwd=_playbook(task).parent,
+            env=environment_of(task, directory, login.temporary),
+            timeout=timeout,
+            watch=watch,
+        )
+
+
+def check_playbooks(plan: Plan) -> None:
+    """Raise ConfigurationError for a playbook of *plan* that ansible-playbook does not understand."""
+    for task in plan.tasks:
+        if task.type == "playbook":
+            _check(plan, task)
+
+
+def _check(plan: Plan, task: Task) -> None:
+    with scratch.directory() as directory:
+        inventory = _files(directory, json.dumps({"all": {"hosts": {plan.image: {}}}}))
+        argv = [*playbook_argv(plan, task, inventory), "--syntax-check"]
+        try:
+            command.run(
+                argv,
+                cwd=_playbook(task).parent,
+                env=environment_of(task, directory, str(directory)),
+                timeout=_CHECK_SECONDS,
+                quiet=True,
+            )
+        except CommandError as error:
+            raise ConfigurationError(
+                f"[{plan.image}] task {task.name}: {_PROGRAM} does not take {task.file}: {_reason(error.last_lines)}",
+                hint=error.hint,
+            ) from error
+        except BuildError as error:
+            raise ConfigurationError(f"[{plan.image}] task {task.name}: {error.message}") from error
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """Return the error among the *lines* that it prints, in one; they end with a part of the playbook."""
+    begins = [number for number, line in enumerate(lines) if re.match(r"ERROR!|\[ERROR\]", line)]
+    # What YAML says of itself comes after what JSON says of it.
+    begins += [number for number, line in enumerate(lines) if line.startswith("Syntax Error")]
+    text = " ".join(" ".join(lines[begins[-1] :] if begins else lines).split())
+    return text.partition(", but may be elsewhere")[0][:_LONGEST_REASON] or "it says nothing"

@@ -1,0 +1,352 @@
+"""Tasks in a guest: its steps on a disk, with a machine that is none, and with a login that is this machine's shell.
+
+QEMU is a program that says what a guest's unit says; the overlay, the seed, the keys and the disk are real.
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import pytest
+
+from image_factory import checkpoint, pipeline
+from image_factory.base import command, log
+from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.configuration.files import Configuration
+from image_factory.model import Build, Disk, Plan
+from image_factory.parts import State, carry_out, show
+from image_factory.tasks import guest, playbooks
+
+MIB = 1 << 20
+
+# What a guest's unit says, each time the file ``boot`` says so; an sshd's banner; the end when ``off`` is there.
+QEMU = """\
+#!{python} -I
+import itertools, os, pathlib, socket, subprocess, sys, threading, time
+here = pathlib.Path({here!r})
+words = " ".join(sys.argv)
+path = [word.partition("path=")[2] for word in sys.argv if word.startswith("pipe,")]
+console, report = (open(each + ".out", "wb", buffering=0) for each in path)
+overlay = [word.partition('"filename": "')[2].partition('"')[0] for word in sys.argv if "overlay.qcow2" in word][0]
+subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 0x41 0 64k", overlay], check=True)
+port = int(words.partition("hostfwd=tcp:127.0.0.1:")[2].partition("-")[0])
+server = socket.create_server(("127.0.0.1", port))
+def greet():
+    while True:
+        connection, _ = server.accept()
+        connection.send(b"SSH-2.0-x\\r\\n")
+        connection.close()
+threading.Thread(target=greet, daemon=True).start()
+(here / "argv").write_text(words)
+(here / "boot").write_text("")
+for number in itertools.count():
+    if (here / "boot").exists():
+        (here / "boot").unlink()
+        report.write(b'{{"stage":"started"}}\\n')
+        if not (here / "stuck").exists():
+            report.write((here / "report").read_bytes())
+    if (here / "console").exists():
+        console.write((here / "console").read_bytes())
+        (here / "console").unlink()
+    if (here / "off").exists():
+        sys.exit(0)
+    time.sleep(0.05)
+"""
+SSH = """\
+#!/bin/sh
+[ -e {here}/no-login ] && {{ echo "Connection refused" >&2; exit 255; }}
+for last; do :; done
+exec sh -c "$last"
+"""
+SYSTEMCTL = """\
+#!/bin/sh
+case $1 in
+poweroff) touch {here}/off ;;
+reboot) touch {here}/boot; exit 255 ;;
+is-system-running) cat {here}/state ;;
+esac
+"""
+UP = '{"stage":"finished","sshd":"L3Vzci9zYmluL3NzaGQK"}\n'
+
+
+class Scene(NamedTuple):
+    """A build with a disk, and the directory of what its guest does."""
+
+    directory: Path
+    here: Path
+
+    def plan(self, text: str, keys: str = "") -> Plan:
+        """Return the plan of a build with *tasks*, whose sections are in *text*."""
+        names = ", ".join(re.findall(r"^\[(.*)\]$", text, re.MULTILINE))
+        (self.directory / "x.conf").write_text(
+            f"[x]\nlinux = /l\ninitrd = /i\nvirt-type = qemu\nmount-via = guestfs\nseal = yes\nram = 128M\n"
+            f"tasks = {names}\n{keys}\n{text}\n"
+        )
+        configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(self.directory / "x.conf")})
+        return pipeline.make_plan(configuration, "x", {"output-dir": str(self.directory)})
+
+    def state(self, text: str, keys: str = "") -> State:
+        """Return the state of a build whose disk is installed."""
+        plan = self.plan(text, keys)
+        build = Build(plan, plan.work_path, "vm")
+        build.directory.mkdir(exist_ok=True)
+        build.disk_path.write_bytes(bytes(MIB))
+        return State(build, Disk(build.disk_path))
+
+
+def run(state: State) -> State:
+    return carry_out(state, guest.steps(state.build))
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Scene:
+    caplog.set_level("INFO", "image-factory")
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "report").write_text(UP)
+    (here / "state").write_text("running\n")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"qemu-system-x86_64": QEMU, "ssh": SSH, "systemctl": SYSTEMCTL}.items():
+        path = programs / name
+        path.write_text(text.format(python=sys.executable, here=str(here)))
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr(guest, "_DIRECTORY", str(tmp_path))
+    # What is removed is the guest's.
+    monkeypatch.setattr(guest, "_LEAVING", "systemctl poweroff")
+    monkeypatch.setattr("image_factory.tasks.running._BROKEN_SECONDS", 3.0)
+    return Scene(tmp_path, here)
+
+
+def sections(**commands: str) -> str:
+    """Return sections of tasks, each with the lines that it has after its type."""
+    return "\n".join(f"[{name}]\ntask-type = command\ntask-command = {text}" for name, text in commands.items())
+
+
+def cases(state: State) -> list[tuple[str | None, list[str]]]:
+    """Return the tests of the JUnit document, each with the kinds of its elements."""
+    root = ElementTree.parse(state.build.plan.junit_path).getroot()
+    (suite,) = root.findall("testsuite")
+    assert suite.get("name") == "x tasks"
+    return [(case.get("name"), [element.tag for element in case]) for case in suite.findall("testcase")]
+
+
+def test_what_tasks_have_done_is_written_when_all_are_done(scene: Scene) -> None:
+    """In one boot; nothing is left in the working directory but the disk."""
+    log = scene.directory / "log"
+    state = scene.state(sections(one=f"echo one >>{log}", two=f"echo two >>{log}", three="true\ntask-reboot = after"))
+    state = run(state)
+    assert log.read_text() == "one\ntwo\n"
+    assert [(task.name, task.outcome) for task in state.tasks] == [
+        ("one", "passed"),
+        ("two", "passed"),
+        ("three", "passed"),
+    ]
+    assert state.build.disk_path.read_bytes() == b"A" * 65536 + bytes(MIB - 65536)
+    assert [path.name for path in state.build.directory.iterdir()] == ["disk.raw"]
+    assert cases(state) == [("one", []), ("two", []), ("three", [])]
+    argv = (scene.here / "argv").read_text()
+    assert "-no-reboot" not in argv
+    assert re.search(r"hostfwd=tcp:127\.0\.0\.1:\d+-:22022 ", argv)
+
+
+def test_without_network_the_login_is_there(scene: Scene) -> None:
+    """QEMU's own network is restricted, but for the forwarded port."""
+    run(scene.state(sections(one="true"), "tasks-network = no"))
+    assert re.search(r"hostfwd=tcp:127\.0\.0\.1:\d+-:22022,restrict=on ", (scene.here / "argv").read_text())
+
+
+def failing(scene: Scene, text: str, keys: str = "") -> BuildError:
+    """Have tasks fail; return how.  The disk is as it was, and nothing else is left."""
+    state = scene.state(text, keys)
+    with pytest.raises(BuildError) as caught:
+        run(state)
+    assert state.build.disk_path.read_bytes() == bytes(MIB)
+    assert [path.name for path in state.build.directory.iterdir()] == ["disk.raw"]
+    return caught.value
+
+
+def test_a_task_that_fails(scene: Scene) -> None:
+    error = failing(scene, sections(one="true", two="echo broken; exit 7", three=f"touch {scene.directory}/three"))
+    assert error.message == "Task two failed with status 7: broken."
+    assert not (scene.directory / "three").exists()
+    root = ElementTree.parse(scene.plan("").junit_path).getroot()
+    assert [len(list(case)) for case in root.iter("testcase")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("touch HERE/off; sleep 9", "Task one failed: the guest is lost: it went off."),
+        ("touch HERE/stuck HERE/boot; sleep 9", "Task one failed: the guest is lost: it rebooted."),
+        ("touch HERE/boot", "After task one the guest is lost: it rebooted."),
+        ("echo stopping >HERE/state", "After task one the guest goes off or reboots by itself."),
+        ("touch HERE/no-login", "After task one nobody can log in: Connection refused."),
+        ("echo no connection; exit 255", "Task one failed: the connection to the system broke: no connection."),
+        (
+            "echo 'Kernel panic - not syncing: x' >HERE/console; sleep 9",
+            "Task one failed: the guest is lost: its kernel panicked: x.",
+        ),
+    ],
+)
+def test_a_task_that_takes_the_guest_away(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    """Whether it may fail or not."""
+    if "boot" in text and "stuck" not in text:
+        text = f"touch {scene.here}/stuck; {text}; sleep 0.5"
+    work = f"{text.replace('HERE', str(scene.here))}\ntask-allow-failure = yes\ntask-retries = 2"
+    if "exit 255" in text:
+        work = work.replace("exit 255", f"touch {scene.here}/no-login; exit 255")
+    error = failing(scene, sections(one=work, two=f"touch {scene.directory}/two"))
+    assert error.message == message
+    assert not (scene.directory / "two").exists()
+
+
+def test_a_system_that_does_not_come_up_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "time_limit", lambda settings, virt_type: 2.0)
+    error = failing(scene, sections(one=f"touch {scene.here}/stuck\ntask-reboot = after"))
+    assert error.message.startswith("After the reboot of task one: The system did not come up for its tasks: ")
+
+
+def test_a_system_without_sshd(scene: Scene) -> None:
+    (scene.here / "report").write_text('{"stage":"finished","sshd":""}\n')
+    error = failing(scene, sections(one="true"))
+    assert error.message == "The system has no sshd, by which its tasks are run."
+    assert error.hint and "tasks-via = namespace" in error.hint
+
+
+def test_a_system_that_does_not_go_off(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "_LEAVING", "true")
+    monkeypatch.setattr(guest, "time_limit", lambda settings, virt_type: 2.0)
+    assert failing(scene, sections(one="true")).message == "The guest did not go off within 2 s after its tasks."
+
+
+def test_a_full_disk_of_this_machine(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU would stop the guest without a word."""
+    monkeypatch.setattr(guest, "_LEAST_FREE", 1 << 62)
+    assert "free" in failing(scene, sections(one="sleep 9")).message
+
+
+def test_a_shell_where_a_task_failed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the guest, while it runs; the disk's own shell would show nothing of it."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(command, "interact", lambda argv: asked.append(argv))
+    state = dataclasses.replace(scene.state(sections(one="exit 1")), attended=True)
+    with pytest.raises(BuildError) as caught:
+        run(state)
+    assert caught.value.attended
+    assert [argv[:2] for argv in asked] == [["ssh", "-t"]]
+
+
+def test_what_was_not_written_whole_is_written_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no task runs again; when tasks have changed meanwhile, the disk is of no use."""
+    text = sections(one=f"echo one >>{scene.directory}/log")
+    state = scene.state(text)
+    with monkeypatch.context() as patched, pytest.raises(BuildError, match="killed"):
+        patched.setattr(guest, "_write_argv", lambda build: ["sh", "-c", "echo killed; exit 1"])
+        run(state)
+    plan = state.build.plan
+    found = checkpoint.Checkpoint(
+        state.build.directory, checkpoint.inputs_of(plan), checkpoint.outputs_of(plan), plan.date.isoformat(), "qemu",
+        [], Path("/proc/sys/kernel/random/boot_id").read_text(),
+    )  # fmt: skip
+    found.write()
+    with pytest.raises(ConfigurationError, match="tasks changed since they were carried out"):
+        checkpoint.resumed(scene.plan(sections(one="other")), state.build.directory)
+    assert checkpoint.resumed(scene.plan(text), state.build.directory).stage is checkpoint.Reached.INSTALLED
+    run(state)
+    assert (scene.directory / "log").read_text() == "one\n"
+    assert state.build.disk_path.read_bytes()[:65536] == b"A" * 65536
+    assert not list(state.build.directory.glob("tasks*"))
+
+
+def test_tasks_may_change_until_they_are_carried_out(scene: Scene) -> None:
+    state = scene.state(sections(one="true"))
+    plan = state.build.plan
+    found = checkpoint.Checkpoint(
+        state.build.directory, checkpoint.inputs_of(plan), checkpoint.outputs_of(plan), plan.date.isoformat(), "qemu",
+        [], Path("/proc/sys/kernel/random/boot_id").read_text(),
+    )  # fmt: skip
+    found.write()
+    other = scene.plan(sections(one="false"))
+    assert checkpoint.resumed(other, state.build.directory).stage is checkpoint.Reached.INSTALLED
+    found.reach(checkpoint.Reached.TASKED)
+    with pytest.raises(ConfigurationError, match="tasks changed since they were carried out"):
+        checkpoint.resumed(other, state.build.directory)
+
+
+def test_a_dry_run_shows_what_is_done(scene: Scene) -> None:
+    state = scene.state(sections(one="true", two="true\ntask-reboot = after"))
+    names = [shown.name for shown in show(state, guest.steps(state.build))]
+    assert names == ["Booting for tasks", "Task one", "Task two", "Shutting down", "Writing what tasks have done"]
+    assert [*guest.steps(scene.state("").build)] == []
+
+
+def test_secrets_of_tasks_are_hidden(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """In each record of the log, and in JUnit."""
+    secrets = scene.directory / "secrets"
+    secrets.write_text("TOKEN=hunter22-of-the-task\n")
+    secrets.chmod(0o600)
+    state = scene.state(sections(one=f'cat "$$TASK_SECRETS"; exit 1\ntask-secrets = {secrets}'))
+    with pytest.raises(BuildError, match=r"failed with status 1: TOKEN=\*\*\*\.$"):
+        run(state)
+    assert "hunter22" not in "".join(map(log.printable, caplog.messages))
+    assert "hunter22" not in state.build.plan.junit_path.read_text()
+
+
+PLAYBOOK = "- hosts: all\n  gather_facts: no\n  tasks: [{command: 'true'}]\n"
+
+
+def playbook(scene: Scene, text: str, keys: str = "") -> Plan:
+    (scene.directory / "play.yml").write_text(text)
+    return scene.plan(f"[play]\ntask-type = playbook\ntask-file = {scene.directory}/play.yml\n{keys}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- hosts: all\n  tasks: [{\n", "Syntax Error while loading YAML.*line [23]"),
+        ("- hosts: all\n  roles: [nowhere]\n", "the role 'nowhere' was not found"),
+        ("- hosts: all\n  tasks: [{no_such_module: {}}]\n", "no_such_module"),
+    ],
+)
+def test_a_playbook_that_can_not_be_carried_out(scene: Scene, text: str, message: str) -> None:
+    """Is found before the build."""
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        guest.check(playbook(scene, text))
+    assert "\n" not in caught.value.message
+    guest.check(playbook(scene, PLAYBOOK))
+
+
+def test_settings_of_the_user_change_no_playbook(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the environment, nor a configuration in the home directory or beside the playbook."""
+    monkeypatch.setenv("ANSIBLE_HOST_KEY_CHECKING", "False")
+    monkeypatch.setenv("SSH_AUTH_SOCK", "/nowhere")
+    monkeypatch.setenv("HOME", str(scene.directory))
+    for name in ("ansible.cfg", ".ansible.cfg"):
+        (scene.directory / name).write_text("[defaults]\nhost_key_checking = False\ninventory = /nowhere\n")
+    plan = playbook(scene, PLAYBOOK)
+    environment = playbooks.environment_of(plan.tasks[0], scene.here, "/run/x")
+    (scene.here / "ansible.cfg").touch()
+    assert "SSH_AUTH_SOCK" not in environment
+    shown = subprocess.run(
+        ["ansible-config", "dump", "--only-changed"],
+        env=environment, cwd=scene.directory, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert re.search(r"^HOST_KEY_CHECKING\(env: ANSIBLE_HOST_KEY_CHECKING\) = True$", shown, re.MULTILINE)
+    assert "/nowhere" not in shown
+
+
+def test_a_guest_without_python(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    playbook(scene, PLAYBOOK)
+    text = f"[play]\ntask-type = playbook\ntask-file = {scene.directory}/play.yml"
+    monkeypatch.setattr(guest, "_PYTHON", "echo none >&2; exit 1")
+    error = failing(scene, text)
+    assert error.message == "Task play can't be run: the system has no Python, which a playbook needs (none)."

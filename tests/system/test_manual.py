@@ -15,7 +15,7 @@ from image_factory import cli, pipeline, sources
 from image_factory.checks import audit
 from image_factory.configuration import files
 from image_factory.configuration.files import Configuration
-from image_factory.configuration.settings import ImageSettings, UploadSettings, declarations
+from image_factory.configuration.settings import ImageSettings, TaskSettings, UploadSettings, declarations
 from image_factory.finishing.seal.operations import OPERATIONS
 from image_factory.sources import forms
 
@@ -45,7 +45,8 @@ def ini_examples(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "heading"), [(ImageSettings, "CONFIGURATION"), (UploadSettings, "UPLOAD DESTINATIONS")]
+    ("kind", "heading"),
+    [(ImageSettings, "CONFIGURATION"), (UploadSettings, "UPLOAD DESTINATIONS"), (TaskSettings, "TASKS")],
 )
 def test_each_setting_has_an_entry_with_its_default(kind: type[Any], heading: str) -> None:
     found = entries(MANUAL, heading)
@@ -69,7 +70,7 @@ def test_the_manual_has_the_options_of_the_command_line() -> None:
 
 
 SOURCES = {
-    "installer": "linux = {here}/file\ninitrd = {here}/file\nautoinstall = {here}/answers\n",
+    "installer": "linux = {here}/file\ninitrd = {here}/file\nautoinstall = {here}/answers\ntasks = work\n",
     "image": "source = image\nsource-image = {here}/disk.xz\nimage-size = 4G\n",
     "bootstrap": "source = bootstrap\nbootstrap = {here}/tree.yaml\nfirmware = hybrid\n",
 }
@@ -89,6 +90,9 @@ post-build-command = true
 [here]
 upload-type = rsync
 upload-target = host:/srv
+[work]
+task-type = command
+task-command = true
 """
 
 
@@ -100,7 +104,7 @@ def test_the_manual_has_each_step_of_a_build_in_its_order(
     (tmp_path / "answers").write_text("#cloud-config\nautoinstall: {}\n")
     (tmp_path / "disk.xz").write_bytes(b"\xfd7zXZ\0")
     (tmp_path / "tree.yaml").write_text("suite: trixie\nsources: [deb http://mirror.example.com trixie main]\n")
-    places = {"FILE": r"\S+", "SECTION": r"\S+", "FIRMWARE": r"\w+"}
+    places = {"FILE": r"\S+", "NAME": r"\S+", "SECTION": r"\S+", "FIRMWARE": r"\w+"}
     terms = [re.sub("|".join(places), lambda match: places[match[0]], term) for term in entries(MANUAL, "STEPS")]
     found: set[int] = set()
     assert SOURCES.keys() == sources.SOURCES.keys()

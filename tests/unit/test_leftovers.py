@@ -320,7 +320,7 @@ PLANTED: list[tuple[str, str, str | bytes]] = [
 def test_there_are_enough_kinds() -> None:
     assert len({(check, name) for check, name, _ in PLANTED}) >= 100
     # What the others look for takes a whole tree: test_keys and test_assembly_mounted plant it.
-    with_files = {check.name for check in audit.CHECKS} - {"proxy-password", "private-keys", "copies"}
+    with_files = {check.name for check in audit.CHECKS} - {"proxy-password", "private-keys", "copies", "task-secrets"}
     assert {check for check, _, _ in PLANTED} == with_files
 
 

@@ -19,6 +19,7 @@ from .base import files
 from .base.errors import ConfigurationError, reason_of
 from .base.events import Event, InputUsed
 from .base.log import logger, step
+from .finishing import copying, firstboot
 from .model import DISK_NAME, INVENTORY_NAME, Artifact, Build, Plan
 from .sources import SOURCES
 
@@ -27,8 +28,8 @@ FILE_NAME = "checkpoint.json"
 # random(4): another one each time the machine starts.
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-# The settings of sealing.
-_SEALING = ("seal", "seal_only", "seal_skip")
+# The settings of what the disk is when it is cleaned.
+_CLEANING = ("seal", "seal_only", "seal_skip", "copy", "first_boot")
 _LATE_TASKS = "tasks_after_cleaning"
 
 
@@ -230,13 +231,13 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
             f"[{plan.image}] tasks changed since they were carried out.",
             hint="Build it without --resume, or take the change back.",
         )
-    sealing = [
-        key.replace("_", "-") for key in _changed(found.outputs, outputs_of(plan)) if key in (*_SEALING, _LATE_TASKS)
+    cleaning = [
+        key.replace("_", "-") for key in _changed(found.outputs, outputs_of(plan)) if key in (*_CLEANING, _LATE_TASKS)
     ]
-    if sealing and found.is_at(Reached.CLEANED):
-        # Sealing can't put back what it has taken from the disk.
+    if cleaning and found.is_at(Reached.CLEANED):
+        # Sealing can't put back what it has taken from the disk, nor is what was copied taken out again.
         raise ConfigurationError(
-            f"[{plan.image}] {' and '.join(sealing)} changed since the disk was sealed.",
+            f"[{plan.image}] {' and '.join(cleaning)} changed since the disk was cleaned.",
             hint="Build it without --resume, or take the change back.",
         )
     reason = None
@@ -312,8 +313,12 @@ def inputs_of(plan: Plan, used: Sequence[InputUsed] = ()) -> dict[str, str]:
 def outputs_of(plan: Plan) -> dict[str, str]:
     """Return a digest of each setting that makes the artifacts other ones."""
     settings = plan.settings
-    keys = ("format", "keep_raw", "compression", "manifest", "sign_key", *_SEALING)
-    found = {key: _digest(repr(getattr(settings, key)).encode()) for key in keys}
+    keys = ("format", "keep_raw", "compression", "manifest", "sign_key", *_CLEANING)
+    texts = {key: repr(getattr(settings, key)) for key in keys}
+    # What the files have, too.
+    texts["copy"] += "".join(copying.identity(plan))
+    texts["first_boot"] += "".join(firstboot.identity(plan))
+    found = {key: _digest(text.encode(errors="surrogateescape")) for key, text in texts.items()}
     if plan.late_tasks:
         found[_LATE_TASKS] = tasks.digest_with_secrets(plan.late_tasks)
     if plan.tasks and tasks.place(plan) == "guest":

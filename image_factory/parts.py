@@ -67,7 +67,8 @@ class Step:
     """Something that a build does: what the log calls it, how it is done, and the *commands* that it runs.
 
     It is left out where *when* is false, which only the build may know.  *calls* are calls on a mounted system
-    that are made for some systems only.
+    that are made for some systems only, or all of them where it is not *rehearsed* on a system of which nothing is
+    known.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Step:
     commands: Commands = ()
     when: Callable[[State], bool] = always
     calls: Sequence[Call] = ()
+    rehearsed: bool = True
 
 
 def show(state: State, steps: "Steps") -> list[Shown]:
@@ -168,7 +170,7 @@ def _rehearsal(build: Build, step: Step) -> Commands:
     """Return the commands of a *step* on the mounted system, found out by carrying it out on one that is empty."""
     calls: list[Call] = []
     # What only some systems need has nothing to do on an empty one.
-    if step.when is always:
+    if step.when is always and step.rehearsed:
         with scratch.directory() as directory, rehearsed(calls) as tree:
             apart = dataclasses.replace(build, directory=directory)
             step.run(State(apart, Disk(directory), tree))

@@ -21,7 +21,7 @@ from .configuration import unused
 from .configuration.files import Configuration
 from .configuration.settings import check_image_name
 from .disks import reproducible
-from .finishing import checksum, clean, manifest, seal, settling, shrink, sign
+from .finishing import checksum, clean, copying, firstboot, manifest, seal, settling, shrink, sign
 from .model import Artifact, Build, Disk, Plan
 from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
 from .sources import SOURCES, DiskSource
@@ -53,7 +53,9 @@ def _cleaning(build: Build) -> Steps:
     inside = [
         *clean.steps(build),
         *seal.steps(build),
+        *copying.steps(build),
         *offline.steps(build),
+        *firstboot.steps(build),
         *manifest.listing_steps(build),
         *shrink.mounted_steps(build),
     ]
@@ -85,7 +87,9 @@ STAGES = (
         "clean",
         (
             Part(_cleaning, mounts.programs, mounts.check),
+            Part(lambda build: [], check=copying.check),
             Part(lambda build: [], check=offline.check),
+            Part(lambda build: [], check=firstboot.check),
             Part(shrink.steps, shrink.programs),
             Part(settling.steps, settling.programs),
         ),

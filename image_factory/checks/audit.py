@@ -18,6 +18,7 @@ from ..base.cleanup import released
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.log import logger
 from ..base.units import format_size
+from ..finishing import firstboot
 from ..model import Artifact, Build, Partition, Plan
 from ..outputs import planned
 from ..parts import Group, State, Step, carry_out, doing, mounted, on_tree
@@ -299,7 +300,7 @@ def secrets_of(build: Build) -> tuple[Asked, Secrets]:
     }
     credentials |= {("", text.strip()) for key, text in texts.items() if _PASSWORD_KEY.fullmatch(key)}
     return (
-        Asked(frozenset(hashes), frozenset(keys), given.name),
+        Asked(frozenset(hashes), frozenset(keys), given.name, frozenset(firstboot.paths(plan.settings))),
         Secrets(given.pieces, frozenset(hashes), frozenset(credentials), given.marks, _secrets_of_tasks(plan)),
     )
 

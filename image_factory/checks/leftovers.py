@@ -64,12 +64,14 @@ class Files(Protocol):
 class Asked:
     """What the user asked for: *hashes* of passwords, and public *keys* (the part in base64).
 
-    *answer_name* is the name by which the installer knows the answer file, None if there is none.
+    *answer_name* is the name by which the installer knows the answer file, None if there is none.  *own* are the
+    files and directories with image-factory's name that belong into the image.
     """
 
     hashes: frozenset[bytes] = field(default=frozenset(), repr=False)
     keys: frozenset[bytes] = field(default=frozenset(), repr=False)
     answer_name: str | None = None
+    own: frozenset[str] = frozenset()
 
 
 class Look:
@@ -563,7 +565,16 @@ def own_files(look: Look, asked: Asked) -> Found:
     for directory in (*_OWN_DIRECTORIES, *(home for home in _homes(look) if home not in _OWN_DIRECTORIES)):
         for name in look.names(directory):
             if _OWN_NAME.fullmatch(name) and joined(directory, name) not in WANTED:
-                yield f"/{quoted(joined(directory, name))} is a leftover of image-factory"
+                yield from _own_leftovers(look, joined(directory, name), asked)
+
+
+def _own_leftovers(look: Look, path: str, asked: Asked) -> Found:
+    """Find what is at *path*, or in that directory, and was not *asked* for."""
+    if path not in asked.own:
+        yield f"/{quoted(path)} is a leftover of image-factory"
+    else:
+        for name in look.names(path):
+            yield from _own_leftovers(look, joined(path, name), asked)
 
 
 def _directories_of(patterns: Iterable[str]) -> Iterator[str]:

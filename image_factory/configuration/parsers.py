@@ -218,6 +218,56 @@ def parse_answer_files(text: str) -> tuple[InstallerFile, ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class Copy:
+    """What the user has copied into the image: *source*, and the *destination* there, as the user writes both.
+
+    *owner* and *group* are names or numbers.  *mode* is None for that of each file.
+    """
+
+    source: str
+    destination: str
+    owner: str = "root"
+    group: str = "root"
+    mode: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The source's path."""
+        return Path(os.path.expanduser(self.source))
+
+
+_USER = "[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}[$]?"
+_COPY = re.compile(rf"(\S.*?):(/[^:\0]*)(?::({_USER}):({_USER})(?::([0-7]{{3,4}}))?)?")
+
+
+def parse_copies(text: str) -> tuple[Copy, ...]:
+    """What is copied into an image: ``SOURCE:DESTINATION``, ``:OWNER:GROUP`` and ``:MODE`` behind it, one a line."""
+    found = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        match = _COPY.fullmatch(line)
+        if not match or "\0" in line or {".", ".."} & {*match[2].split("/")}:
+            raise ValueError(
+                "SOURCE:DESTINATION, SOURCE:DESTINATION:OWNER:GROUP or SOURCE:DESTINATION:OWNER:GROUP:MODE, one a line",
+                "A destination is absolute and has no . and .. in it; a mode is octal, such as 0644.",
+            )
+        source, destination, owner, group, mode = match.groups()
+        found.append(Copy(source, destination, owner or "root", group or "root", int(mode, 8) if mode else None))
+    return tuple(found)
+
+
+# Their numbers have two digits.
+_MOST_SCRIPTS = 99
+
+
+def parse_scripts(text: str) -> tuple[Path, ...]:
+    """Paths of scripts, with commas or line breaks, which are known by the last part of their names."""
+    paths = tuple(parse_answer_file(word) for word in split_list(text))
+    if len(paths) > _MOST_SCRIPTS:
+        raise ValueError(f"at most {_MOST_SCRIPTS} paths")
+    return paths
+
+
 def parse_filesystem(text: str) -> str:
     """The name of a kind of filesystem: which ones there are, the source and its template say."""
     if not re.fullmatch("[A-Za-z0-9]+", text.strip()):

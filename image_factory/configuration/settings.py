@@ -15,6 +15,7 @@ from ..base.units import parse_size
 from ..machines.arch import ARCHITECTURES, FIRMWARES, default_arch
 from .parsers import (
     LAYOUTS,
+    Copy,
     InstallerFile,
     Source,
     one_of,
@@ -24,6 +25,7 @@ from .parsers import (
     parse_arch,
     parse_boolean,
     parse_bootstrap_file,
+    parse_copies,
     parse_count,
     parse_disk_size,
     parse_environment,
@@ -42,6 +44,7 @@ from .parsers import (
     parse_path,
     parse_patterns,
     parse_retries,
+    parse_scripts,
     parse_sha256,
     parse_target,
     parse_text,
@@ -168,6 +171,12 @@ class ImageSettings:
     seal: bool = _setting(parse_boolean, "take from the image what its clones must not have in common", "no")
     seal_only: tuple[str, ...] = _setting(split_list, "the operations of sealing, with commas; empty means all", "")
     seal_skip: tuple[str, ...] = _setting(split_list, "operations of sealing that are left out, with commas", "")
+    copy: tuple[Copy, ...] = _setting(
+        parse_copies, "files for the image, SOURCE:DESTINATION[:OWNER:GROUP[:MODE]], one a line; empty means none", ""
+    )
+    first_boot: tuple[Path, ...] = _setting(
+        parse_scripts, "scripts that each clone runs once, as root, with commas; empty means none", ""
+    )
     keep_raw: bool = _setting(parse_boolean, "keep the raw image too", "no")
     compression: str = _setting(one_of("zstd", "zlib", "none"), "compression of qcow2", "zstd")
     vnc: tuple[str, int | None] | None = _setting(

@@ -1,5 +1,6 @@
 """Keys and sections of the user's files that do nothing, each with what was perhaps meant."""
 
+import contextlib
 import difflib
 import itertools
 import re
@@ -7,9 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ..finishing import copying
 from ..sources import SOURCES
+from ..sources.answers import keys_asked_for
 from .files import COMMAND_KEY, Configuration, names_arch, normal_key
-from .parsers import split_list
+from .parsers import parse_copies, parse_scripts, split_list
 from .settings import Dependent, ImageSettings, TaskSettings, UploadSettings, declarations
 
 # The keys of no source.
@@ -30,7 +33,7 @@ def unused_keys(
 ) -> list[str]:
     """Return a sentence on each key of the user's files that nothing uses of *image*, *destinations* and *tasks*."""
     answers = _answers(configuration, image)
-    template = _asked_for(answers)
+    template = _asked_for(configuration, image)
     settings = {key for key, _ in declarations(ImageSettings)} | {"based-on"}
     used = settings | (template or set()) | _references(configuration, image)
     sentences = []
@@ -38,7 +41,7 @@ def unused_keys(
         others = used
         if section != image and template and _unused(configuration, section, used):
             # The section is an image itself, and this one has another template.
-            its_own = _asked_for(_answers(configuration, section))
+            its_own = _asked_for(configuration, section)
             others = used | _references(configuration, section) | (its_own or set())
         sentences += [_unused_key(section, key, used, answers.path) for key in _unused(configuration, section, others)]
     for section in dict.fromkeys(destinations):
@@ -75,9 +78,26 @@ def _answers(configuration: Configuration, section: str) -> _Answers:
     return _Answers(configuration.source(section), configuration.answer_file(section))
 
 
-def _asked_for(answers: _Answers) -> set[str] | None:
-    """Return the keys that *answers* ask for, with dashes; None for any key."""
-    return SOURCES[answers.source].template_keys(answers.path) if answers.path else set()
+def _asked_for(configuration: Configuration, section: str) -> set[str] | None:
+    """Return the keys that the templates of *section* ask for, with dashes; None for any key."""
+    answers = _answers(configuration, section)
+    found = [SOURCES[answers.source].template_keys(answers.path)] if answers.path else []
+    found += [keys_asked_for(path) for path in _other_templates(configuration, section)]
+    keys: set[str] = set()
+    for each in found:
+        if each is None:
+            return None
+        keys |= each
+    return keys
+
+
+def _other_templates(configuration: Configuration, section: str) -> list[Path]:
+    """Return the templates that are no answer files; what is not understood names none."""
+    texts = configuration.texts(section)
+    with contextlib.suppress(ValueError, OSError):
+        copies, scripts = parse_copies(texts.get("copy", "")), parse_scripts(texts.get("first-boot", ""))
+        return [*copying.templates(copies), *scripts]
+    return []
 
 
 def variables_named(configuration: Configuration, image: str) -> list[str]:
@@ -108,8 +128,8 @@ def _unused_defaults(configuration: Configuration) -> list[str]:
     if not unused:
         return []
     # Templates of all images may ask for a key of [DEFAULT].
-    for answers in dict.fromkeys(_answers(configuration, name) for name in configuration.images()):
-        keys = _asked_for(answers)
+    for name in configuration.images():
+        keys = _asked_for(configuration, name)
         if keys is None:
             return []
         used |= keys

@@ -192,7 +192,7 @@ def test_other_artifacts_are_asked_for(tmp_path: Path, change: str) -> None:
 
 @pytest.mark.parametrize("change", ["seal = yes", "seal-only = logs", "seal-skip = logs, mail"])
 def test_sealing_has_changed(tmp_path: Path, change: str) -> None:
-    """Before the disk was sealed that is no matter, and after that it can't be undone."""
+    """Before the disk was cleaned that is no matter, and after that it can't be undone."""
     build = build_in(tmp_path)
     done = begin(build)
     changed = make_plan(tmp_path, change)
@@ -202,7 +202,24 @@ def test_sealing_has_changed(tmp_path: Path, change: str) -> None:
         with pytest.raises(ConfigurationError) as caught:
             checkpoint.resumed(changed, build.directory)
         key = change.partition(" ")[0]
-        assert caught.value.message == f"[x] {key} changed since the disk was sealed."
+        assert caught.value.message == f"[x] {key} changed since the disk was cleaned."
+
+
+@pytest.mark.parametrize("key", ["copy", "first-boot"])
+def test_what_is_copied_has_changed(tmp_path: Path, key: str) -> None:
+    """The disk has what the files had; that they are gone is a change, too."""
+    file = tmp_path / "file"
+    file.write_text("#!/bin/sh\n")
+    text = f"copy = {file}:/etc/" if key == "copy" else f"first-boot = {file}"
+    build = build_in(tmp_path, text)
+    done = begin(build)
+    done.reach(Reached.CLEANED)
+    assert checkpoint.resumed(make_plan(tmp_path, text), build.directory).stage == "cleaned"
+    for change in (lambda: file.write_text("#!/bin/sh\ntrue\n"), file.unlink):
+        change()
+        with pytest.raises(ConfigurationError) as caught:
+            checkpoint.resumed(make_plan(tmp_path, text), build.directory)
+        assert caught.value.message == f"[x] {key} changed since the disk was cleaned."
 
 
 @pytest.mark.parametrize("damage", ["image", "checksum", "manifest", "no image", "no checksum", "no manifest"])

@@ -19,9 +19,9 @@ LAYERS = [
     ("tasks", "guest playbooks"),
     ("checks.testboot", "__init__ login guest machine report"),
     ("checks", "audit keys search leftovers"),
-    ("finishing", "sign manifest shrink settling clean checksum"),
-    ("finishing.seal", "__init__ operations traces identity media apt actions"),
     ("", "checkpoint"),
+    ("finishing", "sign manifest shrink settling clean checksum firstboot copying"),
+    ("finishing.seal", "__init__ operations traces identity media apt actions"),
     ("outputs", "__init__ raw qcow2"),
     ("sources", "__init__"),
     ("sources.image", "__init__ growing unpacking formats"),
@@ -121,7 +121,11 @@ def test_only_the_table_of_sources_knows_one() -> None:
         if not name.startswith("sources.")
     }
     assert {name: each for name, each in found.items() if each} == {
-        "sources": {"sources.bootstrap", "sources.image", "sources.installer", "sources.kind"}
+        "sources": {"sources.bootstrap", "sources.image", "sources.installer", "sources.kind"},
+        # Their templates are rendered as answer files are, whatever the source is.
+        "configuration.unused": {"sources.answers"},
+        "finishing.copying": {"sources.answers"},
+        "finishing.firstboot": {"sources.answers"},
     }
 
 

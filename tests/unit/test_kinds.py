@@ -278,4 +278,6 @@ def test_the_record_s_schema_has_the_keys_of_all_inputs() -> None:
     schema = json.loads((REPOSITORY / "data/build-record.schema.json").read_text())
     known = schema["properties"]["inputs"]["items"]["properties"]["key"]["enum"]
     made_from = [key for source in SOURCES.values() for key in source.keys]
-    assert sorted(known) == sorted(["configuration", *made_from, *ANSWER_FILE_KEYS, "answer-files"])
+    assert sorted(known) == sorted(
+        ["configuration", *made_from, *ANSWER_FILE_KEYS, "answer-files", "copy", "first-boot"]
+    )

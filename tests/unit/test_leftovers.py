@@ -1,5 +1,6 @@
 """What the audit finds among the files of a system, and what it lets pass."""
 
+import dataclasses
 import fnmatch
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 from image_factory.checks import audit, leftovers
 from image_factory.checks.audit import Finding
 from image_factory.checks.leftovers import Asked
+from image_factory.finishing import firstboot
 
 from ..leftovers import LEFTOVERS, Leftover
 
@@ -401,6 +403,24 @@ def test_what_is_asked_for_passes_only_then(tmp_path: Path, asked: Asked, conten
     files = fill(tmp_path, contents)
     assert findings(files) == []
     assert len(findings(files, asked)) == 1
+
+
+def test_first_boot_scripts_pass_and_nothing_beside_them(tmp_path: Path) -> None:
+    own = dict.fromkeys(firstboot.unit_paths())
+    own |= {f"{firstboot.DIRECTORY}/{name}": None for name in ("01-a.sh", "02-b.sh")}
+    files = fill(tmp_path, CLEAN | dict.fromkeys(own, "x"))
+    asked = dataclasses.replace(ASKED, own=frozenset([*own, "var/lib/image-factory", firstboot.DIRECTORY]))
+    assert findings(files, asked) == []
+    # Those of an image that was made of another one.
+    assert [finding.what for finding in findings(files, ASKED)] == [
+        "/etc/systemd/system/image-factory-first-boot.service is a leftover of image-factory",
+        "/var/lib/image-factory is a leftover of image-factory",
+    ]
+    for path in ("var/lib/image-factory/x", f"{firstboot.DIRECTORY}/03-c.sh", f"{firstboot.DIRECTORY}/.01-a.sh"):
+        (tmp_path / path).touch()
+        [finding] = findings(files, asked)
+        assert finding.what == f"/{path} is a leftover of image-factory"
+        (tmp_path / path).unlink()
 
 
 def test_keys_that_sshd_is_told_of(tmp_path: Path) -> None:

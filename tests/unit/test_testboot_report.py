@@ -12,7 +12,7 @@ from image_factory.checks.testboot import report
 from image_factory.checks.testboot.report import Message, Subject, checks_of, identity_checks, parse
 
 GIB = 1 << 30
-SUBJECT = Subject(2 * GIB, 4 * GIB)
+SUBJECT = Subject(2 * GIB, 4 * GIB, first_boot=True)
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE5TLs7pWqWKmVvVx5YqEo5Ww8rZ0mLv5o2c1cVbQm9k"
 GOOD = {
     "state": "running\n",
@@ -71,6 +71,10 @@ NOT_GROWN = "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/sda
         ({"cloud-init": '{"v1": {"datasource": "DataSourceNone", "errors": []}}'}, "cloud-init",
          "cloud-init did not take the NoCloud seed: DataSourceNone"),
         ({"cloud-init": '{"v1": {"datasource": "x", "errors": ["a\\nb"]}}'}, "cloud-init", "cloud-init failed: a b"),
+        ({"first-boot-left": "/var/lib/image-factory/first-boot\n", "first-boot-log": "a\nb\x1b\nc\nd\n"}, "first-boot",
+         "its first-boot scripts did not succeed: b? / c / d"),
+        ({"first-boot-left": "/var/lib/image-factory/first-boot\n"}, "first-boot",
+         "its first-boot scripts did not succeed"),
         ({"kernel": "ata1: error\nscsi: error\n"}, "kernel-log",
          "its kernel logged an error: ata1: error (and 1 more)"),
     ],
@@ -79,12 +83,17 @@ def test_what_is_wrong_is_told(changes: dict[str, str], name: str, message: str)
     assert problems(changes)[name] == message
 
 
+def test_scripts_that_the_image_has_not() -> None:
+    found = problems({"first-boot-left": "/x"}, Subject(2 * GIB, 4 * GIB))
+    assert found == {"first-boot": "the image has no scripts for it"}
+
+
 def test_a_root_on_a_subvolume_has_its_partition() -> None:
     assert problems({"root-device": "/dev/sda3[/@]"}) == {}
 
 
 def test_errors_that_are_allowed() -> None:
-    allowed = Subject(2 * GIB, 4 * GIB, ("^ata1:",))
+    allowed = Subject(2 * GIB, 4 * GIB, ("^ata1:",), first_boot=True)
     assert problems({"kernel": "ata1: error"}, allowed) == {}
     assert "kernel-log" in problems({"kernel": "ata1: error\nata2: error"}, allowed)
 

@@ -216,7 +216,8 @@ def _checks(
     message = found.message
     if problem or message is None:
         return
-    subject = Subject(machine.artifact.virtual_size, machine.larger_size, machine.errors_allowed)
+    has_scripts = bool(machine.build.plan.settings.first_boot)
+    subject = Subject(machine.artifact.virtual_size, machine.larger_size, machine.errors_allowed, has_scripts)
     checks = checks_of(message, subject)
     yield from checks
     yield from identity_checks(message, earlier)
@@ -239,6 +240,9 @@ def _log(checks: Sequence[BootCheck]) -> None:
 
 def _explain(report: Message | None, lines: Sequence[str]) -> None:
     if report:
+        if report.fact("first-boot-left"):
+            for line in report.lines("first-boot-log"):
+                logger.error("first-boot scripts: %s", line)
         for line in report.lines("kernel")[:_SHOWN_LINES]:
             logger.error("error of the guest's kernel: %s", line)
         for line in report.lines("journal")[-_SHOWN_LINES:]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ...base.events import BootCheck
 from ...base.log import printable
 from ...base.units import format_size
+from ...finishing import firstboot
 
 PORT = "org.image-factory.report"
 UNIT = "image-factory-report"
@@ -68,8 +69,13 @@ if ! command -v cloud-init >/dev/null; then
     echo '%(user)s ALL=(ALL) NOPASSWD:ALL' >/etc/sudoers.d/%(user)s
 fi
 """
-_REPORT = """\
-printf '{"stage":"finished"'
+_FIRST_BOOT = f"""\
+fact first-boot-left ls -d {" ".join(f"/{path}" for path in (firstboot.DIRECTORY, *firstboot.unit_paths()))}
+fact first-boot-log journalctl -b -o cat --no-pager -n 20 -u {firstboot.SERVICE}
+"""
+_REPORT = f"""\
+printf '{{"stage":"finished"'
+{_FIRST_BOOT}\
 fact state echo "$state"
 fact failed systemctl list-units --state=failed --plain --no-legend --no-pager
 fact machine-id cat /etc/machine-id
@@ -85,7 +91,7 @@ fact cloud-init cat /run/cloud-init/result.json
 fact sshd sh -c 'command -v sshd || ls /usr/sbin/sshd'
 fact kernel journalctl -b -p err -o cat --no-pager _TRANSPORT=kernel SYSLOG_FACILITY=0
 fact journal journalctl -b -p warning -n 60 -o short-monotonic --no-pager
-echo '}'
+echo '}}'
 """
 
 
@@ -208,12 +214,13 @@ def parse(line: bytes) -> Message:
 class Subject:
     """What is known of the image that reports: the size of its disk, and of the *larger* one that it was booted on.
 
-    *allowed* are regular expressions of errors in the kernel's log.
+    *allowed* are regular expressions of errors in the kernel's log.  *first_boot* is whether it has scripts for that.
     """
 
     disk_size: int
     larger_size: int
     allowed: Sequence[str] = ()
+    first_boot: bool = False
 
 
 def passed(name: str) -> BootCheck:
@@ -239,6 +246,7 @@ def checks_of(report: Message, subject: Subject) -> list[BootCheck]:
         judged("network", _why_no_network(report)),
         judged("units", _why_degraded(report)),
         _cloud_init(report),
+        _first_boot(report, subject),
         judged("machine-id", "" if report.machine_id else "its machine-id is none"),
         judged("host-keys", "" if report.host_keys else "it has no SSH host keys"),
         _root_size(report, subject),
@@ -304,6 +312,16 @@ def _cloud_init(report: Message) -> BootCheck:
     if not source.startswith("DataSourceNoCloud"):
         return judged(name, f"cloud-init did not take the NoCloud seed: {printable(source)[:_LONGEST_SHOWN]}")
     return passed(name)
+
+
+def _first_boot(report: Message, subject: Subject) -> BootCheck:
+    name = "first-boot"
+    if not subject.first_boot:
+        return skipped(name, "the image has no scripts for it")
+    if not report.fact("first-boot-left"):
+        return passed(name)
+    said = report.lines("first-boot-log")
+    return judged(name, f"its first-boot scripts did not succeed{': ' if said else ''}{' / '.join(said[-3:])}")
 
 
 def _root_size(report: Message, subject: Subject) -> BootCheck:

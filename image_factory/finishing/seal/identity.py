@@ -140,7 +140,7 @@ def _name_new_entries(system: System, old: str, actions: Actions) -> None:
         if token == old.encode():
             actions.remove.append("etc/kernel/entry-token")
         if "boot/loader/entries" in {path.rpartition("/")[0] for path in actions.rename}:
-            actions.write |= _unit(ENTRIES_UNIT, ENTRIES_UNIT_TEXT)
+            actions.write |= unit_files(ENTRIES_UNIT, ENTRIES_UNIT_TEXT)
     elif named or own_directory or token == old.encode():
         actions.write["etc/kernel/entry-token"] = f"{ENTRY_TOKEN}\n".encode()
 
@@ -155,7 +155,7 @@ def have_keys_made(system: System) -> Actions:
         return actions
     disabled = CLOUD_INIT_DISABLED in system.kinds and "cloud-init-config" not in system.chosen
     if CLOUD_INIT not in system.kinds or disabled:
-        actions.write |= _unit(KEYS_UNIT, KEYS_UNIT_TEXT)
+        actions.write |= unit_files(KEYS_UNIT, KEYS_UNIT_TEXT)
     return actions
 
 
@@ -181,7 +181,7 @@ def unit_of(system: System, key: Key) -> dict[str, bytes]:
     is_made = key.commands and any(maker in system.kinds for maker in key.makers)
     if not is_made or not any(is_of(path, key.removed) for path in system.kinds):
         return {}
-    return _unit(key.unit, unit_text(key), "basic.target")
+    return unit_files(key.unit, unit_text(key), "basic.target")
 
 
 def unit_text(key: Key) -> str:
@@ -194,7 +194,7 @@ def unit_text(key: Key) -> str:
 # Units
 
 
-def _unit(name: str, text: str, target: str = "multi-user.target") -> dict[str, bytes]:
+def unit_files(name: str, text: str, target: str = "multi-user.target") -> dict[str, bytes]:
     """Return the files of a unit that is started at each boot, with *target*.
 
     A drop-in of the target wants it: that takes no link, and no preset of the distribution's undoes it.

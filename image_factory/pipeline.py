@@ -26,7 +26,7 @@ from .model import Artifact, Build, Disk, Plan
 from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
 from .sources import SOURCES, DiskSource
 from .system import mounts
-from .tasks import guest, offline
+from .tasks import guest, namespace, offline
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def _checksumming(build: Build) -> Steps:
 def _check_tasks(plan: Plan) -> None:
     tasks.check(plan)
     guest.check(plan)
+    namespace.check(plan)
+    offline.check(plan)
 
 
 # The whole build, in its order.  All that has to know what a build does reads it here.
@@ -88,7 +90,6 @@ STAGES = (
         (
             Part(_cleaning, mounts.programs, mounts.check),
             Part(lambda build: [], check=copying.check),
-            Part(lambda build: [], check=offline.check),
             Part(lambda build: [], check=firstboot.check),
             Part(shrink.steps, shrink.programs),
             Part(settling.steps, settling.programs),

@@ -146,6 +146,11 @@ def done_path(build: Build) -> Path:
     return build.directory / f"{DONE_PREFIX}{digest_with_secrets(build.plan.tasks)[:32]}.qcow2"
 
 
+def timeout_argv(timeout: float | None) -> list[str]:
+    """Return the command that ends another one after *timeout* seconds, nothing if that is None."""
+    return [] if timeout is None else ["timeout", "-k", "10", f"{timeout:.0f}"]
+
+
 def payload(script: Script) -> bytes:
     """Return what ``receiving`` reads on its stdin."""
     return b"\n".join([base64.b64encode(script.content), base64.b64encode(script.secrets), b""])
@@ -161,7 +166,7 @@ def receiving(script: Script, directory: str, timeout: float | None = None) -> s
     if script.secrets:
         words.append(f"TASK_SECRETS={directory}/secrets")
     # The system's own clock ends it: what is started by ssh goes on when ssh is killed.
-    limit = [] if timeout is None else ["timeout", "-k", "10", f"{timeout:.0f}"]
+    limit = timeout_argv(timeout)
     return (
         # What a try whose connection broke has left is no reason to fail.
         f"umask 077; rm -rf {directory}; mkdir {directory} && read -r task && read -r secrets"

@@ -1,19 +1,25 @@
 """Tasks in a tree that is no disk yet: in the namespaces of its build, for an ordinary user too, and with no boot."""
 
+import math
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..base import files
+from ..base import command, files
+from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..configuration.settings import Task
 from ..disks import bounds
 from ..inside.namespaces import entering_argv
 from ..model import Build, Plan
-from . import digest_with_secrets
+from . import KINDS, digest_with_secrets, playbooks, timeout_argv
 from . import place as place_of
-from .running import Place, script_argv
+from . import programs as programs_of_tasks
+from .running import GRACE_SECONDS, Place, script_argv
 
 _SCRIPT = "task-in-tree"
 DIRECTORY = "/run/image-factory-task"
+_TEMPORARY = "/run/ansible"
 
 # Nothing of the user's: also proxies are those of the recipe.
 _ENVIRONMENT = (
@@ -116,23 +122,68 @@ exit $status
 )
 
 
-def prepare(directory: Path) -> None:
-    """Write to the build's *directory* what a place needs."""
-    files.replace(directory / _SCRIPT, RUN.encode(), mode=0o600)
-
-
-def place(build: Build, tree: Path, pid: int | str, proxy: str | None) -> Place:
-    """Return the *tree* of *build* as a place for tasks, in the namespaces of process *pid*.
+class InTree:
+    """The *tree* of *build* as a place for tasks, in the namespaces of process *pid*.
 
     *proxy* is the URI of one that brings packages.
     """
-    proxies = [f"{name}={proxy}" for name in ("http_proxy", "https_proxy") if proxy]
 
-    def shell(line: str) -> Sequence[str]:
-        words = (*_apart(build, tree), *chroot_argv(str(tree), line, proxies))
-        return entering_argv(pid, *words, as_root=build.plan.as_root)
+    def __init__(self, build: Build, tree: Path, pid: int | str, proxy: str | None) -> None:
+        self._build, self._tree, self._pid = build, tree, pid
+        self._proxies = [f"{name}={proxy}" for name in ("http_proxy", "https_proxy") if proxy]
+        self.place = Place(self._shell, DIRECTORY, playbook=self._playbook)
 
-    return Place(shell, DIRECTORY)
+    def prepare(self) -> None:
+        """Write to the build's directory what the commands need."""
+        files.replace(self._build.directory / _SCRIPT, RUN.encode(), mode=0o600)
+        chroot = shlex.join(["env", "-i", *_ENVIRONMENT, *self._proxies, "chroot"])
+        files.replace(self._chroot, f'#!/bin/sh\nexec {chroot} "$@"\n'.encode(), mode=0o700)
+
+    def commands(self, task: Task) -> list[list[str]]:
+        """Return the commands that carry out *task*."""
+        if KINDS[task.type].script:
+            return [script_argv(task, self.place)]
+        return [self._playbook_argv(task, Path("INVENTORY"), None if math.isinf(task.timeout) else task.timeout)]
+
+    def look(self) -> None:
+        """Let the user look into the tree, as a task sees it."""
+        terminal = f"TERM={os.environ.get('TERM', 'dumb')}"
+        command.interact(
+            self._shell(f"cd; export {shlex.quote(terminal)}; command -v bash >/dev/null && exec bash; exec sh")
+        )
+
+    @property
+    def _chroot(self) -> Path:
+        return self._build.directory / "task-chroot"
+
+    def _shell(self, line: str) -> Sequence[str]:
+        return self._entering(*chroot_argv(str(self._tree), line, self._proxies))
+
+    def _entering(self, *words: str) -> list[str]:
+        return entering_argv(self._pid, *_apart(self._build, self._tree), *words, as_root=self._build.plan.as_root)
+
+    def _playbook(self, task: Task, limit: float | None) -> None:
+        try:
+            command.run(self._shell("command -v python3 >/dev/null"), quiet=True)
+        except CommandError as error:
+            raise BuildError(f"the system has no python3, which a playbook needs ({error.said})") from error
+        host = {
+            "ansible_connection": playbooks.CONNECTION,
+            "ansible_host": str(self._tree),
+            # ansible-playbook has the user's environment, in which it finds its own; what it runs in the tree has not.
+            "ansible_chroot_exe": str(self._chroot),
+        }
+        with playbooks.prepared(self._build.plan, task, host, _TEMPORARY) as (inventory, environment):
+            command.run(
+                self._playbook_argv(task, inventory, limit),
+                cwd=playbooks.directory_of(task),
+                env=environment | {"PATH": command.search_path()},
+                timeout=None if limit is None else limit + GRACE_SECONDS,
+            )
+
+    def _playbook_argv(self, task: Task, inventory: Path, limit: float | None) -> list[str]:
+        argv = playbooks.playbook_argv(self._build.plan, task, inventory)
+        return self._entering(*timeout_argv(limit), *argv)
 
 
 def chroot_argv(tree: str, line: str, proxies: Sequence[str] = ()) -> list[str]:
@@ -161,12 +212,25 @@ def tasks(plan: Plan) -> tuple[Task, ...]:
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that the tasks of *plan* in its tree need."""
-    return ["setpriv", "unshare"] if tasks(plan) else []
+    return ["setpriv", "unshare", *programs_of_tasks(plan)] if tasks(plan) else []
 
 
-def commands(task: Task, place: Place) -> list[list[str]]:
-    """Return the commands that carry out *task* at *place*."""
-    return [script_argv(task, place)]
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if it is known that the tasks of *plan* can't be carried out in a tree."""
+    if not tasks(plan):
+        return
+    if plan.settings.source != "bootstrap":
+        raise ConfigurationError(
+            f"[{plan.image}] tasks-via = namespace: only source = bootstrap has a tree.", hint="Set tasks-via = guest."
+        )
+    for task in plan.tasks:
+        if task.reboot:
+            raise ConfigurationError(
+                f"[{plan.image}] task {task.name}: nothing reboots in a tree.",
+                hint="Leave task-reboot out, or set tasks-via = guest.",
+            )
+    playbooks.check_playbooks(plan)
+    playbooks.check_connection(plan)
 
 
 def identity(plan: Plan) -> dict[str, bytes]:

@@ -8,15 +8,13 @@ from ..base.errors import CommandError, ConfigurationError
 from ..configuration.settings import Task
 from ..machines.arch import default_arch
 from ..model import Build, Plan
-from ..parts import State, Step, on_tree
+from ..parts import State, Step, tree_of
 from ..system import appliance
 from ..system.tree import Tree
 from . import payload, receiving, script_of
 from .namespace import DIRECTORY, RUN, chroot_argv
-from .running import Place, run_task
+from .running import GRACE_SECONDS, Place, recorded, run_task
 
-# More than the system takes to end a task.
-_GRACE_SECONDS = 60.0
 _FOREVER = 365 * 86400.0
 
 
@@ -46,22 +44,22 @@ def steps(build: Build) -> Iterator[Step]:
     """Give the steps on the mounted system."""
     for task in build.plan.late_tasks:
         # No rehearsal has an appliance.
-        yield Step(f"Task {task.name}", on_tree(partial(_carry_out, task)), appliance.script_commands(), when=_mounted)
+        yield Step(f"Task {task.name}", recorded(partial(_carry_out, task)), appliance.script_commands(), when=_mounted)
 
 
 def _mounted(state: State) -> bool:
     return state.tree is not None
 
 
-def _carry_out(task: Task, build: Build, tree: Tree) -> None:
-    run_task(task, Place(partial(chroot_argv, appliance.ROOT), DIRECTORY, script=partial(_run, tree)))
+def _carry_out(task: Task, state: State) -> None:
+    run_task(task, Place(partial(chroot_argv, appliance.ROOT), DIRECTORY, script=partial(_run, tree_of(state))))
 
 
 def _run(tree: Tree, task: Task, limit: float | None) -> None:
     script = script_of(task)
     words = [appliance.ROOT, "no", *chroot_argv(appliance.ROOT, receiving(script, DIRECTORY, limit))]
     text = f"set -- {shlex.join(words)}\n{RUN}"
-    seconds = _FOREVER if limit is None else limit + _GRACE_SECONDS
+    seconds = _FOREVER if limit is None else limit + GRACE_SECONDS
     status, lines = appliance.run_script(tree, text, payload(script), seconds)
     if status:
         raise CommandError([task.name], status, lines)

@@ -1,10 +1,11 @@
-"""Playbooks: ansible-playbook runs on this machine, and works on the booted system by ssh."""
+"""Playbooks: ansible-playbook runs on this machine, and works on the booted system by ssh, on a tree by chroot."""
 
 import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..configuration.settings import Task
 from ..model import Plan
 
+# How a tree is reached that is no booted system.
+CONNECTION = "community.general.chroot"
 _PROGRAM = "ansible-playbook"
 _CHECK_SECONDS = 120.0
 _LONGEST_REASON = 300
@@ -48,22 +51,26 @@ def playbook_argv(plan: Plan, task: Task, inventory: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def directory_of(task: Task) -> Path:
+    """Return the directory of the playbook of *task*."""
+    return _playbook(task).parent
+
+
 def _playbook(task: Task) -> Path:
     assert task.file
     return task.file.absolute()
 
 
-def inventory_of(plan: Plan, login: Login) -> str:
-    """Return the inventory, in JSON, which is YAML."""
+def _host_of(login: Login) -> dict[str, object]:
+    """Return the variables of Ansible's for the host that *login* reaches."""
     options = " ".join(f"-o {shlex.quote(f'{name}={value}')}" for name, value in login.options.items())
-    host = {
+    return {
         "ansible_host": login.host,
         "ansible_port": login.port,
         "ansible_user": "root",
         "ansible_ssh_private_key_file": str(login.key),
         "ansible_ssh_common_args": f"-F none {options}",
     }
-    return json.dumps({"all": {"hosts": {plan.image: host}}}, indent=1)
 
 
 def environment_of(task: Task, directory: Path, temporary: str) -> dict[str, str]:
@@ -97,24 +104,28 @@ def environment_of(task: Task, directory: Path, temporary: str) -> dict[str, str
     }
 
 
-def _files(directory: Path, inventory: str) -> Path:
-    """Make the files of ansible-playbook in *directory*; return that of the *inventory*."""
-    (directory / _CONFIGURATION).touch()
-    path = directory / "inventory.json"
-    path.write_text(inventory, encoding="utf-8")
-    return path
+@contextmanager
+def prepared(
+    plan: Plan, task: Task, host: Mapping[str, object], temporary: str
+) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Give an inventory, whose one host has the variables *host*, and the environment of ansible-playbook."""
+    with scratch.directory() as directory:
+        (directory / _CONFIGURATION).touch()
+        inventory = directory / "inventory.json"
+        # JSON is YAML.
+        inventory.write_text(json.dumps({"all": {"hosts": {plan.image: host}}}, indent=1), encoding="utf-8")
+        yield inventory, environment_of(task, directory, temporary)
 
 
 def run_playbook(
     plan: Plan, task: Task, login: Login, timeout: float | None, watch: Callable[[], None] | None = None
 ) -> None:
     """Carry out *task*; BuildError if it fails, or takes more than *timeout* seconds."""
-    with scratch.directory() as directory:
-        inventory = _files(directory, inventory_of(plan, login))
+    with prepared(plan, task, _host_of(login), login.temporary) as (inventory, environment):
         command.run(
             playbook_argv(plan, task, inventory),
-            cwd=_playbook(task).parent,
-            env=environment_of(task, directory, login.temporary),
+            cwd=directory_of(task),
+            env=environment,
             timeout=timeout,
             watch=watch,
         )
@@ -128,17 +139,10 @@ def check_playbooks(plan: Plan) -> None:
 
 
 def _check(plan: Plan, task: Task) -> None:
-    with scratch.directory() as directory:
-        inventory = _files(directory, json.dumps({"all": {"hosts": {plan.image: {}}}}))
+    with prepared(plan, task, {}, "/tmp") as (inventory, environment):
         argv = [*playbook_argv(plan, task, inventory), "--syntax-check"]
         try:
-            command.run(
-                argv,
-                cwd=_playbook(task).parent,
-                env=environment_of(task, directory, str(directory)),
-                timeout=_CHECK_SECONDS,
-                quiet=True,
-            )
+            command.run(argv, cwd=directory_of(task), env=environment, timeout=_CHECK_SECONDS, quiet=True)
         except CommandError as error:
             raise ConfigurationError(
                 f"[{plan.image}] task {task.name}: {_PROGRAM} does not take {task.file}: {_reason(error.last_lines)}",
@@ -146,6 +150,23 @@ def _check(plan: Plan, task: Task) -> None:
             ) from error
         except BuildError as error:
             raise ConfigurationError(f"[{plan.image}] task {task.name}: {error.message}") from error
+
+
+def check_connection(plan: Plan) -> None:
+    """Raise ConfigurationError unless Ansible has what CONNECTION names, if a playbook of *plan* needs it."""
+    task = next((task for task in plan.tasks if task.type == "playbook"), None)
+    if task is None:
+        return
+    with prepared(plan, task, {}, "/tmp") as (_, environment):
+        try:
+            command.run(
+                ["ansible-doc", "--type", "connection", CONNECTION], env=environment, timeout=_CHECK_SECONDS, quiet=True
+            )
+        except BuildError as error:
+            raise ConfigurationError(
+                f"[{plan.image}] task {task.name}: Ansible has no {CONNECTION}, which a playbook in a tree needs.",
+                hint="Install it: apt-get install ansible. Or set tasks-via = guest.",
+            ) from error
 
 
 def _reason(lines: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ import pytest
 from ..bootstrap_scene import BUILD, WORK, Place, new_place
 from ..conftest import User, run
 from ..integration.test_dry_run import announced, logged
+from ..integration.test_resume import in_terminal
 from ..small_archive import Archive
 from .test_bootstrap import in_disk, plain
 
@@ -171,6 +172,9 @@ def test_bad_task(user_place: Place, name: str) -> None:
     assert done.returncode == 1, done.stderr
     assert re.match(f"image-factory: error: {message}", said(done.stderr)[0]), said(done.stderr)
     assert len(said(done.stderr)) == 2
+    [results] = user_place.out.iterdir()
+    assert results.name.endswith(".junit.xml") and 'name="bad"' in results.read_text()
+    results.unlink()
     assert "471105" not in run("ps", "-eo", "args").stdout.replace("kill -9", "")
     assert list(user_place.out.iterdir()) == []
     assert user_place.left() == []
@@ -232,3 +236,78 @@ def test_resuming_knows_the_tasks(user_place: Place) -> None:
     write(user_place, "work.sh", "#!/bin/sh\necho two >/srv/work\n")
     done = user_place.run("--resume", "--dry-run", "small", check=False)
     assert "tasks changed since the disk was installed" in said(done.stderr)[0]
+
+
+PLAYBOOK = """\
+- hosts: all
+  gather_facts: false
+  tasks:
+    - raw: echo {{ image_factory_image }} {{ token }} | tr a-z n-za-m >/srv/facts; env >/srv/environment
+"""
+
+
+def test_playbook(place: Place) -> None:
+    """It is run on this machine, with what the user has for it, and works in the tree, which has nothing of the user's.
+
+    One of raw commands needs no Python of the system.
+    """
+    write(place, "play.yml", PLAYBOOK)
+    write(place, "secrets", f"token: {SECRET}\n", 0o600)
+    configure(place, "play", "\n[play]\ntask-file = ./play.yml\ntask-secrets = ./secrets\n")
+    place.recipe(script="echo >/usr/bin/python3; chmod 755 /usr/bin/python3")
+    [(_, shown)] = [step for step in announced(place.run("--dry-run", *BUILD).stdout) if step[0] == "Task play"]
+    log = place.run(*BUILD, OF_THE_USER="x").stderr
+    assert in_tree(place, "/srv/facts") == "fznyy pbeerpg-ubefr-onggrel\n"
+    environment = in_tree(place, "/srv/environment")
+    assert "HOME=/root\n" in environment and "OF_THE_USER" not in environment and "ANSIBLE" not in environment
+    assert "ansible" not in in_disk(place.out / WORK / "disk.raw", "ls -p /root")
+    [(_, done)] = [step for step in logged(log) if step[0] == "Task play"]
+    assert [re.sub(r"/\S+/inventory.json", "INVENTORY", plain(argv)) for argv in done] == [*map(plain, shown)]
+    assert SECRET not in log
+    assert place.left() == [str(place.out / WORK)]
+
+
+def test_system_without_python(user_place: Place) -> None:
+    write(user_place, "play.yml", PLAYBOOK)
+    configure(user_place, "./play.yml")
+    done = user_place.run(check=False)
+    assert said(done.stderr)[0].startswith(
+        "image-factory: error: Task play.yml can't be run: the system has no python3, which a playbook needs"
+    )
+
+
+def test_shell_where_a_task_failed(user_place: Place) -> None:
+    """It sees what the task saw; the build fails as it did."""
+    # What a person would type.
+    user_place.recipe(
+        script="echo 'cat /srv/state; id -u; tail -c 20 /usr/sbin/policy-rc.d' >/usr/bin/bash; chmod 755 /usr/bin/bash"
+    )
+    configure(user_place, "bad", task("bad", "echo half >/srv/state; exit 7"))
+    status, shown = in_terminal(user_place.argv("--shell-on-error", *BUILD), user_place.directory)
+    assert status == 1
+    assert re.search(r"^half\r\n0\r\n#!/bin/sh\r\nexit 101\r$", shown, re.MULTILINE), shown
+    assert "A shell is opened in the tree; the build ends when you leave it." in shown
+    assert "error: Task bad failed with status 7." in shown
+    assert user_place.left() == []
+
+
+# What can be known before a build of the section of a task: the error, and the hint.
+REFUSED = {
+    "no reboot": (task("x", "true", task_reboot="after"), "nothing reboots in a tree", "tasks-via = guest"),
+    "no connection": ("\n[x]\ntask-file = ./play.yml\n", "Ansible has no community.general.chroot", "ansible. Or"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_before_the_build(user_place: Place, name: str) -> None:
+    section, message, hint = REFUSED[name]
+    write(user_place, "play.yml", PLAYBOOK)
+    configure(user_place, "x", section)
+    programs = user_place.directory / "programs"
+    programs.mkdir()
+    (programs / "ansible-doc").write_text("#!/bin/sh\nexit 1\n")
+    (programs / "ansible-doc").chmod(0o755)
+    done = user_place.run("--check", "small", check=False, PATH=f"{programs}:/usr/bin:/bin")
+    assert done.returncode == 2, done.stderr
+    assert message in said(done.stderr)[0]
+    assert hint in said(done.stderr)[1]

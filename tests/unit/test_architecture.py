@@ -16,7 +16,7 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 LAYERS = [
     ("", "cli completion online pipeline fleet workspace publish"),
     ("configuration", "unused files"),
-    ("tasks", "guest playbooks"),
+    ("tasks", "guest"),
     ("checks.testboot", "__init__ login guest machine report"),
     ("checks", "audit keys search leftovers"),
     ("", "checkpoint"),
@@ -29,7 +29,7 @@ LAYERS = [
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery installers"),
     ("sources", "kind answers forms"),
     ("uploads", "__init__ rsync"),
-    ("tasks", "offline namespace running __init__"),
+    ("tasks", "offline namespace running playbooks __init__"),
     ("told", "record display estimates junit"),
     ("", "parts"),
     ("disks", "bounds making filesystems notation grub layouts reproducible"),

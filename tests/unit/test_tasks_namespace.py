@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from image_factory.base.errors import ConfigurationError
+from image_factory.configuration.files import Configuration
+from image_factory.pipeline import make_plan
 from image_factory.tasks import namespace
 
 DIRECTORIES = ("proc", "sys", "dev", "run", "tmp", "etc", "usr/sbin")
@@ -64,3 +67,14 @@ def test_link_that_leads_out(tree: Path, tmp_path: Path, name: str, up: bool) ->
     assert done.returncode == 125, done.stderr
     assert str(outside) in done.stderr
     assert [*outside.iterdir()] == []
+
+
+def test_source_without_a_tree(tmp_path: Path) -> None:
+    """No task is left out silently."""
+    text = tmp_path / "image-factory.conf"
+    text.write_text(f"[x]\nlinux = /l\ninitrd = /i\ntasks = {tmp_path}/x.sh\ntasks-via = namespace\n")
+    (tmp_path / "x.sh").write_text("#!/bin/sh\n")
+    plan = make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(text)}), "x", {})
+    with pytest.raises(ConfigurationError, match="tasks-via = namespace: only source = bootstrap has a tree") as caught:
+        namespace.check(plan)
+    assert caught.value.hint == "Set tasks-via = guest."

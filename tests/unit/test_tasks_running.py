@@ -125,7 +125,7 @@ def test_what_hangs_is_ended_where_it_runs(tmp_path: Path, place: Place) -> None
 
 def test_what_the_place_does_not_end_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A system that answers no more is no reason to wait for ever."""
-    monkeypatch.setattr("image_factory.tasks.running._GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("image_factory.tasks.running.GRACE_SECONDS", 0.5)
     deaf = Place(lambda line: ["sleep", "600"], str(tmp_path / "task"))
     _, error = ended(command("true", timeout=0.5), deaf)
     assert error is not None

@@ -14,6 +14,7 @@ from pathlib import Path
 from ...base import command, events
 from ...base.cleanup import released
 from ...base.errors import BuildError, CommandError, ConfigurationError
+from ...base.log import logger
 from ...base.memory import free_memory
 from ...base.units import format_size
 from ...configuration.parsers import FIT
@@ -366,17 +367,26 @@ class _Bootstrap:
 
     def carry_out(self, task: Task, state: State) -> None:
         assert self._inside is not None
-        namespace.prepare(state.build.directory)
-        running.run_task(task, self._place(state.build, self._inside.pid))
+        place = self._place(state.build, self._inside.pid)
+        place.prepare()
+        try:
+            running.run_task(task, place.place)
+        except BuildError as error:
+            if state.attended:
+                error.attended = True
+                logger.error("%s", error.message)
+                logger.error("A shell is opened in the tree; the build ends when you leave it.")
+                place.look()
+            raise
 
-    def _place(self, build: Build, pid: int | str) -> running.Place:
-        return namespace.place(build, self._root(build), pid, self._wanted.proxy)
+    def _place(self, build: Build, pid: int | str) -> namespace.InTree:
+        return namespace.InTree(build, self._root(build), pid, self._wanted.proxy)
 
     def task_steps(self, build: Build) -> Iterator[Step]:
         """Give the steps of the tasks that run in the tree."""
         place = self._place(build, "PID")
         for task in namespace.tasks(build.plan):
-            yield Step(f"Task {task.name}", doing(partial(self.carry_out, task)), namespace.commands(task, place))
+            yield Step(f"Task {task.name}", running.recorded(partial(self.carry_out, task)), place.commands(task))
 
     def install_loader(self, state: State) -> None:
         assert self._inside is not None

@@ -21,6 +21,7 @@ PROGRAMS = {
     "mount": ("Mounting the filesystems", "* mount-image *"),
     "remove": ("Removing installer logs", "* remove *"),
     "seal": ("Sealing", "* truncate *"),
+    "copy": ("Copying files", "* put *"),
     "free": ("Freeing unused blocks", "* trim *"),
     "unmount": ("Unmounting", "* umount *"),
     "zero": ("Zeroing unused blocks", "zerofree *"),
@@ -42,7 +43,7 @@ BOOTSTRAP = {
 }
 ORDER = list(
     dict.fromkeys(
-        ["create", "cache", "cache-http", *list(PROGRAMS)[:11], "checksum", "reopen", "publish", *PROGRAMS, *BOOTSTRAP]
+        ["create", "cache", "cache-http", *list(PROGRAMS)[:12], "checksum", "reopen", "publish", *PROGRAMS, *BOOTSTRAP]
     )
 )
 

@@ -44,6 +44,7 @@ seal = yes
 audit = yes
 manifest = yes
 sign-key = {key}
+copy = {directory}/script:/srv/new/
 keep-raw = yes
 log-file = yes
 upload_destinations = here

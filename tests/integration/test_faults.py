@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("machine")
 FAULTS = REPOSITORY / "tests/faults"
 # Where a build goes on whose fault strikes at a later step: what --until calls it, and the steps.
 BEGINS = {
-    "install": ("read", "mount", "remove", "seal", "free", "unmount", "zero"),
+    "install": ("read", "mount", "remove", "seal", "copy", "free", "unmount", "zero"),
     "clean": ("convert", "checksum"),
     "convert": ("reopen", "publish"),
     "publish": ("upload", "post-build"),
@@ -161,6 +161,7 @@ virt-type = qemu
 max-parallel = none
 format = qcow2
 seal = yes
+copy = /etc/debian_version:/etc/own/
 audit = yes
 upload_destinations = up
 post-build-command = notify
@@ -428,7 +429,8 @@ def test_fault(place: Place, cell: Cell) -> None:
         # A signal does not disturb the publishing itself.
         signalled = cell.step == "publish" and cell.fault in ("signal-INT", "signal-TERM", "signal-HUP")
         assert published == (cell.step in ("upload", "post-build") or process.returncode == 0 or signalled), errors
-    helper_gone = place.user.is_root and cell.fault == "missing" and cell.step in ("remove", "seal", "free", "unmount")
+    calls_helper = cell.step in ("remove", "seal", "copy", "free", "unmount")
+    helper_gone = place.user.is_root and cell.fault == "missing" and calls_helper
     if process.returncode < 0 or cell.fault in ("descriptors", "fails-always") or helper_gone:
         published = recover(place, cell) or published
     assert leftovers(place) == [], errors

@@ -20,6 +20,8 @@ import pytest
 
 from image_factory import checkpoint, pipeline
 from image_factory.configuration.files import Configuration
+from image_factory.finishing import firstboot
+from image_factory.finishing.seal import identity
 from image_factory.model import Artifact, Plan
 
 from .. import golden
@@ -189,6 +191,16 @@ class Broken:
     script_status: int = 0
 
 
+# The second one runs when the first one has succeeded; neither is there any more when people come.
+FIRST_BOOT = {
+    "first": "#!/bin/sh -e\nid -u\nip -4 route show default | grep default\necho $HOME first >/root/ran\n",
+    "second": "#!/usr/bin/env bash\n[[ $(cat /root/ran) = '/root first' ]] && echo second >>/root/ran\n",
+}
+FIRST_BOOT_RAN = """\
+#!/bin/bash
+[[ $(sudo cat /root/ran) = "/root first
+second" ]] && [[ -f /srv/new/script ]] && [[ ! -e /var/lib/image-factory ]] && echo "script as $(id -un)"
+"""
 BROKEN = {
     "no boot loader": Broken(
         "no boot loader", "boot", "it did not start: within 25 s .*Booting from Hard Disk", 240, timeout=25
@@ -201,8 +213,12 @@ BROKEN = {
     "root full": Broken("write /dev/null /fill\nfallocate /fill 0 FREE\n", "boot", "its root filesystem is full"),
     "a failing unit, a failing script": Broken(
         "cd /etc/systemd/system\nwrite UNIT broken.service\n"
-        "cd multi-user.target.wants\nsymlink broken.service /etc/systemd/system/broken.service\n",
-        "units", r"broken\.service failed; script failed with status 3: script on \S+ as image-factory",
+        "cd multi-user.target.wants\nsymlink broken.service /etc/systemd/system/broken.service\n"
+        "mkdir /etc/systemd/system/multi-user.target.d\nmkdir /var/lib/image-factory\nmkdir /DIRECTORY\n"
+        "write SCRIPT /DIRECTORY/01-script\nsif /DIRECTORY/01-script mode 0100700\n"
+        "write FIRST /FIRST\nwrite DROP-IN /DROP-IN\n",
+        "first-boot", r"broken\.service, image-factory-first-boot\.service failed; its first-boot scripts did not "
+        r"succeed: .*no luck at the first boot.*; script failed with status 3: script on \S+ as image-factory",
         script_status=3,
     ),
     "no sshd, no network": Broken(
@@ -216,6 +232,18 @@ BROKEN = {
 # The scene, how the build ended, and after how many seconds.
 Built = tuple[Scene, "subprocess.CompletedProcess[str]", float]
 GOLDEN = "golden"
+
+
+def with_first_boot(found: Scene, change: str) -> str:
+    """Return *change* with the files of first-boot scripts, of which the first one fails."""
+    (found.directory / "first").write_text("#!/bin/sh\necho no luck at the first boot\nexit 7\n")
+    change = change.replace("SCRIPT", f"{found.directory}/first").replace("DIRECTORY", firstboot.DIRECTORY)
+    files = identity.unit_files(firstboot.SERVICE, firstboot.UNIT_TEXT)
+    for word, (path, data) in zip(("FIRST", "DROP-IN"), files.items(), strict=True):
+        file = found.directory / path.rpartition("/")[2]
+        file.write_bytes(data)
+        change = change.replace(f"write {word} /{word}", f"write {file} /{path}")
+    return change
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +261,18 @@ def built(users: dict[str, User], golden_disk: Path) -> Iterator[dict[str, Built
         if name in BROKEN:
             (found.directory / "unit").write_text(FAILING_UNIT)
             change = BROKEN[name].change.replace("UNIT", f"{found.directory}/unit")
+            if "FIRST" in change:
+                change = with_first_boot(found, change)
+                extra += f"\nfirst-boot = {found.directory}/first"
             found.prepare(change, extra, timeout=BROKEN[name].timeout)
         else:
             key = test_dry_run.make_key(found.user, found.directory)
             found.user.run("mkdir", found.directory / "upload")
             keys = test_dry_run.all_keys(found.user, found.directory, key)
+            (found.directory / "script").write_text(FIRST_BOOT_RAN)
+            for script, text in FIRST_BOOT.items():
+                (found.directory / script).write_text(text)
+            extra += f"\nfirst-boot = {', '.join(f'{found.directory}/{script}' for script in FIRST_BOOT)}"
             found.install(f"firmware = hybrid\n{extra}\n{keys}")
             found.shown = found.run("--dry-run").stdout
 

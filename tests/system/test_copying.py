@@ -95,8 +95,8 @@ def looked_into(disk: Path) -> Iterator[Path]:
     finally:
         run("umount", point)
         point.rmdir()
-        # udev may look at the device for a moment yet.
-        wait_for(lambda: not run("losetup", "-j", disk).stdout, "the loop device to go")
+        # Whoever looks at the device keeps it for a moment yet.
+        wait_for(lambda: str(disk) not in run("losetup", "--list", "--output", "BACK-FILE").stdout, "the device to go")
 
 
 def make_files(directory: Path) -> None:

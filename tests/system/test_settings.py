@@ -18,7 +18,7 @@ from image_factory import sources
 from image_factory.base.errors import ConfigurationError
 from image_factory.configuration import files as configuration_files
 from image_factory.configuration.files import Configuration, declared
-from image_factory.configuration.parsers import InstallerFile, Source
+from image_factory.configuration.parsers import Copy, InstallerFile, Source
 from image_factory.configuration.settings import (
     ANSWER_FILE_KEYS,
     Declaration,
@@ -119,6 +119,11 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "seal": ("yes", True),
     "seal_only": ("machine-id,\n  ssh-host-keys", ("machine-id", "ssh-host-keys")),
     "seal_skip": ("logs", ("logs",)),
+    "copy": (
+        "a/b c/:/etc/x y/\n\n  ~/e:f:/g:web:4:0640\n :x:/y:1:2",
+        (Copy("a/b c/", "/etc/x y/"), Copy("~/e:f", "/g", "web", "4", 0o640), Copy(":x", "/y", "1", "2")),
+    ),
+    "first_boot": ("/srv/a.sh,\n  b.j2", (Path("/srv/a.sh"), Path("b.j2"))),
     "keep_raw": ("1", True),
     "compression": ("zlib", "zlib"),
     "vnc": ("localhost:13", ("localhost", 13)),
@@ -220,6 +225,8 @@ def test_defaults(read: Read) -> None:
         seal=False,
         seal_only=(),
         seal_skip=(),
+        copy=(),
+        first_boot=(),
         keep_raw=False,
         compression="zstd",
         arch=default_arch(),
@@ -432,7 +439,7 @@ ABSURD = {
     "preseed": "a b", "kickstart": "a b", "yast": "a b", "autoinstall": "a b", "agama": "a.yaml", "cores": "none",
     "ram": "4", "image-size": "2", "format": "vmdk", "mac": "a", "cache-dir": "", "installer-logs": "maybe",
     "log-file": "maybe", "log-filename": "a/", "output-dir": "", "mount-via": "nbd",
-    "require-single-partition": "maybe", "answer-files": "a:/b", "audit": "maybe",
+    "require-single-partition": "maybe", "answer-files": "a:/b", "audit": "maybe", "copy": "a", "first-boot": "a b",
     "seal": "maybe", "keep-raw": "maybe", "compression": "xz", "vnc": "a b", "osinfo": "",
     "arch": "vax", "firmware": "efi", "cpu": "", "virt-type": "xen", "network": "", "max-parallel": "-1",
     "install-timeout": "2", "stall-timeout": "2", "test-boot": "maybe", "test-script": "a/", "test-boot-timeout": "2",
@@ -451,6 +458,23 @@ def test_every_setting_refuses_something(key: str, declaration: Declaration) -> 
     assert (key in ABSURD) != (key in ANY_TEXT)
     error = error_of(lambda: configuration_files._parsed(key, ABSURD.get(key, "\0"), declaration.parse))
     assert "is not accepted, only " in error.message
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a", "a:b", "a:", ":/b", "a:/b:web", "a:/b:web:", "a:/b:web:web:", "a:/b:web:web:888", "a:/b:web:web:07777",
+     "a:/b:0644", "a:/b:we b:x", "a:/b/../c", "a:/./b", "a:/b:web:web:0644:x", "a:/b:-1:0", "a:/b\0"],
+)  # fmt: skip
+def test_copy_of_another_form(read: Read, line: str) -> None:
+    error = error_of(lambda: read(f"{MINIMAL}copy = a:/b\n  {line}\n").image("x", {}))
+    assert "is not accepted, only SOURCE:DESTINATION, " in error.message
+    assert error.hint == "A destination is absolute and has no . and .. in it; a mode is octal, such as 0644."
+
+
+def test_more_scripts_than_numbers(read: Read) -> None:
+    names = ",".join(f"s{number}" for number in range(100))
+    error = error_of(lambda: read(f"{MINIMAL}first-boot = {names}\n").image("x", {}))
+    assert error.message.endswith("is not accepted, only at most 99 paths.")
 
 
 @pytest.mark.parametrize(("text", "meant"), [("2", "2G"), ("63", "63G"), ("64", "64M"), ("1024", "1024M")])
@@ -721,6 +745,16 @@ def test_keys_of_a_template_beside_a_plain_answer_file_are_told(read: Read) -> N
         f"[x] packages: {told}",
         f"[base] locale: {told}",
     ]
+
+
+def test_keys_of_templates_that_are_copied_are_used(read: Read, tmp_path: Path) -> None:
+    (tmp_path / "site/sub").mkdir(parents=True)
+    (tmp_path / "site/sub/a.j2").write_text("{{ host_name }}")
+    (tmp_path / "b.j2").write_text("#!/bin/sh\n{{ domain }}")
+    text = (
+        f"{MINIMAL}copy = {tmp_path}/site/:/etc\nfirst-boot = {tmp_path}/b.j2\nhost-name = a\ndomain = b\nthird = c\n"
+    )
+    assert unused(read(text)) == ["[x] third: nothing uses this key. Remove it, or name it in a value: ${third}."]
 
 
 def test_keys_of_the_section_that_one_is_based_on_are_told(read: Read) -> None:

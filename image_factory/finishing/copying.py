@@ -149,7 +149,8 @@ def _items_of(plan: Plan, each: Copy) -> Iterator[Item]:
             directory = _joined(directory, name)
         yield from _walked(plan, each, path, status, directory)
     except OSError as error:
-        raise ConfigurationError(f"[{plan.image}] {KEY}: {path} can't be read: {reason_of(error)}.") from error
+        shown = error.filename or path
+        raise ConfigurationError(f"[{plan.image}] {KEY}: {shown} can't be read: {error.strerror}.") from error
 
 
 def _walked(plan: Plan, each: Copy, path: Path, status: os.stat_result, target: str) -> Iterator[Item]:

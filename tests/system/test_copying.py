@@ -300,7 +300,7 @@ def test_a_large_file(done: Done) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("none:/x", "none can't be read: No such file or directory"),
+        ("none:/x", "none can't be read: No such file or directory."),
         ("pipe:/x", "pipe is a pipe."),
         ("site/:/x", "site/socket is a socket."),
         ("/dev/null:/x", "/dev/null is a device."),

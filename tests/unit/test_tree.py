@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,7 +13,7 @@ from image_factory.base.errors import BuildError, NoSystemError
 from image_factory.finishing import clean
 from image_factory.finishing.seal.actions import System
 from image_factory.finishing.seal.operations import OPERATIONS
-from image_factory.model import Change, Entry, Partition, Subvolume, Volume
+from image_factory.model import Change, Entry, Partition, Placed, Subvolume, Volume
 from image_factory.system import assembly, privileged, tree
 from image_factory.system.privileged import takes_directory, takes_name, takes_top
 
@@ -49,6 +50,12 @@ class Filesystem:
 
     def write(self, path: str, data: bytes, mode: int) -> None:
         self.files[path] = data.decode()
+
+    def look(self, paths: Sequence[str]) -> list[Entry]:
+        return [entry for entry in self.entries(["*", "*/*", "*/*/*"]) if entry.path in paths]
+
+    def put(self, items: Sequence[Placed], contents: Path) -> None:
+        self.files |= {item.path: item.target for item in items}
 
     def rename(self, path: str, name: str) -> None:
         self.files["/".join([*path.split("/")[:-1], name])] = self.files.pop(path)
@@ -147,6 +154,15 @@ def test_other_operations_go_to_the_filesystem_of_the_path() -> None:
     assert found.truncate(["var/log/z", "etc/new", "etc/none"]) == [Change("var/log/z", 1, 4), Change("etc/new", 1, 3)]
     assert var.files == {"log/z": "", "lib/y": "1", "lib/new": "new"}
     assert top.files["@/etc/new"] == ""
+    looked = found.look(["var/lib/y", "etc", "var/none", "var/log"])
+    assert looked == {path: Entry(path, "file" if path == "var/lib/y" else "directory") for path in looked}
+    assert set(looked) == {"var/lib/y", "etc", "var/log"}
+    found.put([Placed(path, "link", target=path) for path in ("var/a", "b", "var/c/d", "etc/e")], Path("/dev/null"))
+    assert {path: text for path, text in var.files.items() if text.startswith("var/")} == {
+        "a": "var/a",
+        "c/d": "var/c/d",
+    }
+    assert (top.files["@/b"], top.files["@/etc/e"]) == ("b", "etc/e")
 
 
 def test_a_filesystem_is_asked_once() -> None:

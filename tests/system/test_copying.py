@@ -17,6 +17,7 @@ from image_factory import pipeline
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.configuration.files import Configuration
 from image_factory.finishing import copying, firstboot
+from image_factory.finishing.seal import identity
 from image_factory.model import Build, Disk
 from image_factory.system import mounts, partitions
 from image_factory.system.tree import Tree
@@ -369,3 +370,46 @@ def test_a_first_boot_script_needs_its_first_line(tmp_path: Path, text: str) -> 
         ConfigurationError, match=re.escape(f"{tmp_path}/a.sh: its first line doesn't say what runs it.")
     ):
         firstboot.check(plan)
+
+
+def boot(root: Path) -> "subprocess.CompletedProcess[str]":
+    """Carry out the unit's commands on the files below *root*, one after the other as systemd does."""
+    text = firstboot.UNIT_TEXT.replace("\\\n", " ").replace("$$", "$")
+    commands = re.findall(r"^ExecStart=/bin/sh -euc '(.*)'$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        for top in (firstboot.DIRECTORY.rpartition("/")[0], identity.UNITS):
+            command = command.replace(f"/{top}", f"{root}/{top}")
+        done = subprocess.run(["sh", "-euc", command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            break
+    return done
+
+
+def test_a_script_that_fails_is_tried_again_and_those_before_it_are_not(tmp_path: Path) -> None:
+    directory = tmp_path / firstboot.DIRECTORY
+    directory.mkdir(parents=True)
+    units = [tmp_path / path for path in firstboot.unit_paths()]
+    for path in units:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / identity.UNITS / "other.service").touch()
+    for number, command in enumerate(("true", f"test -e {tmp_path}/mended", "true"), 1):
+        script = directory / f"0{number}-a b.sh"
+        script.write_text(f"#!/bin/sh\necho {number} >>{tmp_path}/ran\n{command}\n")
+        script.chmod(0o700)
+    for _ in range(2):
+        done = boot(tmp_path)
+        assert done.returncode == 1
+        assert done.stdout.splitlines()[-1] == f"Running {directory}/02-a b.sh"
+        assert [path.name for path in sorted(directory.iterdir())] == ["02-a b.sh", "03-a b.sh"]
+        assert all(path.exists() for path in units)
+    (tmp_path / "mended").touch()
+    assert boot(tmp_path).returncode == 0
+    assert (tmp_path / "ran").read_text().split() == ["1", "2", "2", "2", "3"]
+    assert not directory.parent.exists() and not any(path.exists() for path in units)
+    assert (tmp_path / identity.UNITS / "other.service").exists()
+    # Where it was killed between the two, nothing is left to be run, and the rest goes.
+    units[0].touch()
+    assert boot(tmp_path).returncode == 0
+    assert not units[0].exists()

@@ -750,7 +750,9 @@ def run_script(tree: Tree, script: str, data: bytes, seconds: float) -> tuple[in
     guestfish.do(f"debug sh {quoted(f'mount -t tmpfs -o mode=700 scripts {place} && mkdir {ROOT}')}")
     _upload(guestfish, f"{_SCRIPTS}/script", (_together(tree) + script).encode())
     _upload(guestfish, f"{_SCRIPTS}/input", data)
-    *lines, status = guestfish.do(f"debug sh {quoted(_RUN)}", seconds=seconds)
+    *lines, status = ["", *guestfish.do(f"debug sh {quoted(_RUN)}", seconds=seconds)]
+    if not status.isdigit():
+        raise BuildError(f"The appliance can't run programs of the system: {status or 'it says nothing'}.")
     guestfish.do(f"debug sh {quoted(f'umount {place}')}")
     guestfish.do(f"rmmountpoint {_SCRIPTS}")
     # What was a directory may be a link now.

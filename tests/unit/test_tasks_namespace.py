@@ -8,6 +8,7 @@ import pytest
 
 from image_factory.base.errors import ConfigurationError
 from image_factory.configuration.files import Configuration
+from image_factory.model import Plan
 from image_factory.pipeline import make_plan
 from image_factory.tasks import namespace
 
@@ -69,12 +70,28 @@ def test_link_that_leads_out(tree: Path, tmp_path: Path, name: str, up: bool) ->
     assert [*outside.iterdir()] == []
 
 
+def make_x(directory: Path, text: str) -> Plan:
+    """Return the plan of an image with a task."""
+    (directory / "x.sh").write_text("#!/bin/sh\n")
+    configuration = directory / "image-factory.conf"
+    configuration.write_text(f"[x]\ntasks = {directory}/x.sh\n{text}\n")
+    return make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(configuration)}), "x", {})
+
+
+def test_where_tasks_of_a_tree_run(tmp_path: Path) -> None:
+    """In the tree, unless the guest is wanted; only then do they make another tree, and without a network one more."""
+    made = {}
+    for keys in ("", "tasks-network = no", "tasks-via = guest"):
+        plan = make_x(tmp_path, f"source = bootstrap\nbootstrap = /b.yaml\nimage-size = 1G\n{keys}")
+        assert namespace.tasks(plan) == (() if "guest" in keys else plan.tasks)
+        made[keys] = namespace.identity(plan)
+    assert made.pop("tasks-via = guest") == {}
+    assert made[""] != made["tasks-network = no"]
+
+
 def test_source_without_a_tree(tmp_path: Path) -> None:
     """No task is left out silently."""
-    text = tmp_path / "image-factory.conf"
-    text.write_text(f"[x]\nlinux = /l\ninitrd = /i\ntasks = {tmp_path}/x.sh\ntasks-via = namespace\n")
-    (tmp_path / "x.sh").write_text("#!/bin/sh\n")
-    plan = make_plan(Configuration({"IMAGE_FACTORY_CONFIG": str(text)}), "x", {})
+    plan = make_x(tmp_path, "linux = /l\ninitrd = /i\ntasks-via = namespace")
     with pytest.raises(ConfigurationError, match="tasks-via = namespace: only source = bootstrap has a tree") as caught:
         namespace.check(plan)
     assert caught.value.hint == "Set tasks-via = guest."

@@ -152,8 +152,8 @@ BAD = {
         "Task bad ",
     ),
     "fills its memory": (
-        task("bad", "head -c 1100000000 /dev/zero >/tmp/x"),
-        r"Task bad failed .*(No space left|I/O error)",
+        task("bad", "dd if=/dev/zero of=/tmp/x bs=1M count=1100 2>&1 | grep left && exit 1"),
+        r"Task bad failed .*No space left",
     ),
     "no interpreter": (task("bad", "exec /usr/bin/nosuch"), r"Task bad failed with status 127: .*not found"),
     "no network": (

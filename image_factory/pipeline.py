@@ -11,6 +11,7 @@ from pathlib import Path
 
 from . import checkpoint, outputs, publish, tasks, workspace
 from .base import command, events, interrupts
+from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, InstalledError, NoSystemError
 from .base.files import check_readable
 from .base.log import logger
@@ -27,6 +28,7 @@ from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, s
 from .sources import SOURCES, DiskSource
 from .system import mounts
 from .tasks import guest, namespace, offline
+from .told import junit
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,7 @@ def _installed(state: State, chosen: _Chosen) -> tuple[State, Checkpoint]:
     inputs = checkpoint.InputsUsed()
     try:
         with events.observed(inputs):
-            state = carry_out(state, steps_of(STAGES[0], state.build))
+            state = _gone_through(state, STAGES[0])
     except InstalledError as error:
         checkpoint.begin(dataclasses.replace(state.build, virt_type=chosen.virt_type), inputs)
         _hint_at_resuming(state.build, error)
@@ -341,11 +343,25 @@ def _left(done: Checkpoint | None, until: str | None) -> list[Stage]:
     return [*STAGES[first : last + 1]]
 
 
+def _gone_through(state: State, stage: Stage) -> State:
+    """Carry out the steps of *stage*; the results of its tasks are written, however it ends."""
+    ended = events.TasksEnded()
+
+    def write() -> None:
+        if ended.found:
+            tasks = (*state.tasks, *ended.found)
+            junit.write(state.build.plan, state.build.directory, (), tasks=tasks)
+
+    with released(write), events.observed(ended):
+        reached = carry_out(state, steps_of(stage, state.build))
+    return dataclasses.replace(reached, tasks=(*state.tasks, *ended.found))
+
+
 def _carried_out(state: State, done: Checkpoint, until: str | None) -> State:
     """Go through the stages that are left; each is written down when it is reached."""
     # Still with the lock: a second build would replace the files under an upload.
     for stage in _left(done, until):
-        state = carry_out(state, steps_of(stage, state.build))
+        state = _gone_through(state, stage)
         if stage.reached:
             done.reach(stage.reached, [*state.artifacts])
         # A signal that came meanwhile is not lost.

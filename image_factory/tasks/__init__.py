@@ -36,8 +36,9 @@ _PACKAGES = """\
 set -e
 if command -v apt-get >/dev/null; then
     export DEBIAN_FRONTEND=noninteractive
-    apt-get -q update
-    exec apt-get -q -y install -- "$@"
+    # The system's own timers may have it.
+    apt-get -q -o DPkg::Lock::Timeout=600 update
+    exec apt-get -q -y -o DPkg::Lock::Timeout=600 install -- "$@"
 elif command -v dnf >/dev/null; then
     exec dnf -q -y install -- "$@"
 elif command -v zypper >/dev/null; then

@@ -4,7 +4,6 @@ The guest is the test boot's, with another unit: an sshd of its own, for root al
 """
 
 import base64
-import dataclasses
 import json
 import secrets
 import shutil
@@ -42,13 +41,13 @@ from ..configuration.settings import Task
 from ..machines import arch
 from ..model import Artifact, Build, Plan
 from ..parts import Group, State, Step, Steps, carry_out, doing
-from ..told import junit
 from . import KINDS, done_path, place
 from . import programs as programs_of_tasks
 from .playbooks import Login, check_playbooks, playbook_argv, run_playbook
 from .running import Place, PlaceGoneError, run_task, script_argv
 
 _UNIT = "image-factory-tasks"
+_DESCRIPTION = "Login for tasks"
 _DIRECTORY = f"/run/{_UNIT}.d"
 # Another than that of the system's own sshd, which tasks may start anew.
 _PORT = 22022
@@ -58,8 +57,9 @@ _SHOWN_LINES = 40
 # QEMU stops a guest whose disk can't be written.
 _LEAST_FREE = 16 << 20
 
-# /run of Debian is mounted noexec.  SELinux knows no sshd but that of the system, and has a login of no other; files
-# get their labels in spite of it.  QEMU's network has the one address, which its DHCP gives too.
+# /run of Debian is mounted noexec, and its timers would have the package manager to themselves.  SELinux knows no sshd
+# but that of the system, and has a login of no other; files get their labels in spite of it.  QEMU's network has the
+# one address, which its DHCP gives too.
 _SCRIPT = """\
 cd /
 umask 077
@@ -81,6 +81,7 @@ PidFile none
 Subsystem sftp internal-sftp
 .
 setenforce 0
+systemctl stop apt-daily.timer apt-daily-upgrade.timer
 sshd=$(command -v sshd || ls /usr/sbin/sshd)
 mkdir -p -m 755 /run/sshd
 [ "$sshd" ] && "$sshd" -D -f $place/configuration >/dev/null &
@@ -152,7 +153,7 @@ def _given(machine: Machine) -> tuple[dict[str, str], dict[str, str]]:
     script = BEGINNING + _SCRIPT % values + UNTIL_UP + _REPORT
     # cloud-init is to do nothing but start the unit: no user, no host name, no host keys, no network of its own.
     data = {
-        "bootcmd": [boot_command(script, _UNIT)],
+        "bootcmd": [boot_command(script, _UNIT, _DESCRIPTION)],
         "cloud_init_modules": ["bootcmd"],
         "cloud_config_modules": [],
         "cloud_final_modules": [],
@@ -165,7 +166,7 @@ def _given(machine: Machine) -> tuple[dict[str, str], dict[str, str]]:
         "meta-data": f"instance-id: image-factory-{secrets.token_hex(4)}\n",
         "network-config": "config: disabled\n",
     }
-    return seed, unit_credentials(script, _UNIT, "Login for tasks")
+    return seed, unit_credentials(script, _UNIT, _DESCRIPTION)
 
 
 _PURPOSE = Purpose("tasks", 1, _PORT, _given, reboots=True)
@@ -265,19 +266,15 @@ class _TaskGuest:
         """Carry out *steps*; the guest is gone afterwards, and with it what is not to be kept."""
         # A build that goes on from an earlier one knows its machine only now.
         self.machine = _machine(state.build)
-        ended = events.TasksEnded()
-        with released(self._end), events.observed(ended):
+        with released(self._end):
             try:
-                state = carry_out(state, steps)
+                return carry_out(state, steps)
             except BuildError as error:
                 self._explain()
                 if state.attended and self._guest and not isinstance(error, PlaceGoneError):
                     error.attended = True
                     self._look(error)
                 raise
-            finally:
-                junit.write(self._plan, state.build.directory, (), tasks=ended.found)
-        return dataclasses.replace(state, tasks=(*state.tasks, *ended.found))
 
     def _end(self) -> None:
         self._stack.close()

@@ -257,12 +257,14 @@ SECRETS = Secrets(
     hashes=frozenset([HASH.encode()]),
     credentials=frozenset([("build", "s;cret-pw")]),
     seed=("instance-id: image-factory",),
+    tasks=(("site", "hunter22-of-the-task"),),
 )
 PRIVATE_KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQ\n"
 KINDS = {
     "passwords": f"d-i passwd/root-password-crypted password {HASH}\n".encode(),
     "answer-file": SECRETS.answers[0],
     "proxy-password": b'Acquire::http::Proxy "http://build:s;cret-pw@proxy:3128/";\n',
+    "task-secrets": b"TOKEN=hunter22-of-the-task\n",
     "ssh-host-keys": PRIVATE_KEY,
     "private-keys": b"-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\n",
     "leftovers": b"instance-id: image-factory\n",

@@ -6,6 +6,8 @@ QEMU is a program that says what a guest's unit says; the overlay, the seed, the
 import dataclasses
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +21,10 @@ from image_factory.base import command, log
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.configuration.files import Configuration
 from image_factory.model import Build, Disk, Plan
-from image_factory.parts import State, carry_out, show
+from image_factory.parts import State, show
 from image_factory.tasks import guest, playbooks
+
+from ..conftest import REPOSITORY, wait_for
 
 MIB = 1 << 20
 
@@ -63,6 +67,18 @@ SSH = """\
 for last; do :; done
 exec sh -c "$last"
 """
+# Of the guest: its directory, and what is removed there, are not this machine's.
+APART = """\
+#!/bin/sh
+for last; do :; done
+case $last in *"systemctl poweroff") exec {here}/../bin/systemctl poweroff ;; esac
+exec sh -c "$(printf %s "$last" | sed "s#/run/image-factory-tasks.d#{here}#g")"
+"""
+COMMIT = """\
+#!/bin/sh
+[ "$1" = commit ] && [ -e {here}/slow ] && {{ touch {here}/commits; exec sleep 8; }}
+exec {real} "$@"
+"""
 SYSTEMCTL = """\
 #!/bin/sh
 case $1 in
@@ -84,8 +100,8 @@ class Scene(NamedTuple):
         """Return the plan of a build with *tasks*, whose sections are in *text*."""
         names = ", ".join(re.findall(r"^\[(.*)\]$", text, re.MULTILINE))
         (self.directory / "x.conf").write_text(
-            f"[x]\nlinux = /l\ninitrd = /i\nvirt-type = qemu\nmount-via = guestfs\nseal = yes\nram = 128M\n"
-            f"tasks = {names}\n{keys}\n{text}\n"
+            "[x]\nsource = image\nsource-image = /disk.raw\nvirt-type = qemu\nmount-via = guestfs\nseal = yes\n"
+            f"ram = 128M\ntasks = {names}\n{keys}\n{text}\n"
         )
         configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(self.directory / "x.conf")})
         return pipeline.make_plan(configuration, "x", {"output-dir": str(self.directory)})
@@ -100,7 +116,8 @@ class Scene(NamedTuple):
 
 
 def run(state: State) -> State:
-    return carry_out(state, guest.steps(state.build))
+    (stage,) = [stage for stage in pipeline.STAGES if stage.name == "tasks"]
+    return pipeline._gone_through(state, stage)
 
 
 @pytest.fixture
@@ -350,3 +367,53 @@ def test_a_guest_without_python(scene: Scene, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(guest, "_PYTHON", "echo none >&2; exit 1")
     error = failing(scene, text)
     assert error.message == "Task play can't be run: the system has no Python, which a playbook needs (none)."
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [("task", signal.SIGINT), ("task", signal.SIGKILL), ("commit", signal.SIGTERM), ("commit", signal.SIGKILL)],
+)
+def test_an_end_meanwhile(scene: Scene, place: str, number: signal.Signals) -> None:
+    """The disk is as it was, or is written again; nothing runs on, and --resume does what is left."""
+    programs = scene.directory / "bin"
+    real = shutil.which("qemu-img", path="/usr/bin:/bin")
+    for name, script in {"ssh": APART, "qemu-img": COMMIT}.items():
+        (programs / name).write_text(script.format(here=scene.here, real=real))
+        (programs / name).chmod(0o755)
+    text = sections(
+        one=f"echo one >>{scene.directory}/log; touch {scene.here}/begun; [ ! -e {scene.here}/wait ] || exec sleep 8"
+    )
+    state = scene.state(text)
+    plan, disk = state.build.plan, state.build.disk_path
+    checkpoint.Checkpoint(
+        state.build.directory, checkpoint.inputs_of(plan), checkpoint.outputs_of(plan), plan.date.isoformat(), "qemu",
+        [], Path("/proc/sys/kernel/random/boot_id").read_text(),
+    ).write()  # fmt: skip
+    argv = [REPOSITORY / "image-factory", "--resume", "--until", "tasks", "--output-dir", scene.directory, "x"]
+    environment = {**os.environ, "IMAGE_FACTORY_CONFIG": str(scene.directory / "x.conf")}
+    (scene.here / {"task": "wait", "commit": "slow"}[place]).touch()
+    sign = scene.here / {"task": "begun", "commit": "commits"}[place]
+    with (
+        (scene.directory / "stderr").open("wb") as stderr,
+        subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stderr=stderr) as process,
+    ):
+        wait_for(lambda: sign.exists() or process.poll() is not None, "the task, or what it has done, to be written")
+        process.send_signal(number)
+        status = process.wait(60)
+    assert status == (-9 if number == signal.SIGKILL else 128 + number), (scene.directory / "stderr").read_text()
+    assert disk.read_bytes() == bytes(MIB)
+
+    wait_for(lambda: str(scene.directory) not in command_lines(), "all programs to end")
+    for name in ("wait", "slow", "begun", "off"):
+        (scene.here / name).unlink(missing_ok=True)
+    (scene.directory / "log").write_text("")
+    done = subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (scene.directory / "log").read_text() == ("one\n" if place == "task" else "")
+    assert disk.read_bytes()[:65536] == b"A" * 65536
+    assert {path.name for path in state.build.directory.iterdir()} == {"disk.raw", "checkpoint.json"}
+
+
+def command_lines() -> str:
+    """Return the command lines of all other processes."""
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout

@@ -19,6 +19,7 @@ from ...finishing import firstboot
 
 PORT = "org.image-factory.report"
 UNIT = "image-factory-report"
+_DESCRIPTION = "Report of the test boot"
 # The user that the NoCloud seed asks for.
 USER = "image-factory"
 
@@ -115,9 +116,10 @@ def unit_credentials(script: str, unit: str, description: str) -> dict[str, str]
     }
 
 
-def boot_command(script: str, unit: str) -> list[str]:
+def boot_command(script: str, unit: str, description: str) -> list[str]:
     """Return the command with which cloud-init has *script* run as *unit*, where there is none of that name yet."""
-    start = f"systemd-run --quiet --no-block --unit={unit} /bin/sh -c '{started_by(script, unit)}' || :"
+    options = f"--quiet --no-block --unit={unit} '--description={description}'"
+    start = f"systemd-run {options} /bin/sh -c '{started_by(script, unit)}' || :"
     return ["sh", "-c", start]
 
 
@@ -127,7 +129,7 @@ def _script(public_key: str) -> str:
 
 def credentials(public_key: str) -> dict[str, str]:
     """Return the credentials of the system with which systemd 256 and later have the unit."""
-    return unit_credentials(_script(public_key), UNIT, "Report of the test boot")
+    return unit_credentials(_script(public_key), UNIT, _DESCRIPTION)
 
 
 def seed_files(public_key: str, instance: str) -> dict[str, str]:
@@ -139,7 +141,7 @@ def seed_files(public_key: str, instance: str) -> dict[str, str]:
         "sudo": "ALL=(ALL) NOPASSWD:ALL",
         "ssh_authorized_keys": [public_key],
     }
-    data = {"users": ["default", user], "bootcmd": [boot_command(_script(public_key), UNIT)]}
+    data = {"users": ["default", user], "bootcmd": [boot_command(_script(public_key), UNIT, _DESCRIPTION)]}
     return {
         # JSON is YAML.
         "user-data": f"#cloud-config\n{json.dumps(data, indent=1)}\n",

@@ -319,14 +319,15 @@ class _TaskGuest:
                 argv = qemu_argv(machine, other_mac(), self._port)
                 ended = stack.enter_context(command.background(argv, machine.directory / "qemu.log"))
                 self._make_guest = partial(Guest, machine, ended, console, report)
+                self._guest = self._make_guest()
                 self._wait_until_up()
                 self._stack = stack.pop_all()
                 return
         raise BuildError(f"No port of {HOST} could be had for the machine.", hint="Try again.")
 
     def _wait_until_up(self) -> None:
-        assert self._make_guest
-        guest = self._guest = self._make_guest()
+        guest = self._guest
+        assert guest
         problem = guest.wait_for_report(self._limit, self._look_at_space)
         if problem:
             raise BuildError(f"The system did not come up for its tasks: {problem}.", hint=_NO_LOGIN)
@@ -376,8 +377,12 @@ class _TaskGuest:
         return command.run(self.ssh(remote), capture=True, quiet=True, timeout=seconds, watch=self._watch)
 
     def _reboot(self, task: Task) -> None:
+        assert self._make_guest
+        # What it reports may come before ssh notices.
+        guest = self._guest = self._make_guest()
         with suppress(BuildError):
-            self._said(_REBOOTING)
+            seconds = _LOGIN_SECONDS[self.machine.virt_type]
+            command.run(self.ssh(_REBOOTING), quiet=True, timeout=seconds, watch=guest.look)
         try:
             self._wait_until_up()
         except BuildError as error:

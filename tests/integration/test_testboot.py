@@ -69,8 +69,8 @@ class Scene:
         (self.directory / "linux").write_bytes(b"")
         (self.directory / "image-factory.conf").write_text(
             f"[golden]\nlinux = {self.directory}/linux\ninitrd = {self.directory}/linux\n"
-            f"format = qcow2\nvirt-type = qemu\nram = 512M\nmount-via = guestfs\ntest-boot = yes\n"
-            f"test-boot-timeout = {timeout}s\n{extra}\n"
+            f"image-size = {golden.DISK_SIZE}\nformat = qcow2\nvirt-type = qemu\nram = 512M\nmount-via = guestfs\n"
+            f"test-boot = yes\ntest-boot-timeout = {timeout}s\n{extra}\n"
         )
         configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(self.directory / "image-factory.conf")})
         return pipeline.make_plan(configuration, "golden", {"output-dir": str(self.directory)})

@@ -72,7 +72,7 @@ fi
 """
 _FIRST_BOOT = f"""\
 fact first-boot-left ls -d {" ".join(f"/{path}" for path in (firstboot.DIRECTORY, *firstboot.unit_paths()))}
-fact first-boot-log journalctl -b -o cat --no-pager -n 20 -u {firstboot.SERVICE}
+fact first-boot-log journalctl -b -o cat --no-pager -n 20 _SYSTEMD_UNIT={firstboot.SERVICE}
 """
 _REPORT = f"""\
 printf '{{"stage":"finished"'

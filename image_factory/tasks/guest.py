@@ -330,7 +330,9 @@ class _TaskGuest:
         assert guest
         problem = guest.wait_for_report(self._limit, self._look_at_space)
         if problem:
-            raise BuildError(f"The system did not come up for its tasks: {problem}.", hint=_NO_LOGIN)
+            # One that says why it does not come up has no need of another way.
+            hint = _NO_LOGIN if "report" in problem else "The log has the last lines of its console."
+            raise BuildError(f"The system did not come up for its tasks: {problem}.", hint=hint)
         if guest.message and not guest.message.fact("sshd"):
             raise BuildError("The system has no sshd, by which its tasks are run.", hint=_NO_LOGIN)
         problem = why_no_sshd(guest.look, int(self._port))

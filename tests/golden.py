@@ -15,7 +15,7 @@ import yaml
 from image_factory.disks import layouts
 
 # Part of the cached disk's name: another recipe makes another disk.
-RECIPE = 8
+RECIPE = 9
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "image-factory-golden"
 PROGRAM = Path(__file__).resolve().parents[1] / "image-factory"
 PACKAGES = (
@@ -25,14 +25,16 @@ PACKAGES = (
 
 DISK_SIZE = 1536 << 20
 ROOT_OFFSET = layouts.scheme("hybrid", "x86_64", layouts.root_of("ext4", "", ())).pieces(DISK_SIZE)[-1].offset
-# What an installed system has, and no image may have.  No locale has to be made, and one kind of host key is enough:
-# emulation is slow.
+# What an installed system has, and no image may have.  No locale has to be made, one kind of host key is enough, and
+# devices may take their time: emulation beside other tests is slow.
 SCRIPT = """\
 echo 3c1f6e2d9a7b4c5e8f00112233445566 >/etc/machine-id
 head -c 512 /dev/zero >/var/lib/systemd/random-seed
 echo a session was opened >/var/log/auth.log
 echo passwd >/root/.bash_history
 printf 'locale: C.UTF-8\\nssh_genkeytypes: [ed25519]\\n' >/etc/cloud/cloud.cfg.d/90-golden.cfg
+mkdir -p /etc/systemd/system.conf.d
+printf '[Manager]\\nDefaultDeviceTimeoutSec=10min\\n' >/etc/systemd/system.conf.d/slow.conf
 echo 'source /etc/network/interfaces.d/*' >/etc/network/interfaces
 cat >>/etc/default/grub <<.
 GRUB_TIMEOUT=0

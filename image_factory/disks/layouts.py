@@ -280,7 +280,9 @@ def scheme(name: str, arch: str, root: Filesystem) -> Scheme:
     """Return the built-in layout *name* with *root*, which is last, and can grow."""
     if name == "filesystem":
         return Scheme("", (Wanted("root", "", filesystem=root),))
-    esp = Filesystem("esp", "vfat", ESP_POINT, mount_options="umask=0077", order=1)
+    # A system that has started needs its ESP for nothing but updates of the boot loader.  On a machine where it comes
+    # late, systemd would end in its emergency mode for want of it.
+    esp = Filesystem("esp", "vfat", ESP_POINT, mount_options="umask=0077,nofail", order=1)
     wanted = []
     if name in ("bios", "hybrid"):
         wanted.append(Wanted("bios", BIOS_BOOT, _BIOS_BOOT_SIZE))

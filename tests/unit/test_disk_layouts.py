@@ -83,7 +83,7 @@ GPT = """\
         mount:
           mount_point: /boot/efi
           fstab:
-            options: "umask=0077"
+            options: "umask=0077,nofail"
             fsck-passno: 1
     - name: BSP
       type: 'EF02'
@@ -128,7 +128,7 @@ def test_notation_of_a_tree_and_of_a_graph(tmp_path: Path) -> None:
     assert fstab.text.splitlines() == [
         f"UUID={layout.uuid_of(root)} / ext4 errors=remount-ro 0 1",
         f"UUID={layout.uuid_of(boot)} /boot ext2 defaults 0 2",
-        f"UUID={layout.uuid_of(esp)} /boot/efi vfat umask=0077 0 1",
+        f"UUID={layout.uuid_of(esp)} /boot/efi vfat umask=0077,nofail 0 1",
         f"UUID={data.uuid} /srv/data ext3 noatime,nodev 1 2",
     ]
     assert len(layout.uuid_of(esp)) == 9

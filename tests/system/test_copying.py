@@ -169,7 +169,9 @@ class Done:
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+def done(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, nothing_left: None
+) -> Iterator[Done]:
     """All is done twice to one disk: a build that is resumed does it again."""
     directory = tmp_path_factory.mktemp("copied")
     make_files(directory)

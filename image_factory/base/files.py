@@ -90,7 +90,7 @@ def digest_of(path: Path, algorithm: str = "sha256", meter: events.Meter | None 
 
 def check_readable(where: str, path: Path, *, directory: bool = False) -> None:
     """Raise ConfigurationError, which names *where* a user named it, unless *path* is a file that can be read."""
-    if directory and path.is_dir():
+    if directory and os.path.isdir(path):
         return
     try:
         if not path.is_file():

@@ -85,11 +85,12 @@ def _digest(plan: Plan, item: Item) -> str:
 def templates(copies: Iterable[Copy]) -> Iterator[Path]:
     """Give the templates among what *copies* have copied; what can't be read is left out."""
     for each in copies:
-        top = each.path
-        found = (
-            [top] if not top.is_dir() else (Path(where) / name for where, _, names in os.walk(top) for name in names)
-        )
-        yield from (path for path in found if answers.is_template(path) and path.is_file() and not path.is_symlink())
+        inside = (Path(where) / name for where, _, names in os.walk(each.path) for name in names)
+        yield from filter(_is_template, inside if os.path.isdir(each.path) else [each.path])
+
+
+def _is_template(path: Path) -> bool:
+    return answers.is_template(path) and os.path.isfile(path) and not os.path.islink(path)
 
 
 def steps(build: Build) -> Iterator[Step]:
@@ -111,7 +112,7 @@ def copy_files(build: Build, tree: Tree) -> None:
     items = list(_items(build.plan))
     put(build, tree, items, KEY, lambda: list(_items(build.plan)) == items)
     for each in build.plan.settings.copy:
-        is_file = each.path.is_file() and not each.path.is_symlink()
+        is_file = os.path.isfile(each.path) and not os.path.islink(each.path)
         events.tell(events.InputUsed(KEY, str(each.path), each.path if is_file else None))
 
 

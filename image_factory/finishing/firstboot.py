@@ -1,5 +1,6 @@
 """Have each clone of the image run the user's scripts once, as root, when it starts for the first time."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,7 @@ def install(build: Build, tree: Tree) -> None:
 def _script(plan: Plan, path: Path) -> bytes:
     """Return the script at *path*, rendered if it is a template; ConfigurationError if nothing would run it."""
     named = answers.Named(plan, KEY, path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigurationError(f"{named.where()} is no file.")
     if path.stat().st_size > _LARGEST:
         raise ConfigurationError(f"{named.where()} is longer than 1 MiB.", hint="Have copy bring what it needs.")

@@ -59,7 +59,7 @@ def check(plan: Plan) -> None:
         if script:
             logger.warning("[%s] test-script is not run without 'test-boot = yes'.", plan.image)
         return
-    if script and not (script.is_file() and os.access(script, os.R_OK)):
+    if script and not (os.path.isfile(script) and os.access(script, os.R_OK)):
         raise ConfigurationError(f"[{plan.image}] test-script: {script} is not a file that can be read.")
     if settings.arch not in arch.BOOTABLE:
         raise ConfigurationError(f"[{plan.image}] test-boot: nothing boots {settings.arch} here.", hint="Set it to no.")

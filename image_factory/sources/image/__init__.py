@@ -71,7 +71,7 @@ def programs(plan: Plan) -> list[str]:
 
 def _compression(source: Source) -> unpacking.Compression | None:
     """Return how *source* is compressed, which only its name tells before it is fetched."""
-    if source.path is not None and source.path.is_file():
+    if source.path is not None and os.path.isfile(source.path):
         return unpacking.compression_of(source.path)
     return unpacking.compression_named(source.name)
 

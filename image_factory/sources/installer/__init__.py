@@ -177,7 +177,7 @@ def urls_of_guest(plan: Plan) -> dict[str, str]:
 def is_tree(source: Source) -> bool:
     """Return whether *source* is an installation tree, which virt-install reads itself, and no ISO file."""
     if source.path is not None:
-        return source.path.is_dir()
+        return os.path.isdir(source.path)
     return not source.name.lower().endswith(".iso")
 
 

@@ -481,9 +481,11 @@ class Configuration:
         try:
             return self._parser.get(section, key)
         except configparser.InterpolationMissingOptionError as error:
+            # Of a value over several lines, where a brace is missing.
+            name = " ".join(error.reference.split())
             raise ConfigurationError(
-                f"{where}: ${{{error.reference}}} is not defined.",
-                hint=f"Define {error.reference} in [{section}] or [DEFAULT]; a dollar sign itself is written $$.",
+                f"{where}: ${{{name}}} is not defined.",
+                hint=f"Define {name} in [{section}] or [DEFAULT]; a dollar sign itself is written $$.",
             ) from error
         except configparser.InterpolationDepthError as error:
             raise ConfigurationError(f"{where}: its ${{...}} go round in a circle.") from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..base import log
-from ..base.errors import ConfigurationError, reason_of
+from ..base.errors import ConfigurationError
 from ..configuration.settings import Task
 from ..model import Build, Plan
 
@@ -232,7 +232,7 @@ def _read(task: Task, key: str, path: Path | None) -> bytes:
                 raise ConfigurationError(f"{where}: {path} has more than {_LARGEST_FILE >> 20} MiB.")
             return file.read()
     except OSError as error:
-        raise ConfigurationError(f"{where}: {path} can't be read: {reason_of(error)}.") from error
+        raise ConfigurationError(f"{where}: {path} can't be read: {error.strerror}.") from error
 
 
 def _where(task: Task, key: str) -> str:

@@ -206,7 +206,9 @@ def read_everything(place: Path, data: bytes) -> None:
             refused(configuration.destination, name, "x.raw", named_by="x")
             plan = refused(pipeline.make_plan, configuration, name, {"output-dir": str(place)})
             if plan is not None:
-                argvs = [argv for _, commands in pipeline.described(mounts.chosen(plan)) for argv in commands]
+                # A task's script is read for it.
+                shown = refused(pipeline.described, mounts.chosen(plan)) or []
+                argvs = [argv for _, commands in shown for argv in commands]
                 assert all(isinstance(word, str) and "\0" not in word for argv in argvs for word in argv)
 
 
@@ -227,6 +229,8 @@ def test_configuration_of_random_entries(place: Path, text: str) -> None:
 @example(entry=(f"post-upload-command{'7' * 5000}", "true"), start=STARTS[4])
 @example(entry=("append", "\0"), start=STARTS[2])
 @example(entry=("linux", "file:///%00"), start=STARTS[2])
+@example(entry=("installer-image", "a" * 300), start=STARTS[2])
+@example(entry=("distribution", "${\n ${distribution}"), start=STARTS[2])
 def test_configuration_with_one_odd_value(place: Path, entry: tuple[str, str], start: str) -> None:
     read_everything(place, f"{start}{entry[0]} = {entry[1]}\n".encode("utf-8", "surrogatepass"))
 

@@ -24,6 +24,7 @@ from image_factory.configuration.settings import (
     Declaration,
     Destination,
     ImageSettings,
+    TaskSettings,
     UploadSettings,
     check_image_name,
 )
@@ -140,6 +141,10 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "test_script": ("/srv/check.sh", Path("/srv/check.sh")),
     "test_boot_timeout": ("5m", 300.0),
     "kernel_errors_allowed": ("\n  RAS: .*\n  no firmware$$", ("RAS: .*", "no firmware$")),
+    "tasks": ("epel, ./a.yml,\n  b", ("epel", "./a.yml", "b")),
+    "tasks_after_cleaning": ("./brand.sh", ("./brand.sh",)),
+    "tasks_via": ("Namespace", "namespace"),
+    "tasks_network": ("no", False),
     "manifest": ("yes", True),
     "sign_key": (" Images <images@example.com> ", "Images <images@example.com>"),
     "upload_destinations": ("mirror-a, mirror-b", ("mirror-a", "mirror-b")),
@@ -241,6 +246,10 @@ def test_defaults(read: Read) -> None:
         test_script=None,
         test_boot_timeout=None,
         kernel_errors_allowed=(),
+        tasks=(),
+        tasks_after_cleaning=(),
+        tasks_via="auto",
+        tasks_network=True,
         manifest=False,
         sign_key=None,
         upload_destinations=(),
@@ -444,14 +453,20 @@ ABSURD = {
     "arch": "vax", "firmware": "efi", "cpu": "", "virt-type": "xen", "network": "", "max-parallel": "-1",
     "install-timeout": "2", "stall-timeout": "2", "test-boot": "maybe", "test-script": "a/", "test-boot-timeout": "2",
     "kernel-errors-allowed": "(", "manifest": "maybe", "sign-key": "", "post-build-command": "'a",
-    "upload-type": "ftp", "upload-target": "", "upload-args": "'a",
+    "upload-type": "ftp", "upload-target": "", "upload-args": "'a", "tasks-via": "ssh", "tasks-network": "maybe",
+    "task-type": "ftp", "task-allow-failure": "maybe",
+    "task-file": "", "task-packages": "'a", "task-args": "'a", "task-environment": "1=2",
+    "task-secrets": "", "task-timeout": "2", "task-retries": "-1", "task-reboot": "maybe",
 }  # fmt: skip
-ANY_TEXT = {"distribution", "release", "append", "audit-skip", "seal-only", "seal-skip", "upload-destinations"}
+ANY_TEXT = {
+    "distribution", "release", "append", "audit-skip", "seal-only", "seal-skip", "upload-destinations", "tasks",
+    "tasks-after-cleaning", "task-command",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("key", "declaration"),
-    [*declared(ImageSettings), *declared(UploadSettings)],
+    [*declared(ImageSettings), *declared(TaskSettings), *declared(UploadSettings)],
     ids=lambda each: str(each)[:30],
 )
 def test_every_setting_refuses_something(key: str, declaration: Declaration) -> None:

@@ -133,5 +133,5 @@ def test_resuming_knows_them(tmp_path: Path) -> None:
     checkpoint.resumed(other.plan, build.directory)
     done.reach(Reached.CLEANED)
     checkpoint.resumed(build.plan, build.directory)
-    with pytest.raises(ConfigurationError, match="tasks-after-cleaning changed since the disk was sealed"):
+    with pytest.raises(ConfigurationError, match="tasks-after-cleaning changed since the disk was cleaned"):
         checkpoint.resumed(other.plan, build.directory)

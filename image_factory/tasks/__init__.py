@@ -127,12 +127,13 @@ def hidden_in(secrets: bytes) -> list[str]:
 
 
 def digest_of(task: Task) -> str:
-    """Return the SHA-256 of what *task* does: of its type, script, arguments and environment.
+    """Return the SHA-256 of what *task* does: of its type, script, arguments, environment and reboot.
 
     Its secrets are not in it: a digest that others may read lets them try passwords.
     """
     content = _read(task, "task-file", task.file) if task.file else b""
-    parts = [task.type, task.command, *task.packages, "", *task.args, "", *map("=".join, task.environment)]
+    lists = [*task.packages, "", *task.args, "", *map("=".join, task.environment)]
+    parts = [task.type, task.command, str(task.reboot), *lists]
     return hashlib.sha256("\0".join(parts).encode() + b"\0" + content).hexdigest()
 
 

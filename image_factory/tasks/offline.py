@@ -8,12 +8,12 @@ from ..base.errors import CommandError, ConfigurationError
 from ..configuration.settings import Task
 from ..machines.arch import default_arch
 from ..model import Build, Plan
-from ..parts import State, Step, tree_of
+from ..parts import State, Step, doing, tree_of
 from ..system import appliance
 from ..system.tree import Tree
 from . import payload, receiving, script_of
 from .namespace import DIRECTORY, RUN, chroot_argv
-from .running import GRACE_SECONDS, Place, recorded, run_task
+from .running import GRACE_SECONDS, Place, run_task
 
 _FOREVER = 365 * 86400.0
 
@@ -44,11 +44,8 @@ def steps(build: Build) -> Iterator[Step]:
     """Give the steps on the mounted system."""
     for task in build.plan.late_tasks:
         # No rehearsal has an appliance.
-        yield Step(f"Task {task.name}", recorded(partial(_carry_out, task)), appliance.script_commands(), when=_mounted)
-
-
-def _mounted(state: State) -> bool:
-    return state.tree is not None
+        run = doing(partial(_carry_out, task))
+        yield Step(f"Task {task.name}", run, appliance.script_commands(), rehearsed=False)
 
 
 def _carry_out(task: Task, state: State) -> None:

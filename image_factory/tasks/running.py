@@ -1,11 +1,9 @@
 """Carry out one task in a system, wherever that is: its tries, its time, its secrets, and how it failed."""
 
-import dataclasses
 import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from ..base import command, events, interrupts
@@ -14,8 +12,6 @@ from ..base.events import TaskEnded
 from ..base.log import logger, printable
 from ..base.units import format_duration
 from ..configuration.settings import Task
-from ..parts import State
-from ..told import junit
 from . import KINDS, digest_of, payload, receiving, script_of
 
 # Statuses of the line of shell that ``receiving`` gives, and of timeout(1) in it.
@@ -54,30 +50,6 @@ class Place:
 def script_argv(task: Task, place: Place) -> list[str]:
     """Return the command that carries out *task*, which is no playbook, at *place*."""
     return [*place.shell(receiving(script_of(task), place.directory, _limit(task)))]
-
-
-def recorded(function: Callable[[State], None]) -> Callable[[State], State]:
-    """Return *function*, which carries out tasks, as what a step runs: what became of them is told where others are."""
-
-    def run(state: State) -> State:
-        ended = events.TasksEnded()
-
-        def write() -> tuple[TaskEnded, ...]:
-            done = (*state.tasks, *ended.found)
-            junit.write(state.build.plan, state.build.directory, (), tasks=done)
-            return done
-
-        try:
-            with events.observed(ended):
-                function(state)
-        except BaseException:
-            # The disk may be full; why the task failed is what is told.
-            with suppress(OSError, BuildError):
-                write()
-            raise
-        return dataclasses.replace(state, tasks=write())
-
-    return run
 
 
 def run_task(task: Task, place: Place) -> None:

@@ -386,7 +386,7 @@ class _Bootstrap:
         """Give the steps of the tasks that run in the tree."""
         place = self._place(build, "PID")
         for task in namespace.tasks(build.plan):
-            yield Step(f"Task {task.name}", running.recorded(partial(self.carry_out, task)), place.commands(task))
+            yield Step(f"Task {task.name}", doing(partial(self.carry_out, task)), place.commands(task))
 
     def install_loader(self, state: State) -> None:
         assert self._inside is not None

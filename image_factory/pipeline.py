@@ -76,6 +76,12 @@ def _checksumming(build: Build) -> Steps:
     return checksum.steps(build, outputs.formats(build.plan))
 
 
+def _check_cleaning(plan: Plan) -> None:
+    mounts.check(plan)
+    copying.check(plan)
+    firstboot.check(plan)
+
+
 def _check_tasks(plan: Plan) -> None:
     tasks.check(plan)
     guest.check(plan)
@@ -90,9 +96,7 @@ STAGES = (
     Stage(
         "clean",
         (
-            Part(_cleaning, mounts.programs, mounts.check),
-            Part(lambda build: [], check=copying.check),
-            Part(lambda build: [], check=firstboot.check),
+            Part(_cleaning, mounts.programs, _check_cleaning),
             Part(shrink.steps, shrink.programs),
             Part(settling.steps, settling.programs),
         ),

@@ -343,10 +343,10 @@ class _TaskGuest:
     def _limit(self) -> float:
         return time_limit(self._plan.settings, self.machine.virt_type)
 
-    def _watch(self) -> None:
+    def _watch(self, why_lost: Callable[[Guest], str] = Guest.lost) -> None:
         assert self._guest
         self._guest.look()
-        problem = self._guest.lost()
+        problem = why_lost(self._guest)
         if problem:
             raise PlaceGoneError(f"the guest is lost: {problem}")
         self._look_at_space()
@@ -397,17 +397,9 @@ class _TaskGuest:
             raise BuildError(f"the system has no Python, which a playbook needs ({error.said})") from error
         login = Login(HOST, self._port, self.machine.key, ssh_options(self.machine), f"{_DIRECTORY}/ansible")
         # It may reboot the system, and wait for it: so only a machine that has ended is lost.
-        run_playbook(self._plan, task, login, timeout, self._watch_machine)
+        run_playbook(self._plan, task, login, timeout, partial(self._watch, Guest.off))
         assert self._make_guest
         self._guest = self._make_guest()
-
-    def _watch_machine(self) -> None:
-        assert self._guest
-        self._guest.look()
-        problem = self._guest.off()
-        if problem:
-            raise PlaceGoneError(f"the guest is lost: {problem}")
-        self._look_at_space()
 
     def shut_down(self, state: State) -> None:
         """Have the guest go off in good order, and keep its overlay as what is to be written to the disk."""

@@ -104,7 +104,7 @@ def steps(build: Build) -> Iterator[Group]:
     for number, machine in enumerate(machines, 1):
         commands = [
             argv
-            for started in test.started_with(number, machines)
+            for started in machines[test.started_with(number)]
             for argv in (
                 overlay_argv(started),
                 key_argv(started),
@@ -142,9 +142,9 @@ class _TestBoot:
         self._done: list[BootTested] = []
         self._reports: list[Message] = []
 
-    def started_with(self, number: int, machines: Sequence[Machine]) -> Sequence[Machine]:
-        """Return which of *machines* are started when the *number*-th is waited for: all but those that run already."""
-        return machines[0 if number == 1 else number + self._at_once - 2 : number + self._at_once - 1]
+    def started_with(self, number: int) -> slice:
+        """Return which machines are started when the *number*-th is waited for: all but those that run already."""
+        return slice(0 if number == 1 else number + self._at_once - 2, number + self._at_once - 1)
 
     def run(self, state: State, steps: Steps) -> State:
         """Carry out *steps*, and end the machines that are left."""
@@ -161,7 +161,7 @@ class _TestBoot:
         build = state.build
         made = boots(build.plan.settings, state.artifacts)
         machines = [Machine(build, *boot, build.virt_type, each) for each, boot in enumerate(made, 1)]
-        for machine in self.started_with(number, machines):
+        for machine in machines[self.started_with(number)]:
             self._running[machine.number] = _started(machine)
         machine = machines[number - 1]
         checks, report, lines, seconds = self._checked(machine)

@@ -336,6 +336,16 @@ def vms(user: User, directory: Path) -> list[str]:
     return [name for name in names if str(directory) in user.run(*virsh, "dumpxml", name, check=False).stdout]
 
 
+@pytest.fixture(scope="module")
+def own_helper() -> Iterator[None]:
+    """The helper is the one of the checkout; at the end all is as before."""
+    before = machine_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [str(REPOSITORY / "image-factory")])
+        yield
+    assert machine_state() == before
+
+
 def machine_state() -> list[str]:
     """Return the loop devices, mounts and directories of this run's builds; those of others come and go."""
     # Another's directory may be about to be mounted on, or removed.

@@ -22,7 +22,7 @@ from image_factory.model import Build, Disk
 from image_factory.system import mounts, partitions
 from image_factory.system.tree import Tree
 
-from ..conftest import REPOSITORY, machine_state, run, wait_for
+from ..conftest import run, wait_for
 
 OFFSET = 1 << 20
 LABEL = "security.selinux"
@@ -30,14 +30,7 @@ ETC, MOTD = (f"system_u:object_r:{name}_t:s0\0".encode() for name in ("etc", "mo
 WAYS = ["loop", "guestfs"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def nothing_left() -> Iterator[None]:
-    """The helper is the one of the checkout; at the end all is as before."""
-    before = machine_state()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [str(REPOSITORY / "image-factory")])
-        yield
-    assert machine_state() == before
+pytestmark = pytest.mark.usefixtures("own_helper")
 
 
 def make_build(directory: Path, text: str) -> Build:
@@ -169,9 +162,7 @@ class Done:
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def done(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, nothing_left: None
-) -> Iterator[Done]:
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, own_helper: None) -> Iterator[Done]:
     """All is done twice to one disk: a build that is resumed does it again."""
     directory = tmp_path_factory.mktemp("copied")
     make_files(directory)

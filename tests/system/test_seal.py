@@ -25,7 +25,7 @@ from image_factory.finishing.seal.operations import OPERATIONS
 from image_factory.model import Build, Disk
 from image_factory.system import loop, mounts, partitions, registrations
 
-from ..conftest import REPOSITORY, done_stage, machine_state, run, shown, steps_of
+from ..conftest import done_stage, run, shown, steps_of
 from ..leftovers import LEFTOVERS, MACHINE_ID, PROXY, SURVIVORS, Leftover
 
 OFFSET = 1 << 20
@@ -34,14 +34,7 @@ ID = MACHINE_ID.decode()
 LABEL = "security.selinux"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def nothing_left() -> Iterator[None]:
-    """The helper is the one of the checkout; at the end all is as before."""
-    before = machine_state()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [str(REPOSITORY / "image-factory")])
-        yield
-    assert machine_state() == before
+pytestmark = pytest.mark.usefixtures("own_helper")
 
 
 def make_build(directory: Path, text: str = "seal = yes") -> Build:
@@ -129,9 +122,7 @@ class Done:
 
 
 @pytest.fixture(scope="module", params=["loop", "guestfs"])
-def done(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, nothing_left: None
-) -> Iterator[Done]:
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, own_helper: None) -> Iterator[Done]:
     """The files of the sealed disk, and what was said; it is unmounted before what is left is looked for."""
     directory = tmp_path_factory.mktemp("sealed")
     build, told = make_build(directory), Told()

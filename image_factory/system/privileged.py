@@ -31,8 +31,8 @@ _LEVELS = 24
 # The directory of a btrfs subvolume, below which patterns begin.
 _TOP_LEVELS = 8
 
-# So many bytes of files it is given at once.
-_PLACED_AT_ONCE = 32 << 20
+# So many bytes of files it is given at once, of which there are two copies in memory.
+_PLACED_AT_ONCE = 8 << 20
 
 # A trim or an umount may have much to write to a slow disk, but nothing is waited for for ever.
 _SECONDS = 1800.0

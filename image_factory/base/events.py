@@ -122,6 +122,11 @@ class Sealed:
 
 
 @dataclass(frozen=True)
+class LayerKept:
+    """What a source has made of the disk so far is kept, and the build can go on there."""
+
+
+@dataclass(frozen=True)
 class TaskEnded:
     """The task *name*, of *type*, has ended after *seconds*, with all its tries.
 
@@ -189,6 +194,7 @@ Event = (
     | Installed
     | Audited
     | Sealed
+    | LayerKept
     | TaskEnded
     | Published
     | BootTested

@@ -1,9 +1,9 @@
-"""Files that are whole or not there: replacing one safely, the checksum of one, whether one can be read."""
+"""Files: replacing one safely, so that it is whole or not there, checksums, what can be read, where ours are."""
 
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -88,6 +88,25 @@ def digest_of(path: Path, algorithm: str = "sha256", meter: events.Meter | None 
     return digest.hexdigest()
 
 
+def digest_of_joined(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of the files *paths*, one after the other, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file, interrupts.interruptible():
+            while data := file.read(_PART_SIZE):
+                digest.update(data)
+    return digest.hexdigest()
+
+
+def digest_of_stream(file: IO[bytes]) -> tuple[str, int]:
+    """Return the SHA-256 of what is left of *file* in hexadecimal digits, and how many bytes that is."""
+    digest, size = hashlib.sha256(), 0
+    while data := file.read(_PART_SIZE):
+        digest.update(data)
+        size += len(data)
+    return digest.hexdigest(), size
+
+
 def check_readable(where: str, path: Path, *, directory: bool = False) -> None:
     """Raise ConfigurationError, which names *where* a user named it, unless *path* is a file that can be read."""
     if directory and os.path.isdir(path):
@@ -100,3 +119,19 @@ def check_readable(where: str, path: Path, *, directory: bool = False) -> None:
             pass
     except OSError as error:
         raise ConfigurationError(f"{where}: {path} can't be read: {error.strerror}.") from error
+
+
+def find_data_dir() -> Path:
+    """Return the directory of the shipped recipes and configuration.
+
+    It is ``data`` beside the package in a checkout, and ``share/image-factory`` under the prefix
+    that the package is installed below.
+    """
+    package = Path(__file__).resolve().parents[1]
+    candidates = [package.parent / "data", *(parent / "share/image-factory" for parent in package.parents)]
+    for candidate in candidates:
+        if (candidate / "image-factory.conf").is_file():
+            return candidate
+    raise ConfigurationError(
+        f"The shipped image-factory.conf isn't installed for {package}.", hint="Install image-factory again."
+    )

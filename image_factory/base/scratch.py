@@ -16,18 +16,24 @@ from .log import logger
 
 # Not where TMPDIR says, which another run may have from elsewhere.
 PARENT = Path("/tmp")
+# For what may be as large as a disk: the other is in memory on some machines.
+LARGE = Path("/var/tmp")
 PREFIX = "image-factory-scratch."
 
 
 @contextmanager
-def directory(prefix: str = PREFIX, remove: Callable[[Path], None] = shutil.rmtree) -> Iterator[Path]:
+def directory(
+    prefix: str = PREFIX, remove: Callable[[Path], None] = shutil.rmtree, *, large: bool = False
+) -> Iterator[Path]:
     """Give a directory of this user's only, and *remove* it with all that is in it on the way out.
+
+    One for what is *large* is on the disk.
 
     It is locked, which no other user can do: one without a holder is what a killed build has left, and goes.
     """
     for left in remove_left(prefix, remove):
         logger.info("Removed %s, which a killed build has left.", left)
-    path, descriptor = _locked(prefix)
+    path, descriptor = _locked(prefix, LARGE if large else PARENT)
     try:
         with released(partial(remove, path)):
             yield path
@@ -35,9 +41,9 @@ def directory(prefix: str = PREFIX, remove: Callable[[Path], None] = shutil.rmtr
         os.close(descriptor)
 
 
-def _locked(prefix: str) -> tuple[Path, int]:
+def _locked(prefix: str, parent: Path) -> tuple[Path, int]:
     while True:
-        path = Path(tempfile.mkdtemp(prefix=prefix, dir=PARENT))
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         descriptor = None
         with contextlib.suppress(FileNotFoundError):
             descriptor = locks.lock(path)
@@ -48,7 +54,7 @@ def _locked(prefix: str) -> tuple[Path, int]:
 
 def remove_left(prefix: str = PREFIX, remove: Callable[[Path], None] = shutil.rmtree) -> Iterator[Path]:
     """Remove the directories that killed builds of this user have left; give each."""
-    for path in sorted(PARENT.glob(f"{prefix}*")):
+    for path in sorted(path for parent in (PARENT, LARGE) for path in parent.glob(f"{prefix}*")):
         try:
             if path.lstat().st_uid != os.geteuid() or path.is_symlink() or not path.is_dir():
                 continue

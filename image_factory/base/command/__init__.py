@@ -4,6 +4,7 @@ from .apart import Companion, call_apart, call_watched
 from .children import reaping
 from .conversations import Conversation, conversation
 from .installed import PACKAGES, require, search_path
+from .pipelines import flow, together
 from .programs import Query, background, interact, read_until, run
 
 __all__ = [
@@ -15,10 +16,12 @@ __all__ = [
     "call_apart",
     "call_watched",
     "conversation",
+    "flow",
     "interact",
     "read_until",
     "reaping",
     "require",
     "run",
     "search_path",
+    "together",
 ]

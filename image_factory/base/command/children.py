@@ -117,14 +117,15 @@ def start(
     heeds: signal.Signals | None = None,
     ends_with_us: signal.Signals | None = signal.SIGKILL,
     attended: bool = True,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start the program *argv*, which is also found where only root's PATH leads; BuildError if it can't be.
 
     It has to be ``closed``, or waited for and forgotten, but one that is not *attended* may end before that.  The
     descriptors are those of Popen, and None is our own.  *env* replaces the environment, *locale* is LC_ALL in it, None
     for that of *env*.  *umask* is the program's, if it is not negative.  It gets a session of its own, or only a
-    *group*, or ours.  The signal that it *heeds* ends it even where we ignore that; it gets *ends_with_us* when
-    image-factory is killed.
+    *group*, or ours, and the descriptors *pass_fds* by their numbers.  The signal that it *heeds* ends it even where we
+    ignore that; it gets *ends_with_us* when image-factory is killed.
     """
     try:
         with _starting():
@@ -139,6 +140,7 @@ def start(
                 start_new_session=group == "session",
                 process_group=0 if group == "group" else None,
                 umask=umask,
+                pass_fds=pass_fds,
                 preexec_fn=partial(_begin, os.getpid(), heeds, ends_with_us),
             )
             Children.own.add(process.pid)

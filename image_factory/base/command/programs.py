@@ -87,14 +87,14 @@ def run(
             stop(process, stop_signal, stop_seconds)
             raise BuildError(f"{argv[0]} did not end within {timeout:.0f} s", hint=command_hint(argv))
     if process.returncode:
-        _heed_our_signal(process.returncode)
+        heed_our_signal(process.returncode)
         if quiet:
             logger.info("Running failed: %s", command_line(argv))
         raise CommandError(argv, process.returncode, last_lines)
     return captured.decode("utf-8", errors="replace")
 
 
-def _heed_our_signal(status: int) -> None:
+def heed_our_signal(status: int) -> None:
     """Raise Interrupted if the signal that has ended a program with *status* comes to us, too."""
     number = -status if status < 0 else status - 128
     if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -7,19 +7,22 @@ kernel of this machine.
 import fnmatch
 import os
 import re
+import shlex
 import stat
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..base import command
+from ..base.cleanup import released
 from ..base.command import Conversation
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.log import logger, step
-from ..model import Build, Change, Disk, Entry, Placed, Plan, Subvolume, Volume
+from ..model import Build, Change, Disk, Entry, Filesystem, Placed, Plan, Subvolume, Volume
 from . import assembly, partitions
 from .rehearsal import Call
 from .tree import Branch, Tree
@@ -134,17 +137,22 @@ _LINES = {
 _PLACE = "/partition-N"
 
 
-def mounting(build: Build, disk: Path) -> list[list[str]]:
+def mounting(build: Build, disk: Disk) -> list[list[str]]:
     """Return the commands that mount the system on *disk*; those for guestfish itself are none for a shell."""
     lines = (f"mkmountpoint {_PLACE}", _mount_line("DEVICE", _PLACE))
-    return [_ARGV, *_comments(_add_line(Disk(disk)), "run", *lines)]
+    return [_ARGV, *_comments(_add_line(disk), "run", *lines)]
 
 
 def commands(build: Build, calls: Sequence[Call]) -> list[list[str]]:
     """Return the commands that *calls* on the system are."""
     found: list[list[str]] = []
     for call in calls:
-        if call.operation == "trim":
+        if call.operation == "contents":
+            found += [
+                *_comments(f"debug sh {quoted(_PRINT)}", f"download {_CONTENTS}/pipe LOCAL"),
+                contents_argv(build),
+            ]
+        elif call.operation == "trim":
             found += [_punch_argv(build), *_comments("sync", f"-fstrim {_PLACE}")]
         elif line := _LINES.get(call.operation):
             # What is behind a path is its new name or its mode.  Paths that no word names are known in the build only.
@@ -153,8 +161,8 @@ def commands(build: Build, calls: Sequence[Call]) -> list[list[str]]:
     return found
 
 
-def unmounting(build: Build) -> list[list[str]]:
-    """Return the commands that unmount it."""
+def unmounting(build: Build, disk: Disk) -> list[list[str]]:
+    """Return the commands that unmount the system on *disk*."""
     return _comments("umount-all", "shutdown")
 
 
@@ -163,6 +171,9 @@ def _comments(*lines: str) -> list[list[str]]:
 
 
 def _add_line(disk: Disk) -> str:
+    # What is written goes to an overlay then.
+    if disk.read_only:
+        return f"add {quoted(str(disk.path))} format:raw readonly:true"
     # ``unsafe``: like the installation, the build starts anew if the machine crashes.
     return f"add {quoted(str(disk.path))} format:raw discard:besteffort cachemode:unsafe"
 
@@ -172,8 +183,9 @@ def _mount_line(device: str, place: str, *options: str) -> str:
 
 
 def _mount_volume_line(volume: Volume, place: str) -> str:
-    # Of btrfs all subvolumes.
-    return _mount_line(_device(volume), place, *(["subvolid=5"] if volume.filesystem == "btrfs" else []))
+    # As the helper does: of btrfs all subvolumes.
+    options = {"btrfs": ["subvolid=5"], "vfat": ["umask=0077", "tz=UTC"]}
+    return _mount_line(_device(volume), place, *options.get(volume.filesystem or "", []))
 
 
 def _punch_argv(build: Build) -> list[str]:
@@ -535,6 +547,24 @@ class ApplianceFilesystem:
                 if member.isreg() and (content := members.extractfile(member))
             }
 
+    @contextmanager
+    def contents(self, places: Mapping[str, tuple[Filesystem, str]], options: Sequence[str]) -> Iterator[list[str]]:
+        """Give the command that prints a tar of the system with *places*, which is in a file meanwhile."""
+        found = [(point, filesystem, top) for point, (filesystem, top) in sorted(places.items())]
+        words = shlex.join(tar_words([*places], options))
+        script = _together(found, f"/sysroot{_CONTENTS}/root") + _HIDDEN + f"cd root && exec {words}\n"
+        self.guestfish.do(f"mkmountpoint {_CONTENTS}")
+        self.guestfish.do(f"debug sh {quoted(f'mkdir /sysroot{_CONTENTS}/root')}")
+        _upload(self.guestfish, f"{_CONTENTS}/script", script.encode())
+        file = self.build.directory / "contents.tar"
+        with released(partial(file.unlink, missing_ok=True)):
+            self.guestfish.do(f"debug sh {quoted(_PRINT)}")
+            self.guestfish.do(f"download {_CONTENTS}/pipe {quoted(str(file))}")
+            *said, status = ["", *self.guestfish.ask(f"debug sh {quoted(_PRINTED_LAST)}")]
+            if status != "0":
+                raise BuildError(f"The system can't be read in the appliance: {_shown_name(said[-1]) or status}")
+            yield contents_argv(self.build)
+
     def trim(self) -> int | None:
         """Free the unused blocks."""
         # QEMU doesn't say it when the filesystem that the disk is on can't free blocks.
@@ -543,13 +573,15 @@ class ApplianceFilesystem:
             command.run(_punch_argv(self.build))
         except CommandError:
             return None
-        if self.volume.filesystem == "btrfs":
-            # See loop: it frees no metadata that was in use when it was mounted.
-            self.guestfish.do(f"umount {self.place}")
-            self.guestfish.do(_mount_volume_line(self.volume, self.place))
-        self.guestfish.do("sync")
-        if any("error:" in line for line in self.guestfish.do(f"-fstrim {self.place}")):
-            return None
+        anew = [f"umount {self.place}", _mount_volume_line(self.volume, self.place)]
+        # See loop.  Twice, as one build in twenty kept a leaf of metadata: probably in a group of blocks that a thread
+        # of btrfs was just removing, as it does once it is mounted.
+        rounds = [anew, anew] if self.volume.filesystem == "btrfs" else [[]]
+        for lines in rounds:
+            for line in [*lines, "sync"]:
+                self.guestfish.do(line)
+            if any("error:" in line for line in self.guestfish.do(f"-fstrim {self.place}")):
+                return None
         return self._statvfs("bfree") * self._statvfs("frsize")
 
     def block_size(self) -> int:
@@ -718,11 +750,46 @@ def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tre
             guestfish.do(_add_line(disk))
             guestfish.do("run")
             found = _mount_all(build, guestfish, [*volumes, *_logical_volumes(guestfish, volumes)])
-        with assembly.writable(found, disk.path.parent):
+        with nullcontext() if disk.read_only else assembly.writable(found, disk.path.parent):
             yield found
         with step(assembly.UNMOUNTING):
             guestfish.do("umount-all")
             guestfish.do("shutdown")
+
+
+# A directory in the appliance for what prints a tar of the system.
+_CONTENTS = "/contents"
+# Something is at the other end of the pipe at once, and the status is written before its end.  A pipe is opened when
+# somebody reads from it, so nothing before that has the descriptors which libguestfs waits for.
+_TAR = "unshare --mount --pid --fork sh script 2>log; echo $? >status"
+_PRINT = f"cd /sysroot{_CONTENTS}; mkfifo pipe; {{ {{ {_TAR}; }} >pipe; }} </dev/null >/dev/null 2>&1 &"
+_PRINTED_LAST = f"cd /sysroot{_CONTENTS} && tail -n 1 log; cat status"
+# Where programs learn the names of users, and what of a tree the kernel shows on a machine that runs: as in the helper.
+_HIDDEN = "for path in /etc /run; do mount -t tmpfs none $path || exit 125; done\n"
+_UNSEEN = ("dev", "proc", "run", "sys")
+
+
+def contents_argv(build: Build) -> list[str]:
+    """Return the command that prints the tar which has come from the appliance."""
+    return ["cat", str(build.directory / "contents.tar")]
+
+
+def tar_words(points: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Return the command that writes the tar of what is mounted at *points*, as the helper has it, which says why."""
+    found = [os.path.join("./", point, _LOST_AND_FOUND) for point in sorted(points)]
+    found += [f"./{name}/*" for name in _UNSEEN]
+    clamp = ["--clamp-mtime"] if any(word.startswith("--mtime") for word in options) else []
+    return [
+        "/usr/bin/tar", "--create", "--file=-", "--format=posix", "--sort=name", "--numeric-owner",
+        "--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime",
+        "--acls", "--selinux", "--xattrs", "--xattrs-include=user.*", "--xattrs-include=security.*",
+        "--sparse", "--hole-detection=raw", "--warning=no-file-ignored",
+        "--anchored", "--wildcards", "--no-wildcards-match-slash",
+        *(f"--exclude={pattern}" for pattern in found),
+        *options,
+        *clamp,
+        ".",
+    ]  # fmt: skip
 
 
 # A tmpfs in the appliance, which has what a script reads.
@@ -748,7 +815,8 @@ def run_script(tree: Tree, script: str, data: bytes, seconds: float) -> tuple[in
     guestfish.do(f"mkmountpoint {_SCRIPTS}")
     place = f"/sysroot{_SCRIPTS}"
     guestfish.do(f"debug sh {quoted(f'mount -t tmpfs -o mode=700 scripts {place} && mkdir {ROOT}')}")
-    _upload(guestfish, f"{_SCRIPTS}/script", (_together(tree) + script).encode())
+    branches = [(branch.point, branch.filesystem, branch.top) for branch in reversed(tree.branches)]
+    _upload(guestfish, f"{_SCRIPTS}/script", (_together(branches, ROOT) + script).encode())
     _upload(guestfish, f"{_SCRIPTS}/input", data)
     *lines, status = ["", *guestfish.do(f"debug sh {quoted(_RUN)}", seconds=seconds)]
     if not status.isdigit():
@@ -762,14 +830,16 @@ def run_script(tree: Tree, script: str, data: bytes, seconds: float) -> tuple[in
     return int(status), [line for line in lines if line]
 
 
-def _together(tree: Tree) -> str:
-    """Return lines of shell that mount the branches of *tree* below each other at ROOT."""
+def _together(places: Iterable[tuple[str, Filesystem, str]], root: str) -> str:
+    """Return lines of shell that mount *places* below each other at *root*: points, filesystems and their directories.
+
+    They are in the order in which they are mounted.
+    """
     lines = []
-    for branch in reversed(tree.branches):
-        filesystem = branch.filesystem
+    for point, filesystem, top in places:
         assert isinstance(filesystem, ApplianceFilesystem)
-        source = _shell_word(os.path.join(f"/sysroot{filesystem.place}", branch.top))
-        point = _shell_word(os.path.join(ROOT, branch.point)) if branch.point else ROOT
+        source = _shell_word(os.path.join(f"/sysroot{filesystem.place}", top))
+        point = _shell_word(os.path.join(root, point)) if point else root
         # The status by which tasks tell that their script did not begin.
         lines.append(f"mount --bind {source} {point} || exit 125\n")
     return "".join(lines)

@@ -6,7 +6,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from ..base import command, fuse, locks
 from ..base.cleanup import released
 from ..base.errors import BuildError, ConfigurationError
 from ..base.log import logger, step, waiting
-from ..model import Build, Change, Disk, Entry, Placed, Plan, Subvolume, Volume
+from ..model import Build, Change, Disk, Entry, Filesystem, Placed, Plan, Subvolume, Volume
 from . import assembly, partitions, privileged
 from .rehearsal import Call
 from .tree import Tree
@@ -42,58 +42,64 @@ _UMOUNT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class LoopFilesystem:
-    """A ``Filesystem`` that is mounted at *path*; *mount* mounts it there again."""
+    """A ``Filesystem`` that is mounted at *path*, where *run* has the helper; *mount* mounts it there again."""
 
     path: Path
     volume: Volume
     mount: Callable[[], None]
     subvolumes: tuple[Subvolume, ...] = ()
+    run: privileged.Run = privileged.by_sudo
+
+    @property
+    def seen(self) -> Path:
+        """Where this process finds it."""
+        return self.path
 
     def has(self, path: str) -> bool:
         """Return whether *path* is there."""
-        return os.path.lexists(self.path / path)
+        return os.path.lexists(self.seen / path)
 
     def show(self, patterns: Sequence[str]) -> str:
         """Return the files that *patterns* match."""
-        return privileged.show(self.path, patterns)
+        return privileged.show(self.run, self.path, patterns)
 
     def entries(self, patterns: Sequence[str]) -> list[Entry]:
         """Return what *patterns* match."""
-        return privileged.entries(self.path, patterns)
+        return privileged.entries(self.run, self.path, patterns)
 
     def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
         """Return the files that *patterns* match."""
-        return privileged.read(self.path, patterns)
+        return privileged.read(self.run, self.path, patterns)
 
     def write(self, path: str, data: bytes, mode: int) -> None:
         """Have *data* in the file *path*."""
-        privileged.write(self.path, path, data, mode)
+        privileged.write(self.run, self.path, path, data, mode)
 
     def look(self, paths: Sequence[str]) -> list[Entry]:
         """Return those of *paths* that are there."""
-        return privileged.look(self.path, paths)
+        return privileged.look(self.run, self.path, paths)
 
     def put(self, items: Sequence[Placed], contents: Path) -> None:
         """Make *items*, whose bytes are in the file *contents*."""
-        privileged.put(self.path, items, contents)
+        privileged.put(self.run, self.path, items, contents)
 
     def rename(self, path: str, name: str) -> None:
         """Give *path* another *name*."""
-        privileged.rename(self.path, path, name)
+        privileged.rename(self.run, self.path, path, name)
 
     def remove(self, patterns: Sequence[str]) -> list[Change]:
         """Remove what *patterns* match."""
-        return privileged.remove(self.path, patterns)
+        return privileged.remove(self.run, self.path, patterns)
 
     def truncate(self, patterns: Sequence[str]) -> list[Change]:
         """Empty the files that *patterns* match."""
-        return privileged.truncate(self.path, patterns)
+        return privileged.truncate(self.run, self.path, patterns)
 
     def load(self, path: str, most: int, offset: int = 0) -> bytes | None:
         """Return at most *most* bytes at *offset* of the file *path*."""
         # What is missing, a link, or for root only.  No link on the way is followed: the helper mounts so.
         with contextlib.suppress(OSError):
-            descriptor = os.open(self.path / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+            descriptor = os.open(self.seen / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
             try:
                 if stat.S_ISREG(os.fstat(descriptor).st_mode):
                     return os.pread(descriptor, most, offset)
@@ -103,19 +109,28 @@ class LoopFilesystem:
 
     def usage(self, top: str) -> dict[str, int]:
         """Return what the entries of the directory *top* take."""
-        return privileged.usage(self.path, top)
+        return privileged.usage(self.run, self.path, top)
 
     def delete_subvolumes(self, paths: Sequence[str]) -> None:
         """Remove the subvolumes at *paths*."""
-        privileged.delete_subvolumes(self.path, paths)
+        privileged.delete_subvolumes(self.run, self.path, paths)
 
     def set_read_only(self, path: str, value: bool) -> None:
         """Make the subvolume at *path* read-only, or writable."""
-        privileged.set_read_only(self.path, path, value)
+        privileged.set_read_only(self.run, self.path, path, value)
 
     def key_files(self, top: str) -> dict[str, bytes]:
         """Return the files in the directory *top* that may have a private key."""
-        return privileged.keys(self.path, top)
+        return privileged.keys(self.run, self.path, top)
+
+    @contextmanager
+    def contents(self, places: Mapping[str, tuple[Filesystem, str]], options: Sequence[str]) -> Iterator[list[str]]:
+        """Give the command that prints a tar of the system with *places*."""
+        yield self.command(*contents_words(places, options))
+
+    def command(self, *words: str) -> list[str]:
+        """Return the command that runs the helper where it is mounted."""
+        return privileged.helper_argv(*words)
 
     def trim(self) -> int | None:
         """Free the unused blocks."""
@@ -124,15 +139,24 @@ class LoopFilesystem:
             # that holds small files, such as logs.
             umount(self.path)
             self.mount()
-        return privileged.trim(self.path)
+        return privileged.trim(self.run, self.path)
 
     def block_size(self) -> int:
         """Return the size of a block."""
-        return os.statvfs(self.path).f_bsize
+        return os.statvfs(self.seen).f_bsize
 
     def discard_size(self) -> int:
         """Return 0: a loop device frees what its file can."""
         return 0
+
+
+def contents_words(places: Mapping[str, tuple[Filesystem, str]], options: Sequence[str]) -> list[str]:
+    """Return the call of the helper that prints a tar of the system with *places*."""
+    words = ["contents"]
+    for point, (filesystem, top) in places.items():
+        assert isinstance(filesystem, LoopFilesystem)
+        words.append(f"{point}:{filesystem.path}" + (f":{top}" if top else ""))
+    return [*words, *options]
 
 
 def lacks_driver(filesystem: str | None) -> bool:
@@ -174,7 +198,7 @@ def unsuited(plan: Plan) -> str | None:
 
 
 # The verbs of the helper, by the operations of a filesystem; what is not here needs no root.
-_VERBS = {
+VERBS = {
     "show": "show",
     "entries": "list",
     "read": "read",
@@ -186,40 +210,45 @@ _VERBS = {
     "truncate": "truncate",
     "usage": "usage",
     "key_files": "keys",
+    "contents": "contents",
     "trim": "trim",
 }
-_PLACE = f"{MOUNT_DIRECTORY}/{MOUNT_PREFIX}XXXXXXXX/partition-N"
+# What tells which filesystem is the root, and what belongs on it.
+LOOKS = (("list", partitions.ROOT_MARKS), ("read", assembly.MOUNT_LISTS))
+PLACE = f"{MOUNT_DIRECTORY}/{MOUNT_PREFIX}XXXXXXXX/partition-N"
 
 
-def mounting(build: Build, disk: Path) -> list[list[str]]:
+def mounting(build: Build, disk: Disk) -> list[list[str]]:
     """Return the commands that mount the system on *disk*."""
-    helper = privileged.helper_argv
-    return [
-        helper("mount-image", str(disk), "OFFSET", "SIZE", _PLACE),
-        helper("list", _PLACE, *partitions.ROOT_MARKS),
-        helper("read", _PLACE, *assembly.MOUNT_LISTS),
-    ]
+    looks = [privileged.helper_argv(verb, PLACE, *words) for verb, words in LOOKS]
+    words = privileged.mount_words(disk.path, "OFFSET", "SIZE", PLACE, read_only=disk.read_only)
+    return [privileged.helper_argv(*words), *looks]
 
 
 def commands(build: Build, calls: Sequence[Call]) -> list[list[str]]:
     """Return the commands that *calls* on the system are."""
-    known = [(_VERBS[call.operation], call.words) for call in calls if call.operation in _VERBS]
-    return [privileged.helper_argv(verb, _PLACE, *filter(None, words)) for verb, words in known]
+    known = [(VERBS[call.operation], call.words) for call in calls if call.operation in VERBS]
+    return [privileged.helper_argv(*words_of(verb, words)) for verb, words in known]
 
 
-def unmounting(build: Build) -> list[list[str]]:
-    """Return the commands that unmount it."""
-    return [privileged.helper_argv("umount", _PLACE)]
+def words_of(verb: str, words: Sequence[str]) -> list[str]:
+    """Return a call of the helper with *words* for what is mounted at PLACE."""
+    return [verb, f":{PLACE}" if verb == "contents" else PLACE, *filter(None, words)]
+
+
+def unmounting(build: Build, disk: Disk) -> list[list[str]]:
+    """Return the commands that unmount the system on *disk*."""
+    return [privileged.helper_argv("umount", PLACE)]
 
 
 @contextmanager
 def mounted(build: Build, disk: Disk, volumes: Sequence[Volume]) -> Iterator[Tree]:
     """Give the system on *volumes* of *disk*, mounted; NoSystemError if there is none."""
     # The directory around the mount points is the user's alone: no one else sees the guest's files.
-    with _mount_directory(mount_record(disk.path.parent)) as directory, released(partial(_umount_all, directory)):
+    with mount_directory(mount_record(disk.path.parent)) as directory, released(partial(_umount_all, directory)):
         with step(assembly.MOUNTING):
             found = _mount_all(disk, volumes, directory)
-        with assembly.writable(found, disk.path.parent):
+        with contextlib.nullcontext() if disk.read_only else assembly.writable(found, disk.path.parent):
             yield found
 
 
@@ -275,8 +304,14 @@ def _mount(disk: Disk, volume: Volume, directory: Path) -> LoopFilesystem:
     # Of btrfs the top, which all subvolumes are below.
     top = volume.filesystem == "btrfs"
     mount = partial(
-        privileged.mount_image, disk.path.resolve(), partition.offset, partition.size, path, top=top
-    )  # fmt: skip
+        privileged.mount_image,
+        disk.path.resolve(),
+        partition.offset,
+        partition.size,
+        path,
+        top=top,
+        read_only=disk.read_only,
+    )
     mount()
     return LoopFilesystem(path, volume, mount, tuple(privileged.subvolumes(path)) if top else ())
 
@@ -287,7 +322,7 @@ def mount_record(directory: Path) -> Path:
 
 
 @contextmanager
-def _mount_directory(record: Path) -> Iterator[Path]:
+def mount_directory(record: Path) -> Iterator[Path]:
     """Give an empty directory for mount points, and remove it on the way out unless something is still mounted there.
 
     It is locked: one without a holder is what a killed build has left.

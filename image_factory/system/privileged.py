@@ -11,8 +11,11 @@ import re
 import shutil
 import stat
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from .. import __version__
 from ..base import command
@@ -35,7 +38,7 @@ _TOP_LEVELS = 8
 _PLACED_AT_ONCE = 8 << 20
 
 # A trim or an umount may have much to write to a slow disk, but nothing is waited for for ever.
-_SECONDS = 1800.0
+SECONDS = 1800.0
 
 
 def takes_directory(path: str, levels: int = _LEVELS) -> bool:
@@ -54,15 +57,15 @@ def takes_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def helper_path() -> str:
+def helper_path(*, by_sudo: bool = True) -> str:
     """Return the helper that belongs to this program: the one beside it, else the one on PATH.
 
-    One that an ordinary user can change is not taken, as no sudo rule should name it.
+    *by_sudo* one that an ordinary user can change is not taken, as no sudo rule should name it.
     """
     beside = Path(sys.argv[0]).resolve().parent / HELPER
     if not beside.is_file():
         return HELPER
-    if os.geteuid() == 0 or all(_is_roots(path) for path in (beside, beside.parent)):
+    if not by_sudo or os.geteuid() == 0 or all(_is_roots(path) for path in (beside, beside.parent)):
         return str(beside)
     return HELPER
 
@@ -78,15 +81,34 @@ def helper_argv(*arguments: str) -> list[str]:
     return [*sudo, helper_path(), *arguments]
 
 
-def _run(*arguments: str, stdin: bytes | None = None) -> str:
-    # A root shell that was started with sudo still has the SUDO_ variables of its user, whom the
-    # helper would take for its caller.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
+def environment() -> dict[str, str]:
+    """Return the environment of the helper.
+
+    A root shell that was started with sudo still has the SUDO_ variables of its user, whom it would take for its
+    caller.
+    """
+    return {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
+
+
+class Run(Protocol):
+    """A way to run the helper as root: of this machine, or of namespaces in which the filesystem is mounted."""
+
+    def __call__(self, *arguments: str, stdin: bytes | None = None) -> str:
+        """Run it with *arguments*; return what it prints.  CommandError has its reason if it fails."""
+
+
+def by_sudo(*arguments: str, stdin: bytes | None = None) -> str:
+    """Run the helper as root of this machine: see ``Run``."""
     argv = helper_argv(*arguments)
+    with refusal_told():
+        return command.run(argv, capture=True, env=environment(), timeout=SECONDS, new_session=False, stdin=stdin)
+
+
+@contextmanager
+def refusal_told() -> Iterator[None]:
+    """Have the error of a helper that fails inside say its reason."""
     try:
-        return command.run(
-            argv, capture=True, env=environment, timeout=_SECONDS, new_session=False, stdin=stdin
-        )  # fmt: skip
+        yield
     except CommandError as error:
         said = _REFUSAL.fullmatch(error.last_line)
         if said is not None:
@@ -100,7 +122,7 @@ def check() -> None:
     if os.geteuid() == 0 and not shutil.which(helper_path(), path=command.search_path()):
         raise ConfigurationError(f"{HELPER} is missing.", hint="Install image-factory again.")
     try:
-        version = _run("version").strip()
+        version = by_sudo("version").strip()
     except BuildError as error:
         user = os.environ.get("USER") or str(os.getuid())
         path = helper_path() if os.path.isabs(helper_path()) else f"/usr/bin/{HELPER}"
@@ -114,51 +136,67 @@ def check() -> None:
         )
 
 
-def mount_image(image: Path, offset: int, size: int, directory: Path, *, top: bool = False) -> None:
+def mount_words(
+    image: Path,
+    offset: int | str,
+    size: int | str,
+    directory: Path | str,
+    *,
+    top: bool = False,
+    read_only: bool = False,
+) -> list[str]:
+    """Return the call of the helper for ``mount_image``."""
+    words = ["mount-image", str(image), str(offset), str(size), str(directory)]
+    return [*words, *(["subvolid=5"] if top else []), *(["read-only"] if read_only else [])]
+
+
+def mount_image(
+    image: Path, offset: int, size: int, directory: Path, *, top: bool = False, read_only: bool = False
+) -> None:
     """Attach *size* bytes at *offset* of *image* to a loop device and mount it at *directory*.
 
     The loop device goes away by itself when the filesystem is unmounted.  Of btrfs its default
-    subvolume is mounted, or with *top* the one that all others are below.
+    subvolume is mounted, or with *top* the one that all others are below.  What is mounted *read_only* can't change.
     """
-    _run("mount-image", str(image), str(offset), str(size), str(directory), *(["subvolid=5"] if top else []))
+    by_sudo(*mount_words(image, offset, size, directory, top=top, read_only=read_only))
 
 
 def umount(directory: Path) -> None:
     """Unmount what is mounted at *directory*."""
-    _run("umount", str(directory))
+    by_sudo("umount", str(directory))
 
 
-def show(directory: Path, patterns: Sequence[str]) -> str:
+def show(run: Run, directory: Path, patterns: Sequence[str]) -> str:
     """Return the regular files below the tree at *directory* that *patterns* match, with headings.
 
     Only the last part of a pattern may have ``*``.  No link is followed.
     """
-    return _run("show", str(directory), *patterns)
+    return run("show", str(directory), *patterns)
 
 
-def entries(directory: Path, patterns: Sequence[str]) -> list[Entry]:
+def entries(run: Run, directory: Path, patterns: Sequence[str]) -> list[Entry]:
     """Return what *patterns* match below the tree at *directory*."""
-    return [Entry(*json.loads(line)) for line in _run("list", str(directory), *patterns).splitlines()]
+    return [Entry(*json.loads(line)) for line in run("list", str(directory), *patterns).splitlines()]
 
 
-def read(directory: Path, patterns: Sequence[str]) -> dict[str, bytes]:
+def read(run: Run, directory: Path, patterns: Sequence[str]) -> dict[str, bytes]:
     """Return the regular files below the tree at *directory* that *patterns* match, by their paths."""
-    lines = map(json.loads, _run("read", str(directory), *patterns).splitlines())
+    lines = map(json.loads, run("read", str(directory), *patterns).splitlines())
     return {path: base64.b64decode(data) for path, data in lines}
 
 
-def write(directory: Path, path: str, data: bytes, mode: int) -> None:
+def write(run: Run, directory: Path, path: str, data: bytes, mode: int) -> None:
     """Write *data* to the file *path* below the tree at *directory*; a new one has *mode*."""
-    _run("write", str(directory), f"{mode:04o}", path, stdin=data)
+    run("write", str(directory), f"{mode:04o}", path, stdin=data)
 
 
-def look(directory: Path, paths: Sequence[str]) -> list[Entry]:
+def look(run: Run, directory: Path, paths: Sequence[str]) -> list[Entry]:
     """Return those of *paths* below the tree at *directory* that are there, links with where they lead to."""
     lines = "".join(f"{json.dumps(path)}\n" for path in paths).encode("ascii")
-    return [Entry(*json.loads(line)) for line in _run("look", str(directory), stdin=lines).splitlines()]
+    return [Entry(*json.loads(line)) for line in run("look", str(directory), stdin=lines).splitlines()]
 
 
-def put(directory: Path, items: Sequence[Placed], contents: Path) -> None:
+def put(run: Run, directory: Path, items: Sequence[Placed], contents: Path) -> None:
     """Make *items*, whose bytes are in the file *contents*, below the tree at *directory*, in their order."""
     with contents.open("rb") as file:
         for pieces in _pieces(items):
@@ -169,7 +207,7 @@ def put(directory: Path, items: Sequence[Placed], contents: Path) -> None:
                 stream += f"{json.dumps([item.kind, item.path, *words])}\n".encode("ascii")
                 file.seek(item.offset + start)
                 stream += file.read(size)
-            _run("put", str(directory), stdin=bytes(stream))
+            run("put", str(directory), stdin=bytes(stream))
 
 
 def _pieces(items: Sequence[Placed]) -> Iterator[list[tuple[Placed, int, int]]]:
@@ -191,19 +229,19 @@ def _pieces(items: Sequence[Placed]) -> Iterator[list[tuple[Placed, int, int]]]:
         yield group
 
 
-def rename(directory: Path, path: str, name: str) -> None:
+def rename(run: Run, directory: Path, path: str, name: str) -> None:
     """Name what is *path* below the tree at *directory* *name*, in the same directory."""
-    _run("rename", str(directory), path, name)
+    run("rename", str(directory), path, name)
 
 
-def remove(directory: Path, patterns: Sequence[str]) -> list[Change]:
+def remove(run: Run, directory: Path, patterns: Sequence[str]) -> list[Change]:
     """Remove what *patterns* match below the tree at *directory*; return what is gone."""
-    return _changes(_run("remove", str(directory), *patterns))
+    return _changes(run("remove", str(directory), *patterns))
 
 
-def truncate(directory: Path, patterns: Sequence[str]) -> list[Change]:
+def truncate(run: Run, directory: Path, patterns: Sequence[str]) -> list[Change]:
     """Empty the files that *patterns* match below the tree at *directory*, and those below directories."""
-    return _changes(_run("truncate", str(directory), *patterns))
+    return _changes(run("truncate", str(directory), *patterns))
 
 
 def _changes(answer: str) -> list[Change]:
@@ -211,41 +249,41 @@ def _changes(answer: str) -> list[Change]:
     return [Change(path, int(count), int(size)) for count, size, path in found]
 
 
-def usage(directory: Path, top: str) -> dict[str, int]:
+def usage(run: Run, directory: Path, top: str) -> dict[str, int]:
     """Return the bytes that each directory in *top*, below the tree at *directory*, takes; ``.`` has the other entries.
 
     What is mounted elsewhere, a subvolume for example, is not in it.
     """
-    lines = (line.split(" ", 1) for line in _run("usage", str(directory), *([top] if top else [])).splitlines())
+    lines = (line.split(" ", 1) for line in run("usage", str(directory), *([top] if top else [])).splitlines())
     return {name: int(size) for size, name in lines}
 
 
 def subvolumes(directory: Path) -> list[Subvolume]:
     """Return the subvolumes of the btrfs at *directory*, the default one first and its top among them."""
-    lines = map(json.loads, _run("subvolumes", str(directory)).splitlines())
+    lines = map(json.loads, by_sudo("subvolumes", str(directory)).splitlines())
     return [Subvolume(*fields) for fields in lines]
 
 
-def set_read_only(directory: Path, path: str, value: bool) -> None:
+def set_read_only(run: Run, directory: Path, path: str, value: bool) -> None:
     """Make the subvolume *path* below the tree at *directory* read-only, or writable."""
-    _run("set-read-only", str(directory), "true" if value else "false", *([path] if path else []))
+    run("set-read-only", str(directory), "true" if value else "false", *([path] if path else []))
 
 
-def delete_subvolumes(directory: Path, paths: Sequence[str]) -> None:
+def delete_subvolumes(run: Run, directory: Path, paths: Sequence[str]) -> None:
     """Remove the subvolumes at *paths* below the tree at *directory*, and wait for their end."""
-    _run("delete-subvolume", str(directory), *paths)
+    run("delete-subvolume", str(directory), *paths)
 
 
-def keys(directory: Path, top: str) -> dict[str, bytes]:
+def keys(run: Run, directory: Path, top: str) -> dict[str, bytes]:
     """Return the regular files in *top*, below the tree at *directory*, that may have a private key, by their paths."""
-    lines = map(json.loads, _run("keys", str(directory), *([top] if top else [])).splitlines())
-    return {path: base64.b64decode(data) for path, data in lines}
+    lines = map(json.loads, run("keys", str(directory), *([top] if top else [])).splitlines())
+    return {path: zlib.decompress(base64.b64decode(data)) for path, data in lines}
 
 
-def trim(directory: Path) -> int | None:
+def trim(run: Run, directory: Path) -> int | None:
     """Free the unused blocks of the filesystem at *directory*.
 
     Returns their bytes, None where the filesystem or its disk can't.
     """
-    answer = _run("trim", str(directory)).strip()
+    answer = run("trim", str(directory)).strip()
     return int(answer) if answer.isdigit() else None

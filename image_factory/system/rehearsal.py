@@ -1,12 +1,12 @@
 """What steps do to a mounted system, found out without one: a filesystem that answers nothing notes its calls."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..base import events, log
-from ..model import Change, Entry, Placed, Subvolume, Volume
+from ..model import Change, Entry, Filesystem, Placed, Subvolume, Volume
 from .tree import Branch, Tree
 
 
@@ -98,6 +98,12 @@ class RecordingFilesystem:
         """Note it."""
         self._note("key_files", top)
         return {}
+
+    @contextmanager
+    def contents(self, places: Mapping[str, tuple[Filesystem, str]], options: Sequence[str]) -> Iterator[list[str]]:
+        """Note it."""
+        self._note("contents", *options)
+        yield []
 
     def trim(self) -> int | None:
         """Note it."""

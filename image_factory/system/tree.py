@@ -8,6 +8,7 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -218,6 +219,18 @@ class Tree:
             and (not other.top or f"{bound.top}/".startswith(f"{other.top}/"))
             for other in self.branches
         )
+
+    def contents(self, options: Sequence[str]) -> AbstractContextManager[list[str]]:
+        """Give the command that prints a tar of the whole system, with *options* for tar(1).
+
+        BuildError if a part of it can't be looked into.  What is bound to another place is there once.
+        """
+        for place in self.unreached:
+            raise place.error
+        # The last one at a point is the one that is seen there.
+        found = [branch for branch in reversed(self.branches) if not branch.is_bound]
+        places = {branch.point: (branch.filesystem, branch.top) for branch in found}
+        return self.root.filesystem.contents(places, options)
 
     def usage(self) -> dict[str, int]:
         """Return the bytes that each directory at the top of the system takes; ``.`` is what lies there itself.

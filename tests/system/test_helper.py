@@ -5,15 +5,18 @@ user's stay as they were.
 """
 
 import base64
+import io
 import json
 import os
 import subprocess
+import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 
-from ..conftest import machine_state, run
+from ..conftest import PATIENCE, machine_state, run
 from ..helper_scene import IMAGE_SIZE, Scene, own_mount, scene
 
 __all__ = ["scene"]
@@ -228,6 +231,37 @@ REFUSED: list[tuple[str, list[str | bytes]]] = [
     ("delete: with ..", ["delete-subvolume", "<MOUNTED>", "../etc"]),
     ("delete: absolute", ["delete-subvolume", "<MOUNTED>", "/etc"]),
     ("delete: a pattern", ["delete-subvolume", "<MOUNTED>", "et*"]),
+    ("mount-image: read-only first", ["mount-image", "<IMAGE>", "0", "4096", "<OWN>/empty", "read-only", "subvolid=5"]),
+    ("mount-image: read-only twice", ["mount-image", "<IMAGE>", "0", "4096", "<OWN>/empty", "read-only", "read-only"]),
+    ("mount-image: read-only, of another's", ["mount-image", "<THEIR_IMAGE>", "0", "4096", "<OWN>/empty", "read-only"]),
+    ("mount-image: read-only, of root's", ["mount-image", "<ROOTS>", "0", "512", "<OWN>/empty", "read-only"]),
+    ("contents: nothing", ["contents"]),
+    ("contents: outside of a mount", ["contents", ":<OWN>"]),
+    ("contents: another user's mount", ["contents", ":<THEIRS>"]),
+    ("contents: another user's mount below", ["contents", ":<MOUNTED>", "etc:<THEIRS>"]),
+    ("contents: the machine's root", ["contents", ":/"]),
+    ("contents: no root", ["contents", "etc:<MOUNTED>"]),
+    ("contents: a directory without a place", ["contents", "<MOUNTED>"]),
+    ("contents: two roots", ["contents", ":<MOUNTED>", ":<MOUNTED>:etc"]),
+    ("contents: options alone", ["contents", "--exclude=./x"]),
+    ("contents: of what isn't there", ["contents", ":<MOUNTED>:none"]),
+    ("contents: of a file", ["contents", ":<MOUNTED>:root/install.log"]),
+    ("contents: of a link", ["contents", ":<MOUNTED>:var/lib"]),
+    ("contents: at what isn't there", ["contents", ":<MOUNTED>", "none:<MOUNTED>"]),
+    ("contents: at a file", ["contents", ":<MOUNTED>", "root/install.log:<MOUNTED>"]),
+    ("contents: at a link", ["contents", ":<MOUNTED>", "var/adm/autoinstall:<MOUNTED>"]),
+    ("contents: below a link", ["contents", ":<MOUNTED>", "var/lib/x:<MOUNTED>"]),
+    ("contents: at ..", ["contents", ":<MOUNTED>", "..:<MOUNTED>"]),
+    ("contents: with .. in the directory", ["contents", ":<MOUNTED>:../etc"]),
+    ("contents: of an absolute directory", ["contents", ":<MOUNTED>:/etc"]),
+    ("contents: an option of tar's", ["contents", ":<MOUNTED>", "--checkpoint-action=exec=id"]),
+    ("contents: a file of tar's", ["contents", ":<MOUNTED>", "--file=/tmp/x"]),
+    ("contents: another program", ["contents", ":<MOUNTED>", "-I", "id"]),
+    ("contents: patterns of a file", ["contents", ":<MOUNTED>", "--exclude-from=/etc/shadow"]),
+    ("contents: a pattern of all", ["contents", ":<MOUNTED>", "--exclude=*"]),
+    ("contents: a pattern with a line", ["contents", ":<MOUNTED>", "--exclude=./x\ny"]),
+    ("contents: a time of a file", ["contents", ":<MOUNTED>", "--mtime=/etc/shadow"]),
+    ("contents: a file of the machine's", ["contents", ":<MOUNTED>", "/etc/shadow"]),
     ("trim: outside of a mount", ["trim", "<OWN>"]),
     ("trim: another user's mount", ["trim", "<THEIRS>"]),
     ("trim: the machine's root", ["trim", "/"]),
@@ -510,9 +544,59 @@ def test_keys_are_searched_for(scene: Scene) -> None:
         done = scene.helper("keys", str(point))
         lines = [json.loads(line) for line in done.stdout.splitlines()]
         assert [path for path, _ in lines] == ["usr/share/k/a.pem", "usr/share/k/b.P12"]
-        assert base64.b64decode(lines[0][1]) == (directory / "a.pem").read_bytes()
+        assert zlib.decompress(base64.b64decode(lines[0][1])) == (directory / "a.pem").read_bytes()
         assert scene.helper("keys", str(point), "usr/share").stdout == done.stdout
         assert scene.helper("keys", str(point), "etc").stdout == ""
+
+
+def test_contents_are_those_of_the_mounts(scene: Scene) -> None:
+    """A second mount is below the first in the tar alone; nothing of the machine's is in it, and it is as it was."""
+    before = scene.outside()
+    with own_mount(scene) as other:
+        words = [f":{scene.mounts['a']}", f"etc:{other}:var/log", "--exclude=./root/install.l*", "--mtime=@3"]
+        argv = [*scene.users["a"].argv("sudo", "-n", scene.users["a"].helper), "contents", *words]
+        done = subprocess.run(argv, capture_output=True, timeout=PATIENCE)
+        assert (done.returncode, done.stderr) == (0, b"")
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+            members = {member.name: member for member in archive.getmembers()}
+        assert {"./etc/installer/syslog", "./etc/YaST2/fifo", "./var/log/installer/syslog"} <= {*members}
+        assert not {"./etc/fstab", "./root/install.log", "./lost+found", "./etc/passwd"} & {*members}
+        assert members["./var/lib"].linkname == str(scene.victim.parent) and "./var/lib/secret" not in members
+        assert members["./var/log/YaST2/y2log"].ischr() and members["./usr/bin/rootshell"].mode == 0o4755
+        assert {member.mtime for member in members.values()} == {3}
+        # What is mounted for it is seen by nobody else.
+        assert (scene.mounts["a"] / "etc/fstab").exists()
+    assert scene.outside() == before
+
+
+def test_contents_end_with_who_reads_them(scene: Scene) -> None:
+    argv = [*scene.users["a"].argv("sudo", "-n", scene.users["a"].helper), "contents", f":{scene.mounts['a']}"]
+    with own_mount(scene) as point:
+        argv[-1] = f":{point}"
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.read(1)
+            process.stdout.close()
+            assert process.wait(PATIENCE) == 1
+            assert process.stderr is not None
+            assert b"nobody waits for it any more" in process.stderr.read()
+
+
+def test_read_only_mount_changes_nothing(scene: Scene) -> None:
+    point, image = scene.directories["a"] / "empty", scene.images["a"].with_name("as-it-is.raw")
+    scene.users["a"].run("cp", scene.images["a"], image)
+    # What is mounted has a journal, which is played where it can be written.
+    assert scene.helper(*scene.mount_words(image, point), "read-only").returncode == 1
+    assert run("e2fsck", "-p", image, check=False).returncode in (0, 1)
+    scene.users["a"].run("chmod", "400", image)
+    before = image.read_bytes()
+    assert scene.helper(*scene.mount_words(image, point), "read-only").returncode == 0
+    done = scene.helper("remove", str(point), "root/install.log")
+    assert (done.returncode, "Read-only file system" in done.stderr) == (1, True)
+    assert scene.helper("show", str(point), "root/install.log").stdout
+    assert scene.helper("umount", str(point)).returncode == 0
+    assert image.read_bytes() == before
+    image.unlink()
 
 
 def test_usage_counts_what_is_inside(scene: Scene) -> None:

@@ -100,6 +100,7 @@ def test_link_in_the_way_to_the_image(scene: Scene, image: Path, point: Path, fr
         "trim",
         "usage",
         "keys",
+        "contents",
         "chmod",
     ],
 )
@@ -121,6 +122,7 @@ def test_link_in_the_way_to_the_mount_point(scene: Scene, image: Path, point: Pa
         "trim": ["trim", str(path)],
         "usage": ["usage", str(path)],
         "keys": ["keys", str(path)],
+        "contents": ["contents", f":{path}"],
         "chmod": ["chmod", "o+r", f"{path}/root/install.log"],
     }
     if not verb.startswith("mount"):

@@ -87,7 +87,7 @@ def test_size_is_bounded() -> None:
     assert fstab.parse(" " * (1 << 20)) == []
     assert fstab.parse("\\040" * (1 << 18)) == []
     assert len(fstab.parse("UUID=1 /" + "a/" * 2000 + " ext4")) == 1
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -1,15 +1,17 @@
 """Filesystems of a disk that is made from a tree, each with its part of the tree; no root is needed."""
 
+import math
 import shlex
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_lowercase
 
 from ..base.errors import BuildError, CommandError
 from ..inside.namespaces import Namespaces
 from . import reproducible
-from .layouts import APPLIANCE, EXT, MIB, SECTOR, SWAP, Filesystem, Layout, Piece
+from .layouts import APPLIANCE, EXT, EXTENT, LVM_HEAD, MIB, SECTOR, SWAP, Filesystem, Layout, Piece
 
 # Of e2fsprogs since 1.47.1: the GRUB of older releases reads no filesystem with them.
 _FEATURES = "^metadata_csum_seed,^orphan_file"
@@ -17,8 +19,9 @@ _BLOCK = 4096
 _FAT_HEADS, _FAT_SECTORS = "16", "63"
 
 # What mke2fs leaves out of a tree: owner, mode and time of its top, and of all times the nanoseconds and the bits after
-# the 32nd.  $1 is the tree, $2 the filesystem; debugfs has no way to tell a path with a line break.
-_ADD_REST = r"""
+# the 32nd.  $1 is the tree.  What is printed at the end are commands of debugfs, which has no way to tell a path with a
+# line break.
+_REST = r"""
 find "$1" -path "*
 *" -prune -o -printf '%T@ %m %U %G %P\n' | awk '
 {
@@ -26,11 +29,16 @@ find "$1" -path "*
     era = int((seconds + 2147483648) / 4294967296)
     path = $0; sub(/^[^ ]* [^ ]* [^ ]* [^ ]* /, "", path); gsub(/"/, "\"\"", path)
     if (path == "")
-        printf "sif / mode 04%s\nsif / uid %s\nsif / gid %s\nsif / mtime @%.0f\n",
-            substr("0000" $2, length($2) + 1), $3, $4, seconds
-    if (part || era > 0) printf "sif \"/%s\" mtime_extra %.0f\n", path, part * 4 + era
-}' | debugfs -w -f - "$2" >/dev/null
-"""
+        lines[count++] = sprintf("sif / mode 04%s\nsif / uid %s\nsif / gid %s\nsif / mtime @%.0f",
+            substr("0000" $2, length($2) + 1), $3, $4, seconds)
+    if (part || era > 0) lines[count++] = sprintf("sif \"/%s\" mtime_extra %.0f", path, part * 4 + era)
+}
+END { for (i = 0; i < count; i++) print lines[i] }
+' |"""
+# $2 is the filesystem.
+_ADD_REST = f'{_REST} debugfs -w -f - "$2" >/dev/null'
+# The tree is listed while mke2fs, which follows the two, copies it.
+_FILL = f'{_REST} {{ made=$2; shift 2; "$@" </dev/null && debugfs -w -f - "$made" >/dev/null; }}'
 
 # Prints how many blocks of 4 KiB, and how many inodes, what is in the tree $1 takes, but for what is in the directories
 # that follow.  A file that has much less on its own filesystem is sparse.
@@ -53,6 +61,42 @@ _SPARE_BLOCKS, _SPARE_SHARE = 256, 200
 _SUPERBLOCK = 1024
 _FREE_BLOCKS, _FREE_INODES, _LOG_BLOCK_SIZE = 12, 16, 24
 _INODE_RATIO = 16384
+
+# Of what a filesystem that is made in the appliance takes, beside files and directories: bytes for each inode, a share
+# of all, and bytes that it always has, such as xfs' log and reserve.  No smaller one is made.
+_INODE_BYTES = {"xfs": 640, "btrfs": 2048, "vfat": 0}
+_SHARES = {"xfs": 1.04, "btrfs": 1.15, "vfat": 1.05}
+_ALWAYS = {"xfs": 112 * MIB, "btrfs": 320 * MIB, "vfat": 40 * MIB}
+_LEAST = {"xfs": 300 * MIB, "btrfs": 256 * MIB, "vfat": 40 * MIB, SWAP: MIB}
+
+# Makes the btrfs filesystem at /sysroot/made as small as it goes, but for so many bytes as the word EXTRA says.  What
+# it leaves free has to last until a machine of the image makes it larger.  Quotes are lost on the way to the appliance.
+_SHRINK = """\
+size() { set -- $(btrfs filesystem show --raw /sysroot/made | grep devid); echo $4; }
+whole=$(size)
+for step in 64 16; do while btrfs filesystem resize -${step}M /sysroot/made; do :; done; done >/dev/null 2>&1
+wanted=$(($(size) + EXTRA))
+[ $wanted -lt $whole ] || wanted=$whole
+[ $wanted = $(size) ] || btrfs filesystem resize $wanted /sysroot/made
+"""
+_SPARE_OF_BTRFS = 32 * MIB
+# Where btrfs' superblock is, and in it its magic number and the bytes of the filesystem.
+_BTRFS_SUPERBLOCK = 65536
+_BTRFS_MAGIC, _BTRFS_TOTAL = 64, 112
+
+# Sets device to the node of a partition of the first disk, as the appliance's kernel calls it: of two disks it finds
+# either first, and only libguestfs' own commands know that.  Nodes come after the appliance has started.
+_FIND = """\
+for turn in $(seq 300); do
+    for found in /sys/bus/scsi/devices/*:0:0:0/block/sd*; do
+        device=/dev/${found##*/}NUMBER
+        [ ! -b $device ] || break 2
+    done
+    sleep 0.2
+done
+udevadm settle
+"""
+
 _SCRATCH = "measured.ext"
 _SCRATCH_ROOM = 256 * MIB
 _ATTEMPTS = 16
@@ -84,6 +128,14 @@ def ext_argv(disk: Path, piece: Piece, filesystem: Filesystem, layout: Layout, t
         str(disk),
         f"{piece.size >> 10}k" if layout.size else "SIZE",
     ]  # fmt: skip
+    return reproducible.with_date(layout.date, *words)
+
+
+def fill_ext_argv(disk: Path, piece: Piece, filesystem: Filesystem, layout: Layout, tree: Path) -> list[str]:
+    """Return the command that makes the ext *filesystem* on *piece* of *disk*, with all that is in *tree*."""
+    made = ext_argv(disk, piece, filesystem, layout, tree)
+    words = ["sh", "-c", _FILL, "sh", str(tree), f"{disk}?offset={piece.offset}", *made]
+    # debugfs, too.
     return reproducible.with_date(layout.date, *words)
 
 
@@ -122,28 +174,126 @@ def appliance_argv(disk: Path, piece: Piece, filesystem: Filesystem, layout: Lay
 
     It gets what is in the ext4 filesystem *scratch*: owners, attributes and times are in that as they were in the tree.
     """
+    device = f"/dev/sda{piece.number or ''}"
+    find = _FIND.replace("NUMBER", str(piece.number or ""))
+    lines = [
+        *_started(disk, [scratch] if scratch else []),
+        ["debug", "sh", f"{find}{shlex.join(_mkfs_argv(filesystem, layout))} $device"],
+        ["mkmountpoint", "/made"],
+        ["mount", device, "/made"],
+    ]
+    if scratch:
+        lines += [["mkmountpoint", "/tree"], ["mount-ro", "/dev/sdb", "/tree"], ["cp-a", "/tree/.", "/made"]]
+        if shrinks(piece, layout):
+            script = _SHRINK.replace("EXTRA", str(_SPARE_OF_BTRFS + (layout.extra or 0)))
+            lines += [["sync"], ["debug", "sh", script.strip()]]
+    return _guestfish_argv([*lines, ["umount-all"]])
+
+
+def _mkfs_argv(filesystem: Filesystem, layout: Layout) -> list[str]:
+    """Return the command that makes an xfs or btrfs *filesystem*, but for the device."""
     uuid = layout.uuid_of(filesystem)
     own = {
         # GRUB until 2.12 reads no filesystem with more than 32 bits for the number of extents.
         "xfs": ["mkfs.xfs", "-q", "-f", "-m", f"uuid={uuid}", "-i", "nrext64=0"],
         "btrfs": ["mkfs.btrfs", "-q", "-f", "-U", uuid],
     }[filesystem.kind]
-    device = f"/dev/sda{piece.number or ''}"
-    label = ["-L", filesystem.label] if filesystem.label else []
-    lines = [
-        # The build starts anew if the machine crashes.
-        ["add", str(disk), "format:raw", "cachemode:unsafe", "discard:besteffort"],
-        *([["add", str(scratch), "format:raw", "readonly:true"]] if scratch else []),
-        ["run"],
-        # The nodes of partitions come after the appliance has started.
-        ["debug", "sh", f"udevadm settle && {shlex.join([*own, *label, *filesystem.options, device])}"],
-        ["mkmountpoint", "/made"],
-        ["mount", device, "/made"],
-    ]
-    if scratch:
-        lines += [["mkmountpoint", "/tree"], ["mount-ro", "/dev/sdb", "/tree"], ["cp-a", "/tree/.", "/made"]]
-    words = [word for line in [*lines, ["umount-all"], ["shutdown"]] for word in (*line, ":")]
+    return [*own, *(["-L", filesystem.label] if filesystem.label else []), *filesystem.options]
+
+
+def _started(disk: Path, others: Sequence[Path]) -> list[list[str]]:
+    """Return guestfish's commands that start the appliance with *disk*, its first, and *others* that are read."""
+    # The build starts anew if the machine crashes.
+    first = ["add", str(disk), "format:raw", "cachemode:unsafe", "discard:besteffort"]
+    return [first, *(["add", str(other), "format:raw", "readonly:true"] for other in others), ["run"]]
+
+
+def _guestfish_argv(lines: Sequence[Sequence[str]]) -> list[str]:
+    words = [word for line in [*lines, ["shutdown"]] for word in (*line, ":")]
     return ["guestfish", *words[:-1]]
+
+
+def volume_path(directory: Path, piece: Piece) -> Path:
+    """Return the file with what the volume *piece* gets: all of its filesystem, or of xfs and btrfs its files."""
+    return directory / f"{piece.name}.volume"
+
+
+def volumes_argv(disk: Path, layout: Layout, directory: Path) -> list[str]:
+    """Return the command that makes the groups and volumes of LVM in libguestfs' appliance.
+
+    They get what is in the files of ``volume_path``.  LVM of this machine never meets them.
+    """
+    made = [(piece, piece.filesystem) for piece in layout.volumes if piece.filesystem]
+    images = [piece for piece, filesystem in made if filesystem.point or filesystem.kind not in APPLIANCE]
+    lines = [
+        *_started(disk, [volume_path(directory, piece) for piece in images]),
+        ["debug", "sh", _groups_script(layout)],
+    ]
+    read = {piece.name: f"/dev/{_drive(number)}" for number, piece in enumerate(images, 1)}
+    for piece, filesystem in made:
+        if filesystem.kind not in APPLIANCE:
+            lines.append(["copy-device-to-device", read[piece.name], piece.device, "sparse:true"])
+            continue
+        lines.append(["debug", "sh", f"{shlex.join(_mkfs_argv(filesystem, layout))} {piece.device}"])
+        if piece.name in read:
+            # An error tells the name.
+            made_at, tree = f"/{piece.name}.made", f"/{piece.name}.tree"
+            lines += [["mkmountpoint", made_at], ["mount", piece.device, made_at]]
+            lines += [["mkmountpoint", tree], ["mount-ro", read[piece.name], tree], ["cp-a", f"{tree}/.", made_at]]
+    return _guestfish_argv([*lines, ["umount-all"], ["vg-activate-all", "false"]])
+
+
+def _drive(number: int) -> str:
+    """Return what libguestfs calls the disk *number*, of which the first is 0."""
+    more, last = divmod(number, 26)
+    return f"sd{ascii_lowercase[more - 1] if more else ''}{ascii_lowercase[last]}"
+
+
+def _groups_script(layout: Layout) -> str:
+    """Return the lines of shell that make the groups and volumes of LVM in the appliance."""
+    numbers = {piece.name: piece.number for piece in layout.pieces}
+    lines = ["set -e"]
+    for group in layout.scheme.groups:
+        lines.append("devices=")
+        for partition, name in group.on:
+            identity = f"--uuid {layout.identity.lvm(name)} --norestorefile"
+            lines += [
+                _FIND.replace("NUMBER", str(numbers[partition])).strip(),
+                f"lvm pvcreate --yes {identity} --dataalignment {LVM_HEAD}b $device",
+                'devices="$devices $device"',
+            ]
+        lines.append(f"lvm vgcreate --yes --physicalextentsize {EXTENT}b {group.name} $devices")
+        for piece in layout.volumes:
+            if piece.group == group.name:
+                extents = str(piece.size // EXTENT) if layout.size else "SIZE"
+                lines.append(f"lvm lvcreate --yes --extents {extents} --name {piece.name} {group.name}")
+    return "\n".join([*lines, "udevadm settle"])
+
+
+def shrinks(piece: Piece, layout: Layout) -> bool:
+    """Return whether the filesystem on *piece* is made smaller once it has its files, and the disk with it."""
+    kind = piece.filesystem.kind if piece.filesystem else ""
+    return kind == "btrfs" and layout.extra is not None and piece == layout.pieces[-1]
+
+
+def size_of_btrfs(disk: Path, piece: Piece) -> int:
+    """Return the bytes of the btrfs filesystem on *piece* of *disk*."""
+    with disk.open("rb") as file:
+        file.seek(piece.offset + _BTRFS_SUPERBLOCK)
+        block = file.read(_BLOCK)
+    if block[_BTRFS_MAGIC : _BTRFS_MAGIC + 8] != b"_BHRfS_M":
+        raise BuildError(f"{piece.name} has no btrfs filesystem.")
+    (size,) = struct.unpack_from("<Q", block, _BTRFS_TOTAL)
+    return int(size)
+
+
+def private_argv(path: Path, size: int, layout: Layout) -> list[str]:
+    """Return the command that makes the file *path* of *size* bytes, for what not everyone may read of a system.
+
+    Others get through the working directory of root's build.
+    """
+    words = ["truncate", f"--size={size if layout.size else 'SIZE'}", str(path)]
+    return ["sh", "-c", 'umask 077; exec "$@"', "sh", *words]
 
 
 def scratch_argvs(scratch: Path, piece: Piece, layout: Layout, tree: Path) -> list[list[str]]:
@@ -152,7 +302,7 @@ def scratch_argvs(scratch: Path, piece: Piece, layout: Layout, tree: Path) -> li
     whole = Piece("scratch", 0, "", 0, piece.size + piece.size // 4 + _SCRATCH_ROOM)
     filesystem = Filesystem("scratch", "ext4")
     return [
-        ["truncate", f"--size={whole.size}", str(scratch)],
+        private_argv(scratch, whole.size, layout),
         ext_argv(scratch, whole, filesystem, layout, tree),
         ["debugfs", "-w", "-R", "rmdir /lost+found", str(scratch)],
         rest_argv(scratch, whole, tree, layout),
@@ -195,9 +345,17 @@ def measured(inside: Namespaces, tree: Path, without: Sequence[Path]) -> Need:
 
 
 def least_size(need: Need, filesystem: Filesystem, layout: Layout, directory: Path) -> int:
-    """Return the bytes of the smallest ext *filesystem* with room for *need*, as mke2fs makes it."""
+    """Return the bytes of the smallest *filesystem* with room for *need*.
+
+    One of ext is as mke2fs makes it, another of a size that has room for sure.
+    """
+    if filesystem.kind not in EXT:
+        kind = filesystem.kind
+        content = need.size + need.inodes * _INODE_BYTES.get(kind, 0)
+        size = math.ceil(content * _SHARES.get(kind, 1)) + _ALWAYS.get(kind, 0)
+        return max(_LEAST[kind], -(-size // MIB) * MIB)
     scratch = directory / _SCRATCH
-    size = -(-need.size // MIB) * MIB
+    size = max(-(-need.size // MIB), 1) * MIB
     try:
         for _ in range(_ATTEMPTS):
             room = _room(scratch, size, filesystem, layout)

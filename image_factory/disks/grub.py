@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 from ..base.errors import BuildError
-from .layouts import EXT, SECTOR, Layout
+from .layouts import EXT, LVM, SECTOR, Layout, Piece
 
 # boot.img (GRUB's grub-core/boot/i386/pc/boot.S): so much of it is code, and in it are the sector of the core image and
 # a jump that keeps the drive that the BIOS names.
@@ -34,8 +34,9 @@ def stub_configuration(layout: Layout) -> str:
     return f"{core_configuration(layout)}configfile $prefix/grub.cfg\n"
 
 
-def core_argv(tree: Path, configuration: str, target: str) -> list[str]:
+def core_argv(tree: Path, configuration: str, target: str, layout: Layout) -> list[str]:
     """Return the command that makes the core image for BIOS in *tree*; the paths are those inside of it."""
+    piece, _ = layout.at("/boot")
     return [
         "chroot", str(tree),
         "grub-mkimage",
@@ -44,6 +45,7 @@ def core_argv(tree: Path, configuration: str, target: str) -> list[str]:
         f"--config={configuration}",
         f"--output={target}",
         *_MODULES.split(),
+        *([LVM] if piece.group else []),
     ]  # fmt: skip
 
 
@@ -64,12 +66,22 @@ def embed(disk: Path, offset: int, room: int, boot: bytes, core: bytes) -> None:
         os.pwrite(file.fileno(), bytes(image), offset)
 
 
+def device_of(piece: Piece, layout: Layout) -> str:
+    """Return the node that grub-mkconfig takes for *piece*; what a kernel's arguments call the root.
+
+    That of a volume of LVM tells an initramfs which one it has to activate.
+    """
+    assert piece.filesystem
+    return piece.device if piece.group else f"/dev/disk/by-uuid/{layout.uuid_of(piece.filesystem)}"
+
+
 # grub-mkconfig asks where a path or a device is; the answers are of a disk that nothing is mounted from.
 def probe_script(layout: Layout) -> str:
     """Return a program that answers in the place of grub-probe."""
     cases = "".join(
-        f"    {_pattern(filesystem.point or '')} | */{layout.uuid_of(filesystem)})"
+        f"    {_pattern(filesystem.point or '')} | */{layout.uuid_of(filesystem)} | {device_of(piece, layout)})"
         f" uuid={layout.uuid_of(filesystem)} partition={layout.partition_uuid(piece)}"
+        f" device={device_of(piece, layout)} abstraction={LVM if piece.group else ''}"
         f" kind={'ext2' if filesystem.kind in EXT else filesystem.kind} ;;\n"
         for piece, filesystem in layout.mounted
     )
@@ -85,7 +97,8 @@ for word; do
 {cases}    esac
 done
 case $target in
-device) echo /dev/disk/by-uuid/$uuid ;;
+device) echo $device ;;
+abstraction) echo $abstraction ;;
 fs_uuid) echo $uuid ;;
 partuuid) echo $partition ;;
 fs) echo $kind ;;

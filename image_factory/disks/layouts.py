@@ -1,9 +1,10 @@
 """Layouts: the partitions of a disk that is made from a tree, and what they hold."""
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 from ..base.errors import ConfigurationError
@@ -46,6 +47,11 @@ _BIOS_BOOT_SIZE = MIB
 # For shim, GRUB and what fwupd puts there; FAT32 of this size is read by all firmware.
 _ESP_SIZE = 64 * MIB
 
+# Volumes of LVM are of whole extents.  Before the first one of a partition is what it says of itself and its group.
+EXTENT = 4 * MIB
+LVM_HEAD = MIB
+LVM = "lvm"
+
 
 @dataclass(frozen=True)
 class Filesystem:
@@ -68,9 +74,10 @@ class Filesystem:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A partition that is asked for; *size* in bytes, or as a share of what those before it have left.
+    """A partition, or volume of LVM, that is asked for; *size* in bytes, or as a share of what those before have left.
 
-    *kind* is its type in the table, *where* the place in the user's file that errors name.
+    *kind* is its type in the table, *where* the place in the user's file that errors name.  The share of a volume may
+    be one *of_all* of its group.
     """
 
     name: str
@@ -80,11 +87,25 @@ class Wanted:
     bootable: bool = False
     logical: bool = False
     where: str = ""
+    of_all: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of LVM on the partitions *on*, with what each has there: its name, and that of the physical volume."""
+
+    name: str
+    on: tuple[tuple[str, str], ...]
+    volumes: tuple[Wanted, ...]
+    where: str = ""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A partition: *number* is that of the table, 0 of a disk without one; *offset* and *size* are in bytes."""
+    """A partition: *number* is that of the table, 0 of a disk without one; *offset* and *size* are in bytes.
+
+    With a *group* it is a volume of LVM, which has neither: what is on it is made in a file of its own.
+    """
 
     name: str
     number: int
@@ -93,6 +114,12 @@ class Piece:
     size: int
     filesystem: Filesystem | None = None
     bootable: bool = False
+    group: str = ""
+
+    @property
+    def device(self) -> str:
+        """The node of a volume, as the kernel's device-mapper calls it."""
+        return "/dev/mapper/" + "-".join(name.replace("-", "--") for name in (self.group, self.name))
 
 
 @dataclass(frozen=True)
@@ -105,6 +132,7 @@ class Scheme:
     table: str
     wanted: tuple[Wanted, ...]
     align: int = MIB
+    groups: tuple[Group, ...] = ()
 
     def pieces(self, size: int) -> tuple[Piece, ...]:
         """Return the partitions of a disk of *size* bytes; ConfigurationError names one that does not fit."""
@@ -136,22 +164,62 @@ class Scheme:
             offset += length
             number += 1
 
+    def volumes(self, size: int) -> Iterator[Piece]:
+        """Give the volumes of LVM on a disk of *size* bytes; ConfigurationError names one that does not fit."""
+        sizes = {piece.name: piece.size for piece in self.pieces(size)}
+        for group in self.groups:
+            extents = {name: (sizes[name] - LVM_HEAD) // EXTENT for name, _ in group.on}
+            if tiny := [name for name in extents if not extents[name]]:
+                raise ConfigurationError(
+                    f"{group.where}: {tiny[0]} of {format_size(sizes[tiny[0]])} is too small for LVM.",
+                    hint=f"Have it be of at least {(LVM_HEAD + EXTENT) // MIB}MiB.",
+                )
+            left = whole = sum(extents.values()) * EXTENT
+            for wanted in group.volumes:
+                share = whole if wanted.of_all else left
+                asked = wanted.size if isinstance(wanted.size, int) else int(share * wanted.size)
+                length = asked // EXTENT * EXTENT
+                if not 0 < length <= left:
+                    raise ConfigurationError(
+                        f"{wanted.where}: {wanted.name} of {format_size(asked)} does not fit: "
+                        f"{format_size(left)} of the group {group.name} are left.",
+                        hint="Set a larger image-size, or have the partitions of the group be larger.",
+                    )
+                yield Piece(wanted.name, 0, "", 0, length, wanted.filesystem, group=group.name)
+                left -= length
+
     @property
     def filesystems(self) -> Iterator[Filesystem]:
-        """What the partitions hold, in their order."""
-        return (wanted.filesystem for wanted in self.wanted if wanted.filesystem)
+        """What the partitions hold, in their order, and then what the volumes of LVM do."""
+        volumes = [wanted for group in self.groups for wanted in group.volumes]
+        return (wanted.filesystem for wanted in (*self.wanted, *volumes) if wanted.filesystem)
 
     @property
-    def can_fit(self) -> bool:
-        """Whether the disk can be as small as the root lets it: the root is last, and has what is left."""
-        *others, last = self.wanted
-        is_root = last.filesystem is not None and last.filesystem.point == "/" and last.filesystem.kind in EXT
-        return is_root and last.size == 1 and all(isinstance(wanted.size, int) for wanted in others)
+    def shares(self) -> list[Filesystem]:
+        """What those partitions and volumes hold that are larger on a larger disk."""
+        whole = self.wanted if self.table else ()
+        growing = {wanted.name for wanted in whole if not isinstance(wanted.size, int)}
+        fixed = {wanted.filesystem for wanted in whole if isinstance(wanted.size, int)}
+        for group in self.groups:
+            grows = any(name in growing for name, _ in group.on)
+            fixed |= {each.filesystem for each in group.volumes if isinstance(each.size, int) or not grows}
+        return [filesystem for filesystem in self.filesystems if filesystem not in fixed]
 
-    def size_around(self, root: int) -> int:
-        """Return the bytes of the disk on which the root, which is last, has *root* bytes."""
-        least = self.pieces(_UNKNOWN_SIZE)[-1].offset
-        return least + -(-root // MIB) * MIB + (_LAST if self.table == "gpt" else 0)
+    def size_around(self, least: Mapping[str, int]) -> int:
+        """Return the bytes of the smallest disk on which those of ``shares`` have *least* bytes, by their names."""
+        low, high = 0, _UNKNOWN_SIZE // MIB
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._has(middle * MIB, least) else (middle, high)
+        return high * MIB
+
+    def _has(self, size: int, least: Mapping[str, int]) -> bool:
+        try:
+            pieces = [*self.pieces(size), *self.volumes(size)]
+        except ConfigurationError:
+            return False
+        found = {piece.filesystem.name: piece.size for piece in pieces if piece.filesystem}
+        return all(found[name] >= wanted for name, wanted in least.items())
 
 
 @dataclass(frozen=True)
@@ -163,6 +231,13 @@ class Identity:
     def uuid(self, name: str) -> str:
         """Return the UUID of what is called *name*; as a dry run shows it if there is no seed."""
         return str(uuid.uuid5(self.seed, name)) if self.seed else f"{name.upper()}-UUID"
+
+    def lvm(self, name: str) -> str:
+        """Return the UUID of the physical volume *name*, in the form that LVM has."""
+        text = self.uuid(f"{name}-pv")
+        ends = (0, 6, 10, 14, 18, 22, 26, 32)
+        digits = text.replace("-", "")
+        return "-".join(digits[start:end] for start, end in pairwise(ends)) if self.seed else text
 
     def serial(self, name: str) -> str:
         """Return the eight hexadecimal digits that tell the FAT filesystem *name*, or a table of MBR."""
@@ -190,8 +265,8 @@ def derived_identity(text: str) -> Identity:
 class Layout:
     """A disk of *size* bytes with the partitions of *scheme*, and what tells it from others.
 
-    It boots with *firmware*, None if nothing boots it.  Of *size* 0 the disk gets the size that its tree needs.  With a
-    *date*, in seconds since 1970, it is the same each time.
+    It boots with *firmware*, None if nothing boots it.  With a *date*, in seconds since 1970, it is the same each time.
+    With *extra* it is as small as its tree lets it, with so many bytes free: of *size* 0 it does not have its size yet.
     """
 
     scheme: Scheme
@@ -200,6 +275,7 @@ class Layout:
     size: int
     identity: Identity = field(default=UNKNOWN)
     date: int | None = None
+    extra: int | None = None
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -207,13 +283,23 @@ class Layout:
         return self.scheme.pieces(self.size or _UNKNOWN_SIZE)
 
     @property
+    def volumes(self) -> tuple[Piece, ...]:
+        """The volumes of LVM in their order."""
+        return tuple(self.scheme.volumes(self.size or _UNKNOWN_SIZE))
+
+    @property
+    def places(self) -> tuple[Piece, ...]:
+        """What a filesystem may be on: the partitions, then the volumes."""
+        return (*self.pieces, *self.volumes)
+
+    @property
     def mounted(self) -> list[tuple[Piece, Filesystem]]:
-        """The partitions that are mounted, with what they hold, the deepest places first."""
-        found = [(piece, piece.filesystem) for piece in self.pieces if piece.filesystem and piece.filesystem.point]
+        """The partitions and volumes that are mounted, with what they hold, the deepest places first."""
+        found = [(piece, piece.filesystem) for piece in self.places if piece.filesystem and piece.filesystem.point]
         return sorted(found, key=lambda each: _depth(each[1].point or ""), reverse=True)
 
     def at(self, path: str) -> tuple[Piece, Filesystem]:
-        """Return the partition that *path* of the system lies on."""
+        """Return the partition or volume that *path* of the system lies on."""
         return next(
             (piece, filesystem)
             for piece, filesystem in self.mounted
@@ -222,7 +308,7 @@ class Layout:
 
     @property
     def root(self) -> Piece:
-        """The partition of the root filesystem."""
+        """The partition or volume of the root filesystem."""
         return self.at("/")[0]
 
     @property
@@ -249,7 +335,9 @@ class Layout:
         return filesystem.uuid or self.identity.uuid(filesystem.name)
 
     def partition_uuid(self, piece: Piece) -> str:
-        """Return the UUID of *piece* as the kernel has it."""
+        """Return the UUID of *piece* as the kernel has it; a volume of LVM has none."""
+        if piece.group:
+            return ""
         if self.scheme.table == "dos":
             return f"{self.identity.serial('table')}-{piece.number:02x}"
         return self.identity.uuid(f"{piece.name}-partition")
@@ -299,7 +387,8 @@ def check_firmware(scheme: Scheme, firmware: str, where: str) -> None:
             f"{where} has no place for the boot loader that firmware = {firmware} starts.",
             hint="Add a BIOS boot partition (type EF02) of 1 MiB, or set firmware = uefi.",
         )
-    points = [filesystem.point for filesystem in scheme.filesystems if filesystem.kind == "vfat"]
+    held = [wanted.filesystem for wanted in scheme.wanted]
+    points = [filesystem.point for filesystem in held if filesystem and filesystem.kind == "vfat"]
     if firmware in ("uefi", "hybrid") and (ESP_POINT not in points or not {ESP, ESP_OF_MBR} & {*kinds}):
         raise ConfigurationError(
             f"{where} has no place for the boot loader that firmware = {firmware} starts.",
@@ -325,4 +414,5 @@ def _table(layout: Layout) -> Iterator[str]:
 
 def table_argv(disk: Path) -> list[str]:
     """Return the command that writes the table that its stdin has to *disk*."""
-    return ["sfdisk", "--quiet", str(disk)]
+    # A kernel that is told of a table is waited for, and none has this one.
+    return ["sfdisk", "--quiet", "--no-tell-kernel", str(disk)]

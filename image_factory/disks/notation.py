@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,18 @@ import yaml
 
 from ..base.errors import ConfigurationError
 from . import layouts
-from .layouts import APPLIANCE, EXT, MIB, SWAP, Filesystem, Scheme, Wanted
+from .layouts import APPLIANCE, EXT, EXTENT, LVM, MIB, SWAP, Filesystem, Group, Piece, Scheme, Wanted
 
 # What each module lies on, and its keys; all have a name and a base.
 _BASES = {
     "local_loop": (),
     "partitioning": ("local_loop",),
     "partition": ("partitioning",),
-    "mkfs": ("local_loop", "partition"),
+    LVM: ("partition",),
+    "pv": ("partition",),
+    "vg": ("pv",),
+    "lv": ("vg",),
+    "mkfs": ("local_loop", "partition", "lv"),
     "mount": ("mkfs",),
     "fstab": ("mount",),
 }
@@ -26,10 +30,20 @@ _KEYS = {
     "local_loop": (),
     "partitioning": ("label", "align", "partitions"),
     "partition": ("size", "type", "flags"),
+    LVM: ("pvs", "vgs", "lvs"),
+    "pv": ("options",),
+    "vg": ("options",),
+    "lv": ("size", "extents", "options", "type", "thin-pool"),
     "mkfs": ("type", "label", "uuid", "opts"),
     "mount": ("mount_point",),
     "fstab": ("options", "dump-freq", "fsck-passno"),
 }
+# Modules that are entries of a list, by the key of another that has it.
+_ENTRIES = {"partitions": "partition", "pvs": "pv", "vgs": "vg", "lvs": "lv"}
+# Those that have a name of their own, that may lie on several others, or beside others on the same one.
+_NAMED = ("local_loop", "partition", LVM, "pv", "vg", "lv")
+_SPREAD = (LVM, "vg")
+_BESIDE = ("partition", LVM, "lv")
 _IMAGE = "image0"
 _ROOT = "mkfs_root"
 
@@ -45,10 +59,23 @@ _GPT_TYPES = {
     "8302": "933AC7E1-2EB4-4F13-B844-0E14E2AEF915",
     "8304": layouts.ROOTS["x86_64"],
     "8305": layouts.ROOTS["aarch64"],
+    "8E00": "E6D6D379-F507-44C2-A23C-238F2A3DF928",
     "EF00": layouts.ESP,
     "EF02": layouts.BIOS_BOOT,
 }
 _UUID = "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
+
+# What LVM keeps for itself: no volume is called so, and no group as what is in /dev of all systems.
+_OF_LVM = "snapshot.*|pvmove.*|.*_([ctv]data|[ct]meta|w?corig|iorig|vorigin|mimage|mlog|pmspare|rimage|rmeta).*"
+_DEVICES = (
+    "block|bus|char|console|core|cpu|disk|dri|fd|full|fuse|hpet|hwrng|input|kmsg|kvm|log|loop.*|mapper|mem|mqueue|net|null|"
+    "nvme.*|nvram|port|ptmx|pts|random|rtc.*|s[gr][0-9]+|(s|v|h|xv)d[a-z]+[0-9]*|shm|snapshot|snd|std(in|out|err)|tty.*|"
+    "uinput|urandom|vcs.*|vfio|vhost.*|zero|(dm-|md|ram)[0-9]+"
+)
+# device-mapper has room for so much.
+_LONGEST_DEVICE = 126
+# Options of LVM's programs that say what is so anyway: nothing is there that they could ask for.
+_IDLE_OPTIONS = "--force|-ff?|--yes|-y"
 
 # The short units are decimal there.
 _UNITS = {"": 1, "B": 1} | {
@@ -63,19 +90,19 @@ Node = Any
 
 @dataclass
 class _Module:
-    """A node of a layout: its *kind*, *name* and *base*, and the *nodes* of its other keys, by name."""
+    """A node of a layout: its *kind*, *name* and *bases*, and the *nodes* of its other keys, by name."""
 
     kind: str
     line: int
     name: str
-    base: str | None
+    bases: tuple[str, ...]
     nodes: dict[str, Node] = field(default_factory=dict)
 
 
 class _Reader:
-    """What is read of the layout at *path*; errors name file, line and key."""
+    """What is read of the layout that is called *path*; errors name file, line and key."""
 
-    def __init__(self, path: Path, root: Filesystem) -> None:
+    def __init__(self, path: Path | str, root: Filesystem) -> None:
         self._path = path
         self._root = root
         self._modules: dict[str, _Module] = {}
@@ -88,14 +115,10 @@ class _Reader:
         node = module.nodes.get(key)
         return self.error(_line(node) if node else module.line, f"{key}: {text}", hint)
 
-    def scheme(self) -> Scheme:
-        """Return the partitions that the layout has."""
+    def scheme(self, text: str) -> Scheme:
+        """Return the partitions that the layout *text* has."""
         try:
-            document = yaml.compose(self._path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        except OSError as error:
-            raise ConfigurationError(f"The layout {self._path} can't be read: {error.strerror}.") from error
-        except UnicodeDecodeError as error:
-            raise ConfigurationError(f"{self._path} is not UTF-8.") from error
+            document = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise self.error(line, f"it is no well-formed YAML: {error.problem}") from error
@@ -126,25 +149,23 @@ class _Reader:
 
     def _read_module(self, kind: str, line: int, node: Node, parent: _Module | None) -> None:
         """Take the module *kind* of *node*, and those that are nested in it."""
-        if kind == "lvm":
-            raise self.error(
-                line, "lvm: layouts with LVM can't be made yet", hint="Put each filesystem on a partition of its own."
-            )
         if kind not in _listed(_BASES):
             raise self.error(line, f"{kind}: there is no such module", hint=f"There are {', '.join(_listed(_BASES))}.")
         self._take(kind, line, self._pairs(node, f"{kind}: it has no keys"), parent)
 
     def _take(self, kind: str, line: int, pairs: list[tuple[yaml.ScalarNode, Node]], parent: _Module | None) -> None:
         values = {key.value: value for key, value in pairs}
-        module = _Module(kind, line, "", parent.name if parent else None)
+        module = _Module(kind, line, "", (parent.name,) if parent else ())
         if "base" in values:
-            module.base = self._word(values["base"], "base", _NAME)
-        name = f"{kind}_{module.base}"
+            several = kind in _SPREAD and isinstance(values["base"], yaml.SequenceNode)
+            bases = values["base"].value if several else [values["base"]]
+            module.bases = tuple(dict.fromkeys(self._word(node, "base", _NAME) for node in bases))
+        name = "_".join([kind, *module.bases])
         if "name" in values:
             name = self._word(values["name"], "name", _NAME)
-        elif kind in ("local_loop", "partition"):
+        elif kind in _NAMED:
             raise self.error(line, f"{kind}: it lacks a name")
-        if kind != "local_loop" and module.base is None:
+        if kind not in ("local_loop", LVM) and not module.bases:
             raise self.error(line, f"{kind}: it lacks a base")
         module.name = name
         if name in self._modules:
@@ -158,39 +179,39 @@ class _Reader:
             elif key.value not in ("name", "base"):
                 known = ", ".join(("name", "base", *_KEYS[kind]))
                 raise self.error(_line(key), f"{key.value}: {kind} has no such key", hint=f"It has {known}.")
-        if kind == "partitioning":
-            partitions = module.nodes.get("partitions")
-            if not isinstance(partitions, yaml.SequenceNode) or not partitions.value:
-                raise self._wrong(module, "partitions", "it is no list of partitions")
-            for entry in partitions.value:
-                pairs = self._pairs(entry, "a partition is a mapping")
-                self._take("partition", _line(entry), pairs, module)
+        for key in (key for key in _KEYS[kind] if key in _ENTRIES):
+            entries, each = module.nodes.get(key), _ENTRIES[key]
+            if not isinstance(entries, yaml.SequenceNode) or not entries.value:
+                raise self._wrong(module, key, f"it is no list of {each}s")
+            for entry in entries.value:
+                pairs = self._pairs(entry, f"a {each} is a mapping")
+                self._take(each, _line(entry), pairs, None if kind == LVM else module)
 
     def _check_bases(self) -> None:
         for module in self._modules.values():
             if module.kind == "local_loop":
-                if module.name != _IMAGE or module.base:
+                if module.name != _IMAGE or module.bases:
                     raise self.error(module.line, f"local_loop: there is one disk, and its name is {_IMAGE}")
                 continue
-            base = self._modules.get(module.base or "")
-            if base is None:
-                raise self.error(
-                    module.line, f"base: {module.kind} {module.name} lies on {module.base}, which is nowhere"
-                )
-            if base.kind not in _BASES[module.kind]:
-                raise self.error(
-                    module.line,
-                    f"base: {module.kind} {module.name} lies on {base.name}, which is a {base.kind}",
-                    hint=f"It can lie on a {' or a '.join(_BASES[module.kind])}.",
-                )
-            others = [one for one in self._on(base) if one.kind != "partition" and one is not module]
-            if module.kind != "partition" and others and others[0].line <= module.line:
-                raise self.error(
-                    module.line, f"base: {others[0].name} of line {others[0].line} lies on {base.name}, too"
-                )
+            for name in module.bases:
+                self._check_base(module, name)
+
+    def _check_base(self, module: _Module, name: str) -> None:
+        base = self._modules.get(name)
+        if base is None:
+            raise self.error(module.line, f"base: {module.kind} {module.name} lies on {name}, which is nowhere")
+        if base.kind not in _BASES[module.kind]:
+            raise self.error(
+                module.line,
+                f"base: {module.kind} {module.name} lies on {base.name}, which is a {base.kind}",
+                hint=f"It can lie on a {' or a '.join(_BASES[module.kind])}.",
+            )
+        others = [one for one in self._on(base) if one.kind not in _BESIDE and one is not module]
+        if module.kind not in _BESIDE and others and others[0].line <= module.line:
+            raise self.error(module.line, f"base: {others[0].name} of line {others[0].line} lies on {base.name}, too")
 
     def _on(self, base: _Module) -> list[_Module]:
-        return [module for module in self._modules.values() if module.base == base.name]
+        return [module for module in self._modules.values() if base.name in module.bases]
 
     def _of(self, kind: str) -> Iterator[_Module]:
         return (module for module in self._modules.values() if module.kind == kind)
@@ -200,7 +221,7 @@ class _Reader:
             raise self.error(1, f"local_loop: the layout has no disk {_IMAGE}")
         points: dict[str, int] = {}
         labels: dict[str, int] = {}
-        filesystems = {module.base: self._filesystem(module, points, labels) for module in self._of("mkfs")}
+        filesystems = {module.bases[0]: self._filesystem(module, points, labels) for module in self._of("mkfs")}
         if "/" not in points:
             raise self.error(1, "mount: no filesystem has the mount_point /, so there is no root")
         tables = list(self._of("partitioning"))
@@ -213,7 +234,70 @@ class _Reader:
         wanted = tuple(self._wanted(each, label, filesystems.get(each.name)) for each in self._of("partition"))
         if label == "mbr":
             self._check_order(wanted)
-        return Scheme("gpt" if label == "gpt" else "dos", wanted, align)
+        groups = tuple(self._group(each, filesystems) for each in self._of("vg"))
+        for each in self._of("pv"):
+            self._check_options(each)
+            if not self._on(each):
+                raise self.error(each.line, f"pvs: {each.name} is in none of the vgs")
+        return Scheme("gpt" if label == "gpt" else "dos", wanted, align, groups)
+
+    def _group(self, module: _Module, filesystems: dict[str, Filesystem]) -> Group:
+        """Return the group of LVM that *module* asks for, with its volumes."""
+        if re.fullmatch(_DEVICES, module.name):
+            raise self._wrong(module, "name", f"LVM takes {module.name} for no name of a group, as it is one in /dev")
+        self._check_options(module)
+        on = tuple((self._modules[name].bases[0], name) for name in module.bases)
+        volumes = tuple(self._volume(each, module, filesystems.get(each.name)) for each in self._on(module))
+        return Group(module.name, on, volumes, f"{self._path}, line {module.line}")
+
+    def _volume(self, module: _Module, group: _Module, filesystem: Filesystem | None) -> Wanted:
+        """Return the volume of *group* that *module* asks for."""
+        for key in ("type", "thin-pool"):
+            if key in module.nodes:
+                raise self._wrong(
+                    module,
+                    key,
+                    "volumes of thin pools can't be made",
+                    hint=f"Leave it out: {module.name} is a plain one.",
+                )
+        self._check_options(module)
+        if re.fullmatch(_OF_LVM, module.name):
+            raise self._wrong(module, "name", f"LVM keeps names such as {module.name} for itself")
+        where = f"{self._path}, line {module.line}"
+        wanted = Wanted(module.name, "", filesystem=filesystem, where=where)
+        device = Piece(module.name, 0, "", 0, 0, group=group.name).device
+        if len(device.rpartition("/")[2]) > _LONGEST_DEVICE:
+            raise self._wrong(module, "name", f"with {group.name} it is longer than LVM takes it")
+        sizes = [key for key in ("size", "extents") if key in module.nodes]
+        if len(sizes) != 1:
+            raise self.error(module.line, f"size: {module.name} has {'it and extents' if sizes else 'no size'}")
+        if sizes == ["extents"]:
+            return self._in_extents(module, wanted)
+        size = self._size(module, "size", "")
+        if not isinstance(size, int):
+            raise self._wrong(module, "size", "a volume has no share", hint="Write extents, such as 50%VG or 100%FREE.")
+        if size < EXTENT:
+            raise self._wrong(module, "size", "it is less than an extent of 4 MiB")
+        return replace(wanted, size=size // EXTENT * EXTENT)
+
+    def _in_extents(self, module: _Module, wanted: Wanted) -> Wanted:
+        """Return *wanted* with the size that *module* gives in extents."""
+        accepted = "a number of extents, or a share such as 50%VG or 100%FREE"
+        number, percent, of = self._value(module, "extents", "[1-9][0-9]*(%(VG|FREE))?", accepted).partition("%")
+        if not percent:
+            return replace(wanted, size=int(number) * EXTENT)
+        if int(number) > 100:
+            raise self._wrong(module, "extents", f"{number}% is no share of a group")
+        return replace(wanted, size=Fraction(int(number), 100), of_all=of == "VG")
+
+    def _check_options(self, module: _Module) -> None:
+        node = module.nodes.get("options")
+        if node is None:
+            return
+        if not isinstance(node, yaml.SequenceNode):
+            raise self._wrong(module, "options", "it is no list of words")
+        for each in node.value:
+            self._word(each, "options", _IDLE_OPTIONS, "--force and --yes")
 
     def _check_order(self, wanted: tuple[Wanted, ...]) -> None:
         lines = [module.line for module in self._of("partition")]
@@ -344,8 +428,8 @@ def _line(node: Node) -> int:
 
 
 def _listed(names: dict[str, Callable[..., object]] | dict[str, tuple[str, ...]]) -> list[str]:
-    """Return the *names* of modules that a list has: a partition is none."""
-    return [name for name in names if name != "partition"]
+    """Return the *names* of modules that a layout has: what is an entry of one is none."""
+    return [name for name in names if name not in _ENTRIES.values()]
 
 
 def read(path: Path, root: Filesystem) -> Scheme:
@@ -353,4 +437,15 @@ def read(path: Path, root: Filesystem) -> Scheme:
 
     ConfigurationError names file, line and key of what is wrong.
     """
-    return _Reader(path, root).scheme()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"The layout {path} can't be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not UTF-8.") from error
+    return parse(text, path, root)
+
+
+def parse(text: str, where: Path | str, root: Filesystem) -> Scheme:
+    """Return the layout *text*, as ``read`` does; errors call it *where*."""
+    return _Reader(where, root).scheme(text)

@@ -22,6 +22,10 @@ _USERS = 65536
 _RANGES = (Path("/etc/subuid"), Path("/etc/subgid"))
 # Variables that change what programs write.
 _HABITS = ("TZ", "LANG", "LANGUAGE", "TMPDIR", "XZ_OPT", "XZ_DEFAULTS", "GZIP", "ZSTD_CLEVEL", "POSIXLY_CORRECT")
+# Programs take them for a word of their user, or of who called them.
+_NO_PART = ("DPKG_", "SUDO_")
+# Shared memory of System V, which a database leaves that is killed, ends with that of IPC.
+_KINDS = ("--mount", "--uts", "--pid", "--ipc")
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 
@@ -31,6 +35,39 @@ _SETTINGS = {
     Path("/proc/sys/kernel/unprivileged_userns_clone"): ("0", "1"),
     Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns"): ("1", "0"),
 }
+
+# A function of shell that makes the directory $1 a /proc in which the kernel can't be told anything.
+MAKE_PROC = """\
+make_proc() {
+    mount -t proc -o nosuid,nodev,noexec proc "$1"
+    mount --bind "$1/sys" "$1/sys"
+    mount -o remount,bind,ro,nosuid,nodev,noexec "$1/sys"
+    [ ! -e "$1/sysrq-trigger" ] || mount --bind /dev/null "$1/sysrq-trigger"
+    # Packages of emulators mount it to register them, if it is not there, and the kernel has one for all systems.
+    if mount -t binfmt_misc -o nosuid,nodev,noexec binfmt_misc "$1/sys/fs/binfmt_misc" 2>/dev/null; then
+        mount -o remount,bind,ro,nosuid,nodev,noexec "$1/sys/fs/binfmt_misc"
+    fi
+}
+"""
+
+# A function of shell that makes the directory $1 a /dev of its own, with what each system has there.
+MAKE_DEVICES = """\
+make_devices() {
+    mount -t tmpfs -o nosuid,mode=755,size=1M dev "$1"
+    for name in null zero full random urandom tty; do
+        : >"$1/$name"
+        mount --bind "/dev/$name" "$1/$name"
+    done
+    mkdir "$1/pts" "$1/shm"
+    mount -t devpts -o newinstance,nosuid,noexec,ptmxmode=666,mode=620,gid=5 devpts "$1/pts"
+    mount -t tmpfs -o nosuid,nodev,mode=1777,size=1G shm "$1/shm"
+    ln -s pts/ptmx "$1/ptmx"
+    ln -s /proc/self/fd "$1/fd"
+    ln -s /proc/self/fd/0 "$1/stdin"
+    ln -s /proc/self/fd/1 "$1/stdout"
+    ln -s /proc/self/fd/2 "$1/stderr"
+}
+"""
 
 # Packages such as mail servers keep the name of the machine that they are installed on.  proc of this machine is still
 # mounted: it has the number that the process has outside.
@@ -96,24 +133,27 @@ def _has_range(line: str, user: pwd.struct_passwd) -> bool:
 
 def _unshare(*, as_root: bool) -> list[str]:
     users = [] if as_root else ["--user", "--map-root-user", "--map-auto"]
-    return ["unshare", *users, "--mount", "--uts", "--pid", "--fork", "--kill-child"]
+    return ["unshare", *users, *_KINDS, "--fork", "--kill-child"]
 
 
-def holding_argv(*, as_root: bool) -> list[str]:
-    """Return the command that has the namespaces until it is killed."""
-    return [*_unshare(as_root=as_root), "sh", "-c", _HOLD]
+def holding_argv(*, as_root: bool, within: int | str | None = None) -> list[str]:
+    """Return the command that has the namespaces until it is killed, *within* those of a process if one is given."""
+    if within is None:
+        return [*_unshare(as_root=as_root), "sh", "-c", _HOLD]
+    # Who has them is root there already.
+    return entering_argv(within, *_unshare(as_root=True), "sh", "-c", _HOLD, as_root=as_root)
 
 
 def entering_argv(pid: int | str, *words: str, as_root: bool) -> list[str]:
     """Return the command that runs *words* in the namespaces of process *pid*."""
     users = [] if as_root else ["--user"]
-    return ["nsenter", f"--target={pid}", *users, "--mount", "--uts", "--pid", "--", *words]
+    return ["nsenter", f"--target={pid}", *users, *_KINDS, "--", *words]
 
 
 def _environment() -> dict[str, str]:
     """Return the environment of what runs inside: root's programs are found, and no paths of the user's are there."""
     own = ("TMPDIR", "APT_CONFIG", "HOME", "LD_LIBRARY_PATH", "LD_PRELOAD", *_HABITS)
-    kept = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("DPKG_")}
+    kept = {name: value for name, value in os.environ.items() if name not in own and not name.startswith(_NO_PART)}
     return kept | {"PATH": command.search_path(), "HOME": "/root"}
 
 
@@ -132,10 +172,13 @@ class Namespaces:
 
 
 @contextmanager
-def entered(directory: Path, *, as_root: bool) -> Iterator[Namespaces]:
-    """Give namespaces, which end on the way out; what their first process says is in a file in *directory*."""
+def entered(directory: Path, *, as_root: bool, within: int | None = None) -> Iterator[Namespaces]:
+    """Give namespaces, which end on the way out; what their first process says is in a file in *directory*.
+
+    They are *within* those of a process if one is given: they see what is mounted there, and end with it.
+    """
     path = directory / "namespaces.log"
-    with command.background(holding_argv(as_root=as_root), path) as ended:
+    with command.background(holding_argv(as_root=as_root, within=within), path) as ended:
         pid = _pid(path, ended)
         try:
             holder = os.pidfd_open(pid)

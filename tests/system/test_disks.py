@@ -1,6 +1,8 @@
 """Disks that are made from trees: what was in the tree is in the filesystem, as it was there."""
 
 import json
+import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,6 +118,49 @@ _IN_APPLIANCE = """\
       mkfs: {type: btrfs, opts: "--metadata single", mount: {mount_point: /dir}}
 """
 
+# And volumes of LVM: of two partitions, the first of which has room for the first two volumes.
+_ON_LVM = """\
+- local_loop: {name: image0}
+- partitioning:
+    base: image0
+    label: gpt
+    partitions:
+    - {name: one, type: 8E00, size: 421MiB}
+    - {name: two, type: 8E00, size: 100%}
+- lvm:
+    name: lvm
+    pvs: [{name: pv1, base: one}, {name: pv2, base: two}]
+    vgs: [{name: the-vg, base: [pv1, pv2]}]
+    lvs:
+    - {name: the-root, base: the-vg, size: 123MiB}
+    - {name: dir, base: the-vg, size: 300MiB}
+    - {name: swap, base: the-vg, extents: 100%FREE}
+- mkfs: {base: the-root, type: ext4, label: the-root, opts: "-m 1", mount: {mount_point: /}}
+- mkfs: {base: dir, type: xfs, mount: {mount_point: /dir}}
+- mkfs: {base: swap, type: swap, mount: {mount_point: swap}}
+"""
+
+# Filesystems of a share of the disk, of which the root is not the last: all that is measured.
+_SHARES = """\
+- local_loop: {name: image0}
+- partitioning:
+    base: image0
+    label: gpt
+    partitions:
+    - name: swap
+      size: 8MiB
+      mkfs: {type: swap, mount: {mount_point: swap}}
+    - name: root
+      size: 60%
+      mkfs: {mount: {mount_point: /}}
+    - name: dir
+      size: 50%
+      mkfs: {type: ext2, mount: {mount_point: /dir}}
+    - name: rest
+      size: 100%
+      mkfs: {type: ext4}
+"""
+
 # Makes the tree and disks of it in namespaces, in the directory argv[3], and prints what the tree was.
 _MAKE = r"""
 import dataclasses, datetime, os, sys
@@ -132,9 +177,10 @@ root = layouts.root_of("ext4", "", [])
 def make(inside, name, scheme, size):
     build = Build(Plan("x", None, datetime.date.today(), directory, {}), directory / name, "vm")
     build.directory.mkdir()
-    layout = layouts.Layout(scheme, None, "x86_64", size, layouts.random_identity())
+    extra = None if size else 3 << 20
+    layout = layouts.Layout(scheme, None, "x86_64", size, layouts.random_identity(), extra=extra)
     if not size:
-        layout = making.fitted(inside, tree / "root", build, layout, 3 << 20)
+        layout = making.fitted(inside, tree / "root", build, layout)
     making.make_disk(inside, tree / "root", build, layout)
 
 with namespaces.entered(directory, as_root=os.geteuid() == 0) as inside:
@@ -143,7 +189,17 @@ with namespaces.entered(directory, as_root=os.geteuid() == 0) as inside:
     inside.run("sh", "-e", "-c", script, "sh", str(tree / "root"), str(os.geteuid()))
     print(inside.run("python3", "-c", look, str(tree / "root"), capture=True))
     if (directory / "appliance.yaml").exists():
-        make(inside, "appliance", notation.read(directory / "appliance.yaml", root), 512 << 20)
+        for name in ("appliance", "lvm"):
+            make(inside, name, notation.read(directory / f"{name}.yaml", root), 512 << 20)
+            inside.run("umount", "--quiet", str(tree / "root/dir"))
+        (directory / "small.yaml").write_text((directory / "lvm.yaml").read_text().replace("123MiB", "8MiB"))
+        try:
+            make(inside, "small", notation.read(directory / "small.yaml", root), 512 << 20)
+        except BuildError as error:
+            print(error.message, error.hint)
+        inside.run("umount", "--quiet", str(tree / "root/dir"))
+        for kind, name in {"xfs": "filesystem", "btrfs": "bios"}.items():
+            make(inside, f"fit-{kind}", layouts.scheme(name, "x86_64", layouts.root_of(kind, "", [])), 0)
         sys.exit()
     whole = layouts.scheme("filesystem", "x86_64", root)
     make(inside, "fit", whole, 0)
@@ -155,6 +211,8 @@ with namespaces.entered(directory, as_root=os.geteuid() == 0) as inside:
     make(inside, "gpt", notation.read(directory / "gpt.yaml", root), 260 << 20)
     inside.run("umount", str(tree / "root/dir"))
     make(inside, "mbr", notation.read(directory / "mbr.yaml", root), 260 << 20)
+    inside.run("umount", str(tree / "root/dir"))
+    make(inside, "shares", notation.read(directory / "shares.yaml", root), 0)
 """
 
 
@@ -203,7 +261,8 @@ def test_all_of_a_tree_is_in_its_filesystems(users: dict[str, User], tmp_path: P
     """Owners, modes, times, capabilities, ACLs, attributes, links, holes, devices, names."""
     user = users[name]
     directory = user.directory(f"tree-{name}")
-    tree, too_small = made(user, directory, **{label: _LAYOUT.replace("LABEL", label) for label in ("gpt", "mbr")})
+    texts = {label: _LAYOUT.replace("LABEL", label) for label in ("gpt", "mbr")}
+    tree, too_small = made(user, directory, **texts, shares=_SHARES)
     wanted = json.loads(tree)
     # What the tree was made for was in it.
     assert wanted["dir/a"][:4] == ["0o100674", 1000, 65534, 981173106123456789]
@@ -240,17 +299,20 @@ def test_all_of_a_tree_is_in_its_filesystems(users: dict[str, User], tmp_path: P
         for offset, _ in places[2:]:
             run("e2fsck", "-f", "-n", f"{disk}?offset={offset}")
 
-
-def test_all_of_a_tree_is_on_xfs_and_btrfs(users: dict[str, User], tmp_path: Path) -> None:
-    directory = users["c"].directory("tree-appliance")
-    [tree] = made(users["c"], directory, appliance=_IN_APPLIANCE)
-    wanted = json.loads(tree)
-    disk = directory / "appliance/disk.raw"
+    # One of the two has no room to spare, and a mebibyte less would be too small.
+    disk = directory / "shares/disk.raw"
     places = [(piece["start"] * 512, piece["size"] * 512) for piece in partitions_of(disk)]
-    kinds = [probed(disk, offset) for offset, _ in places]
-    assert [(kind["TYPE"], kind.get("LABEL")) for kind in kinds] == [("xfs", "the-root"), ("btrfs", None)]
-    with mounted(disk, *places[0], tmp_path / "xfs"), mounted(disk, *places[1], tmp_path / "btrfs"):
-        root, below = look(tmp_path / "xfs"), look(tmp_path / "btrfs")
+    with mounted(disk, *places[1], tmp_path / "root"), mounted(disk, *places[2], tmp_path / "dir"):
+        assert look(tmp_path / "root")["many/1"] == wanted["many/1"]
+        assert look(tmp_path / "dir")["a"][:6] == wanted["dir/a"][:6]
+        free = [os.statvfs(tmp_path / name) for name in ("root", "dir")]
+    assert min(each.f_bfree * each.f_frsize for each in free) < 8 << 20
+    for offset, _ in places[1:]:
+        run("e2fsck", "-f", "-n", f"{disk}?offset={offset}")
+
+
+def check_parts(root: dict[str, Any], below: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Assert that *root* and *below*, the filesystem that is mounted at dir, have what the tree *wanted* had."""
     # The links of these lead from one filesystem to the other.
     apart = {"c", "dir/a", "dir/sub/b"}
     # Of a directory that is a mount point, what lies below it is on the other.
@@ -262,3 +324,57 @@ def test_all_of_a_tree_is_on_xfs_and_btrfs(users: dict[str, User], tmp_path: Pat
     assert {path: below[names[path]][:6] for path in within} == {path: wanted[path][:6] for path in within}
     assert below["a"][:7] == [*wanted["dir/a"][:6], 2]
     assert root["c"][:7] == [*wanted["c"][:6], 1]
+
+
+def test_all_of_a_tree_is_on_xfs_btrfs_and_lvm(users: dict[str, User], tmp_path: Path) -> None:
+    directory = users["c"].directory("tree-appliance")
+    tree, too_small = made(users["c"], directory, appliance=_IN_APPLIANCE, lvm=_ON_LVM)
+    assert too_small.startswith("/ of the tree can't be put on its filesystem of 8.0 MiB: it needs ")
+    assert re.search(r" Have the-root be of at least [0-9]+MiB in the layout\.$", too_small)
+    wanted = json.loads(tree)
+    disk = directory / "appliance/disk.raw"
+    places = [(piece["start"] * 512, piece["size"] * 512) for piece in partitions_of(disk)]
+    kinds = [probed(disk, offset) for offset, _ in places]
+    assert [(kind["TYPE"], kind.get("LABEL")) for kind in kinds] == [("xfs", "the-root"), ("btrfs", None)]
+    with mounted(disk, *places[0], tmp_path / "xfs"), mounted(disk, *places[1], tmp_path / "btrfs"):
+        check_parts(look(tmp_path / "xfs"), look(tmp_path / "btrfs"), wanted)
+
+    # Volumes are where LVM puts them: behind each other, a mebibyte after the beginning of the partition.
+    disk = directory / "lvm/disk.raw"
+    one, two = (piece["start"] * 512 for piece in partitions_of(disk))
+    starts = [one + (1 << 20), one + (121 << 20), two + (1 << 20)]
+    assert [probed(disk, start)["TYPE"] for start in (one, two)] == ["LVM2_member"] * 2
+    assert [probed(disk, start)["TYPE"] for start in starts] == ["ext4", "xfs", "swap"]
+    assert probed(disk, starts[0])["LABEL"] == "the-root"
+    with (
+        mounted(disk, starts[0], 120 << 20, tmp_path / "lvm-root"),
+        mounted(disk, starts[1], 300 << 20, tmp_path / "lvm-dir"),
+    ):
+        check_parts(look(tmp_path / "lvm-root"), look(tmp_path / "lvm-dir"), wanted)
+    run("e2fsck", "-f", "-n", f"{disk}?offset={starts[0]}")
+    # What its own programs read is right; of the files that the volumes were made from, none is left.
+    with disk.open("rb") as file:
+        file.seek(one)
+        label = file.read(1 << 20)
+    (tmp_path / "pv").write_bytes(label)
+    told = run("pvck", "--dump", "metadata", tmp_path / "pv").stdout
+    assert re.findall("extent_count = ([0-9]+)", told) == ["30", "75", "22"]
+    assert not [*directory.glob("lvm/*.volume")]
+
+    disk = directory / "fit-xfs/disk.raw"
+    # No smaller one is made.
+    assert disk.stat().st_size == 300 << 20
+    with mounted(disk, 0, 300 << 20, tmp_path / "fit-xfs"):
+        assert look(tmp_path / "fit-xfs") == wanted
+    disk = directory / "fit-btrfs/disk.raw"
+    _, last = partitions_of(disk)
+    start, size = last["start"] * 512, last["size"] * 512
+    # The table is that of the disk when it had become smaller: its copy is at the end, and all is used.
+    assert "GPT" not in run("sfdisk", "--verify", disk).stderr
+    assert start + size == disk.stat().st_size - (1 << 20)
+    with mounted(disk, start, size, tmp_path / "fit-btrfs"):
+        assert look(tmp_path / "fit-btrfs") == wanted
+        status = os.statvfs(tmp_path / "fit-btrfs")
+        assert size - (1 << 20) < status.f_blocks * status.f_frsize <= size
+    # As large it was made.
+    assert size < 320 << 20

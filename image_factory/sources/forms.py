@@ -212,6 +212,12 @@ def _url(schemes: tuple[str, ...], text: str) -> str:
     return text
 
 
+def _urls(text: str) -> str:
+    if len(words := [word.rstrip(",") for word in text.split()]) < 2:
+        raise ValueError
+    return " ".join(dict.fromkeys(_url(("http", "https"), word) for word in words))
+
+
 _HASHES = re.compile(
     r"\$6\$(rounds=[0-9]{4,9}\$)?[./0-9A-Za-z]{1,16}\$[./0-9A-Za-z]{86}"
     r"|\$5\$(rounds=[0-9]{4,9}\$)?[./0-9A-Za-z]{1,16}\$[./0-9A-Za-z]{43}"
@@ -331,6 +337,7 @@ FORMS = {
     "console-keyboard": Form("a keymap of the console such as us, de or de-nodeadkeys", _console_keyboard),
     "yast-keyboard": Form("a keyboard of YaST such as english-us or german", partial(_among, lambda: _YAST_KEYBOARDS)),
     "url": Form("a URL that begins with http:// or https://", partial(_url, ("http", "https"))),
+    "urls": Form("several, mirrors, with blanks or line breaks between them", _urls),
     "rsync-url": Form("one that begins with rsync://", partial(_url, ("rsync",))),
     "crypt-hash": Form("a hash of crypt(5)", _crypt_hash, secret=True),
     "public-keys": Form(

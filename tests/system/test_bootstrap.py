@@ -1,6 +1,8 @@
 """Systems that are bootstrapped from a small archive, by root and by a user who may run nothing as root."""
 
 import json
+import os
+import pwd
 import re
 import shlex
 import shutil
@@ -102,7 +104,7 @@ BAD: dict[str, tuple[Callable[[Place, Mirror], None], str, str]] = {
     "refused": (at("http://127.0.0.1:PORT"), r"\S+InRelease can't be had: .*Connection refused", "when the mirror"),
     "no such host": (
         at("http://no-such-host.invalid/d"),
-        r"\S+ can't be had: .*resolve 'no-such-host",
+        r"\S+ can't be had: .*resolv(e|ing) 'no-such-host",
         "when the mirror",
     ),
     "login page": (
@@ -112,7 +114,7 @@ BAD: dict[str, tuple[Callable[[Place, Mirror], None], str, str]] = {
     ),
     "rubbish in its lists": (rubbish("/dists/small/main"), r"\S+/Packages can't be had: .*unexpected size", "updated"),
     "rubbish as a package": (rubbish("/pool/hello"), r"\S+/pool/hello\S+ can't be had: .*unexpected size", "updated"),
-    "expired": (suite(valid=timedelta(days=-1)), r"What \S+other/InRelease lists is expired \(.* 1d", "clock"),
+    "expired": (suite(valid=timedelta(days=-2)), r"What \S+other/InRelease lists is expired \(.* 2d", "clock"),
     "wrong key": (suite(key="wrong"), r"http:\S+ other is signed with the key [0-9A-F]{16}, which is in no", "keyring"),
     "not signed": (suite(key=None), r"http://\S+ other is not signed\.", "can't be verified"),
     "no such packages": (
@@ -155,6 +157,83 @@ def test_what_is_wrong_is_told_in_a_line(user_place: Place, name: str) -> None:
     assert len(said) == 2, said
     assert user_place.left() == []
     assert list(user_place.out.iterdir()) == []
+
+
+OTHERS = ("rubbish", "wrong", "portal")
+# What is wrong with the first mirror, and what is said of it.
+FIRST: dict[str, tuple[str, str]] = {
+    "refused": ("http://127.0.0.1:PORT", r"http://\S+/InRelease can't be had: .*Connection refused"),
+    "no such suite": ("BAD/no/debian", r"\S+/no/debian has no suite small"),
+    "login page": ("BAD/portal", r"\S+/portal/dists/small/InRelease is no signed list of an archive"),
+    "unknown key": ("BAD/wrong", r"\S+ small is signed with the key \S+"),
+    "rubbish as a package": ("BAD/rubbish", r"\S+/rubbish/pool/hello\S+ can't be had: .*unexpected size"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_next_mirror_is_tried(user_place: Place, name: str) -> None:
+    """The system keeps the one that has served, and builds without a network take what it has sent."""
+    archive = user_place.archive
+    archive.add("hello", files={"usr/share/hello": "hello"})
+    archive.add("other")
+    archive.publish()
+    for directory in OTHERS:
+        shutil.copytree(
+            archive.directory,
+            archive.directory / directory,
+            ignore=lambda _, names: [each for each in names if each in OTHERS],
+        )
+    uri, said = FIRST[name]
+    with served(archive) as bad, served(archive) as good:
+        bad.rubbish = {
+            "/portal/dists/small/InRelease": b"<html>Log in.</html>",
+            "/rubbish/pool/hello": b"<html></html>",
+        }
+        first = uri.replace("BAD", bad.uri).replace("PORT", str(closed_port()))
+        key = "wrong" if name == "unknown key" else "right"
+        sources = [archive.source(first, key=key), archive.source(good.uri)]
+        user_place.recipe(sources=[sources], packages="hello other", script="cp /etc/apt/sources.list /srv")
+        done = user_place.run()
+        assert re.search(f"WARNING: {said}.* The next mirror is tried\\.", done.stderr), done.stderr
+        assert f"The packages come from {good.uri}/" in done.stderr
+        disk = user_place.out / WORK / "disk.raw"
+        assert in_disk(disk, "cat /srv/sources.list").split()[2:] == [good.uri, SUITE, "main"]
+        assert in_disk(disk, "cat /usr/share/hello") == "hello"
+        # What had come from the first one does not come again.
+        served_by = {Path(path).name for path in good.asked if path.endswith(".deb")}
+        assert ("other_1_amd64.deb" in served_by) == (name != "rubbish as a package")
+        user_place.configure(offline="yes")
+        good.asked.clear()
+        user_place.run()
+        assert good.asked == []
+
+
+def test_no_mirror_serves(user_place: Place) -> None:
+    """One line has what is wrong with each."""
+    with served(user_place.archive) as mirror:
+        places = [f"{mirror.uri}/first", f"{mirror.uri}/second"]
+        user_place.recipe(sources=[[user_place.archive.source(uri) for uri in places]])
+        done = user_place.run(check=False)
+    said = [line for line in done.stderr.splitlines() if line.startswith("image-factory: ")]
+    reasons = " ".join(f"{uri} has no suite {SUITE}." for uri in places)
+    assert said[0] == f"image-factory: error: No mirror gives the packages: {reasons}"
+    assert (len(said), done.returncode) == (2, 1)
+    assert user_place.left() == []
+
+
+@pytest.mark.parametrize("recommends", [True, False])
+def test_recommended_packages_are_of_those_that_are_asked_for(user_place: Place, recommends: bool) -> None:
+    """Not of what each system has: Debian's installer leaves its mail server out, too."""
+    archive = user_place.archive
+    for name, priority, recommended in (("clock", "important", "mailer"), ("hello", "optional", "greeting")):
+        archive.add(name, fields={"Priority": priority, "Recommends": recommended}, files={f"usr/share/{name}": name})
+        archive.add(recommended)
+    archive.publish()
+    user_place.recipe(variant="important", packages="hello", recommends=recommends)
+    user_place.run()
+    status = in_disk(user_place.out / WORK / "disk.raw", "cat /var/lib/dpkg/status")
+    found = {*re.findall("^Package: (.*)$", status, re.MULTILINE)}
+    assert found == {"base", "clock", "hello"} | ({"greeting"} if recommends else set())
 
 
 def test_odd_paths(user_place: Place) -> None:
@@ -242,6 +321,85 @@ def test_packages_are_downloaded_once(user_place: Place) -> None:
         done = user_place.run(*flags, check=False)
         assert done.returncode == 2
         assert f"--offline: {user_place.cache}/packages has no lists of the packages of these sources." in done.stderr
+
+
+def trees(place: Place) -> list[Path]:
+    return [*(place.cache / "packages").glob("tree-*")]
+
+
+TAKEN = "No package has changed: the tree of an earlier build is taken"
+
+
+def test_tree_is_taken_while_nothing_has_changed(place: Place) -> None:
+    """What it takes is what was made: with links, owners, capabilities; one of other packages or scripts is another."""
+    archive = place.archive
+    archive.add("hello", files={"usr/share/hello": "first"})
+    archive.publish()
+    script = "mkdir /srv/a; chown 7:8 /srv/a; chmod 2750 /srv/a; ln -s a /srv/b; ln /etc/passwd /srv/c; date >/srv/d"
+    keys = {"packages": "hello", "script": script}
+    place.recipe(**keys)
+    place.configure(cache_tree="yes")
+    place.run()
+    disk = place.out / WORK / "disk.raw"
+    told = r"Type: \w+ +Mode: +\d+|User: +\d+ +Group: +\d+|Links: \d+| mtime: .*|Fast link dest: .*"
+
+    def seen() -> list[object]:
+        files = [in_disk(disk, f"cat {path}") for path in ("/srv/d", "/usr/share/hello")]
+        return [*files, *(re.findall(told, in_disk(disk, f"stat /srv/{name}")) for name in "abcd")]
+
+    first = seen()
+    [kept] = trees(place)
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    os.utime(kept, (0, 0))
+    done = place.run()
+    assert TAKEN in done.stderr and "Caching the tree" not in done.stderr
+    assert seen() == first
+    # It counts as new again.
+    assert trees(place) == [kept] and kept.stat().st_mtime > 0
+
+    archive.remove("hello")
+    archive.add("hello", version="2", files={"usr/share/hello": "second"})
+    archive.publish()
+    assert TAKEN not in place.run().stderr
+    assert in_disk(disk, "cat /usr/share/hello") == "second"
+    [newer] = trees(place)
+    assert newer != kept
+
+    place.recipe(**keys | {"script": f"{script}; date >/srv/e"})
+    assert TAKEN not in place.run().stderr
+    assert len(trees(place)) == 2
+
+    # What is no tree is removed, and made anew.
+    for path in trees(place):
+        path.write_bytes(path.read_bytes()[:1000])
+    said = place.run().stderr
+    assert "The tree in the cache can't be taken, and is removed: " in said
+    assert "Caching the tree: done" in said
+    assert in_disk(disk, "cat /usr/share/hello") == "second"
+    assert TAKEN in place.run(offline="yes").stderr
+    assert place.left() == [str(place.out / WORK)]
+
+
+def test_tree_that_cannot_be_cached_is_no_failure(user_place: Place) -> None:
+    """Where the cache is full there is a warning, and nothing is kept where others can write."""
+    cache = user_place.cache / "packages"
+    cache.mkdir(parents=True)
+    shutil.chown(user_place.cache, user_place.user.name)
+    owner = pwd.getpwnam(user_place.user.name).pw_uid
+    run("mount", "-t", "tmpfs", "-o", f"mode=755,size=64M,uid={owner}", "small", cache)
+    try:
+        user_place.run()
+        user_place.configure(cache_tree="yes")
+        used = sum(path.stat().st_blocks << 9 for path in cache.iterdir())
+        run("mount", "-o", f"remount,size={used + (256 << 10)}", cache)
+        assert "WARNING: The tree is not kept in the cache: " in user_place.run().stderr
+        assert trees(user_place) == []
+        run("mount", "-o", "remount,size=64M", cache)
+        cache.chmod(0o777)
+        assert "Caching the tree" not in user_place.run().stderr
+    finally:
+        run("umount", cache)
+    assert user_place.left() == [str(user_place.out / WORK)]
 
 
 def test_cache_that_others_can_write_is_not_used(user_place: Place) -> None:

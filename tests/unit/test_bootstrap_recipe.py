@@ -46,7 +46,9 @@ MISTAKES: dict[str, tuple[str | bytes, str]] = {
         ", line 4: variant is not accepted, only minbase or important or standard.",
     ),
     "sources that is a text": ("suite: a\nsources: deb http://x a main\n", ", line 2: sources is not accepted, only a"),
-    "source of lists": ("suite: a\nsources:\n- deb http://x a main\n- [x]\n", ", line 4: sources is not accepted"),
+    "mirror that is none": ("suite: a\nsources:\n- deb http://x a main\n- [x]\n", ", line 4: sources is not accepted"),
+    "no mirrors": ("suite: a\nsources:\n- []\n", ", line 3: sources is not accepted"),
+    "mirrors of mirrors": ("suite: a\nsources:\n- - [deb http://x a main]\n", ", line 3: sources is not accepted"),
     "itself": ("suite: a\nsources: &a\n- *a\n", ", line 2: sources is not accepted"),
     # mmdebstrap would read a file.
     "source that is a path": ("suite: a\nsources:\n- /etc/passwd\n", ", line 3: sources is not accepted"),
@@ -83,9 +85,58 @@ def test_what_is_accepted(tmp_path: Path) -> None:
     )
     found = recipe.read(make_plan(tmp_path, text))
     assert found.suite == "13.1"
-    assert found.sources == ("deb [signed-by=/k.gpg] copy:/a/b ./", "deb-src http://x a main  contrib")
+    assert found.lines == ("deb [signed-by=/k.gpg] copy:/a/b ./", "deb-src http://x a main  contrib")
     assert found.packages == ("vim", "g++-12", "libc6:i386", "linux=6.1~rc1+b1", "bash/sid")
     assert (found.recommends, found.proxy, found.script) == (False, "", "true\n")
+
+
+MIRRORS = """\
+suite: a
+sources:
+- [deb http://u:p@x/d a main, deb http://y/d a main, deb http://x/d/e a main]
+- - deb http://x/d/ a-updates main
+  - deb http://y/d a-updates main
+- [deb http://x/s a main, deb http://y/s a main]
+"""
+
+
+def test_mirrors_are_given_up_one_by_one(tmp_path: Path) -> None:
+    """Of each source that has the same one: the one whose URI, as apt prints it, is the longest that fits."""
+    every = recipe.read(make_plan(tmp_path, MIRRORS))
+    assert every.lines == ("deb http://u:p@x/d a main", "deb http://x/d/ a-updates main", "deb http://x/s a main")
+    left = every.without("http://x/d/dists/a/InRelease")
+    assert left and left.lines == ("deb http://y/d a main", "deb http://y/d a-updates main", "deb http://x/s a main")
+    assert recipe.mirrors(left.lines) == ["http://y/d/", "http://x/s/"]
+    last = left.without("http://x/s")
+    assert last and last.lines[2] == "deb http://y/s a main"
+    # The second source has none left then.
+    assert last.without("http://y/d") is None
+    assert every.without("http://x/data") is every.without("http://proxy:3128") is None
+
+
+def test_keys_name_several_mirrors(tmp_path: Path) -> None:
+    """Each source of the shipped recipes is asked for at each of them, as --online does."""
+    shipped = (REPOSITORY / "data/image-factory.conf").read_text(encoding="utf-8")
+    path = tmp_path / "own.conf"
+    for name, suite in {"Debian-13-cloud": "trixie", "Ubuntu-26.04-cloud": "resolute"}.items():
+        keys = "mirror = http://a/d http://b/d,\n  http://a/d\nsecurity-mirror = https://s/d\n  https://t/d\n"
+        path.write_text(f"{shipped}[x]\nbased_on = {name}\n{keys}", encoding="utf-8")
+        plan = pipeline.make_plan(files.Configuration({files.FILE_VARIABLE: str(path)}), "x", {})
+        found = recipe.read(plan)
+        components = found.lines[0].partition(f" {suite} ")[2]
+        assert found.sources == tuple(
+            tuple(f"deb {uri} {suite}{pocket} {components}" for uri in uris)
+            for pocket, uris in {
+                "": ("http://a/d", "http://b/d"),
+                "-updates": ("http://a/d", "http://b/d"),
+                "-security": ("https://s/d", "https://t/d"),
+            }.items()
+        )
+        assert len(SOURCES["bootstrap"].remote(plan)) == 6
+    path.write_text(f"{shipped}[x]\nbased_on = Debian-13-cloud\nmirror = http://a/d ftp://b/d\n", encoding="utf-8")
+    plan = pipeline.make_plan(files.Configuration({files.FILE_VARIABLE: str(path)}), "x", {})
+    with pytest.raises(ConfigurationError, match=r"mirror: 'http://a/d ftp://b/d' is not accepted, only a URL .* or"):
+        recipe.read(plan)
 
 
 @pytest.mark.parametrize("character", ['"', "\\", "$", "\n"])

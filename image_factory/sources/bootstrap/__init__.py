@@ -7,11 +7,11 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ...base import command, events
+from ...base import command, events, files
 from ...base.cleanup import released
 from ...base.errors import BuildError, CommandError, ConfigurationError
 from ...base.log import logger
@@ -20,6 +20,8 @@ from ...base.units import format_size
 from ...configuration.parsers import FIT
 from ...configuration.settings import BOOTSTRAP_KEY, Dependent, ImageSettings, Task
 from ...disks import bounds, layouts, making, notation
+from ...elements import applying
+from ...finishing import copying
 from ...inside import namespaces
 from ...machines import arch
 from ...machines.arch import FIRMWARES
@@ -27,9 +29,10 @@ from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
 from ...system import appliance
 from ...tasks import namespace, running
+from ...tasks.layers import Layers
 from .. import answers
 from ..kind import DiskSource, idle_beside
-from . import failures, packages, recipe
+from . import failures, packages, recipe, trees
 
 # What a tree on a tmpfs must leave to others.
 _SPARE_MEMORY = 1 << 30
@@ -40,6 +43,7 @@ _USUAL_TREE = 4 << 30
 _FILESYSTEMS = ("ext4", "xfs", "btrfs")
 
 _TREE = "tree"
+_UNFINISHED = "unfinished-layer"
 _COPY = "bootstrap.yaml"
 _DEBCONF, _SCRIPT = "debconf", "script"
 # apt and dpkg-deb take a quote, a backslash and a line break for their own, mtools a variable.
@@ -63,12 +67,15 @@ try:
 finally:
     os.unlink(probe)
 """
+# apt, which runs outside of the tree, has programs of the tree install packages; mmdebstrap does the same.
+_INSIDE_TREE = ("Dir::Bin::dpkg=env", "DPkg::Options::=--unset=TMPDIR", "DPkg::Options::=dpkg")
 # $1 is the tree.
 _NAMES = 'sed -n "s/^Package: //p" "$1"/var/lib/apt/lists/*_Packages'
 _SECONDS = 4 * 3600.0
 
 
-def _filesystem(settings: ImageSettings) -> str:
+def filesystem_of(settings: ImageSettings) -> str:
+    """Return the kind of the root filesystem."""
     return settings.filesystem or _FILESYSTEMS[0]
 
 
@@ -78,7 +85,12 @@ def check_settings(name: str, settings: ImageSettings) -> None:
         raise ConfigurationError(
             f"[{name}] has source = bootstrap and no 'bootstrap'.", hint="It is the path of what is to be installed."
         )
-    if _filesystem(settings) not in _FILESYSTEMS:
+    check_disk_settings(name, settings)
+
+
+def check_disk_settings(name: str, settings: ImageSettings) -> None:
+    """Raise ConfigurationError unless *settings* name a disk that a tree can be put on."""
+    if filesystem_of(settings) not in _FILESYSTEMS:
         raise ConfigurationError(
             f"[{name}] filesystem: {settings.filesystem!r} is not accepted, only {', '.join(_FILESYSTEMS)}.",
             hint=f"'image-factory --keys {name}' lists all keys.",
@@ -86,7 +98,7 @@ def check_settings(name: str, settings: ImageSettings) -> None:
     if settings.layout in FIRMWARES and settings.layout != settings.firmware:
         raise ConfigurationError(
             f"[{name}] has layout = {settings.layout} and firmware = {settings.firmware}.",
-            hint="Leave one of them out: the layout has what the firmware boots.",
+            hint=f"Have firmware = {settings.layout}, and no layout: then the layout is that of the firmware.",
         )
 
 
@@ -128,56 +140,73 @@ def emulation_argv(name: str) -> list[str]:
     return ["arch-test", name]
 
 
-def layout_of(plan: Plan, identity: layouts.Identity = layouts.UNKNOWN) -> layouts.Layout:
-    """Return how the disk is laid out, with *identity*; ConfigurationError says what is wrong with a user's layout."""
+def layout_of(
+    plan: Plan, identity: layouts.Identity = layouts.UNKNOWN, scheme: layouts.Scheme | None = None
+) -> layouts.Layout:
+    """Return how the disk is laid out, with *identity*; ConfigurationError says what is wrong with a user's layout.
+
+    A *scheme* takes the place of the one that the settings have.
+    """
     settings = plan.settings
     # The machine of a 32-bit system is the 64-bit one.
     system = "i386" if recipe.architecture(plan) == "i386" else settings.arch
-    root = layouts.root_of(_filesystem(settings), settings.root_label or "", settings.mkfs_options)
-    if isinstance(settings.layout, Path):
-        scheme = notation.read(settings.layout, root)
-    else:
-        scheme = layouts.scheme(settings.layout or settings.firmware, system, root)
+    root = layouts.root_of(filesystem_of(settings), settings.root_label or "", settings.mkfs_options)
+    scheme = scheme or _scheme(settings, system, root)
     firmware = settings.firmware if scheme.table else None
-    return layouts.Layout(scheme, firmware, system, disk_size(plan), identity, plan.source_date)
+    extra = (settings.extra_size or 0) if settings.image_size == FIT else None
+    return layouts.Layout(scheme, firmware, system, disk_size(plan), identity, plan.source_date, extra)
 
 
-def check_layout(plan: Plan) -> None:
-    """Raise ConfigurationError if the layout is wrong, or the disk can't have it."""
-    layout = layout_of(plan)
-    if not layout.firmware and plan.settings.test_boot:
+def _scheme(settings: ImageSettings, system: str, root: layouts.Filesystem) -> layouts.Scheme:
+    if isinstance(settings.layout, Path):
+        return notation.read(settings.layout, root)
+    return layouts.scheme(settings.layout or settings.firmware, system, root)
+
+
+def check_layout(plan: Plan, layout: layouts.Layout, where: str) -> None:
+    """Raise ConfigurationError if *layout*, which *where* says, is wrong, or the disk can't have it."""
+    # A netboot image boots without a disk, and without a loader in it.
+    of_disk = plan.settings.format != ("netboot",) or plan.settings.keep_raw
+    if not layout.firmware and plan.settings.test_boot and of_disk:
         raise ConfigurationError(
             f"[{plan.image}] test-boot = yes: a filesystem without a partition table has no boot loader.",
-            hint="Set test-boot = no, or another layout.",
+            hint="Set test-boot = no, another layout, or netboot as the only format.",
         )
     if layout.firmware:
-        layouts.check_firmware(layout.scheme, layout.firmware, f"The layout {plan.settings.layout}")
-    if not layout.size and not layout.scheme.can_fit:
+        layouts.check_firmware(layout.scheme, layout.firmware, f"The layout {where}")
+    if layout.scheme.groups and plan.settings.mount_via in ("loop", "fuse") and not plan.guestfs_allowed:
         raise ConfigurationError(
-            f"[{plan.image}] image-size = fit: the layout has no ext4 root that comes last and gets all that is left.",
-            hint="Set a size such as 4G, or have the root be the last partition, of size 100%.",
+            f"[{plan.image}] mount-via = {plan.settings.mount_via} can't reach a disk with LVM, which {where} has.",
+            hint="Set mount-via to guestfs or auto.",
         )
-    most = layouts.LABELS[_filesystem(plan.settings)]
+    most = layouts.LABELS[filesystem_of(plan.settings)]
     if len(plan.settings.root_label or "") > most:
         raise ConfigurationError(
-            f"[{plan.image}] root-label: {_filesystem(plan.settings)} has labels of at most {most} characters.",
+            f"[{plan.image}] root-label: {filesystem_of(plan.settings)} has labels of at most {most} characters.",
             hint="Choose a shorter one.",
         )
     # What does not fit is told.
-    _ = layout.pieces
+    _ = layout.places
 
 
 def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str]:
     """Return a digest of each setting that makes the disk another one."""
-    texts = {BOOTSTRAP_KEY: answers.content(plan), "image-size": str(plan.settings.image_size).encode()}
-    settings = plan.settings
-    texts["arch"] = recipe.architecture(plan).encode()
-    texts["firmware"] = settings.firmware.encode()
-    # The file of a layout may have changed.
-    texts["layout"] = repr(layout_of(plan).scheme).encode()
-    texts["extra-size"] = str(settings.extra_size).encode()
-    texts |= namespace.identity(plan)
+    made = applying.identity(plan) | namespace.identity(plan)
+    texts = {BOOTSTRAP_KEY: answers.content(plan)} | disk_identity_texts(plan, layout_of(plan)) | made
     return {key: hashlib.sha256(data).hexdigest() for key, data in texts.items()}
+
+
+def disk_identity_texts(plan: Plan, layout: layouts.Layout) -> dict[str, bytes]:
+    """Return each setting of the disk with *layout* that a tree is put on, by key."""
+    settings = plan.settings
+    return {
+        "image-size": str(settings.image_size).encode(),
+        "arch": recipe.architecture(plan).encode(),
+        "firmware": settings.firmware.encode(),
+        # The file of a layout may have changed.
+        "layout": repr(layout.scheme).encode(),
+        "extra-size": str(settings.extra_size).encode(),
+    }
 
 
 def original(plan: Plan, used: events.InputUsed) -> events.InputUsed | None:
@@ -190,8 +219,9 @@ def original(plan: Plan, used: events.InputUsed) -> events.InputUsed | None:
 def programs(plan: Plan) -> list[str]:
     """Return the programs that it needs."""
     foreign = ["arch-test"] if _is_foreign(plan) else []
-    inside = [*namespaces.programs(as_root=plan.as_root), *namespace.programs(plan)]
-    return ["mmdebstrap", *foreign, *inside, *making.programs(layout_of(plan))]
+    inside = [*namespaces.programs(as_root=plan.as_root), *applying.programs(plan), *namespace.programs(plan)]
+    keeping = trees.PROGRAMS if plan.settings.cache_tree else ()
+    return ["mmdebstrap", *foreign, *inside, *keeping, *making.programs(layout_of(plan))]
 
 
 def remote(plan: Plan) -> list[tuple[str, str, bool]]:
@@ -207,13 +237,19 @@ def remote(plan: Plan) -> list[tuple[str, str, bool]]:
 def check(plan: Plan) -> None:
     """Raise ConfigurationError if the recipe, the layout, or the path that the tree would have, is wrong."""
     packages.check(plan, recipe.read(plan))
+    applying.check(plan)
+    check_paths(plan)
+    check_architecture(plan)
+    check_layout(plan, layout_of(plan), str(plan.settings.layout))
+
+
+def check_paths(plan: Plan) -> None:
+    """Raise ConfigurationError if no tree can be where this one would be."""
     if match := _UNFIT.search(str(plan.work_path)):
         raise ConfigurationError(
             f"[{plan.image}] output-dir: {str(plan.output_dir)!r} has {match[0]!r} in it, as no path of a tree may.",
             hint="apt, dpkg-deb or mtools take it for something else: build elsewhere with --output-dir.",
         )
-    check_architecture(plan)
-    check_layout(plan)
 
 
 def check_here(plan: Plan) -> None:
@@ -222,9 +258,16 @@ def check_here(plan: Plan) -> None:
         check_emulation(plan)
     namespaces.check(as_root=plan.as_root)
     check_memory(plan)
-    kinds = [each.kind for each in layout_of(plan).scheme.filesystems if each.kind in layouts.APPLIANCE]
+    check_appliance(layout_of(plan).scheme)
+
+
+def check_appliance(scheme: layouts.Scheme) -> None:
+    """Raise ConfigurationError unless libguestfs' appliance has a kernel, if *scheme* needs it."""
+    kinds = [f"The filesystem {each.kind}" for each in scheme.filesystems if each.kind in layouts.APPLIANCE]
+    if scheme.groups:
+        kinds.append("A layout with LVM")
     if kinds:
-        appliance.check_kernel(f"The filesystem {kinds[0]}")
+        appliance.check_kernel(kinds[0])
 
 
 def disk_size(plan: Plan) -> int:
@@ -242,8 +285,11 @@ def memory_argv(build: Build) -> list[str]:
     return ["mount", "-t", "tmpfs", "-o", options, "tree", str(_tree(build))]
 
 
-def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]:
-    """Return the command that makes the tree: in namespaces, where this user is root."""
+def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path, sources: Sequence[str] = ()) -> list[str]:
+    """Return the command that makes the tree: in namespaces, where this user is root.
+
+    It takes packages from *sources*, by default the first mirrors.
+    """
     # Hooks are lines of shell.
     debconf, script = (shlex.quote(str(build.directory / name)) for name in (_DEBCONF, _SCRIPT))
     take, keep = packages.hooks(build, wanted)
@@ -274,20 +320,37 @@ def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path) -> list[str]
         "--skip=essential/unlink",
         f"--setup-hook={take}",
         f'--essential-hook=chroot "$1" debconf-set-selections <{debconf}',
+        *([f"--essential-hook={base}"] if (base := _base_line(build.plan, wanted)) else []),
         f'--customize-hook=chroot "$1" sh -e <{script}',
         f"--customize-hook={keep}",
         *([f"--include={','.join(wanted.packages)}"] if wanted.packages else []),
         wanted.suite,
         str(tree),
-        *wanted.sources,
+        *(sources or wanted.lines),
     ]
 
 
-def _disk_identity(plan: Plan) -> layouts.Identity:
-    """Return a new identity of the disk, or with a date the one that all disks of this configuration have."""
+def _base_line(plan: Plan, wanted: recipe.Recipe) -> str:
+    """Return the line of shell that installs what each system of the variant has, without what that recommends.
+
+    Debian's installer does so: by itself such a system has no mail server.
+    """
+    kinds = ",".join(f"?priority({priority})" for priority in recipe.PRIORITIES[wanted.variant])
+    # mmdebstrap alone has the same.
+    if not kinds or not wanted.recommends:
+        return ""
+    suite = f"?or(?archive(^{wanted.suite}$),?codename(^{wanted.suite}$))"
+    found = f"?narrow({suite},?architecture({recipe.architecture(plan)}),?and(?or({kinds}),?not(?essential)))"
+    options = ["APT::Install-Recommends=false", *_INSIDE_TREE]
+    words = shlex.join(["apt-get", "--yes", *(word for option in options for word in ("-o", option))])
+    return f'APT_CONFIG=$MMDEBSTRAP_APT_CONFIG {words} -o DPkg::Chroot-Directory="$1" install {shlex.quote(found)}'
+
+
+def new_identity(plan: Plan, found: Mapping[str, str]) -> layouts.Identity:
+    """Return a new identity of the disk, or with a date the one that all disks of the settings *found* have."""
     if plan.source_date is None:
         return layouts.random_identity()
-    asked = {**identity(plan), "image": plan.image, "date": plan.source_date}
+    asked = {**found, "image": plan.image, "date": plan.source_date}
     return layouts.derived_identity(json.dumps(asked, sort_keys=True))
 
 
@@ -297,7 +360,7 @@ class _Bootstrap:
     def __init__(self, plan: Plan, wanted: recipe.Recipe) -> None:
         self._inside: namespaces.Namespaces | None = None
         self._wanted = wanted
-        self._disk = layout_of(plan, _disk_identity(plan))
+        self._disk = layout_of(plan, new_identity(plan, identity(plan)))
 
     def entered(self, state: State, steps: Sequence[Step | Group]) -> State:
         """Carry out *steps* with namespaces, with which all that they have mounted goes."""
@@ -309,36 +372,109 @@ class _Bootstrap:
             with namespaces.entered(build.directory, as_root=build.plan.as_root) as self._inside:
                 return carry_out(state, steps)
 
+    def outer(self) -> namespaces.Namespaces:
+        """Return those of the tree."""
+        assert self._inside is not None
+        return self._inside
+
     def bootstrap(self, state: State) -> None:
         assert self._inside is not None
         build = state.build
-        copy = build.directory / _COPY
-        answers.write(build.plan, copy)
-        events.tell(events.InputUsed(BOOTSTRAP_KEY, str(build.plan.settings.bootstrap), copy))
+        self._begin(build)
         texts = {_DEBCONF: self._wanted.debconf, _SCRIPT: self._wanted.script} | packages.scripts(build.plan)
         for name, text in texts.items():
             answers.write_private(build.directory / name, text.encode())
         packages.prepare(build.plan)
-        # Others may have taken it since the build began.
-        check_memory(build.plan)
-        if in_memory(build.plan):
-            self._inside.run(*memory_argv(build))
-        else:
-            self._check_filesystem(build)
+        self._install_from_mirrors(build)
+
+    def _install_from_mirrors(self, build: Build) -> None:
+        """Install the packages: whatever a mirror does not give comes from the next one of its source."""
+        left, errors = self._wanted, list[BuildError]()
+        while True:
+            try:
+                self._install(build, left.lines)
+            except failures.MirrorError as error:
+                errors.append(error)
+                # Without a network there is but what one of them has served.
+                others = None if build.plan.settings.offline else left.without(error.uri)
+                if others is None:
+                    raise failures.together(errors) from error
+                logger.warning("%s The next mirror is tried.", error.message)
+                left = others
+                self._keep_packages(build)
+            else:
+                if left.sources != tuple((line,) for line in left.lines) or errors:
+                    logger.info("The packages come from %s", " and ".join(recipe.mirrors(left.lines)))
+                return
+
+    def _install(self, build: Build, sources: Sequence[str]) -> None:
+        """Install the packages of *sources*; BuildError says in a line what is wrong."""
+        assert self._inside is not None
         printed = failures.Printed()
         try:
             self._inside.run(
-                *bootstrap_argv(build, self._wanted, self._root(build)),
+                *bootstrap_argv(build, self._wanted, self._root(build), sources),
                 timeout=_SECONDS,
                 progress=printed.take,
                 # Where it keeps what it needs for a moment: with it goes what it leaves when it is killed.
                 variables={"TMPDIR": str(build.directory)},
             )
         except CommandError as error:
+            if trees.is_found(build):
+                self._take(build, sources)
+                return
             reason = failures.explained(list(printed.lines), partial(self._near, build))
             if build.plan.settings.offline:
                 reason.add_hint("With --offline only what earlier builds have cached can be had")
             raise reason from error
+
+    def _take(self, build: Build, sources: Sequence[str]) -> None:
+        """Take the tree of an earlier build; of what is no such tree the packages are installed after all."""
+        assert self._inside is not None
+        self._remove_root(build)
+        try:
+            trees.take(self._inside, build, self._root(build))
+        except CommandError as error:
+            logger.warning("The tree in the cache can't be taken, and is removed: %s.", error.said)
+            trees.forget(build)
+            self._remove_root(build)
+            self._install(build, sources)
+
+    def _keep_packages(self, build: Build) -> None:
+        """Remove a tree that has not all packages; those that have come need not come again."""
+        assert self._inside is not None
+        _, keep = packages.hooks(build, self._wanted)
+        self._inside.run("sh", "-c", f'[ ! -d "$1/var/cache/apt/archives" ] || {keep}', "sh", str(self._root(build)))
+        self._remove_root(build)
+
+    def _remove_root(self, build: Build) -> None:
+        assert self._inside is not None
+        self._inside.run("rm", "--recursive", "--force", "--one-file-system", str(self._root(build)))
+
+    def cache(self, state: State) -> None:
+        """Keep the tree for later builds of the same; one that can't be kept is no failure of this one."""
+        assert self._inside is not None
+        try:
+            trees.keep(self._inside, state.build, self._root(state.build))
+        except (BuildError, OSError) as error:
+            logger.warning("The tree is not kept in the cache: %s", error)
+
+    def is_new(self, state: State) -> bool:
+        """Return whether this build has installed the packages itself, and the tree can be kept."""
+        return trees.has_place(state.build) and not trees.is_found(state.build)
+
+    def _begin(self, build: Build) -> None:
+        """Give the tree its place, and say what it is made from."""
+        assert self._inside is not None
+        copy = build.directory / _COPY
+        answers.write(build.plan, copy)
+        events.tell(events.InputUsed(BOOTSTRAP_KEY, str(build.plan.settings.bootstrap), copy))
+        # Others may have taken it since the build began.
+        check_memory(build.plan)
+        if in_memory(build.plan):
+            self._inside.run(*memory_argv(build))
+        else:
+            self._check_filesystem(build)
 
     def _root(self, build: Build) -> Path:
         return _tree(build) / "root"
@@ -365,7 +501,29 @@ class _Bootstrap:
         near = {other for other in text.split() if other[:1] == name[:1] and abs(len(other) - len(name)) <= 4}
         return difflib.get_close_matches(name, sorted(near), n=3, cutoff=0.75)
 
-    def carry_out(self, task: Task, state: State) -> None:
+    def restore(self, layers: Layers, state: State) -> None:
+        """Make the tree from its layers, in the place of bootstrapping it."""
+        assert self._inside is not None
+        build = state.build
+        self._begin(build)
+        kept = layers.kept()
+        layers.remove(kept)
+        for argv in namespace.restoring_argvs(build, self._root(build), kept):
+            self._inside.run(*argv)
+        events.tell(events.LayerKept())
+
+    def keep(self, layers: Layers, count: int, state: State) -> None:
+        """Keep what has changed in the tree since the layer before."""
+        assert self._inside is not None
+        unfinished = state.build.directory / _UNFINISHED
+        # It has the system's passwords, too.
+        unfinished.touch(mode=0o600)
+        self._inside.run(*namespace.keeping_argv(state.build, self._root(state.build), unfinished))
+        files.move(unfinished, layers.path(count))
+        events.tell(events.LayerKept())
+
+    def carry_out(self, layers: Layers, count: int, task: Task, state: State) -> None:
+        """Carry out *task*, and keep what the *count* tasks have done."""
         assert self._inside is not None
         place = self._place(state.build, self._inside.pid)
         place.prepare()
@@ -378,20 +536,26 @@ class _Bootstrap:
                 logger.error("A shell is opened in the tree; the build ends when you leave it.")
                 place.look()
             raise
+        if layers.is_sure(count):
+            self.keep(layers, count, state)
 
     def _place(self, build: Build, pid: int | str) -> namespace.InTree:
-        return namespace.InTree(build, self._root(build), pid, self._wanted.proxy)
+        return namespace.InTree(build, self._root(build), pid, self._wanted.proxy, copying.copy_task)
 
-    def task_steps(self, build: Build) -> Iterator[Step]:
-        """Give the steps of the tasks that run in the tree."""
-        place = self._place(build, "PID")
-        for task in namespace.tasks(build.plan):
-            yield Step(f"Task {task.name}", doing(partial(self.carry_out, task)), place.commands(task))
+    def task_steps(self, build: Build, layers: Layers) -> Iterator[Step]:
+        """Give the steps of the tasks that run in the tree, each with what keeps its layer."""
+        root, place = self._root(build), self._place(build, "PID")
+        keeping = applying.shown(build, namespace.keeping_argv(build, root, build.directory / _UNFINISHED))
+        if not layers.kept():
+            yield Step("Keeping the tree", doing(partial(self.keep, layers, 0)), keeping)
+        for count, task in layers.left():
+            run = partial(self.carry_out, layers, count, task)
+            yield Step(f"Task {task.name}", doing(run), [*place.commands(task), *keeping])
 
     def install_loader(self, state: State) -> None:
         assert self._inside is not None
         making.check_tools(self._inside, self._root(state.build), self._disk)
-        for each in _loader_commands(state.build, self._disk):
+        for each in loader_commands(state.build, self._root(state.build), self._disk):
             try:
                 self._inside.run(*each.words, stdin=each.text.encode())
             except CommandError as error:
@@ -402,7 +566,7 @@ class _Bootstrap:
         build, tree = state.build, self._root(state.build)
         layout = self._disk
         if not layout.size:
-            layout = making.fitted(self._inside, tree, build, layout, build.plan.settings.extra_size or 0)
+            layout = making.fitted(self._inside, tree, build, layout)
         making.make_disk(self._inside, tree, build, layout)
 
 
@@ -427,8 +591,8 @@ def needed_memory(plan: Plan) -> int:
     return (disk_size(plan) or _USUAL_TREE) + _SPARE_MEMORY
 
 
-def _loader_commands(build: Build, layout: layouts.Layout) -> list[making.Inside]:
-    root = _tree(build) / "root"
+def loader_commands(build: Build, root: Path, layout: layouts.Layout) -> list[making.Inside]:
+    """Return what installs the boot loader of *layout* in the tree at *root*."""
     parts = making.parts(root, layout)
     # These are copied next, by programs of this machine.
     last = [making.Inside(bounds.check_argv(root, parts))] if parts else []
@@ -440,22 +604,31 @@ def steps(build: Build) -> Iterator[Step | Group]:
     wanted = recipe.read(build.plan)
     work = _Bootstrap(build.plan, wanted)
     tree = _tree(build) / "root"
-    as_root = build.plan.as_root
     layout = layout_of(build.plan)
-
-    def shown(*commands: Sequence[str]) -> list[list[str]]:
-        return [namespaces.entering_argv("PID", *words, as_root=as_root) for words in commands]
-
-    loader = [each.words for each in _loader_commands(build, layout)]
-    holding = namespaces.holding_argv(as_root=as_root)
-    memory = [memory_argv(build)] if in_memory(build.plan) else []
-    bootstrapping = shown(*memory, bootstrap_argv(build, wanted, tree))
-    inside = [
-        Step("Bootstrapping", doing(work.bootstrap), [holding, *bootstrapping]),
-        *work.task_steps(build),
-        Step("Installing the boot loader", doing(work.install_loader), shown(*loader)),
-        Step("Making the disk", doing(work.make_disk), making.disk_argvs(tree, build, layout)),
-    ]
+    layers = Layers(build) if namespace.tasks(build.plan) else None
+    kept = layers.kept() if layers else []
+    inside: list[Step | Group]
+    beginning = [memory_argv(build)] if in_memory(build.plan) else []
+    holding = namespaces.holding_argv(as_root=build.plan.as_root)
+    if layers and kept:
+        beginning += namespace.restoring_argvs(build, tree, kept)
+        restoring = doing(partial(work.restore, layers))
+        inside = [Step("Restoring the tree", restoring, [holding, *applying.shown(build, *beginning)])]
+    else:
+        beginning.append(bootstrap_argv(build, wanted, tree))
+        inside = [Step("Bootstrapping", doing(work.bootstrap), [holding, *applying.shown(build, *beginning)])]
+        if build.plan.settings.cache_tree:
+            caching = applying.shown(build, trees.keeping_argv(tree, packages.directory(build.plan) / "XXXXXXXX"))
+            inside.append(Step("Caching the tree", doing(work.cache), caching, when=work.is_new))
+        inside += applying.steps(build, tree, layout, wanted.proxy, work.outer)
+    if layers:
+        inside += work.task_steps(build, layers)
+    if not build.until_task:
+        loader = [each.words for each in loader_commands(build, tree, layout)]
+        inside += [
+            Step("Installing the boot loader", doing(work.install_loader), applying.shown(build, *loader)),
+            Step("Making the disk", doing(work.make_disk), making.disk_argvs(tree, build, layout)),
+        ]
     yield Group(inside, work.entered)
 
 

@@ -25,6 +25,14 @@ _FRAME = re.compile(
 )
 
 
+class MirrorError(BuildError):
+    """A mirror does not give what it should have; *uri* is what it was asked for, or its own."""
+
+    def __init__(self, message: str, hint: str, uri: str) -> None:
+        super().__init__(message, hint=hint)
+        self.uri = uri
+
+
 class Printed:
     """The last lines that a program has printed."""
 
@@ -38,10 +46,14 @@ class Printed:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of failure: it is known by *pattern*, and told by what is given the match, all lines and its number."""
+    """A kind of failure: it is known by *pattern*, and told by what is given the match, all lines and its number.
+
+    The first group of the pattern begins with the URI of what is wrong where it is *of_mirror*.
+    """
 
     pattern: str
     tell: Callable[[re.Match[str], Sequence[str], int], tuple[str, str]]
+    of_mirror: bool = True
 
 
 def _no_suite(match: re.Match[str], lines: Sequence[str], number: int) -> tuple[str, str]:
@@ -117,7 +129,7 @@ _VERIFYING = r"(?:W|E): (?:GPG error|OpenPGP signature verification failed): (\S
 
 # The first that is found anywhere counts.
 _KINDS = (
-    _Kind(r".*No space left on device.*", _full),
+    _Kind(r".*No space left on device.*", _full, of_mirror=False),
     _Kind(r"E: The repository '(\S+) (\S+) Release' does not have a Release file", _no_suite),
     _Kind(r"E: Release file for (\S+) is ((?:expired|not valid yet) \([^)]*\))", _expired),
     _Kind(_VERIFYING + r".*(?:NO_PUBKEY|Missing key) (\w+)", _unknown_key),
@@ -125,9 +137,13 @@ _KINDS = (
     _Kind(r"E: Failed to fetch (\S+)  Clearsigned file isn't valid", _unlike),
     _Kind(r"E: The repository '(\S+ \S+) \S+' is not signed", _unsigned),
     _Kind(r"E: Failed to fetch (\S+)  (.*)", _unfetched),
-    _Kind(r"The following packages have unmet dependencies:", _unmet),
-    _Kind(r"dpkg: error processing (?:package|archive) (\S+) ", _uninstalled),
-    _Kind(r"E: (?:setup failed: E: )?command failed: .*/(script|debconf|take-packages|keep-packages)\b", _hook),
+    _Kind(r"The following packages have unmet dependencies:", _unmet, of_mirror=False),
+    _Kind(r"dpkg: error processing (?:package|archive) (\S+) ", _uninstalled, of_mirror=False),
+    _Kind(
+        r"E: (?:setup failed: E: )?command failed: .*/(script|debconf|take-packages|keep-packages)\b",
+        _hook,
+        of_mirror=False,
+    ),
 )
 _ABSENT = re.compile(
     r"E: (?:Unable to locate package (\S+)|Package '(\S+)' has no installation candidate|"
@@ -146,11 +162,23 @@ def explained(lines: Sequence[str], near: Callable[[str], Sequence[str]]) -> Bui
         for number, line in enumerate(lines):
             if match := re.match(kind.pattern, line):
                 message, hint = kind.tell(match, lines, number)
-                return BuildError(f"{message[:_LONGEST].removesuffix('.')}.", hint=hint)
+                message = f"{message[:_LONGEST].removesuffix('.')}."
+                if kind.of_mirror:
+                    return MirrorError(message, hint, match[1].split()[0])
+                return BuildError(message, hint=hint)
     said = [line for line in lines if line.strip() and not _FRAME.match(line)]
     reason = said[-1].strip().removeprefix("E: ") if said else "mmdebstrap failed and said nothing"
     return BuildError(
         f"The system can't be bootstrapped: {reason[:_LONGEST].removesuffix('.')}.", hint="The log has all of it."
+    )
+
+
+def together(errors: Sequence[BuildError]) -> BuildError:
+    """Return the one error of several mirrors, none of which serves."""
+    if len(errors) == 1:
+        return errors[0]
+    return BuildError(
+        f"No mirror gives the packages: {' '.join(error.message for error in errors)}", hint=errors[-1].hint
     )
 
 

@@ -9,7 +9,7 @@ from ...base import trust
 from ...base.errors import ConfigurationError
 from ...base.log import logger
 from ...model import Build, Plan
-from . import recipe
+from . import recipe, trees
 
 # Beside the packages are the lists of each set of sources, for builds without a network.
 _SUMS, _TAKEN = "package-sums", "packages-taken"
@@ -20,24 +20,31 @@ _UPDATE = """\
 APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-get update --error-on=any
 [ -z "$2" ] || {
     kept=$(mktemp "$2/.keep.XXXXXX")
-    tar --directory="$1/var/lib/apt/lists" --exclude=./partial --exclude=./lock --create --file="$kept" .
+    tar --exclude=./partial --exclude=./lock --create --file="$kept" --directory="$1/var/lib/apt/lists" . \
+        --directory="$1/etc/apt" sources.list
     chmod 644 "$kept"
     mv "$kept" "$4"
 }
 """
-_UNPACK = 'tar --directory="$1/var/lib/apt/lists" --extract --file="$4"\n'
+# The mirror that served is in the names of its lists.
+_UNPACK = """\
+tar --directory="$1/var/lib/apt/lists" --extract --file="$4"
+[ ! -e "$1/var/lib/apt/lists/sources.list" ] || mv "$1/var/lib/apt/lists/sources.list" "$1/etc/apt/sources.list"
+"""
 # No program of the tree has run yet, which could change what the digests are compared with.
-_TAKE = f"""\
+_LIST = f"""\
 /usr/lib/apt/apt-helper cat-file "$1"/var/lib/apt/lists/*_Packages* | sed -n 's/^SHA256: //p' >"$3/{_SUMS}"
 : >"$3/{_TAKEN}"
 [ -n "$2" ] || exit 0
+"""
+_TAKE = f"""\
 mkdir -p "$1/var/cache/apt/archives/partial"
 cd "$2"
 find . -maxdepth 1 -type f -name '*.deb' -exec sha256sum {{}} + |
     awk 'NR == FNR {{ known[$1]; next }} $1 in known {{ print $2 }}' "$3/{_SUMS}" - >"$3/{_TAKEN}"
 xargs --no-run-if-empty --arg-file="$3/{_TAKEN}" cp --target-directory="$1/var/cache/apt/archives"
 # What builds that were killed have left here; those that run need no hour for a package.
-find . -maxdepth 1 -type f -name '.keep.*' -mmin +60 -delete
+find . -maxdepth 1 -type f \\( -name '.keep.*' -o -name '.image-factory.*' \\) -mmin +60 -delete
 """
 # Another build may keep the same at this moment, and a program of the tree may have put something else here.
 _KEEP = f"""\
@@ -62,8 +69,9 @@ def directory(plan: Plan) -> Path:
 
 
 def _lists(plan: Plan, wanted: recipe.Recipe) -> Path:
-    """Return the file with the lists of the sources of *wanted*."""
-    text = "\n".join([recipe.architecture(plan), plan.settings.verify, str(plan.settings.keyring), *wanted.sources])
+    """Return the file with the lists of the sources of *wanted*, from whichever mirrors."""
+    every = [line for mirrors in wanted.sources for line in mirrors]
+    text = "\n".join([recipe.architecture(plan), plan.settings.verify, str(plan.settings.keyring), *every])
     return directory(plan) / f"lists-{hashlib.sha256(text.encode()).hexdigest()[:16]}.tar"
 
 
@@ -97,14 +105,16 @@ def options(plan: Plan) -> list[str]:
 def scripts(plan: Plan) -> dict[str, str]:
     """Return the scripts that take packages from the cache, and keep them there, by their names."""
     offline = plan.settings.offline
-    return {"take-packages": (_UNPACK if offline else _UPDATE) + _TAKE, "keep-packages": "" if offline else _KEEP}
+    take = [_UNPACK if offline else _UPDATE, _LIST, trees.FIND.replace("SUMS", _SUMS), _TAKE]
+    return {"take-packages": "".join(take), "keep-packages": "" if offline else _KEEP}
 
 
 def hooks(build: Build, wanted: recipe.Recipe) -> tuple[str, str]:
     """Return the lines of shell that run the scripts: before packages are installed, and after that."""
     plan = build.plan
     cache = "" if trust.why_not(directory(plan)) else str(directory(plan))
-    words = shlex.join([cache, str(build.directory), str(_lists(plan, wanted))])
+    asked_for = trees.asked_for(plan, wanted)
+    words = shlex.join([cache, str(build.directory), str(_lists(plan, wanted)), *([asked_for] if asked_for else [])])
     take, keep = (shlex.quote(str(build.directory / name)) for name in scripts(plan))
     return f'sh -e {take} "$1" {words}', f'sh -e {keep} "$1" {words}'
 

@@ -15,12 +15,12 @@ STEP = "Growing the disk"
 
 def relocate_argv(disk: Path) -> list[str]:
     """Return the command that moves the second GUID partition table to the end of *disk*."""
-    return ["sfdisk", "--quiet", "--relocate", "gpt-bak-std", str(disk)]
+    return ["sfdisk", "--quiet", "--no-tell-kernel", "--relocate", "gpt-bak-std", str(disk)]
 
 
 def extend_argv(disk: Path, number: int | str) -> list[str]:
     """Return the command that gives partition *number* of *disk* the space behind it, as its stdin says."""
-    return ["sfdisk", "--quiet", "--partno", str(number), str(disk)]
+    return ["sfdisk", "--quiet", "--no-tell-kernel", "--partno", str(number), str(disk)]
 
 
 _TO_THE_END = b", +\n"

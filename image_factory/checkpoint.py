@@ -16,12 +16,16 @@ from typing import Any
 
 from . import tasks
 from .base import files
-from .base.errors import ConfigurationError, reason_of
+from .base.errors import BuildError, ConfigurationError, reason_of
 from .base.events import Event, InputUsed
 from .base.log import logger, step
-from .finishing import copying, firstboot
+from .elements import engine, on_disk
+from .elements.engine import BESIDE
+from .finishing import copying, firstboot, listing
 from .model import DISK_NAME, INVENTORY_NAME, Artifact, Build, Plan
+from .outputs import OUTPUTS
 from .sources import SOURCES
+from .tasks import layers
 
 FILE_NAME = "checkpoint.json"
 
@@ -29,7 +33,7 @@ FILE_NAME = "checkpoint.json"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 # The settings of what the disk is when it is cleaned.
-_CLEANING = ("seal", "seal_only", "seal_skip", "copy", "first_boot")
+_CLEANING = ("seal", "seal_only", "seal_skip", "copy", "first_boot", "target")
 _LATE_TASKS = "tasks_after_cleaning"
 
 
@@ -37,6 +41,7 @@ class Reached(enum.StrEnum):
     """How far a build has come for good, in this order: each is written down when what it says is done."""
 
     INSTALLED = "installed"
+    APPLIED = "applied"
     TASKED = "tasked"
     CLEANED = "cleaned"
     CONVERTED = "converted"
@@ -50,11 +55,12 @@ _ORDER = tuple(Reached)
 class Checkpoint:
     """What is done of a build in *directory*.
 
+    *stage* is None as long as there is no disk, but layers that its source goes on from.
     *inputs* has a digest of each setting that the installed disk depends on, *outputs* of each that the
     artifacts depend on, *uploaded* one of each destination that is served.  *kept* are the names of files that
-    stay in the directory when the build ends before its end.  *used* are the files that the disk was
-    installed from, as InputUsed has them, each with the size and the time of change that it had.  *boot*
-    tells the starts of this machine apart: QEMU writes the disk without waiting for the host's.
+    stay in the directory when the build ends before its end; *name*, *text_name* and *ident* are the plan's.  *used*
+    are the files that the disk was installed from, as InputUsed has them, each with the size and the time of change
+    that it had.  *boot* tells the starts of this machine apart: QEMU writes the disk without waiting for the host's.
     """
 
     directory: Path
@@ -64,24 +70,30 @@ class Checkpoint:
     virt_type: str
     used: list[tuple[str, str, str | None, list[int], str | None]]
     boot: str
-    stage: Reached = Reached.INSTALLED
+    stage: Reached | None = Reached.INSTALLED
     artifacts: list[Artifact] = field(default_factory=list)
     uploaded: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=lambda: [FILE_NAME, DISK_NAME, INVENTORY_NAME])
+    name: str = ""
+    text_name: str = ""
+    ident: str = ""
 
     def is_at(self, stage: Reached) -> bool:
         """Return whether *stage* is done."""
-        return _ORDER.index(self.stage) >= _ORDER.index(stage)
+        return self.stage is not None and _ORDER.index(self.stage) >= _ORDER.index(stage)
 
     def reach(self, stage: Reached, artifacts: list[Artifact] | None = None) -> None:
         """Write down that *stage* is done, and what there is now."""
         self.stage = stage
         self.artifacts = artifacts or []
-        self.kept = [FILE_NAME, DISK_NAME, INVENTORY_NAME]
+        self.kept = _kept(self.directory)
         if stage is Reached.CONVERTED:
             self.kept += [path.name for artifact in self.artifacts for path in (artifact.path, *artifact.others)]
         written = self.try_to_write()
-        if stage is Reached.PUBLISHED and any(artifact.format == "raw" for artifact in self.artifacts):
+        if stage is Reached.TASKED and not written:
+            # What tasks have done is written to the disk next, and on that disk they must not run once more.
+            raise BuildError("How far the build has come can't be written down.", hint="Free some space.")
+        if stage is Reached.PUBLISHED and any(OUTPUTS[artifact.format].takes_disk for artifact in self.artifacts):
             # The disk is the published file now, which others may change.
             (self.directory / DISK_NAME).unlink(missing_ok=True)
             if not written:
@@ -141,8 +153,17 @@ class InputsUsed:
             self.found.append((event, _state_of(event.path)))
 
 
-def begin(build: Build, used: InputsUsed) -> Checkpoint:
-    """Write the checkpoint of a *build* whose disk has just been installed from what it has *used*."""
+def _kept(directory: Path) -> list[str]:
+    """Return the names of the files of any build that goes on from a disk in *directory*."""
+    made = engine.beside(directory)
+    return [FILE_NAME, DISK_NAME, INVENTORY_NAME, *([BESIDE, *(path.name for path in made)] if made else [])]
+
+
+def begin(build: Build, used: InputsUsed, stage: Reached | None = Reached.INSTALLED) -> Checkpoint:
+    """Write the checkpoint of a *build* whose disk has just been installed from what it has *used*.
+
+    With the *stage* None there is no disk yet, but layers.
+    """
     plan = build.plan
     found = Checkpoint(
         build.directory,
@@ -155,6 +176,11 @@ def begin(build: Build, used: InputsUsed) -> Checkpoint:
             for event, state in used.found
         ],
         _BOOT_ID.read_text(),
+        stage,
+        name=plan.base_name,
+        text_name=plan.text_name,
+        ident=plan.ident,
+        kept=_kept(build.directory),
     )
     found.try_to_write()
     return found
@@ -165,13 +191,15 @@ def read(directory: Path) -> Checkpoint | None:
     try:
         texts: dict[str, Any] = json.loads(_read_own(directory / FILE_NAME))
         artifacts = [_artifact(entry) for entry in texts.pop("artifacts")]
-        found = Checkpoint(directory, stage=Reached(texts.pop("stage")), artifacts=artifacts, **texts)
+        stage = texts.pop("stage")
+        found = Checkpoint(directory, stage=None if stage is None else Reached(stage), artifacts=artifacts, **texts)
         datetime.date.fromisoformat(found.date)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     if not _is_sound(found):
         return None
-    return found if (directory / DISK_NAME).is_file() or found.is_at(Reached.CONVERTED) else None
+    there = found.stage is None or found.is_at(Reached.CONVERTED) or (directory / DISK_NAME).is_file()
+    return found if there else None
 
 
 def _artifact(entry: dict[str, Any]) -> Artifact:
@@ -198,7 +226,8 @@ def _is_sound(found: Checkpoint) -> bool:
     return (
         all(isinstance(value, dict) for value in (found.inputs, found.outputs))
         and all(isinstance(value, list) for value in lists)
-        and are_texts(found.virt_type, found.boot, *found.uploaded, *found.kept)
+        and are_texts(found.name, found.text_name, found.ident, found.virt_type, found.boot)
+        and are_texts(*found.uploaded, *found.kept)
         and not any("/" in name for name in found.kept)
         and all(
             isinstance(entry, list) and len(entry) == 5 and are_texts(*entry[:2], entry[2] or "", entry[4] or "")
@@ -206,6 +235,7 @@ def _is_sound(found: Checkpoint) -> bool:
         )
         and all(
             are_texts(artifact.format, artifact.sha256, *itertools.chain(*artifact.companions))
+            and artifact.format in OUTPUTS
             and isinstance(artifact.virtual_size, int)
             and not any("/" in name for name, _ in artifact.companions)
             for artifact in found.artifacts
@@ -219,21 +249,30 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
     if found is None:
         raise nothing_to_resume(plan)
     changed = _changed(found.inputs, inputs_of(plan))
-    if changed:
+    if changed == ["tasks"] and not found.is_at(Reached.PUBLISHED) and any(layers.all_in(directory)):
+        # The disk is made once more, of the layers of those that have not changed.
+        found.stage, found.artifacts, found.uploaded = None, [], []
+        found.inputs = inputs_of(plan)
+    elif changed:
         raise ConfigurationError(
             f"[{plan.image}] {' and '.join(changed)} changed since the disk was installed.",
             hint="Build it without --resume, or take the change back.",
         )
-    if "tasks" in _changed(found.outputs, outputs_of(plan)) and (
-        found.is_at(Reached.TASKED) or any(directory.glob(f"{tasks.DONE_PREFIX}*"))
-    ):
+    changed = _changed(found.outputs, outputs_of(plan))
+    if "tasks" in changed and found.is_at(Reached.TASKED):
+        if not layers.are_unwritten(directory):
+            raise ConfigurationError(
+                f"[{plan.image}] tasks changed since they were carried out, and the disk has what they have done.",
+                hint="Build it without --resume, or take the change back.",
+            )
+        found.stage = Reached.APPLIED
+    applied = [key for key in changed if key in on_disk.KEYS]
+    if applied and found.is_at(Reached.APPLIED):
         raise ConfigurationError(
-            f"[{plan.image}] tasks changed since they were carried out.",
+            f"[{plan.image}] {' and '.join(applied)} changed since elements were applied to the disk.",
             hint="Build it without --resume, or take the change back.",
         )
-    cleaning = [
-        key.replace("_", "-") for key in _changed(found.outputs, outputs_of(plan)) if key in (*_CLEANING, _LATE_TASKS)
-    ]
+    cleaning = [key.replace("_", "-") for key in changed if key in (*_CLEANING, _LATE_TASKS)]
     if cleaning and found.is_at(Reached.CLEANED):
         # Sealing can't put back what it has taken from the disk, nor is what was copied taken out again.
         raise ConfigurationError(
@@ -246,7 +285,7 @@ def resumed(plan: Plan, directory: Path) -> Checkpoint:
         if reason:
             logger.info("%s: they are made anew.", reason)
             found.stage, found.artifacts, found.uploaded = Reached.CLEANED, [], []
-    if not found.is_at(Reached.CONVERTED):
+    if found.stage is not None and not found.is_at(Reached.CONVERTED):
         why_not = _why_not_the_disk(found, directory)
         if why_not:
             raise ConfigurationError(
@@ -313,16 +352,30 @@ def inputs_of(plan: Plan, used: Sequence[InputUsed] = ()) -> dict[str, str]:
 def outputs_of(plan: Plan) -> dict[str, str]:
     """Return a digest of each setting that makes the artifacts other ones."""
     settings = plan.settings
-    keys = ("format", "keep_raw", "compression", "manifest", "sign_key", *_CLEANING)
+    keys = (
+        "format",
+        "keep_raw",
+        "compression",
+        "tar_exclude",
+        "checksums",
+        "manifest",
+        "manifest_text",
+        "sign_key",
+        *_CLEANING,
+    )
     texts = {key: repr(getattr(settings, key)) for key in keys}
+    if settings.manifest_text:
+        # It says where the images are uploaded to.
+        texts["manifest_text"] += repr(listing.places(plan))
     # What the files have, too.
     texts["copy"] += "".join(copying.identity(plan))
     texts["first_boot"] += "".join(firstboot.identity(plan))
     found = {key: _digest(text.encode(errors="surrogateescape")) for key, text in texts.items()}
+    found |= {key: _digest(text) for key, text in on_disk.identity(plan).items()}
     if plan.late_tasks:
         found[_LATE_TASKS] = tasks.digest_with_secrets(plan.late_tasks)
     if plan.tasks and tasks.place(plan) == "guest":
-        found["tasks"] = tasks.digest_with_secrets(plan.tasks)
+        found["tasks"] = layers.digests(plan)[-1]
     return found
 
 

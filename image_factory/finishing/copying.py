@@ -1,4 +1,4 @@
-"""Copy the user's files into the mounted system, without anything of it being run.
+"""Copy the user's files into a system: the mounted one, without anything of it being run, or where a task runs.
 
 All is read and checked first, what is in the image too, and written then.
 """
@@ -9,18 +9,20 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from ..base import events, files, interrupts
 from ..base.errors import BuildError, ConfigurationError, reason_of
 from ..base.log import logger
 from ..base.units import format_size
 from ..configuration.parsers import Copy
+from ..configuration.settings import Task
 from ..model import Build, Entry, Placed, Plan
 from ..parts import Step, on_tree
 from ..sources import answers
 from ..system.rehearsal import Call
 from ..system.tree import Tree
+from ..tasks.copies import told
 
 KEY = "copy"
 
@@ -54,31 +56,73 @@ class Item:
     data: bytes = field(default=b"", repr=False)
 
 
+class Target(Protocol):
+    """A system that something is copied into, as ``Tree`` has it."""
+
+    def look(self, paths: Sequence[str]) -> dict[str, Entry]:
+        """Return those of *paths* that are there, links with where they lead to."""
+
+    def read(self, patterns: Sequence[str]) -> dict[str, bytes]:
+        """Return the regular files of at most 1 MiB at *patterns*, by their paths."""
+
+    def put(self, items: Sequence[Placed], contents: Path) -> None:
+        """Make *items*, whose bytes are in the file *contents*."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The *copies* that *key* of *plan*, a setting or a task, asks for."""
+
+    plan: Plan
+    key: str
+    copies: tuple[Copy, ...]
+
+    @property
+    def where(self) -> str:
+        """How a message names them."""
+        return f"[{self.plan.image}] {self.key}"
+
+
+def of_task(plan: Plan, task: Task) -> Wanted:
+    """Return what *task* of *plan* copies."""
+    return Wanted(plan, f"task {task.name}", task.copies)
+
+
+def _of_setting(plan: Plan) -> Wanted:
+    return Wanted(plan, KEY, plan.settings.copy)
+
+
 def check(plan: Plan) -> None:
     """Raise ConfigurationError unless all that is to be copied can be read, and its templates rendered."""
-    for item in _items(plan):
-        if item.kind == "file":
-            assert item.source is not None
-            if not os.access(item.source, os.R_OK):
-                raise ConfigurationError(f"[{plan.image}] {KEY}: {item.source} can't be read.")
-            _rendered(plan, item)
+    for wanted in (_of_setting(plan), *(of_task(plan, task) for task in (*plan.tasks, *plan.late_tasks))):
+        for item in _items(wanted):
+            if item.kind == "file":
+                assert item.source is not None
+                if not os.access(item.source, os.R_OK):
+                    raise ConfigurationError(f"{wanted.where}: {item.source} can't be read.")
+                _rendered(wanted, item)
 
 
 def identity(plan: Plan) -> list[str]:
-    """Return what tells what is copied apart from something else; what can't be read is left out."""
+    """Return what tells what the setting copies apart from something else; what can't be read is left out."""
+    return identity_of(_of_setting(plan))
+
+
+def identity_of(wanted: Wanted) -> list[str]:
+    """Return what tells what is *wanted* apart from something else; what can't be read is left out."""
     try:
         return [
-            repr((item.path, item.kind, item.mode, item.owner, item.group, item.target, _digest(plan, item)))
-            for item in _items(plan)
+            repr((item.path, item.kind, item.mode, item.owner, item.group, item.target, _digest(wanted, item)))
+            for item in _items(wanted)
         ]
     except (ConfigurationError, OSError):
         return []
 
 
-def _digest(plan: Plan, item: Item) -> str:
+def _digest(wanted: Wanted, item: Item) -> str:
     if item.source is None or item.kind != "file":
         return ""
-    text = _rendered(plan, item)
+    text = _rendered(wanted, item)
     return files.digest_of(item.source) if text is None else repr(text)
 
 
@@ -97,43 +141,59 @@ def steps(build: Build) -> Iterator[Step]:
     """Give the step on the mounted system, if something is to be copied."""
     copies = build.plan.settings.copy
     if copies:
-        told = [
-            ["#", f"{each.source} to {each.destination}, of {each.owner}:{each.group}"
-             + ("" if each.mode is None else f", mode {each.mode:04o}")]
-            for each in copies
-        ]  # fmt: skip
         named = any(not name.isdigit() and name != "root" for each in copies for name in (each.owner, each.group))
         calls = [Call("look"), *([Call("read", _ACCOUNTS)] if named else []), Call("put")]
-        yield Step("Copying files", on_tree(copy_files), told, calls=calls, rehearsed=False)
+        yield Step("Copying files", on_tree(copy_files), told(copies), calls=calls, rehearsed=False)
 
 
 def copy_files(build: Build, tree: Tree) -> None:
     """Copy what the user names into the system *tree*; BuildError, with nothing written, if a part of it can't be."""
-    items = list(_items(build.plan))
-    put(build, tree, items, KEY, lambda: list(_items(build.plan)) == items)
+    copy_into(build, tree, _of_setting(build.plan))
     for each in build.plan.settings.copy:
         is_file = os.path.isfile(each.path) and not os.path.islink(each.path)
         events.tell(events.InputUsed(KEY, str(each.path), each.path if is_file else None))
 
 
+def copy_task(build: Build, target: Target, task: Task) -> None:
+    """Copy what *task* names into *target*; BuildError, with nothing written, if a part of it can't be."""
+    wanted = of_task(build.plan, task)
+    try:
+        # What was done is kept as that of the files which there were when the build began.
+        if task.given and task.given != "\n".join(identity_of(wanted)):
+            raise BuildError(
+                f"{wanted.where}: what is copied changed since the build began.",
+                hint="Try again when nothing writes to it.",
+            )
+        copy_into(build, target, wanted)
+    except ConfigurationError as error:
+        # It could be read before the build.
+        raise BuildError(error.message, hint=error.hint) from error
+
+
+def copy_into(build: Build, target: Target, wanted: Wanted) -> None:
+    """Copy what is *wanted* into *target*; BuildError, with nothing written, if a part of it can't be."""
+    items = list(_items(wanted))
+    put(build, target, items, wanted.key, lambda: list(_items(wanted)) == items)
+
+
 # What is to be copied.
 
 
-def _items(plan: Plan) -> Iterator[Item]:
+def _items(wanted: Wanted) -> Iterator[Item]:
     """Give what is to be in the image, directories before what they have; ConfigurationError if it can't be copied."""
     count = 0
-    for each in plan.settings.copy:
-        for item in _items_of(plan, each):
+    for each in wanted.copies:
+        for item in _items_of(wanted, each):
             count += 1
             interrupts.check()
             if count > _MOST_ITEMS:
-                raise ConfigurationError(f"[{plan.image}] {KEY}: there are more than {_MOST_ITEMS} files.")
+                raise ConfigurationError(f"{wanted.where}: there are more than {_MOST_ITEMS} files.")
             if len(os.fsencode(item.path)) >= _LONGEST_PATH or item.path.count("/") >= _LEVELS:
-                raise ConfigurationError(f"[{plan.image}] {KEY}: {each.source}: a path in it is too long.")
+                raise ConfigurationError(f"{wanted.where}: {each.source}: a path in it is too long.")
             yield item
 
 
-def _items_of(plan: Plan, each: Copy) -> Iterator[Item]:
+def _items_of(wanted: Wanted, each: Copy) -> Iterator[Item]:
     path = each.path
     directory = "/".join(filter(None, each.destination.split("/")))
     whole = each.source.endswith("/")
@@ -141,21 +201,21 @@ def _items_of(plan: Plan, each: Copy) -> Iterator[Item]:
         status = path.stat() if whole else path.lstat()
         if whole and not stat.S_ISDIR(status.st_mode):
             raise ConfigurationError(
-                f"[{plan.image}] {KEY}: {path} is no directory.", hint="Write it without a slash at its end."
+                f"{wanted.where}: {path} is no directory.", hint="Write it without a slash at its end."
             )
         name = path.name
         if stat.S_ISREG(status.st_mode):
             name = answers.installer_name(path)
         if each.destination.endswith("/") and not whole:
             directory = _joined(directory, name)
-        yield from _walked(plan, each, path, status, directory)
+        yield from _walked(wanted, each, path, status, directory)
     except OSError as error:
         shown = error.filename or path
-        raise ConfigurationError(f"[{plan.image}] {KEY}: {shown} can't be read: {error.strerror}.") from error
+        raise ConfigurationError(f"{wanted.where}: {shown} can't be read: {error.strerror}.") from error
 
 
-def _walked(plan: Plan, each: Copy, path: Path, status: os.stat_result, target: str) -> Iterator[Item]:
-    kind = _kind(plan, path, status)
+def _walked(wanted: Wanted, each: Copy, path: Path, status: os.stat_result, target: str) -> Iterator[Item]:
+    kind = _kind(wanted, path, status)
     mode = stat.S_IMODE(status.st_mode) & 0o777 if each.mode is None else each.mode
     if kind == "link":
         yield Item(target, kind, 0o777, each.owner, each.group, os.readlink(path), path, _state(status))
@@ -170,16 +230,16 @@ def _walked(plan: Plan, each: Copy, path: Path, status: os.stat_result, target: 
             below = path / name
             inner = below.lstat()
             shown = answers.installer_name(below) if stat.S_ISREG(inner.st_mode) else name
-            yield from _walked(plan, each, below, inner, _joined(target, shown))
+            yield from _walked(wanted, each, below, inner, _joined(target, shown))
 
 
-def _kind(plan: Plan, path: Path, status: os.stat_result) -> str:
+def _kind(wanted: Wanted, path: Path, status: os.stat_result) -> str:
     kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
     others = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     found = stat.S_IFMT(status.st_mode)
     if found not in kinds:
         raise ConfigurationError(
-            f"[{plan.image}] {KEY}: {path} is {others.get(found, 'a device')}.",
+            f"{wanted.where}: {path} is {others.get(found, 'a device')}.",
             hint="Files, directories and links are copied, and nothing else.",
         )
     return kinds[found]
@@ -194,11 +254,11 @@ def _joined(directory: str, name: str) -> str:
     return f"{directory}/{name}" if directory else name
 
 
-def _rendered(plan: Plan, item: Item) -> bytes | None:
+def _rendered(wanted: Wanted, item: Item) -> bytes | None:
     """Return what the template that *item* is becomes, None if it is none."""
     if item.source is None or not answers.is_template(item.source):
         return None
-    named = answers.Named(plan, KEY, item.source)
+    named = answers.Named(wanted.plan, wanted.key, item.source)
     return answers.rendered(named, named.read(item.source))
 
 
@@ -206,20 +266,21 @@ def _rendered(plan: Plan, item: Item) -> bytes | None:
 
 
 def put(
-    build: Build, tree: Tree, items: Sequence[Item], key: str, unchanged: Callable[[], bool] = lambda: True
+    build: Build, tree: Target, items: Sequence[Item], key: str, unchanged: Callable[[], bool] = lambda: True
 ) -> None:
-    """Have *items*, which the setting *key* names, in the system *tree*.
+    """Have *items*, which *key* of the plan names, in the system *tree*.
 
     BuildError, with nothing written, if that has something else there, or *unchanged* says after all has been read that
     it was not the same all the time.
     """
-    where = f"[{build.plan.image}] {key}"
+    wanted = Wanted(build.plan, key, ())
+    where = wanted.where
     placed = _placed(tree, items, where)
     contents = build.directory / "files-to-copy"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     try:
         with open(os.open(contents, flags, 0o600), "wb") as file:
-            placed = [_with_bytes(build.plan, each, item, file, where) for each, item in placed]
+            placed = [_with_bytes(wanted, each, item, file) for each, item in placed]
         if not unchanged():
             raise _changed(where)
         tree.put([each for each, _ in placed], contents)
@@ -241,19 +302,17 @@ def _changed(where: str, path: Path | None = None) -> BuildError:
     )
 
 
-def _with_bytes(
-    plan: Plan, placed: Placed, item: Item | None, contents: IO[bytes], where: str
-) -> tuple[Placed, Item | None]:
+def _with_bytes(wanted: Wanted, placed: Placed, item: Item | None, contents: IO[bytes]) -> tuple[Placed, Item | None]:
     """Return *placed* with the place of its bytes in the file *contents*, to which they are written."""
     if item is None or item.kind != "file":
         return placed, item
     offset = contents.tell()
     if item.source is None:
         contents.write(item.data)
-    elif (text := _rendered(plan, item)) is not None:
+    elif (text := _rendered(wanted, item)) is not None:
         contents.write(text)
     else:
-        _copy_bytes(item, contents, where)
+        _copy_bytes(item, contents, wanted.where)
     return dataclasses.replace(placed, offset=offset, size=contents.tell() - offset), item
 
 
@@ -279,7 +338,7 @@ def _copy_bytes(item: Item, contents: IO[bytes], where: str) -> None:
         raise BuildError(f"{where}: {reason_of(error)}.") from error
 
 
-def _placed(tree: Tree, items: Sequence[Item], where: str) -> list[tuple[Placed, Item | None]]:
+def _placed(tree: Target, items: Sequence[Item], where: str) -> list[tuple[Placed, Item | None]]:
     """Return what is to be made of *items* in the system *tree*, with directories that are missing on the way."""
     ids = _ids(tree, items, where)
     image = _Image(tree, where)
@@ -309,7 +368,7 @@ def _placed(tree: Tree, items: Sequence[Item], where: str) -> list[tuple[Placed,
 class _Image:
     """What is in the system *tree* where something is to be put, with its links followed as the system follows them."""
 
-    def __init__(self, tree: Tree, where: str) -> None:
+    def __init__(self, tree: Target, where: str) -> None:
         self._tree, self._where = tree, where
         self._known: dict[str, Entry | None] = {"": Entry("", "directory")}
 
@@ -380,7 +439,7 @@ class _Image:
         return here
 
 
-def _ids(tree: Tree, items: Sequence[Item], where: str) -> dict[tuple[str, bool], int]:
+def _ids(tree: Target, items: Sequence[Item], where: str) -> dict[tuple[str, bool], int]:
     """Return the numbers of the users and groups of *items*, by their names and whether it is a group."""
     wanted = {(item.owner, False): None for item in items} | {(item.group, True): None for item in items}
     names = [(name, is_group) for name, is_group in wanted if not name.isdigit() and name != "root"]

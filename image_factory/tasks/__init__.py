@@ -1,6 +1,7 @@
 """Tasks: a user's own work in a system, before or after it is cleaned.
 
-A task is a script that root runs in the system, whatever its type; but for a playbook, which runs on this machine.
+A task is a script that root runs in the system, whatever its type; but for a playbook and for copying, which this
+machine does.
 """
 
 import base64
@@ -16,14 +17,11 @@ from pathlib import Path
 from ..base import log
 from ..base.errors import ConfigurationError
 from ..configuration.settings import Task
-from ..model import Build, Plan
+from ..model import Plan
 
 # A secret of fewer characters is a word that any output may have.
 _SHORTEST_SECRET = 6
 _LARGEST_FILE = 4 << 20
-
-# Of the name of what tasks have done, before it is on the disk.
-DONE_PREFIX = "tasks-done-"
 
 # Of a shell's variables, and of YAML's and JSON's mappings.
 _ASSIGNMENT = re.compile(r"""\s*(?:export\s+)?["']?[A-Za-z_][\w.-]*["']?\s*(?:=|:\s)\s*(?P<value>.*?),?\s*""")
@@ -38,11 +36,11 @@ if command -v apt-get >/dev/null; then
     export DEBIAN_FRONTEND=noninteractive
     # The system's own timers may have it.
     apt-get -q -o DPkg::Lock::Timeout=600 update
-    exec apt-get -q -y -o DPkg::Lock::Timeout=600 install -- "$@"
+    exec apt-get -q -y -o DPkg::Lock::Timeout=600 install "$@"
 elif command -v dnf >/dev/null; then
-    exec dnf -q -y install -- "$@"
+    exec dnf -q -y install "$@"
 elif command -v zypper >/dev/null; then
-    exec zypper -q --non-interactive install -- "$@"
+    exec zypper -q --non-interactive install "$@"
 fi
 echo "the system has none of apt-get, dnf and zypper" >&2
 exit 1
@@ -66,7 +64,7 @@ class Script:
 class Kind:
     """A type of tasks: the key that says what is to be done, and how that becomes a script.
 
-    *script* is None where the task is run on this machine.
+    *script* is None where this machine carries out the task.
     """
 
     key: str
@@ -91,11 +89,12 @@ KINDS = {
     "packages": Kind("task-packages", _packages_script),
     "command": Kind("task-command", _command_script),
     "playbook": Kind("task-file", None),
+    "copy": Kind("task-copy", None),
 }
 
 
 def script_of(task: Task) -> Script:
-    """Return the script of *task*, which is no playbook, with all that it gets."""
+    """Return the script of *task*, whose kind has one, with all that it gets."""
     make = KINDS[task.type].script
     assert make
     found = make(task)
@@ -133,7 +132,7 @@ def digest_of(task: Task) -> str:
     """
     content = _read(task, "task-file", task.file) if task.file else b""
     lists = [*task.packages, "", *task.args, "", *map("=".join, task.environment)]
-    parts = [task.type, task.command, str(task.reboot), *lists]
+    parts = [task.type, task.command, str(task.reboot), *lists, task.given]
     return hashlib.sha256("\0".join(parts).encode() + b"\0" + content).hexdigest()
 
 
@@ -141,11 +140,6 @@ def digest_with_secrets(tasks: Iterable[Task]) -> str:
     """Return the SHA-256 of what *tasks* do, and of their secrets: nobody else is to read it."""
     parts = [f"{digest_of(task)} {hashlib.sha256(secrets_of(task)).hexdigest()}" for task in tasks]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def done_path(build: Build) -> Path:
-    """Return the overlay of all tasks that are done, there until it is written to the disk."""
-    return build.directory / f"{DONE_PREFIX}{digest_with_secrets(build.plan.tasks)[:32]}.qcow2"
 
 
 def timeout_argv(timeout: float | None) -> list[str]:
@@ -169,14 +163,26 @@ def receiving(script: Script, directory: str, timeout: float | None = None) -> s
         words.append(f"TASK_SECRETS={directory}/secrets")
     # The system's own clock ends it: what is started by ssh goes on when ssh is killed.
     limit = timeout_argv(timeout)
+    wanted = _interpreter(script)
     return (
+        # The kernel would say that the script itself is not there.
+        f"command -v {wanted} >/dev/null || {{ echo the system has no {wanted}, which runs it >&2; exit 127; }};"
         # What a try whose connection broke has left is no reason to fail.
-        f"umask 077; rm -rf {directory}; mkdir {directory} && read -r task && read -r secrets"
+        f" umask 077; rm -rf {directory}; mkdir {directory} && read -r task && read -r secrets"
         f" && echo $task | base64 -d >{directory}/task && echo $secrets | base64 -d >{directory}/secrets"
         f" && chmod 700 {directory}/task || exit 125; unset task secrets; umask 022; cd /;"
         f" {shlex.join([*limit, 'env', *words, f'{directory}/task', *script.arguments])} </dev/null;"
         f" status=$?; rm -rf {directory}; exit $status"
     )
+
+
+def _interpreter(script: Script) -> str:
+    """Return, as a word of the shell's, the program that the first line of *script* names, itself or after env."""
+    first = script.content.partition(b"\n")[0].decode(errors="surrogateescape")
+    program, *words = first.removeprefix("#!").split() or [""]
+    named = [word for word in words if not word.startswith("-") and "=" not in word]
+    # Only env looks where a PATH of the task's own leads.
+    return shlex.quote(named[0] if program.endswith("/env") and named and "PATH" not in script.environment else program)
 
 
 def place(plan: Plan) -> str:
@@ -198,10 +204,10 @@ def check(plan: Plan) -> None:
         secrets_of(task)
         if KINDS[task.type].script:
             _check_script(task, script_of(task))
-        else:
+        elif task.type == "playbook":
             _read(task, "task-file", task.file)
     for task in plan.late_tasks:
-        if KINDS[task.type].script is None:
+        if task.type == "playbook":
             raise ConfigurationError(
                 f"[{plan.image}] tasks-after-cleaning: {task.name} is a playbook, and these run without network.",
                 hint="Move it to tasks.",

@@ -1,14 +1,16 @@
-"""Tasks in the booted guest: on an overlay over the disk, which is written to it when all of them are done.
+"""Tasks in the booted guest: each on an overlay over what is done, all written to the disk when they are through.
 
 The guest is the test boot's, with another unit: an sshd of its own, for root alone, whose files are on a tmpfs.
 """
 
 import base64
+import dataclasses
 import json
+import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -22,9 +24,12 @@ from ..checks import testboot
 from ..checks.testboot.guest import Guest, PortTakenError
 from ..checks.testboot.login import ssh_argv, ssh_options, why_no_sshd
 from ..checks.testboot.machine import (
+    DISK_NODE,
     HOST,
+    MONITOR,
     Machine,
     Purpose,
+    block_node,
     firmware_for,
     free_port,
     key_argv,
@@ -36,13 +41,17 @@ from ..checks.testboot.machine import (
     seed_argv,
     time_limit,
 )
+from ..checks.testboot.monitor import Monitor
 from ..checks.testboot.report import BEGINNING, UNTIL_UP, boot_command, unit_credentials
 from ..configuration.settings import Task
+from ..finishing import copying
 from ..machines import arch
 from ..model import Artifact, Build, Plan
 from ..parts import Group, State, Step, Steps, carry_out, doing
-from . import KINDS, done_path, place
+from . import KINDS, place
 from . import programs as programs_of_tasks
+from .copies import InSystem, putting, told
+from .layers import Layers
 from .playbooks import Login, check_playbooks, playbook_argv, run_playbook
 from .running import Place, PlaceGoneError, run_task, script_argv
 
@@ -97,6 +106,9 @@ if ! has_address; then
         ip link set "$card" up
         ip addr add 10.0.2.15/24 dev "$card"
         ip route add default via 10.0.2.2
+        # It knows of no card that it has not seen set up, and is asked whatever resolv.conf says.
+        resolvectl dns "$card" 10.0.2.3
+        resolvectl domain "$card" '~.'
         break
     done
 fi
@@ -131,6 +143,8 @@ _LEAVING = (
     " systemctl poweroff"
 )
 _REBOOTING = "systemctl reboot"
+# A layer is what a disk is when its machine loses power then.
+_SETTLING = "sync"
 _NO_LOGIN = (
     "It needs sshd, and cloud-init or systemd 256; tasks-via = namespace and tasks-after-cleaning do without a boot."
 )
@@ -166,10 +180,12 @@ def _given(machine: Machine) -> tuple[dict[str, str], dict[str, str]]:
         "meta-data": f"instance-id: image-factory-{secrets.token_hex(4)}\n",
         "network-config": "config: disabled\n",
     }
-    return seed, unit_credentials(script, _UNIT, _DESCRIPTION)
+    return seed, unit_credentials(script, _UNIT, _DESCRIPTION) | _NETWORK
 
 
-_PURPOSE = Purpose("tasks", 1, _PORT, _given, reboots=True)
+# Without a configuration networkd would wait two minutes for an address.  Any of the system's own comes before it.
+_NETWORK = {"network.network.95-image-factory": "[Match]\nType=ether\n[Network]\nDHCP=yes\n"}
+_PURPOSE = Purpose("tasks", 1, _PORT, _given, reboots=True, monitored=True, credentials=3)
 
 
 def _host_key(machine: Machine) -> Path:
@@ -206,7 +222,11 @@ def steps(build: Build) -> Iterator[Step | Group]:
     plan = build.plan
     if not _wanted(plan):
         return
-    guest = _TaskGuest(build)
+    layers = Layers(build)
+    left = layers.left()
+    if build.resumed and (not left if build.until_task else layers.done_path.exists()):
+        return
+    guest = _TaskGuest(build, layers)
     machine = guest.machine
     booting = [
         overlay_argv(machine),
@@ -217,11 +237,26 @@ def steps(build: Build) -> Iterator[Step | Group]:
     ]
     inside = [
         Step("Booting for tasks", doing(guest.boot), booting),
-        *(Step(f"Task {task.name}", doing(partial(guest.task, task)), guest.commands(task)) for task in plan.tasks),
-        Step("Shutting down", doing(guest.shut_down), [guest.ssh(_LEAVING)]),
+        *(
+            Step(f"Task {task.name}", doing(partial(guest.task, task, count)), guest.commands(task, count))
+            for count, task in left
+        ),
     ]
-    yield Group(inside, guest.run, when=lambda state: not done_path(state.build).exists())
-    yield Step("Writing what tasks have done", doing(_write), [_write_argv(build)])
+    if not build.until_task:
+        inside.append(Step("Shutting down", doing(guest.shut_down), [guest.ssh(_LEAVING)]))
+    yield Group(inside, guest.run)
+
+
+def writing_steps(build: Build) -> Iterator[Step]:
+    """Give the step that writes to the disk what all tasks have done, in a build that has got through them."""
+    if _wanted(build.plan):
+        layers = Layers(build)
+        yield Step(
+            "Writing what tasks have done",
+            doing(partial(_write, layers)),
+            [_write_argv(build, layers)],
+            when=lambda state: layers.done_path.exists() or layers.writing_path.exists(),
+        )
 
 
 def _wanted(plan: Plan) -> bool:
@@ -232,21 +267,25 @@ def _firmware(plan: Plan) -> str:
     return testboot.firmwares(plan.settings)[0]
 
 
-def _write_argv(build: Build) -> list[str]:
-    # ``-d``: the overlay stays whole, so that an end meanwhile is no harm.
-    return ["qemu-img", "commit", "-q", "-d", "-f", "qcow2", str(done_path(build))]
+def _write_argv(build: Build, layers: Layers) -> list[str]:
+    # ``-d``: the layers stay whole, so that an end meanwhile is no harm.
+    return ["qemu-img", "commit", "-q", "-d", "-b", str(build.disk_path), "-f", "qcow2", str(layers.writing_path)]
 
 
-def _write(state: State) -> None:
-    """Write the overlay to the disk; one that was not written whole is written again by --resume."""
-    command.run(_write_argv(state.build))
-    done_path(state.build).unlink()
+def _write(layers: Layers, state: State) -> None:
+    """Write the layers to the disk; what was not written whole is written again by --resume."""
+    if layers.done_path.exists():
+        files.move(layers.done_path, layers.writing_path)
+    command.run(_write_argv(state.build, layers))
+    # While it is there, the others are needed.
+    layers.writing_path.unlink()
+    layers.remove([])
 
 
-def _machine(build: Build) -> Machine:
+def _machine(build: Build, layers: Sequence[Path] = ()) -> Machine:
     disk = build.disk_path
     size = disk.stat().st_size if disk.exists() else 0
-    artifact = Artifact(disk, "raw", size)
+    artifact = Artifact(layers[-1], "qcow2", size) if layers else Artifact(disk, "raw", size)
     restricted = not build.plan.settings.tasks_network
     return Machine(build, artifact, _firmware(build.plan), build.virt_type, 1, _PURPOSE, restricted)
 
@@ -254,18 +293,21 @@ def _machine(build: Build) -> Machine:
 class _TaskGuest:
     """The guest in which the tasks of *build* run one after the other."""
 
-    def __init__(self, build: Build) -> None:
-        self.machine = _machine(build)
-        self._plan = build.plan
+    def __init__(self, build: Build, layers: Layers) -> None:
+        self._layers = layers
+        self.machine = _machine(build, layers.kept())
+        self._build, self._plan = build, build.plan
+        self._node = DISK_NODE
+        self._monitor: Monitor | None = None
         self._port: int | str = "PORT"
         self._guest: Guest | None = None
-        self._make_guest: Callable[[], Guest] | None = None
+        self._make_guest: Callable[[Machine], Guest] | None = None
         self._stack = ExitStack()
 
     def run(self, state: State, steps: Steps) -> State:
         """Carry out *steps*; the guest is gone afterwards, and with it what is not to be kept."""
-        # A build that goes on from an earlier one knows its machine only now.
-        self.machine = _machine(state.build)
+        # Those of tasks that have changed.
+        self._layers.remove(self._layers.kept())
         with released(self._end):
             try:
                 return carry_out(state, steps)
@@ -296,15 +338,19 @@ class _TaskGuest:
 
     @property
     def _place(self) -> Place:
-        return Place(self.ssh, f"{_DIRECTORY}/task", self._watch, self._playbook)
+        own = {"playbook": self._playbook, "copy": self._copy}
+        return Place(self.ssh, f"{_DIRECTORY}/task", self._watch, own)
 
-    def commands(self, task: Task) -> list[list[str]]:
-        """Return the commands that carry out *task*."""
+    def commands(self, task: Task, count: int) -> list[list[str]]:
+        """Return the commands that carry out *task*, with which *count* are done."""
         if KINDS[task.type].script:
             argv = [script_argv(task, self._place)]
+        elif task.type == "copy":
+            argv = [*told(task.copies), self.ssh(putting(self._place.directory))]
         else:
             argv = [playbook_argv(self._plan, task, Path("INVENTORY"))]
-        return [*argv, *([self.ssh(_REBOOTING)] if task.reboot else [])]
+        keeping = [self.ssh(_SETTLING), self._next_argv(count)]
+        return [*argv, *([self.ssh(_REBOOTING)] if task.reboot else []), *keeping]
 
     def boot(self, state: State) -> None:
         """Start the guest, and wait until the system is up."""
@@ -318,9 +364,12 @@ class _TaskGuest:
                 machine.known_hosts.write_text(f"[{HOST}]:{self._port} {known}\n", encoding="ascii")
                 argv = qemu_argv(machine, other_mac(), self._port)
                 ended = stack.enter_context(command.background(argv, machine.directory / "qemu.log"))
-                self._make_guest = partial(Guest, machine, ended, console, report)
-                self._guest = self._make_guest()
+                self._make_guest = partial(Guest, ended=ended, console=console, report=report)
+                self._guest = self._make_guest(machine)
                 self._wait_until_up()
+                self._monitor = Monitor(machine.pipe(MONITOR), self._watch)
+                stack.callback(self._monitor.close)
+                self._monitor.tell("qmp_capabilities")
                 self._stack = stack.pop_all()
                 return
         raise BuildError(f"No port of {HOST} could be had for the machine.", hint="Try again.")
@@ -328,7 +377,10 @@ class _TaskGuest:
     def _wait_until_up(self) -> None:
         guest = self._guest
         assert guest
-        problem = guest.wait_for_report(self._limit, self._look_at_space)
+        try:
+            problem = guest.wait_for_report(self._limit, self._look_at_space)
+        except PlaceGoneError as error:
+            problem = error.message
         if problem:
             # One that says why it does not come up has no need of another way.
             hint = _NO_LOGIN if "report" in problem else "The log has the last lines of its console."
@@ -356,12 +408,39 @@ class _TaskGuest:
         if shutil.disk_usage(self.machine.directory).free < _LEAST_FREE:
             raise PlaceGoneError(f"{self.machine.directory} has less than {format_size(_LEAST_FREE)} free")
 
-    def task(self, task: Task, state: State) -> None:
-        """Carry out *task*, and see whether the guest is there afterwards."""
+    def task(self, task: Task, count: int, state: State) -> None:
+        """Carry out *task*, see whether the guest is there afterwards, and keep what the *count* tasks have done."""
         run_task(task, self._place)
         self._see_it_is_there(task)
         if task.reboot:
             self._reboot(task)
+        if self._layers.is_sure(count):
+            self._keep(count)
+
+    def _next_argv(self, count: int) -> list[str]:
+        # The layer has its name only when QEMU writes to the next overlay.
+        below = ["-u", "-F", "qcow2", "-b", str(self._layers.path(count))]
+        size = str(self.machine.larger_size or "SIZE")
+        return ["qemu-img", "create", "-q", "-f", "qcow2", *below, str(self._machine_after(count).overlay), size]
+
+    def _machine_after(self, count: int) -> Machine:
+        return dataclasses.replace(self.machine, layers=count)
+
+    def _keep(self, count: int) -> None:
+        """Keep the overlay as a layer, and give QEMU another one over it, while the guest runs."""
+        assert self._monitor
+        try:
+            command.run(self.ssh(_SETTLING), quiet=True, timeout=self._limit, watch=self._watch)
+        except CommandError as error:
+            raise PlaceGoneError(f"The guest's disk can't be settled: {error.said}.") from error
+        command.run(self._next_argv(count))
+        full, self.machine = self.machine.overlay, self._machine_after(count)
+        node = f"{DISK_NODE}-{count}"
+        self._monitor.tell("blockdev-add", **block_node(node, "qcow2", str(self.machine.overlay)), backing=None)
+        self._monitor.tell("blockdev-snapshot", node=self._node, overlay=node)
+        self._node = node
+        # Its other name stays: QEMU has opened it by that once more, to read it only.
+        os.link(full, self._layers.path(count))
 
     def _see_it_is_there(self, task: Task) -> None:
         try:
@@ -381,7 +460,7 @@ class _TaskGuest:
     def _reboot(self, task: Task) -> None:
         assert self._make_guest
         # What it reports may come before ssh notices.
-        guest = self._guest = self._make_guest()
+        guest = self._guest = self._make_guest(self.machine)
         with suppress(BuildError):
             seconds = _LOGIN_SECONDS[self.machine.virt_type]
             command.run(self.ssh(_REBOOTING), quiet=True, timeout=seconds, watch=guest.look)
@@ -389,6 +468,9 @@ class _TaskGuest:
             self._wait_until_up()
         except BuildError as error:
             raise PlaceGoneError(f"After the reboot of task {task.name}: {error.message}", hint=error.hint) from error
+
+    def _copy(self, task: Task, timeout: float | None) -> None:
+        copying.copy_task(self._build, InSystem(self.ssh, self._place.directory, self._watch, timeout), task)
 
     def _playbook(self, task: Task, timeout: float | None) -> None:
         try:
@@ -399,7 +481,7 @@ class _TaskGuest:
         # It may reboot the system, and wait for it: so only a machine that has ended is lost.
         run_playbook(self._plan, task, login, timeout, partial(self._watch, Guest.off))
         assert self._make_guest
-        self._guest = self._make_guest()
+        self._guest = self._make_guest(self.machine)
 
     def shut_down(self, state: State) -> None:
         """Have the guest go off in good order, and keep its overlay as what is to be written to the disk."""
@@ -417,4 +499,4 @@ class _TaskGuest:
                 time.sleep(1.0)
         if guest.off() != "it went off":
             raise BuildError(f"The guest was lost when it was to go off: {guest.off()}.")
-        files.move(self.machine.overlay, done_path(state.build))
+        files.move(self.machine.overlay, self._layers.done_path)

@@ -3,23 +3,26 @@
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..base import command, files
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..configuration.settings import Task
 from ..disks import bounds
-from ..inside.namespaces import entering_argv
+from ..inside.namespaces import MAKE_DEVICES, entering_argv
 from ..model import Build, Plan
-from . import KINDS, digest_with_secrets, playbooks, timeout_argv
+from . import KINDS, playbooks, timeout_argv
 from . import place as place_of
 from . import programs as programs_of_tasks
+from .copies import InSystem, putting, told
+from .layers import digests
 from .running import GRACE_SECONDS, Place, script_argv
 
 _SCRIPT = "task-in-tree"
 DIRECTORY = "/run/image-factory-task"
 _TEMPORARY = "/run/ansible"
+_LISTING = "layers.listing"
 
 # Nothing of the user's: also proxies are those of the recipe.
 _ENVIRONMENT = (
@@ -42,8 +45,9 @@ trap '[ "$ready" ] || exit 125' EXIT
 within() (
 """
     + bounds.CHECK
+    + ")\n"
+    + MAKE_DEVICES
     + """\
-)
 tree=$1 network=$2
 shift 2
 umask 022
@@ -69,19 +73,7 @@ if ! mount -t sysfs -o ro,nosuid,nodev,noexec sysfs "$tree/sys" 2>/dev/null; the
     mount --rbind /sys "$tree/sys"
     [ ! -d "$tree/sys/fs/cgroup" ] || mount -t tmpfs -o ro,size=0 cgroup "$tree/sys/fs/cgroup"
 fi
-mount -t tmpfs -o nosuid,mode=755,size=1M dev "$tree/dev"
-for name in null zero full random urandom tty; do
-    : >"$tree/dev/$name"
-    mount --bind "/dev/$name" "$tree/dev/$name"
-done
-mkdir "$tree/dev/pts" "$tree/dev/shm"
-mount -t devpts -o newinstance,nosuid,noexec,ptmxmode=666,mode=620,gid=5 devpts "$tree/dev/pts"
-ln -s pts/ptmx "$tree/dev/ptmx"
-ln -s /proc/self/fd "$tree/dev/fd"
-ln -s /proc/self/fd/0 "$tree/dev/stdin"
-ln -s /proc/self/fd/1 "$tree/dev/stdout"
-ln -s /proc/self/fd/2 "$tree/dev/stderr"
-mount -t tmpfs -o nosuid,nodev,mode=1777,size=1G shm "$tree/dev/shm"
+make_devices "$tree/dev"
 mount -t tmpfs -o nosuid,nodev,mode=755,size=256M run "$tree/run"
 mkdir -m 1777 "$tree/run/lock"
 mount -t tmpfs -o nosuid,nodev,mode=1777,size=1G tmp "$tree/tmp"
@@ -125,13 +117,20 @@ exit $status
 class InTree:
     """The *tree* of *build* as a place for tasks, in the namespaces of process *pid*.
 
-    *proxy* is the URI of one that brings packages.
+    *proxy* is the URI of one that brings packages, *copy* copies what a task names into a system.
     """
 
-    def __init__(self, build: Build, tree: Path, pid: int | str, proxy: str | None) -> None:
-        self._build, self._tree, self._pid = build, tree, pid
+    def __init__(
+        self,
+        build: Build,
+        tree: Path,
+        pid: int | str,
+        proxy: str | None,
+        copy: Callable[[Build, InSystem, Task], None],
+    ) -> None:
+        self._build, self._tree, self._pid, self._copy_into = build, tree, pid, copy
         self._proxies = [f"{name}={proxy}" for name in ("http_proxy", "https_proxy") if proxy]
-        self.place = Place(self._shell, DIRECTORY, playbook=self._playbook)
+        self.place = Place(self._shell, DIRECTORY, own={"playbook": self._playbook, "copy": self._copy})
 
     def prepare(self) -> None:
         """Write to the build's directory what the commands need."""
@@ -143,6 +142,8 @@ class InTree:
         """Return the commands that carry out *task*."""
         if KINDS[task.type].script:
             return [script_argv(task, self.place)]
+        if task.type == "copy":
+            return [*told(task.copies), [*self._apart_from_network(putting(DIRECTORY))]]
         return [self._playbook_argv(task, Path("INVENTORY"), None if math.isinf(task.timeout) else task.timeout)]
 
     def look(self) -> None:
@@ -159,8 +160,16 @@ class InTree:
     def _shell(self, line: str) -> Sequence[str]:
         return self._entering(*chroot_argv(str(self._tree), line, self._proxies))
 
-    def _entering(self, *words: str) -> list[str]:
-        return entering_argv(self._pid, *_apart(self._build, self._tree), *words, as_root=self._build.plan.as_root)
+    def _apart_from_network(self, line: str) -> Sequence[str]:
+        return self._entering(*chroot_argv(str(self._tree), line), network=False)
+
+    def _entering(self, *words: str, network: bool | None = None) -> list[str]:
+        apart = _apart(self._build, self._tree, has_network(self._build.plan) if network is None else network)
+        return entering_argv(self._pid, *apart, *words, as_root=self._build.plan.as_root)
+
+    def _copy(self, task: Task, limit: float | None) -> None:
+        # Where a network is, the tree has this machine's resolv.conf in place of its own.
+        self._copy_into(self._build, InSystem(self._apart_from_network, DIRECTORY, limit=limit), task)
 
     def _playbook(self, task: Task, limit: float | None) -> None:
         try:
@@ -196,9 +205,8 @@ def has_network(plan: Plan) -> bool:
     return plan.settings.tasks_network and not plan.settings.offline
 
 
-def _apart(build: Build, tree: Path) -> list[str]:
+def _apart(build: Build, tree: Path, network: bool) -> list[str]:
     """Return the command that runs another one for *tree*, which all that is left of it ends with."""
-    network = has_network(build.plan)
     kinds = ["--mount", "--pid", "--uts", "--ipc", *([] if network else ["--net"])]
     # unshare heeds no SIGTERM while its child runs.
     ends = ["setpriv", "--pdeathsig=KILL", "unshare", *kinds, "--fork", "--kill-child"]
@@ -212,7 +220,7 @@ def tasks(plan: Plan) -> tuple[Task, ...]:
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that the tasks of *plan* in its tree need."""
-    return ["setpriv", "unshare", *programs_of_tasks(plan)] if tasks(plan) else []
+    return ["setpriv", "tar", "unshare", *programs_of_tasks(plan)] if tasks(plan) else []
 
 
 def check(plan: Plan) -> None:
@@ -233,9 +241,29 @@ def check(plan: Plan) -> None:
     playbooks.check_connection(plan)
 
 
+def keeping_argv(build: Build, tree: Path, layer: Path) -> list[str]:
+    """Return the command that writes to *layer* what has changed in *tree* since the layer before, all for the first.
+
+    It has the metadata of all that, and the names of what is left in each directory.
+    """
+    # tar keeps in the file of its listing what the tree had when it last looked, and takes what has changed since.
+    listing = f"--listed-incremental={build.directory / _LISTING}"
+    kinds = ["--acls", "--xattrs", "--xattrs-include=*", "--numeric-owner", "--sparse"]
+    return ["tar", "--create", listing, *kinds, f"--directory={tree}", f"--file={layer}", "."]
+
+
+def restoring_argvs(build: Build, tree: Path, layers: Sequence[Path]) -> list[list[str]]:
+    """Return the commands that make *tree* as it was when the last of *layers* was kept."""
+    kinds = ["--acls", "--xattrs", "--xattrs-include=*", "--numeric-owner", "--same-owner", "--preserve-permissions"]
+    extracting = ["tar", "--extract", "--listed-incremental=/dev/null", *kinds, f"--directory={tree}"]
+    return [
+        ["mkdir", str(tree)],
+        *([*extracting, f"--file={layer}"] for layer in layers),
+        # To nowhere tar reads no file: it looks, as for the next layer.
+        keeping_argv(build, tree, Path("/dev/null")),
+    ]
+
+
 def identity(plan: Plan) -> dict[str, bytes]:
     """Return what the tasks of *plan* in its tree make of it, by the key that has them."""
-    found = tasks(plan)
-    if not found:
-        return {}
-    return {"tasks": f"{has_network(plan)} {digest_with_secrets(found)}".encode()}
+    return {"tasks": digests(plan)[-1].encode()} if tasks(plan) else {}

@@ -6,12 +6,14 @@ from functools import partial
 
 from ..base.errors import CommandError, ConfigurationError
 from ..configuration.settings import Task
+from ..finishing import copying
 from ..machines.arch import default_arch
 from ..model import Build, Plan
 from ..parts import State, Step, doing, tree_of
 from ..system import appliance
 from ..system.tree import Tree
 from . import payload, receiving, script_of
+from .copies import told
 from .namespace import DIRECTORY, RUN, chroot_argv
 from .running import GRACE_SECONDS, Place, run_task
 
@@ -23,10 +25,11 @@ def check(plan: Plan) -> None:
     where = f"[{plan.image}] tasks-after-cleaning"
     if not plan.late_tasks:
         return
-    if plan.settings.mount_via == "loop":
+    if plan.settings.mount_via in ("loop", "fuse"):
         # The sudo rule would be one for all that a user wants root to run.
         raise ConfigurationError(
-            f"{where}: these run in an appliance only, and mount-via = loop has none.", hint="Set mount-via = guestfs."
+            f"{where}: these run in an appliance only, and mount-via = {plan.settings.mount_via} has none.",
+            hint="Set mount-via = guestfs.",
         )
     if plan.settings.arch != default_arch():
         raise ConfigurationError(
@@ -45,11 +48,18 @@ def steps(build: Build) -> Iterator[Step]:
     for task in build.plan.late_tasks:
         # No rehearsal has an appliance.
         run = doing(partial(_carry_out, task))
-        yield Step(f"Task {task.name}", run, appliance.script_commands(), rehearsed=False)
+        shown = told(task.copies) if task.type == "copy" else appliance.script_commands()
+        yield Step(f"Task {task.name}", run, shown, rehearsed=False)
 
 
 def _carry_out(task: Task, state: State) -> None:
-    run_task(task, Place(partial(chroot_argv, appliance.ROOT), DIRECTORY, script=partial(_run, tree_of(state))))
+    tree = tree_of(state)
+
+    def copy(task: Task, _: float | None) -> None:
+        copying.copy_task(state.build, tree, task)
+
+    own = {"copy": copy}
+    run_task(task, Place(partial(chroot_argv, appliance.ROOT), DIRECTORY, own=own, script=partial(_run, tree)))
 
 
 def _run(tree: Tree, task: Task, limit: float | None) -> None:

@@ -1,15 +1,17 @@
 """Playbooks: ansible-playbook runs on this machine, and works on the booted system by ssh, on a tree by chroot."""
 
+import dataclasses
 import json
 import os
 import re
 import shlex
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import command, scratch
+from ..base import command, files, interrupts, scratch
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..configuration.settings import Task
 from ..model import Plan
@@ -22,6 +24,17 @@ _LONGEST_REASON = 300
 # What the user has for all playbooks: no setting of theirs, but the roles and collections that they have installed.
 _OWN = "~/.ansible"
 _CONFIGURATION = "ansible.cfg"
+
+# What Ansible looks for beside a playbook, and has no name of its own for.
+_BESIDE = re.compile(
+    r"roles|group_vars|host_vars|files|templates|vars|tasks|handlers|library|module_utils|collections|\w+_plugins"
+    r"|.*\.ya?ml"
+)
+# What Python and git write when nothing of it has changed.
+_LEFT_OUT = ("__pycache__", ".git")
+_MOST_FILES = 100_000
+# A larger file is known by its size and by when it was changed.
+_LARGEST_READ = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -40,15 +53,19 @@ class Login:
 
 def playbook_argv(plan: Plan, task: Task, inventory: Path) -> list[str]:
     """Return the command that carries out *task* on the one host of *inventory*."""
-    facts = {"image_factory_image": plan.image, "image_factory_release": plan.settings.release or ""}
     return [
         _PROGRAM,
         "-i", str(inventory),
-        "-e", json.dumps(facts),
+        "-e", json.dumps(facts_of(plan)),
         *(["-e", f"@{task.secrets.absolute()}"] if task.secrets else []),
         *task.args,
         str(_playbook(task)),
     ]  # fmt: skip
+
+
+def facts_of(plan: Plan) -> dict[str, str]:
+    """Return the variables that each playbook of *plan* gets."""
+    return {"image_factory_image": plan.image, "image_factory_release": plan.settings.release or ""}
 
 
 def directory_of(task: Task) -> Path:
@@ -59,6 +76,59 @@ def directory_of(task: Task) -> Path:
 def _playbook(task: Task) -> Path:
     assert task.file
     return task.file.absolute()
+
+
+def with_given(plan: Plan, task: Task) -> Task:
+    """Return *task*; a playbook with what tells it, and what it finds beside it now, apart from another one."""
+    if task.type != "playbook":
+        return task
+    return dataclasses.replace(task, given="\n".join(_identity(plan, task)))
+
+
+def _identity(plan: Plan, task: Task) -> list[str]:
+    """Return what tells the playbook of *task*, and all that it finds beside it, apart from another one.
+
+    That is the roles, the files and so on in its directory, other YAML files there, and what its arguments name as
+    ``@FILE``; not what is installed for all playbooks.  ConfigurationError if that is too much.
+    """
+    directory = directory_of(task)
+    try:
+        names = [name for name in os.listdir(directory) if _BESIDE.fullmatch(name)]
+    except OSError:
+        # Whoever reads the playbook says why.
+        return []
+    names += [word[1:] for word in task.args if word.startswith("@")]
+    waiting = [(name, directory / name) for name in sorted(names, reverse=True)]
+    seen: set[tuple[int, int]] = set()
+    found = [repr(facts_of(plan))]
+    while waiting:
+        interrupts.check()
+        name, path = waiting.pop()
+        if len(found) > _MOST_FILES:
+            raise ConfigurationError(
+                f"[{plan.image}] task {task.name}: {directory} has more than {_MOST_FILES} files for it.",
+                hint="Give the playbook a directory of its own.",
+            )
+        try:
+            status = path.stat()
+            if not stat.S_ISDIR(status.st_mode):
+                found.append(f"{name!r} {_known_by(path, status)}")
+            elif (status.st_dev, status.st_ino) not in seen:
+                # A link may lead to where it lies.
+                seen.add((status.st_dev, status.st_ino))
+                inside = sorted(set(os.listdir(path)).difference(_LEFT_OUT), reverse=True)
+                waiting += [(f"{name}/{each}", path / each) for each in inside]
+        except OSError as error:
+            found.append(f"{name!r} {error.strerror}")
+    return found
+
+
+def _known_by(path: Path, status: os.stat_result) -> str:
+    if not stat.S_ISREG(status.st_mode):
+        return "no file"
+    if status.st_size > _LARGEST_READ:
+        return f"{status.st_size} {status.st_mtime_ns}"
+    return f"{status.st_mode & 0o111} {files.digest_of(path)}"
 
 
 def _host_of(login: Login) -> dict[str, object]:

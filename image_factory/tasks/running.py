@@ -3,8 +3,8 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ..base import command, events, interrupts
 from ..base.errors import BuildError, CommandError
@@ -12,7 +12,7 @@ from ..base.events import TaskEnded
 from ..base.log import logger, printable
 from ..base.units import format_duration
 from ..configuration.settings import Task
-from . import KINDS, digest_of, payload, receiving, script_of
+from . import digest_of, payload, receiving, script_of
 
 # Statuses of the line of shell that ``receiving`` gives, and of timeout(1) in it.
 _NOT_RECEIVED = 125
@@ -35,20 +35,20 @@ class Place:
     """A system that tasks run in.
 
     *shell* makes the argv that runs a line of shell as root there.  *directory*, on a tmpfs there, is made for a task
-    and removed.  *watch*, called each second, raises PlaceGoneError when the system is there no more.  *playbook*
-    runs a task that this machine runs, within a number of seconds if that is not None; it is None where none can be.
+    and removed.  *watch*, called each second, raises PlaceGoneError when the system is there no more.  *own*
+    carries out those that this machine does, by their types, within a number of seconds if that is not None.
     *script* runs one that the system runs, where no command of this machine does.
     """
 
     shell: Callable[[str], Sequence[str]]
     directory: str
     watch: Callable[[], None] | None = None
-    playbook: Callable[[Task, float | None], None] | None = None
+    own: Mapping[str, Callable[[Task, float | None], None]] = field(default_factory=dict)
     script: Callable[[Task, float | None], None] | None = None
 
 
 def script_argv(task: Task, place: Place) -> list[str]:
-    """Return the command that carries out *task*, which is no playbook, at *place*."""
+    """Return the command that carries out *task*, whose kind has a script, at *place*."""
     return [*place.shell(receiving(script_of(task), place.directory, _limit(task)))]
 
 
@@ -92,18 +92,17 @@ def _tried(task: Task, place: Place) -> str:
     limit = _limit(task)
     start = time.monotonic()
     try:
-        if place.script:
+        if task.type in place.own:
+            place.own[task.type](task, limit)
+        elif place.script:
             place.script(task, limit)
-        elif KINDS[task.type].script:
+        else:
             command.run(
                 script_argv(task, place),
                 stdin=payload(script_of(task)),
                 timeout=None if limit is None else limit + GRACE_SECONDS,
                 watch=place.watch,
             )
-        else:
-            assert place.playbook
-            place.playbook(task, limit)
     except PlaceGoneError:
         raise
     except CommandError as error:
@@ -119,7 +118,7 @@ def _tried(task: Task, place: Place) -> str:
     except BuildError as error:
         if limit is not None and time.monotonic() - start >= limit:
             return _too_long(limit)
-        return f"can't be run: {error.message}"
+        return f"can't be run: {error.message.removesuffix('.')}"
     return ""
 
 

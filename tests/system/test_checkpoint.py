@@ -19,13 +19,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_factory import checkpoint, pipeline, workspace
+from image_factory import checkpoint, outputs, pipeline, workspace
 from image_factory.base import events, files
 from image_factory.base.errors import ConfigurationError
 from image_factory.checkpoint import Checkpoint, Reached
 from image_factory.configuration.files import Configuration
-from image_factory.model import READ_ONLY_NAME, Artifact, Build, Disk, Plan
-from image_factory.outputs import raw
+from image_factory.model import READ_ONLY_NAME, Artifact, Build, Plan
+
+from ..conftest import state_of
 
 
 def make_plan(directory: Path, extra: str = "") -> Plan:
@@ -166,7 +167,8 @@ def test_raw_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool)
         monkeypatch.setattr(os, "link", link)
     build = build_in(tmp_path)
     done = begin(build)
-    artifact = raw.write(build, Disk(build.disk_path))
+    [step] = outputs.steps(build)
+    [artifact] = step.run(state_of(build)).artifacts
     assert artifact.path.read_text() == "disk"
     assert artifact.path.samefile(build.disk_path) == links
     done.reach(Reached.CONVERTED, [dataclasses.replace(artifact, sha256="0" * 64)])
@@ -353,7 +355,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = ["inputs", "outputs", "date", "virt_type", "used", "stage", "artifacts", "uploaded", "kept", "another"]
+KEYS = ["inputs", "outputs", "date", "virt_type", "used", "stage", "artifacts", "uploaded", "kept", "name", "another"]
 
 
 @given(key=st.sampled_from(KEYS), value=values)

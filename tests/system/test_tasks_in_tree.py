@@ -1,5 +1,6 @@
 """Tasks in a tree that is bootstrapped from a small archive, by root and by a user who may run nothing as root."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -124,8 +125,8 @@ def test_what_a_task_sees_and_leaves(place: Place) -> None:
         assert [name for line in listed.splitlines() if (name := line.split("/")[5:6]) not in ([], ["."], [".."])] == []
     check_log(place, log)
     steps = [name for name, _ in shown]
-    assert steps[:4] == ["Bootstrapping", "Task look", "Task leave", "Task left"]
-    for name, commands in logged(log)[1:4]:
+    assert steps[:5] == ["Bootstrapping", "Keeping the tree", "Task look", "Task leave", "Task left"]
+    for name, commands in logged(log)[1:5]:
         [(_, expected)] = [each for each in shown if each[0] == name]
         assert [*map(plain, commands)] == [*map(plain, expected)]
 
@@ -138,6 +139,12 @@ def check_log(place: Place, log: str) -> None:
     assert SECRET.encode() not in (place.out / WORK / "disk.raw").read_bytes()
     for path in (place.out / WORK).iterdir():
         assert SECRET not in path.read_bytes().decode(errors="replace"), path
+
+
+def assert_resumable(place: Place) -> None:
+    """Nothing is left of a build but what --resume needs."""
+    assert place.left() == [str(place.out / WORK)]
+    assert {path.name.split("-")[0] for path in (place.out / WORK).iterdir()} == {"checkpoint.json", "layer"}
 
 
 # What is wrong of a task; what the error says.
@@ -172,12 +179,10 @@ def test_bad_task(user_place: Place, name: str) -> None:
     assert done.returncode == 1, done.stderr
     assert re.match(f"image-factory: error: {message}", said(done.stderr)[0]), said(done.stderr)
     assert len(said(done.stderr)) == 2
-    [results] = user_place.out.iterdir()
+    _, results = sorted(user_place.out.iterdir())
     assert results.name.endswith(".junit.xml") and 'name="bad"' in results.read_text()
-    results.unlink()
     assert "471105" not in run("ps", "-eo", "args").stdout.replace("kill -9", "")
-    assert list(user_place.out.iterdir()) == []
-    assert user_place.left() == []
+    assert_resumable(user_place)
 
 
 def test_tries_and_much_output(user_place: Place) -> None:
@@ -208,7 +213,50 @@ def test_no_link_of_a_tree_is_followed_out_of_it(user_place: Place, path: str) -
     reason = f"a symbolic link of the tree leads out of it, to {outside}."
     assert said(done.stderr)[0] == f"image-factory: error: Task x could not be put into the system: {reason}"
     assert list(outside.iterdir()) == []
-    assert user_place.left() == []
+    assert_resumable(user_place)
+
+
+def test_copies_in_the_order_of_the_tasks(place: Place) -> None:
+    """With owners that a task before has made; no link of the tree leads out of it, which has names of its own."""
+    write(place, "motd.j2", "of {{ arch }}\n")
+    before = "echo 'web:x:33:33::/:/bin/false' >>/etc/passwd; mkdir /srv/there; ln -s srv/there /opt"
+    after = "cat /opt/motd >/srv/seen; stat -c '%u:%g %a' /opt/motd >>/srv/seen"
+    files = "\n[files]\ntask-copy = ./motd.j2:/opt/:web:daemon:0640\n  ./motd.j2:/etc/resolv.conf\n"
+    configure(place, "before, files, after", task("before", before) + files + task("after", after))
+    [(_, shown)] = [step for step in announced(place.run("--dry-run", *BUILD).stdout) if step[0] == "Task files"]
+    log = place.run(*BUILD).stderr
+    assert in_tree(place, "/srv/seen") == "of x86_64\n33:1 640\n"
+    assert in_tree(place, "/etc/resolv.conf") == "of x86_64\n"
+    [(_, done)] = [step for step in logged(log) if step[0] == "Task files"]
+    assert [*map(plain, done)] == [plain(argv) for argv in shown if argv[0] != "#"]
+    outside = place.directory / "outside"
+    outside.mkdir()
+    out = f"ln -s ../../../../../../../../../../..{outside} /srv/out"
+    configure(place, "before, files", task("before", out) + "\n[files]\ntask-copy = ./motd.j2:/srv/out/x\n")
+    done_badly = place.run(check=False)
+    message = (
+        r"error: Task files can't be run: \[small\] task files: /srv/out of the image is a link that leads out of it\."
+    )
+    assert re.search(message, said(done_badly.stderr)[0]), said(done_badly.stderr)
+    assert [*outside.iterdir()] == []
+    assert_resumable(place)
+
+
+def test_a_user_whom_the_system_has_not(users: dict[str, User], small_archive: Archive) -> None:
+    """Packages bring users, so that nothing is known before; but then no work is lost."""
+    place = new_place(users["root"], small_archive)
+    write(place, "motd", "mine\n")
+    configure(place, "", copy="./motd:/etc/motd:nobody-there:root")
+    place.run("--check", "small")
+    done = place.run("--until", "clean", "small", check=False)
+    assert done.returncode == 1, done.stderr
+    error, hint = said(done.stderr)
+    assert error == "image-factory: error: [small] copy: the image has no user nobody-there."
+    assert "Name one of /etc/passwd of the image, or its number; 'image-factory --resume small' goes on here" in hint
+    configure(place, "", copy="./motd:/etc/motd:1234:root")
+    log = place.run("--resume", "--until", "clean", "small").stderr
+    assert "Bootstrapping" not in log
+    assert in_tree(place, "/etc/motd") == "mine\n"
 
 
 def test_link_of_names_into_run(user_place: Place) -> None:
@@ -227,15 +275,90 @@ def test_resuming_knows_the_tasks(user_place: Place) -> None:
     section = "\n[work]\ntask-file = ./work.sh\ntask-secrets = ./secrets\n"
     configure(user_place, "work", section)
     user_place.run()
+
+    def first_steps() -> list[str]:
+        shown = announced(user_place.run("--resume", "--dry-run", "small").stdout)
+        return [name for name, _ in shown][:2]
+
+    changed = ["Restoring the tree", "Task work"]
     secrets.write_text("PASSWORD=two-two-two\n")
-    done = user_place.run("--resume", "--dry-run", "small", check=False)
-    assert "tasks changed since the disk was installed" in said(done.stderr)[0]
+    assert first_steps() == changed
     secrets.write_text("PASSWORD=one-one-one\n")
     configure(user_place, "work", f"{section}task-timeout = 5m\n")
-    user_place.run("--resume", "--dry-run", "small")
+    assert "Task work" not in first_steps()
     write(user_place, "work.sh", "#!/bin/sh\necho two >/srv/work\n")
+    assert first_steps() == changed
+    user_place.run("--resume", *BUILD)
+    assert in_tree(user_place, "/srv/work") == "two\n"
+    # What the tree is made from is another matter.
+    user_place.recipe(script="true")
     done = user_place.run("--resume", "--dry-run", "small", check=False)
-    assert "tasks changed since the disk was installed" in said(done.stderr)[0]
+    assert "bootstrap changed since the disk was installed" in said(done.stderr)[0]
+
+
+# What two tasks make of a tree, and take from it again.
+MAKE = """
+mkdir -p /srv/kept /srv/gone/below /srv/moved /srv/file-later
+echo one >/srv/kept/one; echo two >'/srv/kept/a name
+with a line'; chmod 4711 /srv/kept/one; chown 12:34 /srv/kept/one
+ln /srv/kept/one /srv/kept/other; ln -s nowhere /srv/kept/link; mkfifo -m 600 /srv/kept/pipe
+dd if=/dev/zero of=/srv/kept/sparse bs=1 count=1 seek=5000000 2>/dev/null
+echo below >/srv/gone/below/it; echo moved >/srv/moved/it; echo x >/srv/directory-later
+"""
+CHANGE = """
+rm -r /srv/gone /srv/file-later /srv/directory-later; mv /srv/moved /srv/there
+echo file >/srv/file-later; mkdir -m 2750 /srv/directory-later
+chmod 600 /srv/kept/other; chown 56:78 /srv/kept; echo again >>/srv/there/it; rm /srv/kept/link
+"""
+
+
+def test_a_build_goes_on_at_the_task_that_failed(place: Place) -> None:
+    """No task before it runs again, and the disk is bit for bit the one of a build in which none has failed."""
+    sections = task("make", MAKE) + task("change", CHANGE) + "\n[last]\ntask-file = ./last.sh\n"
+    write(place, "last.sh", "#!/bin/sh\necho >>/srv/tries\n")
+    configure(place, "make, change, last", sections)
+    dated = {"SOURCE_DATE_EPOCH": "1700000000"}
+    place.run(*BUILD, **dated)
+    disk = place.out / WORK / "disk.raw"
+    whole = hashlib.sha256(disk.read_bytes()).hexdigest()
+    assert in_tree(place, "/srv/there/it") == "moved\nagain\n"
+    write(place, "last.sh", "#!/bin/sh\necho half >/srv/half; exit 3\n")
+    done = place.run(*BUILD, check=False, **dated)
+    assert said(done.stderr)[0] == "image-factory: error: Task last failed with status 3."
+    assert "'image-factory --resume small' goes on here" in said(done.stderr)[1]
+    assert not disk.exists()
+    write(place, "last.sh", "#!/bin/sh\necho >>/srv/tries\n")
+    shown = announced(place.run("--resume", "--dry-run", *BUILD, **dated).stdout)
+    done = place.run("--resume", *BUILD, **dated)
+    steps = ["Restoring the tree", "Task last", "Installing the boot loader", "Making the disk"]
+    assert [name for name, _ in shown] == [name for name, _ in logged(done.stderr)] == steps
+    assert hashlib.sha256(disk.read_bytes()).hexdigest() == whole
+    assert place.left() == [str(place.out / WORK)]
+    place.run("--cleanup", "--output-dir", str(place.out))
+    assert place.left() == []
+
+
+def test_a_build_stops_after_a_task(user_place: Place) -> None:
+    """And goes on there: what is kept is all that the next one needs."""
+    sections = "".join(task(name, f"echo {name} >>/srv/log") for name in ("one", "two", "three"))
+    configure(user_place, "one, two, three", sections)
+    stopping = ("--until", "task:two", "small")
+    assert [name for name, _ in announced(user_place.run("--dry-run", *stopping).stdout)] == [
+        "Bootstrapping", "Keeping the tree", "Task one", "Task two",
+    ]  # fmt: skip
+    done = user_place.run(*stopping)
+    assert done.stdout.endswith("Stopped after task:two. 'image-factory --resume small' goes on.\n")
+    assert not (user_place.out / WORK / "disk.raw").exists()
+    done = user_place.run("--resume", *stopping)
+    assert [name for name, _ in logged(done.stderr)] == ["Restoring the tree"]
+    user_place.run("--resume", *BUILD)
+    assert in_tree(user_place, "/srv/log") == "one\ntwo\nthree\n"
+    done = user_place.run("--until", "task:four", "small", check=False)
+    assert done.returncode == 2
+    assert said(done.stderr) == [
+        "image-factory: error: --until task:four: small has no such task before cleaning.",
+        "image-factory: hint: It has task:one, task:two, task:three.",
+    ]
 
 
 PLAYBOOK = """\
@@ -262,7 +385,7 @@ def test_playbook(place: Place) -> None:
     assert "HOME=/root\n" in environment and "OF_THE_USER" not in environment and "ANSIBLE" not in environment
     assert "ansible" not in in_disk(place.out / WORK / "disk.raw", "ls -p /root")
     [(_, done)] = [step for step in logged(log) if step[0] == "Task play"]
-    assert [re.sub(r"/\S+/inventory.json", "INVENTORY", plain(argv)) for argv in done] == [*map(plain, shown)]
+    assert [re.sub(r"\S+/inventory.json", "INVENTORY", plain(argv)) for argv in done] == [*map(plain, shown)]
     assert SECRET not in log
     assert place.left() == [str(place.out / WORK)]
 
@@ -288,7 +411,7 @@ def test_shell_where_a_task_failed(user_place: Place) -> None:
     assert re.search(r"^half\r\n0\r\n#!/bin/sh\r\nexit 101\r$", shown, re.MULTILINE), shown
     assert "A shell is opened in the tree; the build ends when you leave it." in shown
     assert "error: Task bad failed with status 7." in shown
-    assert user_place.left() == []
+    assert_resumable(user_place)
 
 
 # What can be known before a build of the section of a task: the error, and the hint.

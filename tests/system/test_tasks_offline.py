@@ -1,6 +1,7 @@
 """Tasks after cleaning, in libguestfs' appliance."""
 
 import dataclasses
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from image_factory import checkpoint
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.base.log import printable
 from image_factory.checkpoint import Reached
+from image_factory.configuration.parsers import Copy
 from image_factory.configuration.settings import Task
 from image_factory.machines.arch import default_arch
 from image_factory.model import Build
@@ -77,8 +79,10 @@ def test_tasks_in_the_appliance(tmp_path: Path, caplog: pytest.LogCaptureFixture
         "look", "look", "script", script, args=("it's",), environment=(("COLOUR", "dark red"),), secrets=secrets
     )
     after = "ps >/etc/after; ls /srv >>/etc/after; ls -A /run >>/etc/after"
+    (tmp_path / "motd").write_text("mine\n")
     tasks = [
         look,
+        Task("files", "files", "copy", copies=(Copy(f"{tmp_path}/motd", "/boot/", "7", "8", 0o640),)),
         Task("hangs", "hangs", "command", command="sleep 471106", timeout=2.0, allow_failure=True),
         Task("fails", "fails", "command", command=f"{after}; echo reason >&2; exit 7"),
     ]
@@ -90,6 +94,8 @@ def test_tasks_in_the_appliance(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert shown(build, "root", "cat /etc/issue") == "it's dark red\n"
     assert "pbeerpg-ubefr-onggrel" in shown(build, "root", "cat /etc/turned")
     assert shown(build, "boot", "cat /kernel") == "kernel\n"
+    assert shown(build, "boot", "cat /motd") == "mine\n"
+    assert re.search(r"(?s)Mode: +0640 .*User: +7 +Group: +8 ", shown(build, "boot", "stat /motd"))
     assert shown(build, "root", "cat /etc/devices").split()[:1] == ["lo:"]
     assert len(shown(build, "root", "cat /etc/devices").splitlines()) == 1
     assert {"/boot", "/proc", "/dev", "/run", "/tmp"} <= {

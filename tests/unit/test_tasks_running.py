@@ -1,6 +1,7 @@
 """One task is carried out in a place, which is this machine here: its tries, its time, its secrets, its end."""
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from image_factory.base import events, log
 from image_factory.base.command import output
 from image_factory.base.errors import BuildError
 from image_factory.configuration.settings import Task
-from image_factory.tasks import digest_of, hidden_in
+from image_factory.tasks import digest_of, hidden_in, script_of
 from image_factory.tasks.running import Place, PlaceGoneError, run_task
 
 ALLOWED = {"passed", "failed", "allowed"}
@@ -82,6 +83,19 @@ def test_a_script_gets_its_arguments_environment_and_secrets(tmp_path: Path, pla
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("manager", ["apt-get", "dnf", "zypper"])
+def test_packages_are_installed_by_the_manager_that_is_there(tmp_path: Path, manager: str) -> None:
+    """Without "--" before their names: dnf 5 does not know it (rpm-software-management/dnf5#700)."""
+    program = tmp_path / manager
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    script = script_of(Task("work", "work", "packages", packages=("one", "two")))
+    words = ["/bin/sh", "-s", "-", *script.arguments]
+    environment = {"PATH": str(tmp_path)}
+    done = subprocess.run(words, input=script.content, env=environment, stdout=subprocess.PIPE, check=True)
+    assert re.fullmatch(r"(-[-\w]+ |-o [^ ]+ )*install one two", done.stdout.decode().splitlines()[-1])
+
+
 def test_a_failure_names_task_status_and_last_line(place: Place) -> None:
     """Escape sequences of what it printed reach nobody."""
     found, error = ended(command(r"printf 'one\n\033[31mtwo\033]0;title\007\n'; exit 3"), place)
@@ -89,6 +103,21 @@ def test_a_failure_names_task_status_and_last_line(place: Place) -> None:
     assert error.message == "Task work failed with status 3: two."
     assert error.hint == "--shell-on-error gives a shell where a task failed."
     assert (found.outcome, found.message) == ("failed", "failed with status 3: two")
+
+
+@pytest.mark.parametrize(
+    ("first", "wanted"),
+    [("#!/usr/bin/nosuch -x", "/usr/bin/nosuch"), ("#! /usr/bin/env -S nosuch's x", "nosuch's"), ("#!/bin/sh", "")],
+)
+def test_a_system_without_what_runs_a_script(tmp_path: Path, place: Place, first: str, wanted: str) -> None:
+    """The system would say that it has no such script."""
+    script = tmp_path / "script"
+    script.write_text(f"{first}\n")
+    _, error = ended(Task("work", "", "script", script), place)
+    assert (error.message if error else "") == (
+        wanted and f"Task work failed with status 127: the system has no {wanted}, which runs it."
+    )
+    assert not Path(place.directory).exists()
 
 
 def test_a_failure_that_is_allowed_is_a_warning(place: Place, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, naming
 from ..base import events
 from ..base.log import logger
 from ..base.units import format_size
@@ -87,7 +87,9 @@ def named(plan: Plan, artifacts: Sequence[Artifact]) -> list[Artifact]:
     """Return *artifacts* with the names of what add_manifests will write, for --dry-run."""
     suffixes = (MANIFEST_SUFFIX, SBOM_SUFFIX) if plan.settings.manifest else ()
     return [
-        dataclasses.replace(artifact, companions=tuple((artifact.path.name + suffix, "") for suffix in suffixes))
+        dataclasses.replace(
+            artifact, companions=(*artifact.companions, *((artifact.path.name + suffix, "") for suffix in suffixes))
+        )
         for artifact in artifacts
     ]
 
@@ -249,25 +251,38 @@ def _versions(packages: Iterable[Mapping[str, Any]]) -> defaultdict[tuple[str, s
 
 def _previous(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return the manifests of the newest build before by their formats, nothing if there are none to use."""
-    pattern = re.compile(
-        rf"{re.escape(plan.image)}-([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}})\.([a-z0-9]+){re.escape(MANIFEST_SUFFIX)}"
-    )
-    found: defaultdict[str, dict[str, Path]] = defaultdict(dict)
+    pattern = re.compile(rf"{naming.pattern(plan)}\.[a-z0-9.]+{re.escape(MANIFEST_SUFFIX)}")
+    today = plan.date.isoformat().replace("-", "")
+    found: defaultdict[tuple[str, str], list[Path]] = defaultdict(list)
     with contextlib.suppress(OSError):
         for path in plan.output_dir.iterdir():
             match = pattern.fullmatch(path.name)
-            if match and match[1] <= plan.date.isoformat():
-                found[match[1]][match[2]] = path
-    for date in sorted(found, reverse=True):
-        read = {name: _read(path, date) for name, path in sorted(found[date].items())}
-        usable = {name: document for name, document in read.items() if document}
+            date = match["date"].replace("-", "") if match else ""
+            if match and date[: len(today)] <= today:
+                found[date, match["name"]].append(path)
+    for (date, _), paths in sorted(found.items(), key=_newest_last, reverse=True):
+        read = [_read(path, plan, date) for path in sorted(paths)]
+        usable = {str(document["artifact"]["format"]): document for document in read if document}
         if usable:
             return usable
     return {}
 
 
-def _read(path: Path, date: str) -> dict[str, Any] | None:
-    """Return the manifest at *path*, None and a warning if it is not one of ours."""
+def _newest_last(found: tuple[tuple[str, str], Sequence[Path]]) -> tuple[str, float]:
+    """Return what puts builds in order: the time in their names, and then when they were written."""
+    (date, _), paths = found
+    times = [0.0]
+    for path in paths:
+        with contextlib.suppress(OSError):
+            times.append(path.lstat().st_mtime)
+    return date, max(times)
+
+
+def _read(path: Path, plan: Plan, date: str) -> dict[str, Any] | None:
+    """Return the manifest at *path* of a build of *plan*'s image, None and a warning if it is not one of ours.
+
+    *date* are the digits of the time in its name, if there are some.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
         try:
@@ -277,7 +292,10 @@ def _read(path: Path, date: str) -> dict[str, Any] | None:
                 document = json.loads(file.read(_LARGEST))
         finally:
             os.close(descriptor)
-        _check(document, date)
+        if document["image"] != plan.image:
+            # Where images are named otherwise, those of all may have names of this form.
+            return None
+        _check(document, date or document["date"].replace("-", ""))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         logger.warning("%s is not a manifest that this build can be compared with.", path)
         return None
@@ -288,7 +306,7 @@ def _check(document: Any, date: str) -> None:
     """Raise ValueError, TypeError or KeyError unless *document* has what is compared."""
     texts = [package[key] for package in document["packages"] for key in ("name", "architecture", "version")]
     numbers = [document["artifact"]["size_on_disk"], *document["directories"].values()]
-    if document["schema_version"] != SCHEMA_VERSION or document["date"] != date:
+    if document["schema_version"] != SCHEMA_VERSION or document["date"].replace("-", "") != date[:8]:
         raise ValueError("another version, or another build's")
     if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
         raise ValueError("another form")

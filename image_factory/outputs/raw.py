@@ -1,32 +1,31 @@
 """The disk as it is."""
 
 import os
+from pathlib import Path
 
 from ..base import command
-from ..model import Artifact, Build, Disk, Origin
+from ..model import Build
+from ..parts import State
+from .kind import Output
 
-MADE_FROM: Origin = "disk"
-STEP = "Naming the raw image"
 
-
-def commands(build: Build) -> list[list[str]]:
-    """Return the commands it will run: none."""
+def _commands(build: Build, path: Path) -> list[list[str]]:
     return []
 
 
-def write(build: Build, disk: Disk) -> Artifact:
+def _write(output: Output, state: State, path: Path) -> None:
     """Give the disk itself the artifact's name, so that it's the last format to be written."""
-    path = build.directory / build.plan.file_name("raw")
-    virtual_size = disk.path.stat().st_size
     path.unlink(missing_ok=True)
     try:
         # A second name, as a build that fails later goes on from the disk.
-        os.link(disk.path, path)
+        os.link(state.disk.path, path)
     except OSError:
         # There are filesystems that have no such thing.
-        command.run(["cp", "--sparse=always", "--reflink=auto", str(disk.path), str(path)])
+        command.run(["cp", "--sparse=always", "--reflink=auto", str(state.disk.path), str(path)])
     # libvirt's QEMU may have changed who can read it.
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)
-    return Artifact(path, "raw", virtual_size)
+
+
+RAW = Output("Naming the raw image", "raw", _commands, _write, driver="raw", takes_disk=True)

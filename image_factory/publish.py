@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .base import command, events, files, interrupts
-from .base.errors import BuildError, reason_of
+from .base.errors import BuildError, ConfigurationError, ImageFactoryError, reason_of
 from .base.log import logger
-from .configuration.settings import Destination
-from .finishing import manifest, sign
+from .configuration.settings import MORE_CHECKSUMS, Destination
+from .elements import engine
+from .finishing import checksum, importing, listing, manifest, sign
 from .model import MANIFEST_SUFFIX, SBOM_SUFFIX, SIGNATURE_SUFFIX, SUMS_SUFFIX, Artifact, Build, Plan
 from .outputs import planned
+from .outputs.targets import TARGETS
 from .parts import Group, Shown, State, Step, carry_out, doing, show
-from .uploads import UPLOADS
+from .uploads import UPLOADS, index, streams
 
 # In the working directory while artifacts are published: their names.
 _RECORD = "publishing"
@@ -27,8 +29,9 @@ def move_into_place(build: Build, artifacts: Sequence[Artifact]) -> list[Artifac
     Older files of these names are replaced; they come back if one can't be.
     """
     target = build.plan.output_dir
-    with _recorded(build, artifacts), contextlib.ExitStack() as undo:
-        for path in _files(artifacts):
+    paths = list(dict.fromkeys([*engine.beside(build.directory), *_files(artifacts)]))
+    with _recorded(build, paths), contextlib.ExitStack() as undo:
+        for path in paths:
             undo.callback(_replace(path, target / path.name, build.directory))
         undo.pop_all()
     _remove_stale(build.plan, artifacts)
@@ -57,8 +60,14 @@ def _files(artifacts: Sequence[Artifact]) -> list[Path]:
 def _remove_stale(plan: Plan, artifacts: Sequence[Artifact]) -> None:
     """Remove what belonged to artifacts that were replaced, and is not made any more."""
     sums = f"{plan.base_name}{SUMS_SUFFIX}"
+    suffixes = (
+        MANIFEST_SUFFIX,
+        SBOM_SUFFIX,
+        *map(checksum.suffix_of, MORE_CHECKSUMS),
+        *map(importing.suffix_of, TARGETS.values()),
+    )
     possible = [
-        *(f"{artifact.path.name}{suffix}" for artifact in artifacts for suffix in (MANIFEST_SUFFIX, SBOM_SUFFIX)),
+        *(f"{artifact.path.name}{suffix}" for artifact in artifacts for suffix in suffixes),
         sums,
         f"{sums}{SIGNATURE_SUFFIX}",
     ]
@@ -70,10 +79,10 @@ def _remove_stale(plan: Plan, artifacts: Sequence[Artifact]) -> None:
 
 
 @contextlib.contextmanager
-def _recorded(build: Build, artifacts: Sequence[Artifact]) -> Iterator[None]:
-    """Have a record of what is published inside, so that of a build that is killed nothing is."""
+def _recorded(build: Build, paths: Sequence[Path]) -> Iterator[None]:
+    """Have a record of what is published inside, *paths*, so that of a build that is killed nothing is."""
     record = build.directory / _RECORD
-    names = [path.name for path in _files(artifacts)]
+    names = [path.name for path in paths]
     # Half a record would be worse than none.
     files.replace(record, "".join(f"{name}\n" for name in names).encode())
     yield
@@ -103,10 +112,10 @@ def _replace(source: Path, target: Path, directory: Path) -> Callable[[], None]:
     older = _older(directory, target.name)
 
     def take_back() -> None:
+        # What elements have made is not made once more when the build is resumed.
+        files.move(target, source)
         if os.path.lexists(older):
             files.move(older, target)
-        else:
-            target.unlink()
 
     try:
         _keep(target, older)
@@ -157,16 +166,22 @@ def upload_steps(build: Build) -> Iterator[Group]:
 
 def published(plan: Plan) -> list[Artifact]:
     """Return the artifacts of *plan* with their final names, and the names of what belongs to them."""
-    return sign.named(plan, manifest.named(plan, planned(plan, plan.output_dir)))
+    found = checksum.named(plan, planned(plan, plan.output_dir))
+    for part in (importing, manifest, listing, sign):
+        found = part.named(plan, found)
+    return found
 
 
 def _uploads(plan: Plan, artifacts: Sequence[Artifact]) -> list[list[tuple[Artifact, Destination]]]:
     """Return for each destination what is uploaded to it."""
     uploaded = [artifact for artifact in artifacts if artifact.upload]
-    return [
-        list(zip(uploaded, destinations, strict=True))
-        for destinations in zip(*(plan.destinations[artifact.format] for artifact in uploaded), strict=True)
-    ]
+    each = zip(*(plan.destinations[artifact.format] for artifact in uploaded), strict=True)
+    going = ([pair for pair in zip(uploaded, found, strict=True) if _goes_to(*pair)] for found in each)
+    return [pairs for pairs in going if pairs]
+
+
+def _goes_to(artifact: Artifact, destination: Destination) -> bool:
+    return destination.formats is None or artifact.format in destination.formats
 
 
 def _to_destination(plan: Plan, destinations: Sequence[tuple[Artifact, Destination]]) -> Group:
@@ -188,7 +203,47 @@ def _to_destination(plan: Plan, destinations: Sequence[tuple[Artifact, Destinati
     def shown(state: State, steps: Sequence[Step | Group]) -> list[Shown]:
         return [] if state.served and state.served.has_served(whole) else show(state, steps)
 
-    return Group([_upload(plan, artifact, destination) for artifact, destination in destinations], run, shown)
+    steps = [_upload(plan, artifact, destination) for artifact, destination in destinations]
+    if whole[0].index != "no":
+        steps += _index(plan, whole[0])
+    return Group(steps, run, shown)
+
+
+def _index(plan: Plan, destination: Destination) -> list[Step]:
+    """Return the steps that update the index at *destination* once all files are there, and remove older builds."""
+    gone: list[str] = []
+
+    def run(state: State) -> None:
+        going = [artifact for artifact in state.artifacts if artifact.upload and _goes_to(artifact, destination)]
+        try:
+            gone[:] = index.update(plan, destination, going)
+        except (BuildError, ConfigurationError) as error:
+            logger.error("Updating the index at %s failed: %s", destination.section, error.message)
+            raise _UploadError(f"{index.NAME} to {destination.section}", error) from error
+
+    where = f"at {destination.section}"
+    steps = [Step(f"Updating the index {where}", doing(run), _known(lambda: index.commands(destination)))]
+    if destination.index == "simplestreams":
+        steps.append(_streams(plan, destination))
+    if destination.keep is not None:
+        commands = _known(lambda: index.removing(destination))
+        removing = doing(lambda state: index.remove(destination, gone))
+        steps.append(Step(f"Removing older builds {where}", removing, commands))
+    return steps
+
+
+def _streams(plan: Plan, destination: Destination) -> Step:
+    """Return the step that updates what Incus reads at *destination*, once the index is there."""
+
+    def run(state: State) -> None:
+        try:
+            index.update_streams(plan, destination)
+        except (BuildError, ConfigurationError) as error:
+            logger.error("Updating the simplestreams at %s failed: %s", destination.section, error.message)
+            raise _UploadError(f"{index.STREAMS} to {destination.section}", error) from error
+
+    commands = _known(lambda: index.streams_commands(destination))
+    return Step(f"Updating the simplestreams at {destination.section}", doing(run), commands)
 
 
 def _upload(plan: Plan, artifact: Artifact, destination: Destination) -> Step:
@@ -199,18 +254,27 @@ def _upload(plan: Plan, artifact: Artifact, destination: Destination) -> Step:
             UPLOADS[destination.type].upload(destination, made)
             for argv in destination.commands:
                 command.run(argv, cwd=plan.output_dir)
-        except BuildError as error:
+        except (BuildError, ConfigurationError) as error:
             logger.error("Uploading %s to %s failed: %s", artifact.path.name, destination.section, error.message)
             raise _UploadError(f"{artifact.path.name} to {destination.section}", error) from error
 
-    commands = [*UPLOADS[destination.type].commands(destination, artifact), *destination.commands]
-    return Step(f"Uploading {artifact.path.name} to {destination.section}", doing(run), commands)
+    commands = _known(lambda: UPLOADS[destination.type].commands(destination, artifact))
+    name = f"Uploading {artifact.path.name} to {destination.section}"
+    return Step(name, doing(run), [*commands, *destination.commands])
+
+
+def _known(commands: Callable[[], list[list[str]]]) -> list[list[str]]:
+    """Return *commands*; none where the file of a login has gone since it was checked, which is told by the step."""
+    try:
+        return commands()
+    except ConfigurationError:
+        return []
 
 
 class _UploadError(BuildError):
     """*What* could not be uploaded, for the reason *error*."""
 
-    def __init__(self, what: str, error: BuildError) -> None:
+    def __init__(self, what: str, error: ImageFactoryError) -> None:
         super().__init__(error.message, hint=error.hint)
         self.what = what
 
@@ -258,6 +322,37 @@ def programs(plan: Plan) -> list[str]:
         for destination in destinations
         for name in (*UPLOADS[destination.type].programs(destination), *(words[0] for words in destination.commands))
     ]
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigurationError if it can be known now that an image can't go to one of its destinations."""
+    going = _uploads(plan, planned(plan, plan.output_dir))
+    served = {destination.section for pairs in going for _, destination in pairs}
+    for destination in (each for found in plan.destinations.values() for each in found):
+        if destination.section not in served:
+            raise ConfigurationError(
+                f"[{destination.section}] upload-formats: [{plan.image}] has none of them.",
+                hint=f"Its format is {', '.join(plan.settings.format)}.",
+            )
+    for pairs in going:
+        _, destination = pairs[0]
+        if destination.index == "simplestreams" and not streams.can_have([artifact.format for artifact, _ in pairs]):
+            raise ConfigurationError(
+                f"[{destination.section}] upload-index: simplestreams needs {streams.NEEDED} there.",
+                hint="Add them to format, and to upload-formats if that is set, or set upload-index = yes.",
+            )
+    for artifact, destination in (pair for pairs in going for pair in pairs):
+        UPLOADS[destination.type].check(destination, artifact.path.name)
+        if destination.index != "no" and artifact.path.name in destination.target:
+            raise ConfigurationError(
+                f"[{destination.section}] upload-index: with ${{image}} in upload-target it has no place.",
+                hint="Upload all images to one directory.",
+            )
+        if destination.keep is not None and destination.index == "no":
+            raise ConfigurationError(
+                f"[{destination.section}] upload-keep: only an index tells which builds are there.",
+                hint="Set upload-index = yes, or upload-keep = all.",
+            )
 
 
 def post_build_programs(plan: Plan) -> list[str]:

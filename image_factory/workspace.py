@@ -18,7 +18,7 @@ from .inside import namespaces
 from .machines import libvirt
 from .model import READ_ONLY_NAME, VM_PREFIX, WORK_PREFIX, Build, Plan
 from .system import loop
-from .tasks import DONE_PREFIX
+from .tasks import layers
 
 _VM_FILE = "vm-name"
 _IN_ITS_PLACE = "Remove what is in its place, or build into another directory with --output-dir."
@@ -133,7 +133,7 @@ def _kept(directory: Path) -> list[Path]:
     found = checkpoint.read(directory)
     if not found:
         return []
-    return [*(directory / name for name in (*found.kept, READ_ONLY_NAME)), *directory.glob(f"{DONE_PREFIX}*")]
+    return [*(directory / name for name in (*found.kept, READ_ONLY_NAME)), *layers.all_in(directory)]
 
 
 def _remove(directory: Path) -> None:

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from image_factory import publish
-from image_factory.base.errors import BuildError, CommandError
+from image_factory.base.errors import BuildError, CommandError, ConfigurationError
 from image_factory.configuration.files import Configuration
 from image_factory.configuration.settings import Destination, ImageSettings
 from image_factory.finishing import checksum
 from image_factory.model import Artifact, Build, Plan
 from image_factory.outputs import planned
 from image_factory.parts import carry_out
-from image_factory.uploads import rsync
+from image_factory.uploads import tries
 
 from ..conftest import shown, state_of
 
@@ -117,6 +117,25 @@ def test_checksum_of_an_empty_file_and_of_one_with_holes(place: Place) -> None:
 def test_checksums_check_where_they_are_published(place: Place) -> None:
     publish.move_into_place(place.build(), place.artifacts)
     subprocess.run(["sha256sum", "--check", "--strict", RAW + SUM, QCOW2 + SUM], cwd=place.output, check=True)
+
+
+def test_other_checksums_belong_to_the_image(tmp_path: Path) -> None:
+    """They are published with it, as was announced, and gone with the next build that makes none."""
+    others = [QCOW2 + ".sha512sum", QCOW2 + ".md5sum"]
+    place = Place(tmp_path, checksums=("md5", "sha256", "sha512"))
+    [_, announced] = publish.published(place.plan())
+    assert [name for name, _ in announced.companions] == others
+    sha256 = place.artifacts[1]
+    place.artifacts[1] = checksum.add_more(sha256, ["sha512", "md5"])
+    publish.move_into_place(place.build(), place.artifacts)
+    for name in others:
+        program = name.rpartition(".")[2]
+        subprocess.run([program, "--check", "--strict", name], cwd=place.output, check=True)
+    again = Place(tmp_path / "again").artifacts[1]
+    again.path.rename(sha256.path)
+    again.checksum_path.rename(sha256.checksum_path)
+    publish.move_into_place(place.build(), [sha256])
+    assert not any((place.output / name).exists() for name in others)
 
 
 # Into place.
@@ -245,7 +264,7 @@ def test_companions_are_uploaded_and_verified_after_the_checksum(
     frozen = Destination("up", "rsync", f"{there}/", ("--ignore-existing",), ())
     (there / SUMS).write_text("another\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rsync, "PAUSE_SECONDS", ())
+        patch.setattr(tries, "PAUSE_SECONDS", ())
         with pytest.raises(BuildError, match=f"{SUMS} has another SHA-256 there"):
             upload(place.plan(frozen), artifacts)
 
@@ -253,7 +272,7 @@ def test_companions_are_uploaded_and_verified_after_the_checksum(
 # Uploads; test_rsync.py has those that fail.
 
 # What the user's arguments come after.
-OPTIONS = ["--info=progress2", f"--timeout={rsync.STALL_SECONDS}", "--delay-updates"]
+OPTIONS = ["--info=progress2", f"--timeout={tries.STALL_SECONDS}", "--delay-updates"]
 
 # Writes down where it runs and what it is given, then does what the real one does.
 RECORDER = """#!/usr/bin/python3
@@ -337,6 +356,21 @@ def test_artifact_that_is_only_kept_is_not_uploaded(place: Place, recorded: Path
     assert not recorded.exists()
 
 
+def test_destination_gets_the_formats_that_it_is_for(place: Place) -> None:
+    some = Destination("some", "rsync", "/srv/", (), (), formats=("qcow2",))
+    build = build_of(place.plan(some, Destination("all", "rsync", "/srv/", (), ())))
+    assert list(shown(build, publish.upload_steps(build))) == [
+        f"Uploading {QCOW2} to some", f"Uploading {RAW} to all", f"Uploading {QCOW2} to all",
+    ]  # fmt: skip
+    publish.check(build.plan)
+    none = Destination("none", "rsync", "/srv/", (), (), formats=("qcow2",))
+    place.changed = {"format": ("raw",)}
+    with pytest.raises(ConfigurationError) as caught:
+        publish.check(place.plan(none))
+    assert caught.value.message == "[none] upload-formats: [x] has none of them."
+    assert caught.value.hint == "Its format is raw."
+
+
 def test_upload_that_fails_does_not_stop_the_others(place: Place, tmp_path: Path, recorded: Path) -> None:
     """What is published stays, and the other destinations are served, each with its commands."""
     (tmp_path / "there").mkdir()
@@ -357,6 +391,20 @@ def test_upload_that_fails_does_not_stop_the_others(place: Place, tmp_path: Path
     assert ["tell", "never"] not in called
     for directory in (place.output, tmp_path / "there"):
         assert {path.name for path in directory.iterdir() if path.is_file()} == {RAW, RAW + SUM, QCOW2, QCOW2 + SUM}
+
+
+def test_login_that_is_gone_when_it_is_needed(place: Place, tmp_path: Path) -> None:
+    """It was there when it was checked; the other destinations are served."""
+    (tmp_path / "there").mkdir()
+    login = tmp_path / "login"
+    web = Destination("web", "http", "https://127.0.0.1:1/", (), (), credentials=login, index="yes")
+    artifacts = publish.move_into_place(place.build(), place.artifacts)
+    with pytest.raises(BuildError) as caught:
+        upload(place.plan(web, Destination("there", "rsync", f"{tmp_path}/there/", (), ())), artifacts)
+    assert caught.value.message == (
+        f"Uploading {RAW} to web failed: [web] upload-credentials: {login} is no text that can be read."
+    )
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {RAW, RAW + SUM, QCOW2, QCOW2 + SUM}
 
 
 def test_each_destination_that_fails_is_named(place: Place, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ..base.log import logger
 from ..base.units import format_size
 from ..finishing import firstboot
 from ..model import Artifact, Build, Partition, Plan
-from ..outputs import planned
+from ..outputs import OUTPUTS, compare_argv, disk_of, planned, raw_copy_argv, trees
 from ..parts import Group, State, Step, carry_out, doing, mounted, on_tree
 from ..sources import SOURCES
 from ..system import partitions
@@ -455,16 +455,6 @@ def _and_more(count: int) -> str:
     return f" and in {count} more place{'s' * (count > 1)}" if count else ""
 
 
-def reopen_argv(artifact: Artifact, copy: Path) -> list[str]:
-    """Return the command that writes what a guest would see of *artifact* to *copy*."""
-    return ["qemu-img", "convert", "-f", artifact.format, "-O", "raw", str(artifact.path), str(copy)]
-
-
-def compare_argv(artifact: Artifact, other: Artifact) -> list[str]:
-    """Return the command that tells whether a guest would see the same of both."""
-    return ["qemu-img", "compare", "-f", artifact.format, "-F", other.format, str(artifact.path), str(other.path)]
-
-
 def copy_path(build: Build) -> Path:
     """Return where the copy is that is looked into."""
     return build.directory / "audit.raw"
@@ -487,7 +477,7 @@ class _Audit:
             state = carry_out(state, steps)
             self._findings += describe_hits(copy, self._hits, self._known, self._blocks)
         order = sorted(self._findings, key=lambda found: NAMES.index(found.check))
-        _tell(state.build.plan, state.artifacts[0], self._checks, order)
+        _tell(state.build.plan, _audited(state.build, state.artifacts)[0], self._checks, order)
         return state
 
     def search(self, state: State) -> None:
@@ -516,29 +506,54 @@ def steps(build: Build) -> Iterator[Step | Group]:
     plan = build.plan
     if not plan.settings.audit:
         return
-    artifact, *others = planned(plan, build.directory)
-    for number, other in enumerate(others, 1):
-        argv = compare_argv(artifact, other)
-        yield Step(f"Comparing {other.path.name}", doing(partial(_compare, number)), [argv])
+    artifact, *others = _audited(build, planned(plan, build.directory))
+    copy = copy_path(build)
     audit = _Audit(plan)
     name = artifact.path.name
     inside: list[Step | Group] = [
-        Step(f"Reopening {name}", doing(_reopen), [reopen_argv(artifact, copy_path(build))]),
+        Step(f"Reopening {name}", doing(_reopen), [raw_copy_argv(artifact, copy)]),
+        *(
+            Step(f"Comparing {other.path.name}", doing(partial(_compare, number)), [compare_argv(other, copy)])
+            for number, other in enumerate(others, 1)
+        ),
         Step(f"Searching {name}", doing(audit.search)),
         mounted([Step(f"Auditing {name}", on_tree(audit.look))], copy_path),
     ]
     yield Group(inside, audit.reopened)
+    trees_made = _of_tree(planned(plan, build.directory))
+    if trees_made:
+        names = ", ".join(found.path.name for found in trees_made)
+        commands = [argv for found in trees_made for argv in trees.comparing(found.format, found.path)]
+        compared = Step(
+            f"Comparing {names}", doing(_compare_trees), commands, calls=[trees.call(plan)], rehearsed=False
+        )
+        yield mounted([compared], lambda build: build.disk_path, read_only=True)
+
+
+def _of_tree(artifacts: Sequence[Artifact]) -> list[Artifact]:
+    return [found for found in artifacts if OUTPUTS[found.format].made_from == "tree"]
+
+
+def _compare_trees(state: State) -> None:
+    trees.compare([(artifact.format, artifact.path) for artifact in _of_tree(state.artifacts)], state)
+
+
+def _audited(build: Build, artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """Return those of *artifacts* that have the disk; where there is none, what they were made from."""
+    return [found for found in artifacts if OUTPUTS[found.format].made_from == "disk"] or [disk_of(build)]
 
 
 def _reopen(state: State) -> None:
+    artifact, *_ = _audited(state.build, state.artifacts)
     # Others get through the working directory of root's builds.
-    command.run(reopen_argv(state.artifacts[0], copy_path(state.build)), umask=0o077)
+    command.run(raw_copy_argv(artifact, copy_path(state.build)), umask=0o077)
 
 
 def _compare(number: int, state: State) -> None:
-    artifact, other = state.artifacts[0], state.artifacts[number]
+    artifacts = _audited(state.build, state.artifacts)
+    artifact, other = artifacts[0], artifacts[number]
     try:
-        command.run(compare_argv(artifact, other))
+        command.run(compare_argv(other, copy_path(state.build)))
     except CommandError as error:
         if error.status != 1:
             raise

@@ -67,15 +67,18 @@ def search(tree: Tree, directory: Path) -> tuple[list[str], list[bytes]]:
 
     *directory*, for copies, is there.
     """
-    files = tree.key_files()
-    # Nothing is made that a signal could leave behind.
-    with interrupts.interruptible():
-        found = {path: data for path, data in files.items() if has_private_key(data)}
+    found = _having_keys(tree.key_files())
     # What is passed by its path is none to the search in bytes either.
     own = {path: data for path, data in found.items() if not _OTHERS.fullmatch(path)}
     digests = {path: _digests(data) for path, data in own.items()}
     known = _known(tree, directory, {digest for each in digests.values() for digest in each}) if own else set()
     return [path for path in own if not digests[path] & known], list(found.values())
+
+
+def _having_keys(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    # Nothing is made that a signal could leave behind.
+    with interrupts.interruptible():
+        return {path: data for path, data in files.items() if has_private_key(data)}
 
 
 def _pattern(path: str) -> str:

@@ -27,6 +27,8 @@ _NAMES = 4096
 _HOMES = 256
 _LOGS = 256
 
+_ASKED_AGAIN = ("etc/passwd", "etc/ssh/sshd_config")
+
 # So many files of at most 1 MiB image-factory-sudo-helper reads at once, however large they are.
 _AT_ONCE = 15
 
@@ -83,7 +85,7 @@ class Look:
     def __init__(self, files: Files, known: Iterable[str] = ()) -> None:
         self._files = files
         self._kinds: dict[str, dict[str, str]] = {}
-        # Of the last files that were read.
+        # Of the last files that were read, and of those that several checks ask for.
         self._data: dict[str, bytes | None] = {}
         self._ask([directory for directory in dict.fromkeys(known) if is_askable(directory)])
 
@@ -143,7 +145,8 @@ class Look:
                 # What is in a name and can't be told is left open.
                 patterns[path] = joined(directory, re.sub(r"^-|[^A-Za-z0-9._@-]", "*", name))
         found = self._files.read(list(dict.fromkeys(patterns.values()))) if patterns else {}
-        self._data = {path: found.get(path) for path in paths}
+        kept = {path: data for path, data in self._data.items() if path in _ASKED_AGAIN}
+        self._data = kept | {path: found.get(path) for path in paths}
 
     def lines(self, path: str) -> list[bytes]:
         """Return the lines of *path* that are no comments, none if it is no regular file."""

@@ -14,13 +14,16 @@ from pathlib import Path
 from ..base import events, interrupts
 
 # So much of the disk is in memory at once.
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 
 # So many bytes before and after something are shown to what decides whether it is wanted.
 CONTEXT = 64
 
 # A disk can be full of them, and one is enough.
 MOST = 100
+
+# Those that begin alike in so many bytes are searched for at once: the keys in PEM.
+_ALIKE = 8
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def _hits(file: io.FileIO, needles: Sequence[Needle]) -> Iterator[Hit]:
     meter = events.Meter()
     size = os.fstat(file.fileno()).st_size
     left = dict.fromkeys(needles, MOST)
+    groups = list(_groups(needles))
     reach = max(len(needle.data) for needle in needles) + CONTEXT
     for start, end in _extents(file, size):
         # *data* begins at byte *position*; what begins before *done* is told.
@@ -67,10 +71,8 @@ def _hits(file: io.FileIO, needles: Sequence[Needle]) -> Iterator[Hit]:
             # What begins later, or what follows it, may go on in the next chunk.
             until = there if there >= end or not read else there - reach
             found = []
-            for needle in [needle for needle, count in left.items() if count]:
-                hits = _hits_in(data, needle, position, done, until, left[needle])
-                left[needle] -= len(hits)
-                found += hits
+            for begin, group in groups:
+                found += _hits_in(data, begin, group, position, done, until, left)
             yield from sorted(found, key=lambda hit: hit.offset)
             if not read:
                 # It has become shorter.
@@ -81,16 +83,33 @@ def _hits(file: io.FileIO, needles: Sequence[Needle]) -> Iterator[Hit]:
             meter.at(done, size)
 
 
-def _hits_in(data: bytes, needle: Needle, position: int, start: int, until: int, most: int) -> list[Hit]:
-    """Return where *needle* begins from *start* to *until* in *data*, which is at byte *position* of the disk."""
+def _groups(needles: Sequence[Needle]) -> Iterator[tuple[bytes, list[Needle]]]:
+    """Give *needles* in groups, each with what all of it begin with."""
+    groups: dict[bytes, list[Needle]] = {}
+    for needle in needles:
+        groups.setdefault(needle.data[:_ALIKE], []).append(needle)
+    for begin, group in groups.items():
+        yield (begin if len(group) > 1 else group[0].data), group
+
+
+def _hits_in(
+    data: bytes, begin: bytes, group: Sequence[Needle], position: int, start: int, until: int, left: dict[Needle, int]
+) -> list[Hit]:
+    """Return where those of *group*, of which all have *begin*, begin from *start* to *until*.
+
+    *data* is at byte *position* of the disk.  *left* is how many of each are wanted yet.
+    """
     found: list[Hit] = []
-    last = until - position + len(needle.data) - 1
-    at = data.find(needle.data, start - position, last)
-    while at >= 0 and len(found) < most:
+    last = until - position + len(begin) - 1
+    at = data.find(begin, start - position, last)
+    while at >= 0 and any(left[needle] for needle in group):
         offset = position + at
-        if offset % needle.alignment == 0 and not _is_wanted(needle, offset, data, at):
-            found.append(Hit(needle, offset))
-        at = data.find(needle.data, at + 1, last)
+        for needle in group:
+            is_there = offset % needle.alignment == 0 and data.startswith(needle.data, at)
+            if is_there and left[needle] and not _is_wanted(needle, offset, data, at):
+                left[needle] -= 1
+                found.append(Hit(needle, offset))
+        at = data.find(begin, at + 1, last)
     return found
 
 

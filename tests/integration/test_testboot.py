@@ -186,7 +186,7 @@ class Broken:
     change: str
     check: str
     reason: str
-    seconds: int = 300
+    seconds: int = SECONDS
     timeout: int = SECONDS
     script_status: int = 0
 
@@ -203,11 +203,11 @@ second" ]] && [[ -f /srv/new/script ]] && [[ ! -e /var/lib/image-factory ]] && e
 """
 BROKEN = {
     "no boot loader": Broken(
-        "no boot loader", "boot", "it did not start: within 25 s .*Booting from Hard Disk", 240, timeout=25
+        "no boot loader", "boot", "it did not start: within 60 s .*Booting from Hard Disk", timeout=60
     ),
     "kernel panic": Broken(
         "rm /lib/systemd/systemd\nwrite /bin/false /lib/systemd/systemd\nsif /lib/systemd/systemd mode 0100755\n",
-        "boot", "its kernel panicked: Attempted to kill init!", 240,
+        "boot", "its kernel panicked: Attempted to kill init!",
     ),
     # There is no report: cloud-init has no room for it.
     "root full": Broken("write /dev/null /fill\nfallocate /fill 0 FREE\n", "boot", "its root filesystem is full"),

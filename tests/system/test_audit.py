@@ -244,7 +244,7 @@ def test_large_answer_file(tmp_path: Path) -> None:
     start = time.monotonic()
     parts = needles_of(build_of(tmp_path, f"preseed = {tmp_path}/own.cfg"), "answer-file")
     assert 60 <= len(parts) <= 70
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
 
 
 # On disks.
@@ -462,16 +462,18 @@ def test_each_format_is_read_and_stays_as_it_is(tmp_path: Path, disk: Path, imag
 def test_artifacts_that_differ(tmp_path: Path, disk: Path) -> None:
     """What is found in one of them is said of all."""
     build = build_of(tmp_path, "audit = yes\nformat = qcow2, raw")
-    compare, _ = audit.steps(build)
+    [group] = audit.steps(build)
+    assert isinstance(group, Group)
+    group = dataclasses.replace(group, steps=group.steps[:2])
     first = artifact_of(build, "qcow2", disk)
     second = artifact_of(build, "raw", disk)
-    carry_out(state_of(build, [first, second]), [compare])
+    carry_out(state_of(build, [first, second]), [group])
     put(second.path, SWAP + M, b"x")
     with pytest.raises(BuildError, match=r"^x\.raw has not the contents of x\.qcow2\.$"):
-        carry_out(state_of(build, [first, second]), [compare])
+        carry_out(state_of(build, [first, second]), [group])
     second.path.unlink()
     with pytest.raises(BuildError, match="qemu-img failed with status 2"):
-        carry_out(state_of(build, [first, second]), [compare])
+        carry_out(state_of(build, [first, second]), [group])
 
 
 def test_without_audit_nothing_is_done(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """The machine of the test boot: which boots there are, its commands, and what its console tells."""
 
 import dataclasses
+import gzip
 import itertools
 import logging
 import os
 import re
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,16 +16,17 @@ from image_factory import pipeline
 from image_factory.base import files
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.checks import testboot
+from image_factory.checks.testboot import ramdisk
 from image_factory.checks.testboot.guest import Guest, PortTakenError
 from image_factory.checks.testboot.login import LOGIN, RUN_SCRIPT, ssh_argv
 from image_factory.checks.testboot.machine import Machine, free_port, other_mac, pipes, prepared, qemu_argv, time_limit
 from image_factory.configuration.files import Configuration
 from image_factory.model import Artifact, Build, Disk, Plan
 from image_factory.outputs import planned
-from image_factory.parts import State, carry_out
+from image_factory.parts import Shown, State, carry_out
 from image_factory.told import junit
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def plan_of(directory: Path, text: str = "", *, wanted: str = "yes") -> Plan:
@@ -60,15 +63,15 @@ def test_boots(tmp_path: Path, text: str, formats: list[str], expected: list[str
 
 
 def test_an_error_of_emulation_is_none_of_the_image(tmp_path: Path) -> None:
-    """A kernel that is emulated on a loaded machine finds its timer late."""
-    seen = "..MP-BIOS bug: 8254 timer not connected to IO-APIC"
+    """A kernel that is emulated on a loaded machine finds its timer late, and its processor stuck."""
+    timer = "..MP-BIOS bug: 8254 timer not connected to IO-APIC"
+    stuck = "watchdog: BUG: soft lockup - CPU#0 stuck for 23s! [(udev-worker):333]"
     # A dollar sign is written twice.
     text = "kernel-errors-allowed = ^own$$"
     emulated, real = (machine(tmp_path, text=text, virt_type=name).errors_allowed for name in ("qemu", "kvm"))
     assert real == ("^own$",)
-    assert [any(re.search(pattern, line) for pattern in emulated) for line in ("own", seen, f"x{seen}")] == [
-        True, True, False
-    ]  # fmt: skip
+    allowed = [any(re.search(pattern, line) for pattern in emulated) for line in ("own", timer, stuck, f"x{timer}")]
+    assert allowed == [True, True, True, False]
 
 
 def test_the_machine_is_another_one_than_that_of_the_installation(tmp_path: Path) -> None:
@@ -138,6 +141,117 @@ def test_no_uefi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     testboot.check(plan_of(tmp_path, "firmware = hybrid", wanted="no"))
 
 
+def test_what_qemu_can_not_read_is_booted_as_the_disk(tmp_path: Path) -> None:
+    """Where there is something that it reads, that is booted; of an OVA the disk in it."""
+
+    def booted(formats: str) -> list[Shown]:
+        shown = pipeline.described(plan_of(tmp_path, f"format = {formats}"))
+        return [step for step in shown if step.name.startswith("Booting ")]
+
+    packed = booted("raw.gz, ova, dd.tgz")
+    assert [step.name.split()[1].partition(".")[2] for step in packed] == ["ova"] * 2
+    assert '"offset": "OFFSET"' in packed[0].commands[0][-3]
+    assert [step.name for step in booted("raw.gz")] == ["Booting disk.raw with bios"] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("format = tar.gz", ["Laying tar.gz BIOS", "Booting tar.gz bios", "Booting tar.gz bios"]),
+        (
+            "format = tgz\nfirmware = hybrid",
+            ["Laying tgz BIOS", "Laying tgz UEFI", "Booting tgz bios", "Booting tgz uefi"],
+        ),
+        ("format = tar, tar.xz\nfirmware = hybrid\ndistribution = Ubuntu",
+         ["Laying tar BIOS", "Laying tar.xz UEFI", "Booting tar bios", "Booting tar.xz uefi"]),
+        ("format = qcow2, tar.zst",
+         ["Laying tar.zst BIOS", "Booting qcow2 bios", "Booting qcow2 bios", "Booting tar.zst bios"]),
+        ("format = netboot", ["Booting netboot.tar kernel", "Booting netboot.tar kernel"]),
+        (
+            "format = qcow2, netboot\nfirmware = hybrid",
+            ["Booting qcow2 bios", "Booting qcow2 uefi", "Booting netboot.tar kernel"],
+        ),
+        # Those for containers are not, nor those whose boot loader is not known here.
+        ("format = oci, squashfs", ["Booting raw bios"] * 2),
+        ("format = tar\ndistribution = Rocky Linux", ["Booting raw bios"] * 2),
+        ("format = tar\nkickstart = /k.ks", ["Booting raw bios"] * 2),
+    ],
+)  # fmt: skip
+def test_tars_are_laid_on_disks_before_they_are_booted(tmp_path: Path, text: str, expected: list[str]) -> None:
+    names = [step.name for step in pipeline.described(plan_of(tmp_path, text))]
+    found = [name.split() for name in names if name.startswith(("Laying ", "Booting "))]
+    assert [f"{each[0]} {each[1].partition('.')[2]} {each[-1]}" for each in found] == expected
+
+
+def test_a_netboot_image_is_booted_without_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With memory for the packed ramdisk, and twice for what is in it; one after the other."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    plan = plan_of(tmp_path, "format = netboot\nram = 128M")
+    first, second = [step.commands for step in pipeline.described(plan) if step.name.startswith("Booting ")]
+    assert [argv[0] for argv in first] == [argv[0] for argv in second]
+    [argv] = [argv for argv in first if argv[0] == "qemu-system-x86_64"]
+    directory = plan.work_path / "boot-1"
+    assert values(argv, "-kernel") == [str(directory / "vmlinuz")]
+    assert values(argv, "-initrd") == [str(directory / "ramdisk.img")]
+    assert (values(argv, "-append"), values(argv, "-m")) == (["console=ttyS0"], ["MEMORY"])
+    assert not [device for device in values(argv, "-device") if device.startswith("scsi-hd")]
+    assert {"tar", "gzip"} <= {*testboot.programs(plan)}
+    made = Machine(
+        Build(plan, plan.work_path, "vm"), Artifact(netboot_tar(tmp_path), "netboot", GIB), "kernel", "qemu", 1
+    )
+    made.directory.parent.mkdir()
+    with prepared(made) as machine:
+        packed = (machine.directory / "ramdisk.img").stat().st_size
+        wanted = (packed + 2 * 5 * MIB + 512 * MIB + MIB - 1) // MIB
+        assert values(qemu_argv(machine, "02:00:00:00:00:01", 1), "-m") == [str(wanted)]
+    monkeypatch.setattr(ramdisk, "free_memory", lambda: 100 * MIB)
+    with (
+        pytest.raises(BuildError, match=r"takes 523\.0 MiB of memory, and here 100\.0 MiB are free") as caught,
+        prepared(made),
+    ):
+        pass
+    assert caught.value.hint
+    assert not made.directory.exists()
+
+
+def netboot_tar(directory: Path) -> Path:
+    """Return a tar with a ramdisk of 4 MiB."""
+    (directory / "vmlinuz").write_bytes(b"x")
+    (directory / "ramdisk.img").write_bytes(gzip.compress(bytes(4 * MIB)))
+    subprocess.run(["tar", "-C", directory, "-cf", directory / "x.tar", "vmlinuz", "ramdisk.img"], check=True)
+    return directory / "x.tar"
+
+
+def test_a_tar_that_is_not_laid_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Before the build, and in its results."""
+    plan = plan_of(tmp_path, "format = qcow2, tar\ndistribution = Fedora")
+    testboot.check(plan)
+    reason = "only a boot loader of Debian's or Ubuntu's packages can be installed here"
+    assert caplog.messages == [f"{plan.file_name('tar')} is not laid on a disk and booted: {reason}."]
+    build = Build(plan, plan.work_path, "vm")
+    build.directory.mkdir()
+    disk, tar = planned(plan, build.directory)
+    state = State(build, Disk(build.disk_path), artifacts=(disk, tar))
+    testboot._TestBoot(1)._tell(state, disk, "bios", 1.0, [])
+    [case] = ElementTree.parse(plan.junit_path).iter("testcase")
+    assert (case.get("name"), case.get("classname")) == ("laid", f"{tar.path.name}.2-bios")
+    assert [element.get("message") for element in case.iter("skipped")] == [reason]
+
+
+def test_a_tar_of_another_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its programs have to run here."""
+    plan = plan_of(tmp_path, "arch = aarch64\nformat = tar")
+    assert {"arch-test", "bwrap", "mmd"} <= {*testboot.programs(plan)}
+    fake = tmp_path / "bin/arch-test"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\n[ $1 = arm64 ] && exit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    with pytest.raises(ConfigurationError, match=r"test-boot: this machine runs no programs of aarch64"):
+        testboot.check(plan)
+    testboot.check(plan_of(tmp_path, "arch = aarch64\nformat = squashfs"))
+
+
 def test_a_script_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"test-script: .*none\.sh is not a file that can be read"):
         testboot.check(plan_of(tmp_path, f"test-script = {tmp_path}/none.sh"))
@@ -146,6 +260,9 @@ def test_a_script_that_is_not_there(tmp_path: Path) -> None:
 def test_programs(tmp_path: Path) -> None:
     assert {"qemu-system-x86_64", "ssh", "ssh-keygen", "xorriso"} <= set(testboot.programs(plan_of(tmp_path)))
     assert "ssh-keygen" not in pipeline.programs(plan_of(tmp_path, wanted="no"))
+    tar = plan_of(tmp_path, "format = tar")
+    assert {"bwrap", "unshare", "sfdisk", "mke2fs"} <= set(testboot.programs(tar))
+    assert "bwrap" not in testboot.programs(plan_of(tmp_path, "format = tar\ndistribution = Fedora"))
 
 
 def test_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

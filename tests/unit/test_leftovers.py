@@ -497,7 +497,7 @@ def test_hostile_guest(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     start = time.monotonic()
     found = findings(files)
     assert 1 <= len(found) <= 3 * leftovers.MOST
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     assert len(files.asked) < 1000
 
 

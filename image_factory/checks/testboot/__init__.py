@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from ...base import command, events, files
 from ...base.cleanup import released
@@ -21,29 +22,33 @@ from ...base.events import BootCheck, BootTested
 from ...base.log import logger
 from ...base.memory import free_memory
 from ...configuration.settings import ImageSettings
+from ...inside import namespaces
 from ...machines import arch
 from ...model import Artifact, Build, Plan
-from ...outputs import planned
+from ...outputs import OUTPUTS, disk_of, formats, planned
 from ...parts import Group, State, Step, Steps, carry_out, doing
 from ...told import junit
+from . import laying, ramdisk
 from .guest import Guest, PortTakenError
+from .laying import Laying
 from .login import LOGIN, RUN_SCRIPT, login_checks, ssh_argv
 from .machine import (
     HOST,
+    KERNEL,
     Machine,
     firmware_for,
     free_port,
     key_argv,
     other_mac,
-    overlay_argv,
     pipes,
     prepared,
     processors_of,
     qemu_argv,
     seed_argv,
+    source_argvs,
     time_limit,
 )
-from .report import Message, Subject, checks_of, identity_checks, judged
+from .report import Message, Subject, checks_of, identity_checks, judged, skipped
 
 # Two boots show that each one gets an identity of its own.
 _BOOTS = 2
@@ -65,13 +70,20 @@ def check(plan: Plan) -> None:
         raise ConfigurationError(f"[{plan.image}] test-boot: nothing boots {settings.arch} here.", hint="Set it to no.")
     if "uefi" in firmwares(settings):
         firmware_for(settings.arch)
+    laying.check(plan)
+    for artifact in planned(plan, plan.work_path):
+        if reason := laying.why_not(plan, artifact):
+            logger.warning("%s is not laid on a disk and booted: %s.", artifact.path.name, reason)
 
 
 def programs(plan: Plan) -> list[str]:
     """Return the programs that the test boot of *plan* needs."""
     if not plan.settings.test_boot:
         return []
-    return [arch.ARCHITECTURES[plan.settings.arch].qemu, "qemu-img", "ssh", "ssh-keygen", "xorriso"]
+    settings = plan.settings
+    booting = [arch.ARCHITECTURES[settings.arch].qemu, "qemu-img", "ssh", "ssh-keygen", "xorriso"]
+    of_ramdisks = ramdisk.PROGRAMS if {*ramdisk.FORMATS} & {*formats(plan)} else ()
+    return [*booting, *of_ramdisks, *laying.programs(plan, firmwares(settings))]
 
 
 def firmwares(settings: ImageSettings) -> tuple[str, ...]:
@@ -79,11 +91,45 @@ def firmwares(settings: ImageSettings) -> tuple[str, ...]:
     return ("bios", "uefi") if settings.firmware == "hybrid" else (settings.firmware,)
 
 
-def boots(settings: ImageSettings, artifacts: Sequence[Artifact]) -> list[tuple[Artifact, str]]:
-    """Return which artifact is booted with which firmware: each of both at least once, and two boots at least."""
+class Boot(NamedTuple):
+    """A boot of *artifact* with *firmware*, or its own kernel: of itself, or of a disk that it is laid on before."""
+
+    artifact: Artifact
+    firmware: str
+    laying: Laying | None = None
+
+    @property
+    def disk(self) -> Artifact:
+        """What the machine boots."""
+        return self.laying.disk if self.laying else self.artifact
+
+
+def boots(settings: ImageSettings, artifacts: Sequence[Artifact], least: int = _BOOTS) -> list[tuple[Artifact, str]]:
+    """Return which artifact is booted with which firmware: each of both at least once, and *least* boots."""
     names = firmwares(settings)
-    count = max(_BOOTS, len(names), len(artifacts))
+    count = max(least, len(names), len(artifacts))
     return [(artifacts[number % len(artifacts)], names[number % len(names)]) for number in range(count)]
+
+
+def boots_of(build: Build, artifacts: Sequence[Artifact]) -> list[Boot]:
+    """Return the boots of those of *artifacts* that QEMU reads, that are laid on disks, and that need no disk.
+
+    Where there is none of these, the disk is booted that they were made from.
+    """
+    settings = build.plan.settings
+    disks = [found for found in artifacts if OUTPUTS[found.format].driver]
+    tars = laying.laid(build.plan, artifacts)
+    ramdisks = [found for found in artifacts if found.format in ramdisk.FORMATS]
+    if not disks and not tars and not ramdisks:
+        disks = [disk_of(build, artifacts[0].virtual_size)]
+    found = [Boot(*each) for each in boots(settings, disks)] if disks else []
+    laid = boots(settings, tars, 1 if disks else _BOOTS) if tars else []
+    found += [Boot(artifact, name, Laying(build, artifact, name)) for artifact, name in laid]
+    return found + [Boot(artifact, KERNEL) for artifact in ramdisks for _ in range(1 if found else _BOOTS)]
+
+
+def _how(firmware: str) -> str:
+    return "its kernel" if firmware == KERNEL else firmware
 
 
 def at_once(settings: ImageSettings, virt_type: str) -> int:
@@ -97,16 +143,24 @@ def steps(build: Build) -> Iterator[Group]:
     settings = build.plan.settings
     if not settings.test_boot:
         return
-    test = _TestBoot(at_once(settings, build.virt_type))
-    made = boots(settings, planned(build.plan, build.directory))
-    machines = [Machine(build, *boot, build.virt_type, number) for number, boot in enumerate(made, 1)]
-    shown = []
-    for number, machine in enumerate(machines, 1):
+    made = boots_of(build, planned(build.plan, build.directory))
+    # Nobody knows now how much memory a machine takes that has its system there.
+    alone = any(boot.firmware == KERNEL for boot in made)
+    test = _TestBoot(1 if alone else at_once(settings, build.virt_type))
+    machines = [
+        Machine(build, boot.disk, boot.firmware, build.virt_type, number) for number, boot in enumerate(made, 1)
+    ]
+    # The next machines start beside the one that is waited for, so all disks are there before the first one.
+    shown = [
+        Step(laid.name, doing(partial(test.lay, laid)), laid.commands())
+        for laid in {boot.laying.directory: boot.laying for boot in made if boot.laying}.values()
+    ]
+    for number, (boot, machine) in enumerate(zip(made, machines, strict=True), 1):
         commands = [
             argv
             for started in machines[test.started_with(number)]
             for argv in (
-                overlay_argv(started),
+                *source_argvs(started),
                 key_argv(started),
                 seed_argv(started),
                 qemu_argv(started, "02:XX:XX:XX:XX:XX", "PORT"),
@@ -115,8 +169,8 @@ def steps(build: Build) -> Iterator[Group]:
         commands.append(ssh_argv(machine, "PORT", LOGIN))
         if settings.test_script:
             commands.append(ssh_argv(machine, "PORT", RUN_SCRIPT))
-        boot = doing(partial(test.boot, number))
-        shown.append(Step(f"Booting {machine.artifact.path.name} with {machine.firmware}", boot, commands))
+        booting = doing(partial(test.boot, number))
+        shown.append(Step(f"Booting {boot.artifact.path.name} with {_how(boot.firmware)}", booting, commands))
     yield Group(shown, test.run)
 
 
@@ -141,6 +195,7 @@ class _TestBoot:
         self._running: dict[int, _Running] = {}
         self._done: list[BootTested] = []
         self._reports: list[Message] = []
+        self._laid: list[Laying] = []
 
     def started_with(self, number: int) -> slice:
         """Return which machines are started when the *number*-th is waited for: all but those that run already."""
@@ -155,26 +210,59 @@ class _TestBoot:
         while self._running:
             _, running = self._running.popitem()
             running.stack.close()
+        while self._laid:
+            namespaces.remove(self._laid.pop().directory)
+
+    def lay(self, laid: Laying, state: State) -> None:
+        """Lay a tar on a disk; BuildError says what it lacks."""
+        start = time.monotonic()
+        self._laid.append(laid)
+        try:
+            laid.carry_out()
+        except BuildError as error:
+            problem = judged("laid", error.message.rstrip("."))
+            self._tell(state, laid.artifact, laid.firmware, time.monotonic() - start, [problem])
+            raise
+
+    def _tell(
+        self,
+        state: State,
+        artifact: Artifact,
+        firmware: str,
+        seconds: float,
+        checks: Sequence[BootCheck],
+        output: str = "",
+    ) -> None:
+        plan = state.build.plan
+        self._done.append(BootTested(artifact.path.name, firmware, seconds, tuple(checks)))
+        events.tell(self._done[-1])
+        left_out = [
+            BootTested(found.path.name, plan.settings.firmware, 0.0, (skipped("laid", reason),))
+            for found in state.artifacts
+            if (reason := laying.why_not(plan, found))
+        ]
+        junit.write(plan, state.build.directory, [*self._done, *left_out], output, state.tasks)
 
     def boot(self, number: int, state: State) -> None:
         """Boot an artifact for the *number*-th time; BuildError says what is wrong with it."""
         build = state.build
-        made = boots(build.plan.settings, state.artifacts)
-        machines = [Machine(build, *boot, build.virt_type, each) for each, boot in enumerate(made, 1)]
+        made = boots_of(build, state.artifacts)
+        machines = [
+            Machine(build, boot.disk, boot.firmware, build.virt_type, each) for each, boot in enumerate(made, 1)
+        ]
         for machine in machines[self.started_with(number)]:
             self._running[machine.number] = _started(machine)
-        machine = machines[number - 1]
+        machine, artifact = machines[number - 1], made[number - 1].artifact
         checks, report, lines, seconds = self._checked(machine)
-        checks.append(judged("unchanged", _why_changed(machine.artifact)))
-        self._done.append(BootTested(machine.artifact.path.name, machine.firmware, seconds, tuple(checks)))
-        events.tell(self._done[-1])
-        junit.write(build.plan, build.directory, self._done, "\n".join(lines), state.tasks)
+        if artifact.sha256:
+            checks.append(judged("unchanged", _why_changed(artifact)))
+        self._tell(state, artifact, machine.firmware, seconds, checks, "\n".join(lines))
         _log(checks)
         problems = [check.message for check in checks if check.outcome == "failed"]
         if problems:
             _explain(report, lines)
             raise BuildError(
-                f"{machine.artifact.path.name} failed its test boot with {machine.firmware}: {'; '.join(problems)}.",
+                f"{artifact.path.name} failed its test boot with {_how(machine.firmware)}: {'; '.join(problems)}.",
                 hint=f"All results are in {build.plan.junit_path}.",
             )
         if report:
@@ -200,7 +288,7 @@ class _TestBoot:
 
 def _started(machine: Machine) -> _Running:
     with ExitStack() as stack:
-        stack.enter_context(prepared(machine))
+        machine = stack.enter_context(prepared(machine))
         console, report = stack.enter_context(pipes(machine))
         port = free_port()
         argv = qemu_argv(machine, other_mac(), port)
@@ -217,7 +305,9 @@ def _checks(
     if problem or message is None:
         return
     has_scripts = bool(machine.build.plan.settings.first_boot)
-    subject = Subject(machine.artifact.virtual_size, machine.larger_size, machine.errors_allowed, has_scripts)
+    subject = Subject(
+        machine.artifact.virtual_size, machine.larger_size, machine.errors_allowed, has_scripts, not machine.has_disk
+    )
     checks = checks_of(message, subject)
     yield from checks
     yield from identity_checks(message, earlier)

@@ -71,7 +71,7 @@ class Guest:
         self._unread = b""
         self._sign: tuple[int, str, float] | None = None
         self._refused = ""
-        self._untouched = _state_of(machine.overlay)
+        self._untouched = _state_of(machine.overlay) if machine.has_disk else None
         self._start = time.monotonic()
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.message: Message | None = None
@@ -157,7 +157,7 @@ class Guest:
         return ""
 
     def _is_untouched(self) -> bool:
-        return _state_of(self._machine.overlay) == self._untouched
+        return self._untouched is not None and _state_of(self._machine.overlay) == self._untouched
 
     def _last(self) -> str:
         return f"; the last line on its console was: {self.lines[-1]}" if self.lines else ""

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -20,9 +21,16 @@ from ...configuration.settings import ImageSettings
 from ...machines import arch
 from ...machines.firmware import Firmware, uefi_firmware
 from ...model import Artifact, Build
+from ...outputs import OUTPUTS, opened
+from . import ramdisk
 from .report import PORT, credentials, seed_files
 
 HOST = "127.0.0.1"
+# What QEMU calls the disk, and the pipe by which it is told what to do.
+DISK_NODE = "disk"
+MONITOR = "monitor"
+# What a machine without a disk boots with, in the place of a firmware.
+KERNEL = "kernel"
 
 # virtio-scsi differs from the installation's virtio-blk, so an initramfs that was made for one machine only fails.
 # All kernels for clouds have it; Debian's has no AHCI.
@@ -30,7 +38,11 @@ _DISK_DEVICE = "scsi-hd"
 
 # What the kernel logs of emulation, and not of the image.  It counts the ticks of a timer when it starts
 # (arch/x86/kernel/apic/io_apic.c), which come late where the host has much to do; it then takes another way to it.
-_ERRORS_OF_EMULATION = (r"^\.\.MP-BIOS bug: 8254 timer not connected to IO-APIC",)
+# Its watchdog (kernel/watchdog.c) can't tell a program that hangs from a processor that the host is too busy for.
+_ERRORS_OF_EMULATION = (
+    r"^\.\.MP-BIOS bug: 8254 timer not connected to IO-APIC",
+    r"^watchdog: BUG: soft lockup - CPU#\d+ stuck for \d+s!",
+)
 
 
 # What runs on any x86-64; all other distributions are for x86-64-v2.  An image that says nothing may be of these.
@@ -42,7 +54,8 @@ class Purpose:
     """What a machine is booted for.
 
     Its directory is *name* with its number, its disk the image's size times *growth*, its sshd listens on *port*.
-    *given* returns the files of its seed and the credentials of its SMBIOS, once there is its key.
+    *given* returns the files of its seed and the credentials of its SMBIOS, so many as *credentials* says, once there
+    is its key.  *reboots* is whether it may, and *monitored* whether QEMU is told what to do while it runs.
     """
 
     name: str
@@ -50,6 +63,8 @@ class Purpose:
     port: int
     given: Callable[["Machine"], tuple[dict[str, str], dict[str, str]]]
     reboots: bool = False
+    monitored: bool = False
+    credentials: int = 2
 
 
 def _given(machine: "Machine") -> tuple[dict[str, str], dict[str, str]]:
@@ -65,7 +80,8 @@ TEST = Purpose("boot", 2, 22, _given)
 class Machine:
     """The machine of one boot of *artifact*; *number* tells the boots of a build apart.
 
-    *restricted* is whether it reaches no network.
+    *restricted* is whether it reaches no network.  *layers* counts the overlays that it has filled before the one that
+    it has now.  *ram* are the bytes of its memory, 0 for what the settings say; without a disk it is not known before.
     """
 
     build: Build
@@ -75,6 +91,13 @@ class Machine:
     number: int
     purpose: Purpose = TEST
     restricted: bool = False
+    layers: int = 0
+    ram: int = 0
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether it boots a disk, and not a kernel with its ramdisk."""
+        return self.firmware != KERNEL
 
     @property
     def directory(self) -> Path:
@@ -89,8 +112,8 @@ class Machine:
 
     @property
     def overlay(self) -> Path:
-        """The file of its disk, an overlay on the image."""
-        return self.directory / "overlay.qcow2"
+        """The file of its disk, an overlay on the image, or on those before; QEMU may open it by its name once more."""
+        return self.directory / f"overlay-{self.layers}.qcow2"
 
     @property
     def seed(self) -> Path:
@@ -134,7 +157,7 @@ class Machine:
     @property
     def credentials(self) -> list[Path]:
         """The files of the strings for the machine's SMBIOS."""
-        return [self.directory / f"credential-{number}" for number in range(len(credentials("")))]
+        return [self.directory / f"credential-{number}" for number in range(self.purpose.credentials)]
 
 
 def time_limit(settings: ImageSettings, virt_type: str) -> float:
@@ -166,11 +189,19 @@ def overlay_argv(machine: Machine) -> list[str]:
     return [
         "qemu-img", "create", "-q",
         "-f", "qcow2",
-        "-F", artifact.format,
-        "-b", str(artifact.path),
+        "-F", OUTPUTS[artifact.format].driver,
+        "-b", opened(artifact),
         str(machine.overlay),
         str(machine.larger_size or "SIZE"),
     ]  # fmt: skip
+
+
+def source_argvs(machine: Machine) -> list[list[str]]:
+    """Return the commands that have there what *machine* boots."""
+    if machine.has_disk:
+        return [overlay_argv(machine)]
+    unpacking = ramdisk.unpacking_argv(machine.artifact.path, machine.directory)
+    return [unpacking, ramdisk.measuring_argv(machine.directory)]
 
 
 def key_argv(machine: Machine) -> list[str]:
@@ -213,17 +244,16 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
         "-machine", ",".join(options),
         "-cpu", _emulated_cpu(settings) if emulated else "host",
         "-smp", str(processors_of(settings, machine.virt_type)),
-        "-m", str(settings.ram >> 20),
+        "-m", _memory(machine),
         "-nodefaults",
         "-no-user-config",
         *([] if machine.purpose.reboots else ["-no-reboot"]),
         "-display", "none",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         *flash,
-        *_blockdev("disk", "qcow2", str(machine.overlay)),
-        *_blockdev("seed", "raw", str(machine.seed), read_only=True),
         "-device", "virtio-scsi-pci",
-        "-device", f"{_DISK_DEVICE},drive=disk,bootindex=1",
+        *(_disk_options(machine) if machine.has_disk else ramdisk.options(machine.directory, facts.console)),
+        *_blockdev("seed", "raw", str(machine.seed), read_only=True),
         "-device", "scsi-cd,drive=seed",
         "-netdev", network,
         # Leave out the ROM, so that no firmware tries to boot from the network.
@@ -235,7 +265,26 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
         "-device", "virtio-serial-pci",
         "-device", f"virtserialport,chardev=report,name={PORT}",
         *(word for path in machine.credentials for word in ("-smbios", f"type=11,path={_escaped(path)}")),
+        *(monitor_argv(machine) if machine.purpose.monitored else []),
     ]  # fmt: skip
+
+
+def _memory(machine: Machine) -> str:
+    """Return the MiB of its memory, in capitals where only the build knows them."""
+    if not machine.has_disk and not machine.ram:
+        return "MEMORY"
+    return str((machine.ram or machine.build.plan.settings.ram) >> 20)
+
+
+def _disk_options(machine: Machine) -> list[str]:
+    disk = _blockdev(DISK_NODE, "qcow2", str(machine.overlay))
+    return [*disk, "-device", f"{_DISK_DEVICE},drive={DISK_NODE},bootindex=1"]
+
+
+def monitor_argv(machine: Machine) -> list[str]:
+    """Return the options of QEMU's monitor, which reads and answers at the machine's pipe."""
+    path = _escaped(machine.pipe(MONITOR))
+    return ["-chardev", f"pipe,id={MONITOR},path={path}", "-mon", f"chardev={MONITOR},mode=control"]
 
 
 def _emulated_cpu(settings: ImageSettings) -> str:
@@ -246,12 +295,16 @@ def _emulated_cpu(settings: ImageSettings) -> str:
     return f"{facts.test_cpu},-{facts.flawed_feature}"
 
 
-def _blockdev(name: str, image_format: str, path: str, *, read_only: bool = False) -> list[str]:
+def block_node(name: str, image_format: str, path: str, *, read_only: bool = False) -> dict[str, object]:
+    """Return what QEMU is told of the file *path*, which it calls *name*."""
     # ``no-flush``: the overlay is thrown away, so nothing has to be safe on this machine's disk.
     cache = {"no-flush": True}
     file = {"driver": "file", "filename": path, "read-only": read_only, "cache": cache}
-    node = {"driver": image_format, "node-name": name, "read-only": read_only, "cache": cache, "file": file}
-    return ["-blockdev", json.dumps(node)]
+    return {"driver": image_format, "node-name": name, "read-only": read_only, "cache": cache, "file": file}
+
+
+def _blockdev(name: str, image_format: str, path: str, *, read_only: bool = False) -> list[str]:
+    return ["-blockdev", json.dumps(block_node(name, image_format, path, read_only=read_only))]
 
 
 def _escaped(path: Path) -> str:
@@ -274,11 +327,16 @@ def other_mac() -> str:
 
 
 @contextmanager
-def prepared(machine: Machine) -> Iterator[None]:
-    """Make the files of *machine*, and remove them at the end."""
+def prepared(machine: Machine) -> Iterator[Machine]:
+    """Make the files of *machine*, and remove them at the end; give it with the memory that it takes."""
     machine.directory.mkdir(mode=0o700)
     with released(lambda: shutil.rmtree(machine.directory)):
-        command.run(overlay_argv(machine))
+        if machine.has_disk:
+            command.run(overlay_argv(machine))
+        else:
+            command.run(ramdisk.unpacking_argv(machine.artifact.path, machine.directory))
+            least = machine.build.plan.settings.ram
+            machine = dataclasses.replace(machine, ram=ramdisk.memory_for(machine.directory, least))
         command.run(key_argv(machine))
         machine.seed_source.mkdir()
         seed, strings = machine.purpose.given(machine)
@@ -289,21 +347,22 @@ def prepared(machine: Machine) -> Iterator[None]:
             path.write_text(f"io.systemd.credential.binary:{name}={base64.b64encode(text.encode()).decode()}")
         if machine.firmware == "uefi":
             shutil.copyfile(str(firmware_for(machine.build.plan.settings.arch).memory), machine.nvram)
-        yield
+        yield machine
 
 
 @contextmanager
 def pipes(machine: Machine) -> Iterator[tuple[int, int]]:
-    """Give the ends for reading of the console and of the report."""
+    """Make the machine's pipes; give the ends for reading of the console and of the report."""
+    for name in ("console", "report", MONITOR):
+        for direction in ("in", "out"):
+            path = Path(f"{machine.pipe(name)}.{direction}")
+            # A try whose port was taken has left one.
+            path.unlink(missing_ok=True)
+            os.mkfifo(path, 0o600)
     with contextlib.ExitStack() as stack:
         descriptors = []
         for name in ("console", "report"):
-            for direction in ("in", "out"):
-                path = Path(f"{machine.pipe(name)}.{direction}")
-                # A try whose port was taken has left one.
-                path.unlink(missing_ok=True)
-                os.mkfifo(path, 0o600)
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            descriptor = os.open(f"{machine.pipe(name)}.out", os.O_RDONLY | os.O_NONBLOCK)
             stack.callback(os.close, descriptor)
             descriptors.append(descriptor)
         yield descriptors[0], descriptors[1]

@@ -217,12 +217,14 @@ class Subject:
     """What is known of the image that reports: the size of its disk, and of the *larger* one that it was booted on.
 
     *allowed* are regular expressions of errors in the kernel's log.  *first_boot* is whether it has scripts for that.
+    *in_memory* is whether it has no disk.
     """
 
     disk_size: int
     larger_size: int
     allowed: Sequence[str] = ()
     first_boot: bool = False
+    in_memory: bool = False
 
 
 def passed(name: str) -> BootCheck:
@@ -243,7 +245,7 @@ def skipped(name: str, reason: str) -> BootCheck:
 def checks_of(report: Message, subject: Subject) -> list[BootCheck]:
     """Return what the *report* of a guest that is up says of each check, the gravest ones first."""
     return [
-        judged("root-space", _why_full(report, subject)),
+        _root_space(report, subject),
         judged("sshd-installed", "" if report.fact("sshd") else "sshd is not installed"),
         judged("network", _why_no_network(report)),
         judged("units", _why_degraded(report)),
@@ -274,15 +276,19 @@ def _root_kib(report: Message) -> tuple[int, int, int] | None:
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
-def _why_full(report: Message, subject: Subject) -> str:
+def _root_space(report: Message, subject: Subject) -> BootCheck:
+    name = "root-space"
+    if subject.in_memory:
+        return skipped(name, "its root is in memory")
     root = _root_kib(report)
     if root is None:
-        return "the size of its root filesystem is unknown"
+        return judged(name, "the size of its root filesystem is unknown")
     _, used, available = root
+    size = format_size(subject.disk_size)
     # Compare with the image's own disk: the filesystem has grown since.
     if available == 0 or used << 10 > subject.disk_size * 0.95:
-        return f"its root filesystem is full: {format_size(used << 10)} of a disk of {format_size(subject.disk_size)}"
-    return ""
+        return judged(name, f"its root filesystem is full: {format_size(used << 10)} of a disk of {size}")
+    return passed(name)
 
 
 def _why_no_network(report: Message) -> str:
@@ -329,6 +335,8 @@ def _first_boot(report: Message, subject: Subject) -> BootCheck:
 def _root_size(report: Message, subject: Subject) -> BootCheck:
     """Return whether the root filesystem fills the larger disk, if the image claims that it will."""
     name = "root-size"
+    if subject.in_memory:
+        return skipped(name, "its root is in memory")
     if not report.fact("growpart"):
         return skipped(name, "the image has no growpart")
     device = report.fact("root-device").partition("[")[0].removeprefix("/dev/")

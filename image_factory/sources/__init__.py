@@ -1,10 +1,16 @@
 """The ways to make a disk; all else knows them by this table alone."""
 
 from .bootstrap import SOURCE as BOOTSTRAP
+from .elements import SOURCE as ELEMENTS
 from .image import SOURCE as IMAGE
 from .installer import SOURCE as INSTALLER
 from .kind import DiskSource, Key
 
 __all__ = ["SOURCES", "DiskSource", "Key"]
 
-SOURCES: dict[str, DiskSource] = {"installer": INSTALLER, "image": IMAGE, "bootstrap": BOOTSTRAP}
+SOURCES: dict[str, DiskSource] = {
+    "installer": INSTALLER,
+    "image": IMAGE,
+    "bootstrap": BOOTSTRAP,
+    "elements": ELEMENTS,
+}

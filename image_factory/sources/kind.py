@@ -10,25 +10,30 @@ from ..configuration.settings import ANSWER_FILE_KEYS, BOOTSTRAP_KEY, Dependent,
 from ..model import Build, Given, Plan
 from ..parts import Steps
 
-# The settings that only one source goes by.
-_OF_ONE_SOURCE = {
+# The settings of a disk that a tree is put on, then those that some sources go by.
+_OF_TREES = ("layout", "filesystem", "root-label", "mkfs-options", "extra-size")
+_OF_SOURCES = {
     "installer": (
         "linux", "initrd", "installer-image", "linux-sha256", "initrd-sha256", "installer-image-sha256", "append",
         *ANSWER_FILE_KEYS, "answer-files", "mac", "vnc", "osinfo", "cpu", "network", "max-parallel",
         "install-timeout", "stall-timeout",
     ),
     "image": ("source-image", "source-image-sha256"),
-    "bootstrap": (BOOTSTRAP_KEY, "work-in-memory", "layout", "filesystem", "root-label", "mkfs-options", "extra-size"),
+    "bootstrap": (BOOTSTRAP_KEY, "work-in-memory", "cache-tree", *_OF_TREES),
+    "elements": _OF_TREES,
 }  # fmt: skip
 
 
 def idle_beside(source: str) -> Dependent:
     """Return the settings of all sources but *source*, which do nothing beside it."""
+    others: dict[str, list[str]] = {}
+    for other, keys in _OF_SOURCES.items():
+        for key in keys:
+            others.setdefault(key, []).append(other)
     return {
-        key: (f"source = {other}", lambda settings: False)
-        for other, keys in _OF_ONE_SOURCE.items()
-        if other != source
-        for key in keys
+        key: (f"source = {' or '.join(takers)}", lambda settings: False)
+        for key, takers in others.items()
+        if source not in takers
     }
 
 

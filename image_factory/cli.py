@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from . import __version__, completion, fleet, online, pipeline, workspace
+from . import __version__, completion, element_tests, fleet, keep, naming, online, pipeline, workspace
 from .base import command, events, interrupts, log
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
@@ -23,9 +23,13 @@ from .base.units import format_size
 from .configuration.files import Configuration, declared
 from .configuration.settings import ImageSettings, accepted_by, check_image_name
 from .configuration.unused import variables_named
+from .elements import breaks, explain, resolve
+from .elements import image as elements_of
 from .finishing import manifest
+from .machines.arch import debian_arch
 from .model import Artifact, Plan
 from .sources import SOURCES
+from .tasks.layers import UNTIL_PREFIX
 from .told import estimates, record
 
 
@@ -65,6 +69,13 @@ def _listed(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
+def _stop(text: str) -> str:
+    """Return *text*, what ``--until`` may be; the plan knows its tasks."""
+    if text in pipeline.UNTIL or text.startswith(UNTIL_PREFIX):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {_listed([*pipeline.UNTIL, f'{UNTIL_PREFIX}NAME'])}")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with a flag for each setting that declares one."""
     parser = _Parser(prog="image-factory", description="Build golden Linux images.")
@@ -101,6 +112,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--list-json", action="store_true", help="list the configured images with what is known of them, in JSON"
     )
+    parser.add_argument(
+        "--list-elements",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="list the elements that are found, each with its place and the first sentence of its README, "
+        "or show the README of element NAME, and stop",
+    )
+    parser.add_argument(
+        "--test-element",
+        metavar="NAME",
+        help="build the tests that element NAME has in its directory test-elements, say what comes of each, and stop; "
+        "NAME/TEST is one of them",
+    )
+    parser.add_argument(
+        "--explain-elements",
+        action="store_true",
+        help="print the elements of the image, why each is one, and all their scripts in their order, and stop",
+    )
     parser.add_argument("--check", action="store_true", help="check all that can be known before a build, and stop")
     parser.add_argument(
         "--online",
@@ -114,7 +144,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on where the last build failed, without a new installation"
     )
     parser.add_argument(
-        "--until", choices=pipeline.UNTIL, metavar="STEP", help=f"stop after {_listed(pipeline.UNTIL)}, to be resumed"
+        "--until",
+        type=_stop,
+        metavar="STEP",
+        help=f"stop after {_listed([*pipeline.UNTIL, f'{UNTIL_PREFIX}NAME'])}, to be resumed",
     )
     parser.add_argument(
         "--shell-on-error", action="store_true", help="when a step fails, open a shell in the mounted disk"
@@ -212,6 +245,29 @@ def _line(variables: Mapping[str, str], key: str, default: str = "") -> str:
         return f"# {key}: {_one_line(error.message)}"
     written = "\n    ".join(log.printable(line.strip()) for line in text.replace("$", "$$").splitlines())
     return f"{'' if name in variables or default else '# '}{key} = {written}".rstrip()
+
+
+def elements_listing(configuration: Configuration, name: str) -> str:
+    """Return the elements that images may have, or what there is to read of the one that is *name*."""
+    path = configuration.setting(configuration.default_section, "elements-path")
+    known = resolve.find(resolve.search_path(path, os.environ))
+    if name:
+        return explain.readme(resolve.known_as(name, known, "asked for"))
+    if not known:
+        raise ConfigurationError(
+            "There are no elements.",
+            hint="Install diskimage-builder, or name directories of elements in elements-path of [DEFAULT].",
+        )
+    return explain.listing(known)
+
+
+def elements_explained(configuration: Configuration, image: str, flags: Mapping[str, str]) -> str:
+    """Return the elements of *image* with why each is one, and their scripts in the order in which they run."""
+    settings = configuration.image(image, flags)
+    variables = configuration.variables(image, flags)
+    architecture = debian_arch(variables.get("arch", ""), settings.arch)
+    found = elements_of.read(image, settings, variables, architecture, os.environ)
+    return explain.explanation(found)
 
 
 def listing(configuration: Configuration) -> str:
@@ -319,6 +375,10 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
         _say(f"{text}\n", "The summary")
 
 
+def _is_mode(arguments: argparse.Namespace, mode: str) -> bool:
+    return getattr(arguments, mode) not in (None, False)
+
+
 def _run(argv: Sequence[str]) -> None:
     parser = make_parser()
     arguments, others = parser.parse_known_args(argv)
@@ -326,13 +386,17 @@ def _run(argv: Sequence[str]) -> None:
     if any(other.startswith("-") for other in others):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     images = [*arguments.images, *others] or [os.environ.get("IMAGE") or ""]
-    modes = ("list", "list_json", "check", "dry_run", "show_answers", "keys", "cleanup")
-    only_checks = any(getattr(arguments, mode) for mode in modes)
+    modes = (
+        "list", "list_json", "list_elements", "test_element", "explain_elements", "check", "dry_run", "show_answers",
+        "keys", "cleanup",
+    )  # fmt: skip
+    only_checks = any(_is_mode(arguments, mode) for mode in modes)
     for mode in modes:
-        if arguments.json is not None and getattr(arguments, mode):
+        if arguments.json is not None and _is_mode(arguments, mode):
             raise ConfigurationError(f"--json is the record of a build, --{mode.replace('_', '-')} makes none.")
     # A shell and a display would write over each other, and so would several builds.
-    live = not (arguments.quiet or only_checks or arguments.shell_on_error or images[1:]) and _has_display(sys.stderr)
+    has_shell = arguments.shell_on_error or bool(os.environ.get(breaks.VARIABLE))
+    live = not (arguments.quiet or only_checks or has_shell or images[1:]) and _has_display(sys.stderr)
     # The display stands for what is logged below a warning.
     log.set_up(logging.WARNING if arguments.quiet or (live and not arguments.verbose) else logging.INFO)
     if arguments.online and not arguments.check:
@@ -346,6 +410,15 @@ def _run(argv: Sequence[str]) -> None:
         return
     if arguments.list_json:
         _say(f"{json.dumps(Configuration(os.environ).descriptions(), indent=2)}\n", "The list")
+        return
+    if arguments.list_elements is not None:
+        _say(elements_listing(Configuration(os.environ), arguments.list_elements), "The list")
+        return
+    if arguments.test_element is not None:
+        _test_element(arguments)
+        return
+    if arguments.explain_elements and any(images) and not images[1:]:
+        _say(elements_explained(Configuration(os.environ), images[0], _flag_texts(arguments)), "The explanation")
         return
     if arguments.keys and any(images) and not images[1:]:
         listed = keys_listing(Configuration(os.environ), images[0], _flag_texts(arguments))
@@ -365,6 +438,16 @@ def _run(argv: Sequence[str]) -> None:
             _run_one(arguments, images[0], live=live)
 
 
+def _test_element(arguments: argparse.Namespace) -> None:
+    """Run the tests of an element, and say what comes of each; BuildError if one fails."""
+    if arguments.images:
+        raise ConfigurationError("--test-element is for elements, not for images.")
+    with interrupts.handled(), command.reaping():
+        element_tests.run(
+            Configuration(os.environ), arguments.test_element, _flag_texts(arguments), lambda line: _say(f"{line}\n")
+        )
+
+
 def _clean_up(output_dir: Path) -> None:
     """Remove what killed builds have left, and say what it was; all of it, even if that can't be said."""
     failure: Exception | None = None
@@ -381,6 +464,8 @@ def _clean_up(output_dir: Path) -> None:
 def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
     resume = arguments.resume
     with ExitStack() as stack:
+        # The build record is one of the files.
+        made = stack.enter_context(keep.noting())
         kept = stack.enter_context(_recorded(arguments, image)) if arguments.json is not None else None
         warnings: list[str] = []
         stack.enter_context(log.noting_warnings(warnings))
@@ -390,7 +475,7 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
         if arguments.show_answers:
             _show_answers(plan)
             return
-        plan = pipeline.check_plan(plan, resume=resume)
+        plan = pipeline.check_plan(plan, resume=resume, until=arguments.until)
         if kept:
             kept.plan_checked(plan, pipeline.programs(plan))
         if arguments.dry_run:
@@ -401,6 +486,8 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
                 online.check(plan)
             _say(f"{_verdict(plan.image, warnings)}\n")
         else:
+            record_path = None if arguments.json in (None, "-") else Path(arguments.json).absolute()
+            made.begin(plan, record_path, resume=resume)
             _build(plan, arguments, live=live)
 
 
@@ -417,7 +504,7 @@ def _check_several(arguments: argparse.Namespace, images: Sequence[str]) -> None
         check_image_name(image)
         if images.count(image) > 1:
             raise ConfigurationError(f"{image} is named twice.")
-    for mode in ("show_answers", "keys", "shell_on_error"):
+    for mode in ("show_answers", "keys", "explain_elements", "shell_on_error"):
         if getattr(arguments, mode):
             raise ConfigurationError(f"--{mode.replace('_', '-')} is for one image.")
     if arguments.json is not None and not Path(arguments.json).is_dir():
@@ -476,13 +563,14 @@ def _checked_plans(arguments: argparse.Namespace, images: Sequence[str]) -> tupl
         try:
             with log.noting_warnings(warnings[image]):
                 plan = pipeline.make_plan(configuration, image, _flag_texts(arguments), resume=arguments.resume)
-                plan = pipeline.check_plan(plan, resume=arguments.resume)
+                plan = pipeline.check_plan(plan, resume=arguments.resume, until=arguments.until)
             for other in plans:
                 if plan.log_path is not None and plan.log_path == other.log_path:
                     raise ConfigurationError(
                         f"It would log into {plan.log_path}, as {other.image} does.",
                         hint="Leave log-filename out: each image has a log file of its own then.",
                     )
+            naming.check_others(plan, plans)
             plans.append(plan)
         except ConfigurationError as error:
             errors.setdefault(error.message, []).append(image)

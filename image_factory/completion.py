@@ -2,10 +2,13 @@
 
 import argparse
 import os
+from collections.abc import Callable, Iterable
 
 from .base.errors import ConfigurationError
 from .configuration.files import Configuration
 from .outputs import OUTPUTS
+from .outputs.targets import TARGETS
+from .pipeline import UNTIL
 
 # argcomplete's shell function sets it.
 VARIABLE = "_ARGCOMPLETE"
@@ -19,7 +22,13 @@ def complete(parser: argparse.ArgumentParser) -> None:
     except ImportError:
         return
     directories = DirectoriesCompleter()
-    completers = {"format": _formats, "cache_dir": directories, "output_dir": directories}
+    completers = {
+        "format": _some_of(OUTPUTS),
+        "target": _some_of(TARGETS),
+        "cache_dir": directories,
+        "output_dir": directories,
+        "until": _stops,
+    }
     for action in parser._actions:
         completer = completers.get(action.dest) if action.option_strings else _images
         if completer is not None:
@@ -35,7 +44,14 @@ def _images(prefix: str, **_context: object) -> list[str]:
         return []
 
 
-def _formats(prefix: str, **_context: object) -> list[str]:
-    before, comma, _ = prefix.rpartition(",")
-    given = before.split(",")
-    return [f"{before}{comma}{name}" for name in OUTPUTS if name not in given]
+def _stops(prefix: str, **_context: object) -> list[str]:
+    return [*UNTIL]
+
+
+def _some_of(names: Iterable[str]) -> Callable[..., list[str]]:
+    def complete(prefix: str, **_context: object) -> list[str]:
+        before, comma, _ = prefix.rpartition(",")
+        given = before.split(",")
+        return [f"{before}{comma}{name}" for name in names if name not in given]
+
+    return complete

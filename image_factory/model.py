@@ -3,6 +3,7 @@
 import datetime
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,6 +21,7 @@ SBOM_SUFFIX = ".cdx.json"
 # And of those that belong to a build, after IMAGE-DATE.
 SUMS_SUFFIX = ".SHA256SUMS"
 SIGNATURE_SUFFIX = ".asc"
+RECORD_SUFFIX = ".build.json"
 
 # In the working directory.
 DISK_NAME = "disk.raw"
@@ -28,7 +30,7 @@ INVENTORY_NAME = "inventory.json"
 READ_ONLY_NAME = "read-only-subvolumes"
 
 # What an artifact can be made from.
-Origin = Literal["disk", "tree"]
+Origin = Literal["disk", "tree", "plan"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Plan:
 
     *output_dir* is absolute.  *destinations* has the upload destinations of each format's file, in
     the order of the formats.  *variables* has the texts of the section's keys, for a template.
-    *tasks* are before cleaning, *late_tasks* after it, in their order.
+    *name* is what ``image-name`` makes of it, *text_name* what ``manifest-text`` does, and *ident* what ``${ident}`` is
+    in both.  *tasks* are before cleaning, *late_tasks* after it, in their order.
     *guestfs_allowed* is whether a disk that the chosen way can't reach may be mounted by guestfs.  *source_date* is
     the time, in seconds since 1970, that a build which can be repeated takes for the present.
     """
@@ -53,15 +56,18 @@ class Plan:
     source_date: int | None = None
     tasks: tuple[Task, ...] = ()
     late_tasks: tuple[Task, ...] = ()
+    name: str = ""
+    text_name: str = ""
+    ident: str = ""
 
     @property
     def base_name(self) -> str:
-        """``IMAGE-YYYY-MM-DD``, which all files of the build begin with."""
-        return f"{self.image}-{self.date.isoformat()}"
+        """What the names of all files of the build begin with, ``IMAGE-YYYY-MM-DD`` if nothing else is asked for."""
+        return self.name or f"{self.image}-{self.date.isoformat()}"
 
-    def file_name(self, image_format: str) -> str:
-        """Return the name of the artifact of *image_format*."""
-        return f"{self.base_name}.{image_format}"
+    def file_name(self, suffix: str) -> str:
+        """Return the name of the artifact whose format has *suffix*."""
+        return f"{self.base_name}.{suffix}"
 
     @property
     def log_path(self) -> Path | None:
@@ -105,13 +111,16 @@ class Plan:
 class Build:
     """A build under way: its plan, its own *directory* and the name of its virtual machine.
 
-    *virt_type* is what virtual machines can use here, ``kvm`` or ``qemu``.
+    *virt_type* is what virtual machines can use here, ``kvm`` or ``qemu``.  *resumed* is whether it goes on from what
+    another one has left, and *until_task* what ``--until`` calls the task after which it stops.
     """
 
     plan: Plan
     directory: Path
     vm_name: str
     virt_type: str = "qemu"
+    resumed: bool = False
+    until_task: str | None = None
 
     @property
     def disk_path(self) -> Path:
@@ -131,9 +140,10 @@ class Build:
 
 @dataclass(frozen=True)
 class Disk:
-    """A raw disk with an installed system."""
+    """A raw disk with an installed system, which nobody who mounts it changes where it is *read_only*."""
 
     path: Path
+    read_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -297,6 +307,15 @@ class Filesystem(Protocol):
 
     def key_files(self, top: str) -> dict[str, bytes]:
         """Return the regular files of at most 1 MiB in and below the directory *top* that may have a private key."""
+
+    def contents(
+        self, places: "Mapping[str, tuple[Filesystem, str]]", options: Sequence[str]
+    ) -> AbstractContextManager[list[str]]:
+        """Give the command that prints a tar of a system, of which this is the root.
+
+        *places* has what is at each of its points: a filesystem, mounted by the same way, and a directory of it.
+        *options* are those of tar(1).
+        """
 
     def trim(self) -> int | None:
         """Free the unused blocks; return their bytes, None where this is not possible."""

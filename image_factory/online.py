@@ -36,8 +36,8 @@ def _problems(plan: Plan) -> Iterator[str | None]:
         yield _problem(plan, key, _HOST.sub("127.0.0.1", url), probe, said=url)
     for destination in {each.section: each for found in plan.destinations.values() for each in found}.values():
         try:
-            UPLOADS[destination.type].probe(destination, plan.output_dir)
-            logger.info("[%s] upload-target: %s can be reached.", destination.section, destination.target)
+            if UPLOADS[destination.type].probe(destination, plan.output_dir):
+                logger.info("[%s] upload-target: %s can be reached.", destination.section, destination.target)
             yield None
         except BuildError as error:
             yield f"[{destination.section}] upload-target: {destination.target}: {error.message}"

@@ -149,24 +149,24 @@ def tree_of(state: State) -> Tree:
     return state.tree
 
 
-def mounted(steps: Sequence[Step], disk_of: Callable[[Build], Path]) -> Group:
+def mounted(steps: Sequence[Step], disk_of: Callable[[Build], Path], *, read_only: bool = False) -> Group:
     """Return *steps* on the system on the disk that *disk_of* names, which is mounted meanwhile."""
 
     def run(state: State, steps: Sequence[Step | Group]) -> State:
-        with mounts.mounted(state.build, Disk(disk_of(state.build))) as tree:
+        with mounts.mounted(state.build, Disk(disk_of(state.build), read_only)) as tree:
             state = carry_out(dataclasses.replace(state, tree=tree), steps)
         return dataclasses.replace(state, tree=None, volumes=tree.volumes)
 
     def shown(state: State, steps: Sequence[Step | Group]) -> list[Shown]:
-        build, disk = state.build, disk_of(state.build)
-        inside = [Shown(item.name, _rehearsal(build, item)) for item in steps if isinstance(item, Step)]
+        build, disk = state.build, Disk(disk_of(state.build), read_only)
+        inside = [Shown(item.name, _rehearsal(build, item, disk)) for item in steps if isinstance(item, Step)]
         before, after = mounts.around(build, disk)
         return [*(Shown(*found) for found in before), *inside, *(Shown(*found) for found in after)]
 
     return Group(steps, run, shown)
 
 
-def _rehearsal(build: Build, step: Step) -> Commands:
+def _rehearsal(build: Build, step: Step, on: Disk) -> Commands:
     """Return the commands of a *step* on the mounted system, found out by carrying it out on one that is empty."""
     calls: list[Call] = []
     # What only some systems need has nothing to do on an empty one.
@@ -174,4 +174,4 @@ def _rehearsal(build: Build, step: Step) -> Commands:
         with scratch.directory() as directory, rehearsed(calls) as tree:
             apart = dataclasses.replace(build, directory=directory)
             step.run(State(apart, Disk(directory), tree))
-    return [*step.commands, *mounts.commands(build, [*calls, *step.calls])]
+    return [*step.commands, *mounts.commands(build, on, [*calls, *step.calls])]

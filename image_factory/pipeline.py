@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import checkpoint, outputs, publish, tasks, workspace
+from . import checkpoint, keep, naming, outputs, publish, tasks, workspace
 from .base import command, events, interrupts
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, InstalledError, NoSystemError
@@ -20,14 +20,29 @@ from .checkpoint import Checkpoint, Reached
 from .checks import audit, testboot
 from .configuration import unused
 from .configuration.files import Configuration
-from .configuration.settings import check_image_name
+from .configuration.settings import Task, check_image_name
 from .disks import reproducible
-from .finishing import checksum, clean, copying, firstboot, manifest, seal, settling, shrink, sign
+from .elements import on_disk
+from .finishing import (
+    checksum,
+    clean,
+    copying,
+    firstboot,
+    fitting,
+    importing,
+    listing,
+    manifest,
+    seal,
+    settling,
+    shrink,
+    sign,
+)
 from .model import Artifact, Build, Disk, Plan
+from .outputs import targets
 from .parts import Group, Part, Shown, State, Step, Steps, carry_out, mounted, show
 from .sources import SOURCES, DiskSource
 from .system import mounts
-from .tasks import guest, namespace, offline
+from .tasks import guest, layers, namespace, offline, playbooks
 from .told import junit
 
 
@@ -58,6 +73,7 @@ def _cleaning(build: Build) -> Steps:
         *copying.steps(build),
         *offline.steps(build),
         *firstboot.steps(build),
+        *fitting.steps(build),
         *manifest.listing_steps(build),
         *shrink.mounted_steps(build),
     ]
@@ -72,14 +88,15 @@ def _explained(state: State, steps: Sequence[Step | Group]) -> State:
         raise
 
 
-def _checksumming(build: Build) -> Steps:
-    return checksum.steps(build, outputs.formats(build.plan))
+def _programs_to_clean(plan: Plan) -> list[str]:
+    return [*mounts.programs(plan), *fitting.programs(plan)]
 
 
 def _check_cleaning(plan: Plan) -> None:
     mounts.check(plan)
     copying.check(plan)
     firstboot.check(plan)
+    fitting.check(plan)
 
 
 def _check_tasks(plan: Plan) -> None:
@@ -92,11 +109,17 @@ def _check_tasks(plan: Plan) -> None:
 # The whole build, in its order.  All that has to know what a build does reads it here.
 STAGES = (
     Stage("install", (Part(_installing, lambda plan: _source(plan).programs(plan)),), Reached.INSTALLED),
+    Stage(
+        "elements",
+        (Part(on_disk.steps, on_disk.programs, on_disk.check),),
+        Reached.APPLIED,
+    ),
     Stage("tasks", (Part(guest.steps, guest.programs, _check_tasks),), Reached.TASKED),
     Stage(
         "clean",
         (
-            Part(_cleaning, mounts.programs, _check_cleaning),
+            Part(guest.writing_steps),
+            Part(_cleaning, _programs_to_clean, _check_cleaning),
             Part(shrink.steps, shrink.programs),
             Part(settling.steps, settling.programs),
         ),
@@ -106,17 +129,19 @@ STAGES = (
         "convert",
         (
             Part(manifest.late_steps),
-            Part(outputs.steps),
-            Part(_checksumming),
+            Part(outputs.steps, outputs.programs, outputs.check),
+            Part(checksum.steps),
+            Part(importing.steps),
             Part(manifest.steps),
+            Part(listing.steps, check=listing.check),
             Part(sign.steps, sign.programs, sign.check),
         ),
         Reached.CONVERTED,
     ),
     Stage("check", (Part(audit.steps, audit.programs), Part(testboot.steps, testboot.programs, testboot.check))),
     Stage("publish", (Part(publish.steps),), Reached.PUBLISHED),
-    Stage("upload", (Part(publish.upload_steps, publish.programs),)),
-    Stage("notify", (Part(publish.post_build_steps, publish.post_build_programs),)),
+    Stage("upload", (Part(publish.upload_steps, publish.programs, publish.check),)),
+    Stage("notify", (Part(publish.post_build_steps, publish.post_build_programs), Part(keep.steps))),
 )
 
 # --until names one of these: after the last stage nothing is left to do.
@@ -135,10 +160,19 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     plan = dataclasses.replace(plan, source_date=reproducible.source_date(os.environ))
     left = checkpoint.read(plan.work_path) if resume else None
     if left:
-        plan = dataclasses.replace(plan, date=datetime.date.fromisoformat(left.date))
+        plan = dataclasses.replace(
+            plan,
+            date=datetime.date.fromisoformat(left.date),
+            name=left.name,
+            text_name=left.text_name,
+            ident=left.ident,
+        )
+    else:
+        plan = naming.named(plan, datetime.datetime.now())
+    outputs.check_names(plan)
     destinations = {
         image_format: tuple(
-            configuration.destination(section, plan.file_name(image_format), named_by=image)
+            configuration.destination(section, outputs.file_name(plan, image_format), named_by=image)
             for section in settings.upload_destinations
         )
         for image_format in settings.format
@@ -153,14 +187,23 @@ def make_plan(configuration: Configuration, image: str, flags: Mapping[str, str]
     doubts = unused.unused_keys(configuration, image, settings.upload_destinations, sections)
     for sentence in (*doubts, *unused.idle_keys(configuration, image, settings, flags)):
         logger.warning("%s", sentence)
+    tasks, late_tasks = (tuple(_with_given(plan, task) for task in each) for each in (tasks, late_tasks))
     return dataclasses.replace(plan, destinations=destinations, tasks=tasks, late_tasks=late_tasks)
 
 
-def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
-    """Raise ConfigurationError if it can be known now that *plan* can't be carried out here.
+def _with_given(plan: Plan, task: Task) -> Task:
+    """Return *task* with what tells apart what the settings of the image make of it."""
+    if task.copies:
+        return dataclasses.replace(task, given="\n".join(copying.identity_of(copying.of_task(plan, task))))
+    return playbooks.with_given(plan, task)
+
+
+def check_plan(plan: Plan, *, resume: bool = False, until: str | None = None) -> Plan:
+    """Raise ConfigurationError if it can be known now that *plan* can't be carried out here, as far as *until*.
 
     Returns the plan with what is chosen on this machine.
     """
+    _check_until(plan, until)
     source = _source(plan)
     source.check_machine(plan)
     if resume and not checkpoint.read(plan.work_path):
@@ -171,6 +214,10 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
     command.require(programs(plan))
     if not resume:
         _check_space(plan)
+        naming.check(plan)
+        # What the disk was made from may be gone when a build goes on.
+        outputs.check_sizes(plan)
+        targets.check_size(plan)
     workspace.warn_of_others(plan)
     for stage in STAGES:
         for part in stage.parts:
@@ -181,6 +228,16 @@ def check_plan(plan: Plan, *, resume: bool = False) -> Plan:
         # Warnings come last, so that an error stands alone.
         source.warn(plan)
     return plan
+
+
+def _check_until(plan: Plan, until: str | None) -> None:
+    """Raise ConfigurationError if *until* names a task that *plan* does not have before cleaning."""
+    names = layers.names(plan)
+    if _until_task(until) and until not in names:
+        raise ConfigurationError(
+            f"--until {until}: {plan.image} has no such task before cleaning.",
+            hint=f"It has {', '.join(names)}." if names else "'tasks' names some.",
+        )
 
 
 def programs(plan: Plan) -> list[str]:
@@ -220,11 +277,18 @@ def _check_writable(where: str, path: Path) -> None:
 def _check_space(plan: Plan) -> None:
     free = shutil.disk_usage(_existing_parent(plan.output_dir)).free + _kept_size(plan)
     size = SOURCES[plan.settings.source].disk_size(plan)
-    if free < size:
+    # One is gone when the other comes.
+    beside = next((f", and {what} to as much" for what, is_there in _beside_disk(plan).items() if is_there), "")
+    if free < (2 * size if beside else size):
         raise ConfigurationError(
-            f"{plan.output_dir} has {format_size(free)} free, the disk may grow to {format_size(size)}.",
+            f"{plan.output_dir} has {format_size(free)} free, the disk may grow to {format_size(size)}{beside}.",
             hint="Free some space, or build elsewhere with --output-dir.",
         )
+
+
+def _beside_disk(plan: Plan) -> dict[str, bool]:
+    """Return what may become as large as the disk, each with whether there is any."""
+    return {"the layers of tasks": bool(plan.tasks), "the copy of it for elements": on_disk.has_any(plan)}
 
 
 def _kept_size(plan: Plan) -> int:
@@ -239,7 +303,7 @@ def build_image(
 ) -> list[Artifact]:
     """Carry out *plan*; what it returns exists under its final name, or nothing does.
 
-    *resume* goes on from what a build that failed has left; *until*, one of UNTIL, stops after that and
+    *resume* goes on from what a build that failed has left; *until*, one of UNTIL or a task's, stops after that and
     leaves what there is then, to be resumed.  *shell_on_error* lets the user look at the disk.
     """
     chosen = _Chosen()
@@ -248,15 +312,22 @@ def build_image(
         events.observed(chosen),
         _shell_on_error(build, chosen, shell_on_error),
     ):
+        build = dataclasses.replace(build, resumed=resume, until_task=_until_task(until))
         state = State(build, Disk(build.disk_path), attended=shell_on_error)
-        if resume:
-            done = checkpoint.resumed(plan, build.directory)
+        done = checkpoint.resumed(plan, build.directory) if resume else None
+        if done and done.stage:
             state = _gone_on(state, done)
             for used in done.inputs_used(plan):
                 events.tell(used)
             events.tell(events.VirtTypeChosen(done.virt_type))
         else:
+            if done:
+                # There may be a disk of tasks that have changed.
+                done.write()
+                build.disk_path.unlink(missing_ok=True)
             state, done = _installed(state, chosen)
+        if not done.stage:
+            return []
         events.tell(events.Installed())
         try:
             if done.is_at(Reached.PUBLISHED):
@@ -297,6 +368,10 @@ def _gone_on(state: State, done: Checkpoint) -> State:
     )
 
 
+def _until_task(until: str | None) -> str | None:
+    return until if until and until.startswith(layers.UNTIL_PREFIX) else None
+
+
 def steps_of(stage: Stage, build: Build) -> Steps:
     """Give the steps of *stage* in their order."""
     return [step for part in stage.parts for step in part.steps(build)]
@@ -305,15 +380,35 @@ def steps_of(stage: Stage, build: Build) -> Steps:
 def _installed(state: State, chosen: _Chosen) -> tuple[State, Checkpoint]:
     """Install; return the checkpoint there, which is there too where the installation's end is not good."""
     inputs = checkpoint.InputsUsed()
+    layered = _Layered(state.build, inputs)
     try:
-        with events.observed(inputs):
+        with events.observed(inputs, layered):
             state = _gone_through(state, STAGES[0])
     except InstalledError as error:
         checkpoint.begin(dataclasses.replace(state.build, virt_type=chosen.virt_type), inputs)
         _hint_at_resuming(state.build, error)
         raise
-    done = checkpoint.begin(state.build, inputs)
+    except ImageFactoryError as error:
+        _hint_at_resuming(state.build, error)
+        raise
+    done = layered.checkpoint or checkpoint.begin(state.build, inputs)
+    if layered.checkpoint and not state.build.until_task:
+        done.virt_type = state.build.virt_type
+        done.reach(Reached.INSTALLED)
     return dataclasses.replace(state, served=done), done
+
+
+class _Layered:
+    """An observer that writes the checkpoint of *build*, made from *inputs*, when it can go on without a disk."""
+
+    def __init__(self, build: Build, inputs: checkpoint.InputsUsed) -> None:
+        self._build, self._inputs = build, inputs
+        self.checkpoint: Checkpoint | None = None
+
+    def notice(self, event: events.Event) -> None:
+        """Write it when there is the first layer."""
+        if isinstance(event, events.LayerKept) and self.checkpoint is None:
+            self.checkpoint = checkpoint.begin(self._build, self._inputs, None)
 
 
 def _hint_at_resuming(build: Build, error: ImageFactoryError) -> None:
@@ -339,7 +434,7 @@ def _shell_on_error(build: Build, chosen: _Chosen, wanted: bool) -> Iterator[Non
 
 def _left(done: Checkpoint | None, until: str | None) -> list[Stage]:
     """Return the stages that a build has yet to go through: those that are not *done*, up to *until*."""
-    last = [stage.name for stage in STAGES].index(until or STAGES[-1].name)
+    last = [stage.name for stage in STAGES].index("tasks" if _until_task(until) else until or STAGES[-1].name)
     first = 0
     for number, stage in enumerate(STAGES, 1):
         if done and stage.reached and done.is_at(stage.reached):
@@ -366,7 +461,7 @@ def _carried_out(state: State, done: Checkpoint, until: str | None) -> State:
     # Still with the lock: a second build would replace the files under an upload.
     for stage in _left(done, until):
         state = _gone_through(state, stage)
-        if stage.reached:
+        if stage.reached and not (state.build.until_task and stage.name == "tasks"):
             done.reach(stage.reached, [*state.artifacts])
         # A signal that came meanwhile is not lost.
         interrupts.check()
@@ -380,10 +475,12 @@ def described(plan: Plan, *, resume: bool = False, until: str | None = None) -> 
     """
     # Where KVM is to be probed, emulation may be what comes of it.
     virt_type = "qemu" if plan.settings.virt_type == "auto" else plan.settings.virt_type
-    build = Build(plan, plan.work_path, f"image-factory-{plan.image}-XXXXXXXX", virt_type)
+    name = f"image-factory-{plan.image}-XXXXXXXX"
+    build = Build(plan, plan.work_path, name, virt_type, resumed=resume, until_task=_until_task(until))
     state = State(build, Disk(build.disk_path))
     done = None
     if resume:
         done = checkpoint.resumed(plan, plan.work_path)
-        state = _gone_on(state, done)
+        if done.stage:
+            state = _gone_on(state, done)
     return [shown for stage in _left(done, until) for shown in show(state, steps_of(stage, state.build))]

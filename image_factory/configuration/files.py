@@ -4,6 +4,7 @@ import codecs
 import configparser
 import contextlib
 import copy
+import dataclasses
 import difflib
 import math
 import os
@@ -15,13 +16,17 @@ from typing import Any
 
 from ..base import events
 from ..base.errors import ConfigurationError
+from ..base.files import find_data_dir
 from ..machines.arch import ARCHITECTURES, FIRMWARES, default_arch, default_firmware, is_arch
-from ..outputs import OUTPUTS
+from ..outputs import OUTPUTS, targets
+from ..outputs.targets import TARGETS
 from ..sources import SOURCES
 from ..tasks import KINDS as TASKS
 from ..uploads import UPLOADS
-from .parsers import FIT, one_of, parse_arch, parse_command, parse_path, some_of
+from .parsers import FIT, any_of, one_of, parse_arch, parse_command, parse_path, some_of
 from .settings import (
+    NAME_TEMPLATES,
+    NAME_VARIABLES,
     Declaration,
     Destination,
     ImageSettings,
@@ -41,11 +46,16 @@ DESCRIBED_KEYS = (*LISTED_KEYS, "format", "virt-type", "cores", "ram", "image-si
 
 COMMAND_KEY = re.compile(r"post-upload-command[0-9]{0,9}")
 
+_NEEDED_OF_UPLOADS = ("upload-type", "upload-target")
+_KEYS_OF_ALL_UPLOADS = (*_NEEDED_OF_UPLOADS, "upload-args", "upload-formats")
+
 # The settings that name entries of a table of kinds.
 _KINDS: dict[str, tuple[Callable[..., Callable[[str], Any]], Collection[str]]] = {
     "source": (one_of, SOURCES),
+    "target": (any_of, TARGETS),
     "format": (some_of, OUTPUTS),
     "upload-type": (one_of, UPLOADS),
+    "upload-formats": (some_of, OUTPUTS),
     "task-type": (one_of, TASKS),
 }
 
@@ -59,22 +69,6 @@ def declared(kind: type[Any]) -> Iterator[tuple[str, Declaration]]:
 def normal_key(key: str) -> str:
     """Return *key* as it is known here, whatever its case and whether it has dashes or underscores."""
     return key.lower().replace("_", "-")
-
-
-def find_data_dir() -> Path:
-    """Return the directory of the shipped recipes and configuration.
-
-    It is ``data`` beside the package in a checkout, and ``share/image-factory`` under the prefix
-    that the package is installed below.
-    """
-    package = Path(__file__).resolve().parent.parent
-    candidates = [package.parent / "data", *(parent / "share/image-factory" for parent in package.parents)]
-    for candidate in candidates:
-        if (candidate / "image-factory.conf").is_file():
-            return candidate
-    raise ConfigurationError(
-        f"The shipped image-factory.conf isn't installed for {package}.", hint="Install image-factory again."
-    )
 
 
 class Variables(Mapping[str, str]):
@@ -321,7 +315,12 @@ class Configuration:
                 f"[{name}] image-size = fit is only for source = {fitting}.", hint="Set a size such as 4G."
             )
         SOURCES[settings.source].check_settings(name, settings)
+        targets.check(name, settings)
         return settings
+
+    def setting(self, section: str, key: str) -> Any:
+        """Return the value of the setting *key* of images in *section*, perhaps the one of defaults, or its default."""
+        return self._value(section, key, dict(declared(ImageSettings))[key], {})
 
     def _usual_firmware(self, name: str, arch: str) -> str:
         """Return the firmware of image *name* when nothing is said of it: a layout may be named as one."""
@@ -353,6 +352,8 @@ class Configuration:
         """Return the texts of the keys of image *name*, for its answer file: flags, files and defaults."""
         defaults = {key: self._default_text(name, key, each) for key, each in declared(ImageSettings)}
         given = {key: text for key, text in defaults.items() if text is not None and key not in self._parser[name]}
+        set_by_targets = {key: self._text_of_targets(name, key, flags) for key in targets.KEYS}
+        given |= {key: text for key, text in set_by_targets.items() if text is not None}
         given |= flags
         keys = dict.fromkeys([*given, *self._parser[name]])
         return Variables(keys, lambda key: given[key] if key in given else self._text(name, key))
@@ -370,16 +371,47 @@ class Configuration:
         if section in self._broken:
             raise self._broken[section]
         for key, declaration in declared(UploadSettings):
-            if declaration.default_text() is None and key not in self._parser[section]:
+            if key in _NEEDED_OF_UPLOADS and key not in self._parser[section]:
                 raise ConfigurationError(
                     f"[{section}] lacks '{key.replace('-', '_')}'. It is the {declaration.help}.",
                     hint=f"[{section}] is an upload destination of [{named_by}].",
                 )
         with_image = self._defining(section, "image", image_file)
-        settings = UploadSettings(**with_image._values(section, UploadSettings, {}))
+        settings = self._taken(section, UploadSettings(**with_image._values(section, UploadSettings, {})))
         keys = sorted(filter(COMMAND_KEY.fullmatch, self._parser[section]), key=_command_number)
         commands = tuple(with_image._parse(section, key, parse_command) for key in keys)
-        return Destination(section, settings.upload_type, settings.upload_target, settings.upload_args, commands)
+        return Destination(
+            section,
+            settings.upload_type,
+            settings.upload_target,
+            settings.upload_args,
+            commands,
+            settings.upload_formats,
+            settings.upload_method,
+            settings.upload_headers,
+            settings.upload_credentials,
+            settings.upload_tls,
+            settings.upload_verify,
+            settings.upload_index,
+            settings.upload_keep,
+        )
+
+    def _taken(self, section: str, settings: UploadSettings) -> UploadSettings:
+        """Return *settings* without those that its type of uploads does not take; none of them is in *section* itself.
+
+        Those of the default section are for other destinations.
+        """
+        taken = (*_KEYS_OF_ALL_UPLOADS, *UPLOADS[settings.upload_type].KEYS)
+        others = {key: declaration for key, declaration in declarations(UploadSettings) if key not in taken}
+        for key in others:
+            if key in self.own.get(section, {}):
+                takers = [name for name, upload in UPLOADS.items() if key in upload.KEYS]
+                raise ConfigurationError(
+                    f"[{section}] {key}: uploads of the type {settings.upload_type} have no such key.",
+                    hint=f"Remove it. These have it: {', '.join(takers)}.",
+                )
+        values = {key.replace("-", "_"): _default_value(declaration) for key, declaration in others.items()}
+        return dataclasses.replace(settings, **values)
 
     def task(self, name: str, key: str, *, named_by: str) -> Task:
         """Return the task *name* of the setting *key* of image *named_by*: a path if it has a slash, else a section."""
@@ -416,6 +448,7 @@ class Configuration:
             found.task_retries,
             found.task_reboot == "after",
             found.task_allow_failure,
+            found.task_copy,
         )
 
     def _defining(self, section: str, key: str, text: str) -> "Configuration":
@@ -459,10 +492,30 @@ class Configuration:
     def _value(self, section: str, key: str, declaration: Declaration, flags: Mapping[str, str]) -> Any:
         if key in flags:
             return _parsed(f"{declaration.flags[-1]}", flags[key], declaration.parse)
-        if key in self._parser[section]:
+        default = self._text_of_targets(section, key, flags)
+        if default is None and key in self._parser[section]:
             return self._parse(section, key, declaration.parse)
-        default = self._default_text(section, key, declaration)
+        if default is None:
+            default = self._default_text(section, key, declaration)
         return None if default is None else declaration.parse(default)
+
+    def _text_of_targets(self, section: str, key: str, flags: Mapping[str, str]) -> str | None:
+        """Return what the targets of *section* set *key* to; None if they don't, or what is nearer than they are does.
+
+        What a section is based on says what is usual there, and a target in the section, or a flag, wins over that.
+        """
+        if key not in targets.KEYS:
+            return None
+        names = self._value(section, "target", dict(declared(ImageSettings))["target"], flags)
+        is_nearer = self._distance(section, key, flags) <= self._distance(section, "target", flags)
+        return None if is_nearer and key in self._parser[section] else targets.default(names, key)
+
+    def _distance(self, section: str, key: str, flags: Mapping[str, str]) -> int:
+        """Return how far from *section* the text of *key* comes: 0 from a flag, 1 from the section itself."""
+        bases = self.bases(section)
+        own = [{name.partition("@")[0] for name in self.own[base]} for base in bases]
+        found = (number for number, keys in enumerate(own, 1) if key in keys)
+        return 0 if key in flags else next(found, len(bases) + 1)
 
     def _default_text(self, section: str, key: str, declaration: Declaration) -> str | None:
         """Return the default of the setting *key* of *section*, whose source may have one of its own."""
@@ -479,7 +532,9 @@ class Configuration:
     def _text(self, section: str, key: str) -> str:
         where = f"[{section}] {key}"
         try:
-            return self._parser.get(section, key)
+            # What only a build knows stays as it is.
+            variables = {name: f"$${{{name}}}" for name in NAME_VARIABLES} if key in NAME_TEMPLATES else None
+            return self._parser.get(section, key, vars=variables)
         except configparser.InterpolationMissingOptionError as error:
             # Of a value over several lines, where a brace is missing.
             name = " ".join(error.reference.split())
@@ -513,6 +568,11 @@ def names_arch(key: str) -> bool:
 def _type_of(path: Path) -> str:
     """Return the type of the task that the file at *path* is, by its name."""
     return "playbook" if path.suffix in (".yml", ".yaml") else "script"
+
+
+def _default_value(declaration: Declaration) -> Any:
+    default = declaration.default_text()
+    return None if default is None else declaration.parse(default)
 
 
 def _command_number(key: str) -> int:

@@ -55,6 +55,14 @@ def parse_retries(text: str) -> int:
     return int(text)
 
 
+def parse_template(text: str) -> str:
+    """A part of a file's name, with variables in it."""
+    name = parse_line(text)
+    if not re.fullmatch(r"(?:[A-Za-z0-9._+~@ -]|\$\{[a-z]+\})+", name) or name.startswith((".", "-")):
+        raise ValueError("letters, digits, . _ + ~ @ - and variables such as ${image} and ${date}")
+    return name
+
+
 def parse_text(text: str) -> str:
     """Any text, over as many lines as it has."""
     return text.strip()
@@ -68,6 +76,21 @@ def parse_environment(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, _, value in parts)
 
 
+def parse_elements(text: str) -> tuple[str, ...]:
+    """Names of elements with blanks between them."""
+    names = tuple(text.split())
+    if not all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) for name in names):
+        raise ValueError("names of elements, which have letters, digits and _ . + -, with blanks between them")
+    return names
+
+
+def parse_search_path(text: str) -> tuple[Path, ...]:
+    """Directories with colons between them; ``~`` is the home directory."""
+    if "\0" in text:
+        raise ValueError("directories, with colons between them")
+    return tuple(parse_path(word) for word in text.split(":") if word.strip())
+
+
 def parse_limit(text: str) -> float | None:
     """How many: a whole number, infinity for ``none`` or 0, None for ``auto``."""
     word = text.strip().lower()
@@ -77,6 +100,14 @@ def parse_limit(text: str) -> float | None:
         return parse_count(text)
     except ValueError as error:
         raise ValueError(f"auto, none or {error}") from None
+
+
+def parse_keep(text: str) -> int | None:
+    """How many of several stay: a whole number from 1 up, None for ``all``."""
+    try:
+        return None if text.strip().lower() == "all" else parse_count(text)
+    except ValueError as error:
+        raise ValueError(f"all or {error}") from None
 
 
 def parse_large_size(text: str) -> int:
@@ -161,6 +192,15 @@ def parse_words(text: str) -> tuple[str, ...]:
         raise ValueError(f"words as a shell has them ({str(error).lower()})") from None
 
 
+def parse_packages(text: str) -> tuple[str, ...]:
+    """Names of packages, with blanks or commas."""
+    words = parse_words(text.replace(",", " "))
+    # dnf 5 knows no "--" that would end its options.
+    if any(word.startswith("-") for word in words):
+        raise ValueError("names of packages, and no option")
+    return words
+
+
 def parse_command(text: str) -> tuple[str, ...]:
     """A command, split like a shell does."""
     words = parse_words(text)
@@ -176,9 +216,53 @@ def parse_target(text: str) -> str:
     return text.strip()
 
 
+# Header fields that are secret as a rule: what names one of them is no place for it.
+_SECRET_HEADER = re.compile(r"auth|cookie|token|secret|key|password|signature", re.IGNORECASE)
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+
+
+def parse_headers(text: str) -> tuple[str, ...]:
+    """Fields of an HTTP request, ``NAME: VALUE``, one a line."""
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    for line in lines:
+        if not re.fullmatch(rf"{_TOKEN}:\s*\S[\x20-\x7e]*", line):
+            raise ValueError("fields NAME: VALUE, one a line")
+        if _SECRET_HEADER.search(line.partition(":")[0]):
+            raise ValueError("fields that are no secrets", "Write it into the file of upload-credentials.")
+    return lines
+
+
+def parse_tls(text: str) -> str | Path:
+    """How a server is trusted: the path of a CA's file, or the pin of its key as curl takes it; or ``none``."""
+    word = text.strip()
+    if word.lower() == "none" or re.fullmatch(r"sha256//[A-Za-z0-9+/]{43}=", word):
+        return word.lower() if word.lower() == "none" else word
+    if not word or word.startswith("sha256"):
+        raise ValueError("the path of a CA's file, sha256//PIN (base64) or none")
+    return parse_path(word)
+
+
+def parse_verification(text: str) -> str:
+    """How an upload is verified: ``header:NAME``, ``etag``, ``download`` or ``none``."""
+    word = text.strip()
+    if re.fullmatch(rf"(?i:header):\s*{_TOKEN}", word):
+        return f"header:{word.partition(':')[2].strip()}"
+    if word.lower() not in ("etag", "download", "none"):
+        raise ValueError("header:NAME, etag, download or none")
+    return word.lower()
+
+
 def split_list(text: str) -> tuple[str, ...]:
     """Words with commas or line breaks between them."""
     return tuple(word.strip() for word in re.split(r"[,\n]", text) if word.strip())
+
+
+def parse_tar_patterns(text: str) -> tuple[str, ...]:
+    """Patterns of tar(1) for paths, each without what it begins with, "/" or "./", so that it is below the root."""
+    patterns = tuple(re.sub(r"^\.?/+", "", word) for word in split_list(text))
+    if not all(re.fullmatch(r"[^\x00-\x1f\x7f]{1,1000}", pattern) for pattern in patterns):
+        raise ValueError("paths below the root, such as /etc/default/grub or var/cache/*")
+    return patterns
 
 
 def parse_path(text: str) -> Path:
@@ -408,6 +492,16 @@ def some_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
             others = [word for word in words if word not in choices]
             raise ValueError(f"{' or '.join(choices)}, or several with commas", *_meant(" ".join(others), choices))
         return words
+
+    return parse
+
+
+def any_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
+    """Return a parser of one or several of *choices*, with commas, or of none."""
+    some = some_of(*choices)
+
+    def parse(text: str) -> tuple[str, ...]:
+        return some(text) if text.strip() else ()
 
     return parse
 

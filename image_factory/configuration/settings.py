@@ -28,9 +28,12 @@ from .parsers import (
     parse_copies,
     parse_count,
     parse_disk_size,
+    parse_elements,
     parse_environment,
     parse_file_name,
     parse_filesystem,
+    parse_headers,
+    parse_keep,
     parse_key,
     parse_label,
     parse_large_size,
@@ -41,20 +44,33 @@ from .parsers import (
     parse_mac,
     parse_mirrors,
     parse_option,
+    parse_packages,
     parse_path,
     parse_patterns,
     parse_retries,
     parse_scripts,
+    parse_search_path,
     parse_sha256,
+    parse_tar_patterns,
     parse_target,
+    parse_template,
     parse_text,
+    parse_tls,
+    parse_verification,
     parse_vnc,
     parse_words,
+    some_of,
     split_list,
 )
 
 # The file names of an image have its name, date, format and ".manifest.json": together at most 255 bytes.
 _LONGEST_NAME = 200
+# Beside SHA-256, in the order in which they are made.
+MORE_CHECKSUMS = ("sha512", "md5")
+# What a name of files may have, beside the keys of the image.
+NAME_VARIABLES = ("image", "date", "stamp", "ident", "distribution", "release", "arch")
+# The settings that are names with these.
+NAME_TEMPLATES = ("image-name", "manifest-text")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+~@-]*")
 
 
@@ -111,6 +127,25 @@ class ImageSettings:
     work_in_memory: str = _setting(
         one_of("auto", "yes", "no"), "whether a tree is made in memory: yes, no, or auto, where enough is free", "auto"
     )
+    cache_tree: bool = _setting(
+        parse_boolean, "whether a bootstrapped tree is cached, and taken again while no package has changed", "no"
+    )
+    elements: tuple[str, ...] = _setting(
+        parse_elements, "elements of diskimage-builder that make the system, or are applied to it", ""
+    )
+    elements_path: tuple[Path, ...] = _setting(
+        parse_search_path, "directories of elements, with colons (further ones: ELEMENTS_PATH, diskimage-builder's)", ""
+    )
+    element_environment: tuple[tuple[str, str], ...] = _setting(
+        parse_environment, "variables of elements, as words NAME=VALUE, beside the keys that begin with DIB_", ""
+    )
+    element_timeout: float | None = _setting(
+        parse_long_duration, "how long each phase of elements may take, or none", "2h"
+    )
+    skip_base: bool = _setting(parse_boolean, "leave out the element base, which is there without being named", "no")
+    extra_packages: tuple[str, ...] = _setting(
+        parse_packages, "packages that are installed beside those of elements, with blanks or commas", ""
+    )
     verify: str = _setting(
         one_of("auto", "required", "none"), "whether downloads are verified: auto, required or none", "auto"
     )
@@ -145,6 +180,29 @@ class ImageSettings:
     filesystem: str | None = _setting(parse_filesystem, "the root filesystem of a tree: ext4 (default), xfs or btrfs")
     root_label: str | None = _setting(parse_label, "label of the root filesystem")
     mkfs_options: tuple[str, ...] = _setting(parse_words, "options of mkfs for the root filesystem", "")
+    image_name: str = _setting(
+        parse_template,
+        f"what the names of all files begin with; it may have {', '.join(f'${{{name}}}' for name in NAME_VARIABLES)}",
+        "${image}-${date}",
+    )
+    replace: str = _setting(
+        one_of("yes", "no", "number"), "whether an image of the same name is replaced: yes, no, or number", "yes"
+    )
+    keep: int | None = _setting(
+        parse_keep, "how many builds of the image stay in the output directory: a number, or all", "all"
+    )
+    checksums: tuple[str, ...] = _setting(
+        some_of("sha256", *MORE_CHECKSUMS),
+        "checksums of each image, with commas; sha256 is always made",
+        "sha256",
+    )
+    target: tuple[str, ...] = _setting(
+        split_list,
+        "what the image is for, which sets format and compression: {}, or several with commas; empty means nothing",
+        "",
+        ("-t", "--target"),
+        "TARGET",
+    )
     format: tuple[str, ...] = _setting(split_list, "{}, or several with commas", "raw", ("-f", "--format"), "FORMAT")
     mac: str | None = _setting(
         parse_mac, "MAC address of the installation machine (default: libvirt's choice)", None, ("--mac",), "MAC"
@@ -161,7 +219,9 @@ class ImageSettings:
     )
     output_dir: Path = _setting(parse_path, "where the artifacts and the log go", ".", ("-o", "--output-dir"), "DIR")
     mount_via: str = _setting(
-        one_of("loop", "guestfs", "auto"), "how the installed disk is mounted: loop, guestfs or auto", "auto"
+        one_of("loop", "fuse", "guestfs", "auto"),
+        "how the installed disk is mounted: loop, fuse, guestfs or auto",
+        "auto",
     )
     require_single_partition: bool = _setting(
         parse_boolean, "fail if the installer has made more than one partition", "no"
@@ -178,6 +238,9 @@ class ImageSettings:
         parse_scripts, "scripts that each clone runs once, as root, with commas; empty means none", ""
     )
     keep_raw: bool = _setting(parse_boolean, "keep the raw image too", "no")
+    tar_exclude: tuple[str, ...] = _setting(
+        parse_tar_patterns, "what formats of the tree leave out: paths with * and ?, and commas between them", ""
+    )
     compression: str = _setting(one_of("zstd", "zlib", "none"), "compression of qcow2", "zstd")
     vnc: tuple[str, int | None] | None = _setting(
         parse_vnc, "HOST:DISPLAY of the installation machine's screen; HOST alone picks a free display"
@@ -234,6 +297,10 @@ class ImageSettings:
     manifest: bool = _setting(
         parse_boolean, "write what is in the image beside it: packages, licenses, sizes; and an SBOM", "no"
     )
+    manifest_text: str | None = _setting(
+        parse_template,
+        "name of a text file beside the image with its checksum and the list of its files, as RackN has it",
+    )
     sign_key: str | None = _setting(
         parse_key, "OpenPGP key that signs what is published: a fingerprint, a user ID or the path of a key file"
     )
@@ -268,6 +335,26 @@ class UploadSettings:
     upload_type: str = _setting(parse_line, "kind of the upload")
     upload_target: str = _setting(parse_target, "place to upload to, in the form that the upload type has")
     upload_args: tuple[str, ...] = _setting(parse_words, "extra arguments of the upload program", "")
+    upload_formats: tuple[str, ...] | None = _setting(
+        split_list, "which formats of an image go there: {} (default: all that it has)"
+    )
+    upload_method: str | None = _setting(one_of("put", "post"), "how HTTP sends a file: put or post")
+    upload_headers: tuple[str, ...] = _setting(parse_headers, "fields of the HTTP request, NAME: VALUE, one a line", "")
+    upload_credentials: Path | None = _setting(parse_path, "file of the login, which only its owner may read")
+    upload_tls: str | Path | None = _setting(
+        parse_tls, "file of the CA that the server's certificate is of, sha256//PIN of its key, or none for http://"
+    )
+    upload_verify: str | None = _setting(
+        parse_verification, "how it is verified there: header:NAME, etag, download or none"
+    )
+    upload_index: str = _setting(
+        one_of("yes", "no", "simplestreams"),
+        "keep an index.json there of what was published, and what Incus reads: yes, no or simplestreams (both)",
+        "no",
+    )
+    upload_keep: int | None = _setting(
+        parse_keep, "how many builds of the image stay there, of those in the index: a number, or all", "all"
+    )
 
 
 @dataclass(frozen=True)
@@ -275,7 +362,8 @@ class Destination:
     """An upload destination, ready to use.
 
     *commands* are run after the upload; ``${image}`` in them stands for the file, so they are made
-    for each file by ``Configuration.destination``.
+    for each file by ``Configuration.destination``.  What is None or empty is as the type has it.
+    With *makes_directory* the last directory of the target need not be there.
     """
 
     section: str
@@ -283,6 +371,15 @@ class Destination:
     target: str
     arguments: tuple[str, ...]
     commands: tuple[tuple[str, ...], ...]
+    formats: tuple[str, ...] | None = None
+    method: str | None = None
+    headers: tuple[str, ...] = ()
+    credentials: Path | None = None
+    tls: str | Path | None = None
+    verify: str | None = None
+    index: str = "no"
+    keep: int | None = None
+    makes_directory: bool = False
 
 
 @dataclass(frozen=True)
@@ -291,7 +388,10 @@ class TaskSettings:
 
     task_type: str | None = _setting(parse_line, "what the task is: {} (default: as the file's name says)")
     task_file: Path | None = _setting(parse_path, "script or playbook")
-    task_packages: tuple[str, ...] = _setting(parse_words, "packages that the task installs", "")
+    task_packages: tuple[str, ...] = _setting(parse_packages, "packages that the task installs", "")
+    task_copy: tuple[Copy, ...] = _setting(
+        parse_copies, "files that the task copies, SOURCE:DESTINATION[:OWNER:GROUP[:MODE]], one a line", ""
+    )
     task_command: str | None = _setting(parse_text, "lines of shell that the task runs")
     task_args: tuple[str, ...] = _setting(parse_words, "arguments of the script, or of ansible-playbook", "")
     task_environment: tuple[tuple[str, str], ...] = _setting(
@@ -308,7 +408,7 @@ class TaskSettings:
 class Task:
     """A task, ready to be carried out; *section* is empty where a path alone names it, *type* is of the table of kinds.
 
-    *timeout* is in seconds, infinite where there is none.
+    *timeout* is in seconds, infinite where there is none.  *given* tells apart what the image's settings make of it.
     """
 
     name: str
@@ -324,6 +424,8 @@ class Task:
     retries: int = 0
     reboot: bool = False
     allow_failure: bool = False
+    copies: tuple[Copy, ...] = ()
+    given: str = field(default="", repr=False)
 
 
 def accepted_by(declaration: Declaration) -> str:
@@ -346,6 +448,9 @@ ANSWER_FILE_KEYS = tuple(
     key for key, each in declarations(ImageSettings) if each.parse in (parse_answer_file, parse_agama_file)
 )
 
+
+# What the keys begin with that are variables of elements.
+ELEMENT_PREFIX = "dib-"
 
 # The one that names what a tree is bootstrapped from.
 BOOTSTRAP_KEY = "bootstrap"

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..finishing import copying
+from ..outputs import OUTPUTS
 from ..sources import SOURCES
 from ..sources.answers import keys_asked_for
 from .files import COMMAND_KEY, Configuration, names_arch, normal_key
 from .parsers import parse_copies, parse_scripts, split_list
-from .settings import Dependent, ImageSettings, TaskSettings, UploadSettings, declarations
+from .settings import ELEMENT_PREFIX, Dependent, ImageSettings, TaskSettings, UploadSettings, declarations
 
 # The keys of no source.
 _DEPENDENT: Dependent = {
@@ -24,8 +25,21 @@ _DEPENDENT: Dependent = {
     "seal-skip": ("seal = yes", lambda settings: settings.seal),
     "log-filename": ("log-file = yes", lambda settings: settings.log_file),
     "keyring": ("verify = auto or required", lambda settings: settings.verify != "none"),
-    "compression": ("format = qcow2", lambda settings: "qcow2" in settings.format),
+    **{
+        key: ("elements", lambda settings: bool(settings.elements))
+        for key in ("elements-path", "element-environment", "element-timeout", "skip-base", "extra-packages")
+    },
+    "tar-exclude": (
+        f"format = {' or '.join(name for name, output in OUTPUTS.items() if output.made_from == 'tree')}",
+        lambda settings: any(OUTPUTS[name].made_from == "tree" for name in settings.format),
+    ),
+    "compression": (
+        f"format = {' or '.join(name for name, output in OUTPUTS.items() if output.compresses)}",
+        lambda settings: any(OUTPUTS[name].compresses for name in settings.format),
+    ),
 }
+
+_TASK_KEYS = ("tasks", "tasks-after-cleaning")
 
 
 def unused_keys(
@@ -35,6 +49,8 @@ def unused_keys(
     answers = _answers(configuration, image)
     template = _asked_for(configuration, image)
     settings = {key for key, _ in declarations(ImageSettings)} | {"based-on"}
+    if "elements" in configuration.texts(image):
+        settings |= {key for key in configuration.texts(image) if key.startswith(ELEMENT_PREFIX)}
     used = settings | (template or set()) | _references(configuration, image)
     sentences = []
     for section in configuration.bases(image) if template is not None else ():
@@ -96,7 +112,9 @@ def _other_templates(configuration: Configuration, section: str) -> list[Path]:
     texts = configuration.texts(section)
     with contextlib.suppress(ValueError, OSError):
         copies, scripts = parse_copies(texts.get("copy", "")), parse_scripts(texts.get("first-boot", ""))
-        return [*copying.templates(copies), *scripts]
+        names = [name for key in _TASK_KEYS for name in split_list(texts.get(key, "")) if name in configuration.own]
+        tasks = [parse_copies(configuration.texts(name).get("task-copy", "")) for name in names]
+        return [*copying.templates(itertools.chain(copies, *tasks)), *scripts]
     return []
 
 
@@ -141,7 +159,7 @@ def _unused_sections(configuration: Configuration, image: str) -> list[str]:
     used = {*configuration.images(), configuration.default_section}
     used |= {section for section in configuration.own if "upload-type" in configuration.texts(section)}
     for texts in configuration.own.values():
-        listed = (split_list(texts.get(key, "")) for key in ("upload-destinations", "tasks", "tasks-after-cleaning"))
+        listed = (split_list(texts.get(key, "")) for key in ("upload-destinations", *_TASK_KEYS))
         used |= {texts.get("based-on", "").strip(), *itertools.chain.from_iterable(listed)}
         used |= {section for text in texts.values() for section, colon, _ in _references_in(text) if colon}
     unused = [section for section in configuration.written if section not in used]

@@ -39,12 +39,14 @@ _ANSWER_SECONDS = 2.0
 
 # What they accept holds no secret.  Other texts may, so of those only a digest is told.
 _SETTINGS_WITHOUT_SECRETS = (
-    "source", "format", "mount-via", "compression", "virt-type", "max-parallel", "install-timeout", "stall-timeout",
-    "seal-only", "seal-skip", "audit-skip", "test-boot-timeout",
+    "source", "target", "format", "mount-via", "compression", "virt-type", "max-parallel", "install-timeout",
+    "stall-timeout", "seal-only", "seal-skip", "audit-skip", "test-boot-timeout",
 )  # fmt: skip
 
 # These have no option for that.
-_WITHOUT_VERSION = ("arch-test", "debugfs", "dumpe2fs", "mke2fs", "newuidmap", "tune2fs", "zerofree")
+_WITHOUT_VERSION = (
+    "arch-test", "debugfs", "dumpe2fs", "e2fsck", "fuse2fs", "mke2fs", "newuidmap", "sh", "tune2fs", "zerofree",
+)  # fmt: skip
 _VERSION = re.compile(r"[0-9]+(?:\.[0-9]+)+[-+~.\w]*")
 
 
@@ -116,7 +118,7 @@ class Record:
         # libvirt itself would be slow to tell where KVM doesn't work: it tries that at each query.
         asked["libvirtd"] = ["libvirtd", "--version"]
         self._programs = {name: command.Query(argv) if argv else None for name, argv in asked.items()}
-        self._with_helper = plan.settings.mount_via == "loop"
+        self._with_helper = plan.settings.mount_via in ("loop", "fuse")
 
     def notice(self, event: events.Event) -> None:
         """Note *event* if the record has a place for it."""

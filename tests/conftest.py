@@ -2,6 +2,7 @@
 
 import datetime
 import fcntl
+import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -55,6 +56,8 @@ PATIENCE = 180
 # What tells two runs of the tests at once from each other, in the names of their users and files: see run-tests.
 RUN = os.environ.get("TEST_RUN", "check")
 OWN = (f"/if-{RUN}.", "/pytest-of-" if RUN == "check" else f"/pytest-{RUN}/")
+# Where several runs at once say which files of tests they have taken.
+TAKEN = os.environ.get("TESTS_TAKEN")
 SUDOERS = Path(f"/etc/sudoers.d/image-factory-{RUN}")
 # Each run that goes on holds it.
 RUNS = Path("/run/lock/image-factory-tests")
@@ -65,6 +68,27 @@ def pytest_configure(config: pytest.Config) -> None:
     # some of them, and all that is started here would inherit that.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+
+
+@functools.cache
+def is_taken(path: Path) -> bool:
+    """Return whether another of several runs at once has taken the tests of the file *path*; else they are ours."""
+    if not TAKEN:
+        return False
+    try:
+        (Path(TAKEN) / str(path).replace("/", "-")).touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    return False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    if not is_taken(item.path):
+        return None
+    # The test before has left what it shared with this one, which the next one need not share.
+    item.session._setupstate.teardown_exact(nextitem)
+    return True
 
 
 def run(*argv: str | Path, check: bool = True, **keywords: object) -> subprocess.CompletedProcess[str]:
@@ -131,7 +155,8 @@ def base() -> Iterator[Path]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory)
+        # A gpg-agent that ends may remove its sockets at the same time, which rm takes as it is.
+        run("rm", "-rf", directory)
 
 
 @pytest.fixture(scope="session")
@@ -180,7 +205,7 @@ def daemon(name: str) -> Iterator[None]:
     def is_gone() -> bool:
         return run("pgrep", "-x", "-u", "root", name, check=False).returncode != 0
 
-    with Path(f"{RUNS}-{name}").open("a+") as runs:
+    with Path(f"/run/image-factory-tests-{name}").open("a+") as runs:
         # As with KVM.
         with suppress(BlockingIOError):
             fcntl.flock(runs, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,12 +227,10 @@ def daemon(name: str) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the system's libvirt, for run-tests; only the unit tests need not be root."""
+    """Run nothing but unit tests without root."""
     for item in items:
         if os.geteuid() != 0 and UNIT not in item.path.parents:
             pytest.exit("These tests make users and mounts, so they run as root: make check.", returncode=2)
-        if "machine" in getattr(item, "fixturenames", ()):
-            item.add_marker("machine")
 
 
 @pytest.fixture(scope="session")
@@ -359,7 +382,7 @@ def machine_state() -> list[str]:
 
 def _machine_state() -> tuple[list[str], bool]:
     """Return the state of this machine, and whether a directory of root's in it may be another run's."""
-    loops = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").stdout.splitlines()
+    loops = run("losetup", "--list", "--raw", "--noheadings", "--output", "NAME,BACK-FILE").stdout.splitlines()
     loops = [line for line in loops if any(name in line for name in OWN)]
     devices = {line.split()[0] for line in loops}
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
@@ -411,11 +434,10 @@ def left_behind(user: User, directory: Path) -> list[str]:
     return left
 
 
-@pytest.fixture(scope="session")
-def helper() -> ModuleType:
-    """image-factory-sudo-helper as a module."""
-    path = REPOSITORY / "image-factory-sudo-helper"
-    loader = importlib.machinery.SourceFileLoader("image_factory_sudo_helper", str(path))
+@contextmanager
+def imported(path: Path) -> Iterator[ModuleType]:
+    """Give the program *path* as a module."""
+    loader = importlib.machinery.SourceFileLoader(path.name.replace("-", "_"), str(path))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -424,4 +446,11 @@ def helper() -> ModuleType:
         patch.setitem(sys.modules, loader.name, module)
         patch.setattr(sys, "dont_write_bytecode", True)
         loader.exec_module(module)
-        return module
+        yield module
+
+
+@pytest.fixture(scope="session")
+def helper() -> Iterator[ModuleType]:
+    """image-factory-sudo-helper as a module."""
+    with imported(REPOSITORY / "image-factory-sudo-helper") as module:
+        yield module

@@ -11,6 +11,14 @@ from .conftest import TODAY
 
 IMAGE = f"stand-in-{TODAY}.qcow2"
 
+# Outputs of other kinds, in builds that make all of these formats.
+FORMATS = ("qcow2", "raw.zst", "ova", "squashfs", "oci")
+OUTPUTS = {
+    "tree": ("Packing squashfs, oci", "tar2sqfs *"),
+    "assemble": ("Packing squashfs, oci", "tar --create *oci-layout*"),
+    "compress": ("Making qcow2, raw.zst, vmdk", "zstd *"),
+    "pack": ("Packing ova", "tar --create *.ovf *"),
+}
 # Each step: the name that the log has, the call of a program in it (a pattern of sh), or an event in Python
 # with a pattern of its arguments.
 PROGRAMS = {
@@ -29,6 +37,7 @@ PROGRAMS = {
     "reopen": (f"Reopening {IMAGE}", "qemu-img convert *audit.raw"),
     "upload": (f"Uploading {IMAGE} to up", "rsync *.sha256sum *"),
     "post-build": ("Running the post-build command", "notify *"),
+    **OUTPUTS,
 }
 EVENTS = {
     "checksum": (f"Checksumming {IMAGE}", "open", "*.qcow2 r*"),
@@ -41,11 +50,21 @@ BOOTSTRAP = {
     "loader": "Installing the boot loader",
     "layout": "Making the disk",
 }
-ORDER = list(
-    dict.fromkeys(
-        ["create", "cache", "cache-http", *list(PROGRAMS)[:12], "checksum", "reopen", "publish", *PROGRAMS, *BOOTSTRAP]
-    )
-)
+# Those of tasks in a guest, whose QEMU is none: see test_guest_faults.py.
+GUEST = {
+    "guest-boot": "Booting for tasks",
+    "guest-task": "Task two",
+    "guest-off": "Shutting down",
+    "guest-write": "Writing what tasks have done",
+}
+# The phases of elements: what strikes at one does as much at any.
+PHASES = (
+    "root", "extra-data", "pre-install", "install", "post-install", "post-root", "block-device", "pre-finalise",
+    "finalise", "cleanup",
+)  # fmt: skip
+ELEMENTS = {f"element-{phase}": f"Running {phase}.d" for phase in PHASES}
+_FIRST = ["create", "cache", "cache-http", *list(PROGRAMS)[:12], *OUTPUTS, "checksum", "reopen", "publish"]
+ORDER = list(dict.fromkeys([*_FIRST, *PROGRAMS, *BOOTSTRAP, *GUEST, *ELEMENTS]))
 
 SIGNALS = {"INT": 130, "TERM": 143, "HUP": 129, "KILL": -9}
 AT_PROGRAMS = [
@@ -61,6 +80,10 @@ AT_DOWNLOADS = [
     "breaks-always",
 ]  # fmt: skip
 AT_BOOTSTRAP = ["fails", *(f"signal-{name}" for name in SIGNALS), "killed-group", "killed-child", "full"]
+AT_OUTPUTS = AT_BOOTSTRAP
+AT_GUEST = {
+    step: [*AT_BOOTSTRAP] if step != "guest-off" else [*AT_BOOTSTRAP[1:-1]] for step in GUEST
+}  # fmt: skip
 # What is in the place of the working directory; ``lock-stopped``: a build that has been stopped holds its lock.
 LOCKS = ["lock-of-another", "lock-is-link", "lock-is-file", "lock-stopped"]
 # The real installer and its machine.
@@ -81,7 +104,9 @@ class Cell:
 def cells() -> Iterator[Cell]:
     for user in ("root", "a"):
         for step in ORDER:
-            if step in PROGRAMS:
+            if step in OUTPUTS:
+                yield from (Cell(step, fault, user) for fault in AT_OUTPUTS)
+            elif step in PROGRAMS:
                 yield from (Cell(step, fault, user) for fault in AT_PROGRAMS)
                 yield Cell(step, "second", user)
             elif step in EVENTS:
@@ -91,7 +116,8 @@ def cells() -> Iterator[Cell]:
         yield from (Cell("start", fault, user) for fault in [*STALE, *LOCKS])
         yield from (Cell("install", fault, user, real=True) for fault in REAL)
     for user in ("root", "c"):
-        yield from (Cell(step, fault, user) for step in BOOTSTRAP for fault in AT_BOOTSTRAP)
+        yield from (Cell(step, fault, user) for step in (*BOOTSTRAP, *ELEMENTS) for fault in AT_BOOTSTRAP)
+    yield from (Cell(step, fault, "root") for step in GUEST for fault in AT_GUEST[step])
 
 
 # What the faults do to a build, whatever the step.
@@ -113,7 +139,7 @@ def class_of(fault: str) -> str:
 
 def pairs(cell: Cell) -> set[tuple[str, ...]]:
     """Return what *cell* covers: its step by the user, its fault by the user, its step by the class of the fault."""
-    step = f"{cell.step}-real" if cell.real else cell.step
+    step = f"{cell.step}-real" if cell.real else "element" if cell.step in ELEMENTS else cell.step
     return {
         ("step and user", step, cell.user),
         ("fault and user", cell.fault, cell.user),
@@ -128,7 +154,11 @@ def covering(cells: Iterable[Cell]) -> list[Cell]:
     while wanted := set().union(*map(pairs, rest)) - set().union(*map(pairs, chosen)):
         # The real installer takes longest; each fault has its turn.
         faults = Counter(cell.fault for cell in chosen)
-        best = max(rest, key=lambda cell: (len(pairs(cell) & wanted), not cell.real, -faults[cell.fault]))
+        phases = Counter(cell.step for cell in chosen if cell.step in ELEMENTS)
+        best = max(
+            rest,
+            key=lambda cell: (len(pairs(cell) & wanted), not cell.real, -faults[cell.fault], -phases[cell.step]),
+        )
         chosen.append(best)
         rest.remove(best)
     # What later ones cover too.

@@ -53,6 +53,7 @@ post-build-command = sh -c 'echo built'
 upload_type = rsync
 upload_target = {directory}/upload/
 post-upload-command = stat ${{image}}
+upload-index = yes
 """
 
 
@@ -177,6 +178,7 @@ def normal(argv: list[str]) -> list[str]:
     text = "\0".join(argv)
     for pattern, replacement in (
         (r"/tmp/image-factory\.[^/\0]+/", "/tmp/image-factory.XXXXXXXX/"),
+        (r"/tmp/image-factory-scratch\.[^/\0]+/", "DIRECTORY/"),
         (r"image-factory-gpg\.[^/\0]+", "image-factory-gpg.XXXXXXXX"),
         (r"(image-factory-(?:stand-in|golden))-[0-9a-f]{8}\b", "\\1-XXXXXXXX"),
         (r"(\.raw)\0[0-9]+\0[0-9]+\0/tmp", "\\1\0OFFSET\0SIZE\0/tmp"),

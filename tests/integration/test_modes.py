@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from ..conftest import User, run
-from .test_build import Build, new_build
+from .test_build import ZOMBIE_SECONDS, Build, new_build
 
 # In the working directory: others than the user may read none of them.
 SECRET = ("disk.raw", "audit.raw", "answers.cfg", "checkpoint.json")
-ZOMBIE_SECONDS = 3.0
 
 
 @pytest.fixture(params=[("root", "000"), ("a", "000"), ("root", "077")], ids=" ".join)

@@ -4,7 +4,6 @@ import re
 import shlex
 import signal
 import subprocess
-import time
 
 import pytest
 
@@ -13,37 +12,32 @@ from .test_build import TODAY, Build
 
 pytestmark = pytest.mark.usefixtures("machine")
 
-# Mode, settings; seconds from the start of the misbehaviour until the build has ended; the error.
+# Mode, settings, and the error.
 MISBEHAVIOURS = {
-    "panic": ("", 10, r"The guest's kernel has panicked\."),
-    "oom": ("", 30, r"The guest has run out of memory\."),
-    "question": ("", 15, r"The installer waits for an answer\."),
+    "panic": ("", r"The guest's kernel has panicked\."),
+    "oom": ("", r"The guest has run out of memory\."),
+    "question": ("", r"The installer waits for an answer\."),
     "loop": (
         "stall-timeout = 8s",
-        20,
         r"The installation has shown no sign of life for 8 s\. It was at: Partitioning\.",
     ),
     "hang": (
         "stall-timeout = 8s",
-        20,
         r"The installation has shown no sign of life for 8 s\. It was at: Partitioning\.",
     ),
-    "slow:600": ("install-timeout = 20s", 40, r"The installation did not end within 20 s\. It was at: Partitioning\."),
-    "no-such-mode": ("", 10, r"The stand-in installer has failed\."),
+    "slow:600": ("install-timeout = 20s", r"The installation did not end within 20 s\. It was at: Partitioning\."),
+    "no-such-mode": ("", r"The stand-in installer has failed\."),
 }
 
 
 @pytest.mark.parametrize("mode", MISBEHAVIOURS)
 def test_misbehaviour(user_build: Build, mode: str) -> None:
-    extra, seconds, error = MISBEHAVIOURS[mode]
+    extra, error = MISBEHAVIOURS[mode]
     user_build.configure(arguments=f"stand-in={mode}", extra=f"{extra}\nlog-file = yes")
     with user_build.started() as process:
         user_build.wait_for_guest("stand-in: ")
-        start = time.monotonic()
-        assert process.wait(seconds + 30) == 1
-        took = time.monotonic() - start
-    print(f"{mode}: ended {took:.1f} s after the guest began")
-    assert took < seconds
+        # Sooner than by the limits of time that nothing sets.
+        assert process.wait(PATIENCE) == 1
     said = [line for line in user_build.stderr().splitlines() if line.startswith("image-factory: ")]
     assert re.fullmatch(f"image-factory: error: {error}", said[0])
     assert said[1].startswith("image-factory: hint: ")
@@ -55,15 +49,11 @@ def test_misbehaviour(user_build: Build, mode: str) -> None:
 
 def test_guest_that_halts(user_build: Build) -> None:
     """Its machine is switched off, and the build goes on with the disk."""
-    user_build.configure(arguments="stand-in=halt", extra="stall-timeout = 60s")
+    user_build.configure(arguments="stand-in=halt", extra="stall-timeout = 10m")
     with user_build.started() as process:
         user_build.wait_for_guest("reboot: System halted")
-        start = time.monotonic()
         wait_for(lambda: "The guest has halted" in user_build.stderr(), "the end of the halted machine")
-        took = time.monotonic() - start
-        assert process.wait(120) == 0
-    print(f"ended {took:.1f} s after the guest had halted")
-    assert took < 10
+        assert process.wait(PATIENCE) == 0
     assert (
         "WARNING: The guest has halted, and its machine was switched off. "
         "Have 'd-i debian-installer/exit/poweroff boolean true' in the preseed file."
@@ -74,14 +64,10 @@ def test_guest_that_halts(user_build: Build) -> None:
 
 def test_installed_system_that_comes_up(user_build: Build) -> None:
     """The build ends, and what a first start has left is sealed when it is resumed."""
-    user_build.configure(arguments="stand-in=login", extra="seal = yes\nstall-timeout = 60s")
+    user_build.configure(arguments="stand-in=login", extra="seal = yes\nstall-timeout = 10m")
     with user_build.started() as process:
         user_build.wait_for_guest("login:")
-        start = time.monotonic()
-        assert process.wait(60) == 1
-        took = time.monotonic() - start
-    print(f"ended {took:.1f} s after the prompt")
-    assert took < 10
+        assert process.wait(PATIENCE) == 1
     said = [line for line in user_build.stderr().splitlines() if line.startswith("image-factory: ")]
     assert said[0] == "image-factory: error: The installed system was started: it asks for a login."
     assert "'image-factory --resume stand-in' goes on here" in said[1]

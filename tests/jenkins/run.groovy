@@ -134,7 +134,8 @@ abstract class Pipeline extends Script {
             .execute(variables, new File(root, CONTEXT.get().workspace))
         StringBuffer output = new StringBuffer()
         StringBuffer errors = new StringBuffer()
-        process.consumeProcessOutput(output, errors)
+        // One reader for each, as another would close what this one reads.
+        List<Thread> readers = [process.consumeProcessOutputStream(output), process.consumeProcessErrorStream(errors)]
         String stopped = null
         outsideOfCode {
             while (process.alive) {
@@ -145,7 +146,7 @@ abstract class Pipeline extends Script {
                 }
                 sleep(50)
             }
-            process.waitForProcessOutput()
+            readers*.join()
         }
         System.err.print(errors)
         if (stopped) {

@@ -230,15 +230,19 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "size 2 GX": (["x", "--image-size", "2 GX"], "--image-size: '2 GX' is not accepted"),
     "empty size": (["x", "--image-size", ""], "--image-size: '' is not accepted"),
     "huge size": (["x", "--image-size", "9" * 5000], "--image-size: '999"),
-    "format": (["x", "-f", "vmdk"], "--format: 'vmdk' is not accepted, only raw or qcow2"),
-    "one format of two": (["x", "--format", "raw,vmdk"], "--format: 'raw,vmdk' is not accepted"),
+    "format": (["x", "-f", "zip"], "--format: 'zip' is not accepted, only raw or qcow2"),
+    "one format of two": (["x", "--format", "raw,zip"], "--format: 'raw,zip' is not accepted"),
+    "one name of two formats": (
+        ["x", "--format", "vhd,vhd-dynamic"],
+        "[x] format: vhd and vhd-dynamic have the same file name, x-",
+    ),
     "MAC": (["x", "--mac", "52:54:00:12:34"], "--mac: '52:54:00:12:34' is not accepted, only a unicast MAC"),
     "multicast MAC": (["x", "--mac", "01:54:00:12:34:56"], "--mac: '01:54:00:12:34:56' is not accepted"),
     "vnc": (["bad-vnc"], "[bad-vnc] vnc: 'localhost:port' is not accepted, only HOST:DISPLAY"),
     "upload section": (["up-absent"], "[up-absent] upload-destinations: there is no section [absent]."),
     "upload type": (["up-no-type"], "[no-type] lacks 'upload_type'."),
     "upload target": (["up-no-target"], "[no-target] lacks 'upload_target'."),
-    "unknown upload type": (["up-bad-type"], "[bad-type] upload-type: 'ftp' is not accepted, only rsync."),
+    "unknown upload type": (["up-bad-type"], "[bad-type] upload-type: 'ftp' is not accepted, only rsync"),
     "unknown variable": (["unknown-variable"], "[unknown-variable] linux: ${mirror} is not defined."),
     "circle": (["circle"], "[circle] linux: its ${...} go round in a circle."),
     "name with a slash": (["a/b"], "'a/b' is no image name."),
@@ -293,6 +297,7 @@ def test_refused(place: Place, row: str, mode: tuple[str, ...]) -> None:
     [
         (("--image-size", "2"), "2 is 2 bytes. Did you mean 2G?"),
         (("--format", "qcow"), "Did you mean qcow2?"),
+        (("--format", "raw,vhd-dynmic"), "Did you mean vhd-dynamic?"),
     ],
 )
 def test_near_values_are_in_the_hint(place: Place, flags: tuple[str, str], move: str) -> None:

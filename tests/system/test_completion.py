@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from image_factory.outputs import OUTPUTS
+
 from ..conftest import REPOSITORY, run
 
 
@@ -12,11 +14,12 @@ from ..conftest import REPOSITORY, run
     ("line", "words"),
     {
         "image-factory --dry": ["--dry-run"],
-        "image-factory Rocky-10-": ["Rocky-10-server", "Rocky-10-minimal", "Rocky-10-cloud-image"],
+        "image-factory Rocky-10-": ["Rocky-10-server", "Rocky-10-minimal", "Rocky-10-cloud-image", "Rocky-10-rackn"],
         "image-factory --ke": ["--keys"],
         "image-factory --check Rocky-10-s": ["Rocky-10-server"],
-        "image-factory --format ": ["raw", "qcow2"],
-        "image-factory -f raw,": ["raw,qcow2"],
+        "image-factory --format ": [*OUTPUTS],
+        "image-factory -f raw,q": ["raw,qcow2"],
+        "image-factory -t azure,aw": ["azure,aws"],
         "image-factory --format=q": ["qcow2"],
         "image-factory --until c": ["clean", "convert", "check"],
         "image-factory --output-dir /usr/sb": ["/usr/sbin/"],

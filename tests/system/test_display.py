@@ -176,11 +176,11 @@ def run(program: str, here: Path, size: tuple[int, int] = (80, 24), **environmen
 def test_display(tmp_path: Path, size: tuple[int, int]) -> None:
     terminal = run(INSTALLATION, tmp_path, size)
     assert "✓ Creating the disk" in terminal.seen
-    assert re.search(r"▸ Installing · Partitioning +0:01$", terminal.seen, re.MULTILINE)
+    assert re.search(r"▸ Installing · Partitioning +0:[0-9]{2}$", terminal.seen, re.MULTILINE)
     assert "━━━━━━━━━━──────────────────────────────  25 %" in terminal.seen
     # 100 % is the end.
     assert "  99 %" in terminal.seen
-    assert re.search(r"disk [45][0-9]\.[0-9] MiB/s written, .* KiB/s read; network 3\.[0-9] MiB/s", terminal.seen)
+    assert re.search(r"disk [0-9]+\.[0-9] MiB/s written, .* KiB/s read; network [1-3]\.[0-9] MiB/s", terminal.seen)
     assert "about" not in terminal.seen
     # What is logged below a warning is for the file.
     assert "for the file" not in terminal.seen
@@ -188,7 +188,7 @@ def test_display(tmp_path: Path, size: tuple[int, int]) -> None:
     # What stays.
     *warning, end, summary = terminal.lines
     assert "".join(warning) == "warning: mind the gap" + "!" * 300
-    assert re.fullmatch(r"✓ x: 3 steps in [2-9]\.[0-9] s", end)
+    assert re.fullmatch(r"✓ x: 3 steps in [0-9]+\.[0-9] s", end)
     assert summary == "the summary"
     assert not terminal.screen.cursor.hidden
     assert b"\x1b[?25l" in terminal.output
@@ -234,7 +234,7 @@ def test_time_left(tmp_path: Path) -> None:
         with shown():
             build()
     """
-    assert re.search(r"^x +about 2 s left · 0:00$", run(program, tmp_path).seen, re.MULTILINE)
+    assert re.search(r"^x +about [2-9] s left · 0:0[0-9]$", run(program, tmp_path).seen, re.MULTILINE)
 
 
 def test_failure_leaves_the_steps(tmp_path: Path) -> None:
@@ -253,9 +253,9 @@ def test_failure_leaves_the_steps(tmp_path: Path) -> None:
     terminal = run(program, tmp_path)
     patterns = (
         "error: the console",
-        r"x +0:00",
-        r"✓ Creating the disk +0\.0 s",
-        r"✗ Installing · Partitioning +0\.[0-9] s",
+        r"x +0:[0-9]{2}",
+        r"✓ Creating the disk +[0-9]+\.[0-9] s",
+        r"✗ Installing · Partitioning +[0-9]+\.[0-9] s",
         "the error",
     )
     assert len(terminal.lines) == len(patterns)
@@ -353,13 +353,18 @@ def test_characters_that_every_terminal_has(tmp_path: Path, environment: dict[st
 
 
 WAITING = """
-import threading
 from image_factory.machines import turns
 turns._PREFIX = f"test-display-{os.getpid()}"
-places = [ExitStack() for _ in range(3)]
+places = [ExitStack() for _ in range(2)]
 for number, place in enumerate(places):
     place.enter_context(turns._named(f"installation/1/1/0/0000000{number}"))
-    threading.Timer(number * 1.5, place.close).start()
+def write(text):
+    # Each ends when it was seen that it waits for it.
+    for said, place in zip(("2 run ", "1 runs "), places):
+        if said in text:
+            place.close()
+    return original(text)
+original, sys.stderr.write = sys.stderr.write, write
 with shown(logging.WARNING):
     with turns.taken(1, 1, 1):
         with log.step("Installing"):
@@ -367,19 +372,24 @@ with shown(logging.WARNING):
 """
 
 
+def drawn(terminal: Terminal) -> str:
+    """All that was drawn, whether a screen was read between that and what was drawn over it or not."""
+    return re.sub(r"\x1b\[[0-?]*[A-Za-z]", "", terminal.output.decode()).replace("\r\n", "\n")
+
+
 def test_why_it_waits(tmp_path: Path) -> None:
     """Said as it changes, and not any more when it goes on."""
-    terminal = run(WAITING, tmp_path)
-    waits = r"▸ Waiting for other installations +0:0[0-9]$\n  {} on this machine \(of root\), and max-parallel = 1\.$"
-    two, one = (re.search(waits.format(run), terminal.seen, re.MULTILINE) for run in ("2 run", "1 runs"))
-    assert two and one
-    assert two.start() < one.start() < terminal.seen.index("▸ Installing")
-    assert "on this machine" not in terminal.seen[terminal.seen.index("▸ Installing") :]
+    text = drawn(run(WAITING, tmp_path))
+    waits = r"▸ Waiting for other installations +0:[0-9]+\n  {} on this machine \(of root\), and max-parallel = 1\.\r"
+    two, one = (re.search(waits.format(run), text) for run in ("2 run", "1 runs"))
+    assert two and one, text
+    assert two.start() < one.start() < text.index("▸ Installing")
+    assert "on this machine" not in text[text.index("▸ Installing") :]
 
 
 def test_why_it_waits_in_a_narrow_terminal(tmp_path: Path) -> None:
-    terminal = run(WAITING, tmp_path, (40, 24))
-    assert "\n  1 runs on this machine (of root), and" + "\n  max-parallel = 1." in terminal.seen
+    text = drawn(run(WAITING, tmp_path, (40, 24)))
+    assert "\n  1 runs on this machine (of root), and" + "\n  max-parallel = 1." in text
 
 
 def test_columns_of_the_environment_are_not_believed(tmp_path: Path) -> None:
@@ -420,7 +430,7 @@ def test_signal_gives_the_terminal_back(tmp_path: Path, number: signal.Signals, 
     """
     terminal = run(program, tmp_path)
     assert not terminal.screen.cursor.hidden
-    assert re.fullmatch(r"✗ Installing +0\.[0-9] s", terminal.lines[-2])
+    assert re.fullmatch(r"✗ Installing +[0-9]+\.[0-9] s", terminal.lines[-2])
     assert terminal.lines[-1] == f"Stopped by {number.name}."
     # Drawn whole: what is on the screen is the last state and nothing of an earlier one.
     assert len(terminal.lines) == 3
@@ -607,7 +617,7 @@ def test_program_on_a_terminal(place: Path, size: tuple[int, int]) -> None:
     assert not LOG_LINE.search(terminal.seen)
     assert not terminal.screen.cursor.hidden
     assert re.fullmatch(r"✓ Installing +[3-9]\.[0-9] s", terminal.lines[3])
-    assert re.fullmatch(r"✗ Reading the partition table +[0-9]\.[0-9] s", terminal.lines[4])
+    assert re.fullmatch(r"✗ Reading the partition table +[0-9]+\.[0-9] s", terminal.lines[4])
     assert terminal.lines[5].startswith("image-factory: error: ")
     messages = (place / "x.log").read_text()
     assert all(LOG_LINE.fullmatch(line) for line in messages.splitlines())

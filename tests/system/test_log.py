@@ -73,7 +73,7 @@ def test_printable_takes_no_more_than_linear_time() -> None:
         "\x1b  " * 300_000,
     ):
         log.printable(text)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 # Each program has log, and the path of a file.
@@ -186,12 +186,14 @@ def test_step_is_announced_and_timed(caplog: pytest.LogCaptureFixture) -> None:
         with log.step("Sleeping"):
             assert caplog.messages == ["Sleeping ..."]
             time.sleep(0.25)
+        woken = time.monotonic()
         with log.step("Waking"):
             pass
+        waking = time.monotonic() - woken
     assert [step.name for step in times.ended] == ["Sleeping", "Waking"]
-    assert 0.25 <= times.ended[0].seconds < 5
-    assert times.ended[1].seconds < times.ended[0].seconds
-    assert re.fullmatch(r"Sleeping: done in [0-9]\.[0-9] s", caplog.messages[1])
+    assert times.ended[0].seconds >= 0.25
+    assert times.ended[1].seconds <= waking
+    assert re.fullmatch(r"Sleeping: done in [0-9]+\.[0-9] s", caplog.messages[1])
 
 
 def test_step_that_fails(caplog: pytest.LogCaptureFixture) -> None:
@@ -295,7 +297,7 @@ def test_masking_takes_no_time_with_long_lines() -> None:
     start = time.monotonic()
     for text in ("a.", "http://", "http://a:@", "sshpass -f ", "password='", "a:a@"):
         log.masked(text * (65536 // len(text)))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_link_in_the_place_of_the_log_file(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from image_factory.configuration import files
 from image_factory.configuration.files import Configuration
 from image_factory.configuration.settings import ImageSettings, TaskSettings, UploadSettings, declarations
 from image_factory.finishing.seal.operations import OPERATIONS
+from image_factory.outputs import OUTPUTS, targets
+from image_factory.outputs.targets import TARGETS
 from image_factory.sources import forms
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,33 +67,59 @@ def test_the_manual_has_no_setting_that_is_unknown() -> None:
     assert set(entries(MANUAL, "UPLOAD DESTINATIONS")) == known | commands
 
 
+def test_the_manual_has_each_format() -> None:
+    assert [*entries(MANUAL, "FORMATS")] == [*OUTPUTS]
+    readme = README.read_text(encoding="utf-8")
+    assert f"Formats: {', '.join(OUTPUTS)}." in " ".join(readme.split())
+
+
+def test_the_manual_has_each_target_with_what_the_table_says() -> None:
+    found = entries(MANUAL, "TARGETS")
+    assert {name: " ".join(text.split()).replace("\\", "") for name, text in found.items()} == {
+        target.name: " ".join(targets.sentences(target)) for target in TARGETS.values()
+    }
+    readme = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"for {', '.join([*TARGETS][:-1])} or {[*TARGETS][-1]}" in readme
+
+
 def test_the_manual_has_the_options_of_the_command_line() -> None:
     assert set(entries(MANUAL, "OPTIONS")) == set(options(cli.make_parser()))
 
 
 SOURCES = {
-    "installer": "linux = {here}/file\ninitrd = {here}/file\nautoinstall = {here}/answers\ntasks = work\n",
-    "image": "source = image\nsource-image = {here}/disk.xz\nimage-size = 4G\n",
-    "bootstrap": "source = bootstrap\nbootstrap = {here}/tree.yaml\nfirmware = hybrid\n",
+    "installer": "linux = {here}/file\ninitrd = {here}/file\nautoinstall = {here}/answers\ntasks = work\n"
+    "format = raw, qcow2, raw.zst, ova\n",
+    "image": "source = image\nsource-image = {here}/disk.xz\nimage-size = 4G\nformat = qcow2\n",
+    "bootstrap": "source = bootstrap\nbootstrap = {here}/tree.yaml\ncache-tree = yes\nfirmware = hybrid\n"
+    "format = raw, raw.zst\n",
+    "elements": "source = elements\nelements = system\nskip-base = yes\nextra-packages = jq\n"
+    "elements-path = {here}/elements\n"
+    "format = raw\n",
 }
+# With others the disk is made before all phases have run.
+ON_DISK = "source = elements\nelements = system bootloader\nskip-base = yes\nelements-path = {here}/elements\n"
 ALL_KEYS = """
 [x]
 virt-type = auto
 mount-via = {way}
 installer-logs = yes
 seal = yes
+keep = 1
 copy = {here}/answers:/etc/
 first-boot = {here}/answers
 audit = yes
 manifest = yes
+manifest-text = list
 sign-key = {here}/key
 test-boot = yes
-format = raw, qcow2
+target = openstack
 upload-destinations = here
 post-build-command = true
 [here]
 upload-type = rsync
 upload-target = host:/srv
+upload-index = simplestreams
+upload-keep = 1
 [work]
 task-type = command
 task-command = true
@@ -106,11 +134,21 @@ def test_the_manual_has_each_step_of_a_build_in_its_order(
     (tmp_path / "answers").write_text("#cloud-config\nautoinstall: {}\n")
     (tmp_path / "disk.xz").write_bytes(b"\xfd7zXZ\0")
     (tmp_path / "tree.yaml").write_text("suite: trixie\nsources: [deb http://mirror.example.com trixie main]\n")
-    places = {"FILE": r"\S+", "NAME": r"\S+", "SECTION": r"\S+", "FIRMWARE": r"\w+"}
+    for name in ("system", "bootloader"):
+        (tmp_path / "elements" / name).mkdir(parents=True)
+    (tmp_path / "elements/system/element-provides").write_text("operating-system\n")
+    places = {
+        "FILE": r"\S+",
+        "FORMATS": r"\S+(?:, \S+)+",
+        "FORMAT": r"\S+",
+        "NAME": r"\S+",
+        "SECTION": r"\S+",
+        "FIRMWARE": r"\w+",
+    }
     terms = [re.sub("|".join(places), lambda match: places[match[0]], term) for term in entries(MANUAL, "STEPS")]
     found: set[int] = set()
     assert SOURCES.keys() == sources.SOURCES.keys()
-    for keys in SOURCES.values():
+    for keys in (*SOURCES.values(), ON_DISK):
         (tmp_path / "x.conf").write_text(ALL_KEYS.replace("[x]\n", f"[x]\n{keys}").format(here=tmp_path, way=way))
         configuration = Configuration({"IMAGE_FACTORY_CONFIG": str(tmp_path / "x.conf")})
         plan = pipeline.make_plan(configuration, "x", {"output-dir": str(tmp_path)})
@@ -125,7 +163,8 @@ def test_the_manual_has_each_step_of_a_build_in_its_order(
         found |= {*once}
     # What else is logged as a step: a wait, and what --resume looks at.
     others = [term for number, term in enumerate(terms) if number not in found]
-    assert others == ["Waiting for other installations", "Checking the images"]
+    layers = ["Restoring the tree", "Keeping the tree"]
+    assert others == [*layers, "Preparing devices", "Waiting for other installations", "Checking the images"]
 
 
 def test_the_manual_has_each_check_of_the_audit_with_its_sentence() -> None:

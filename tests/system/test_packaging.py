@@ -35,6 +35,7 @@ def test_make_install(copy: Path, tmp_path: Path) -> None:
     prefix = tmp_path / "root/opt/x"
     assert (prefix / "share/image-factory/build-record.schema.json").is_file()
     assert "Debian-13-server " in images(prefix / "bin/image-factory", cwd=tmp_path)
+    assert run(prefix / "share/image-factory/disk-image-create", "--version").stdout == f"image-factory {__version__}\n"
     helper = prefix / "bin/image-factory-sudo-helper"
     assert helper.read_text().startswith("#!/usr/bin/python3 -I\n")
     assert run(helper, "version").stdout == f"{__version__}\n"
@@ -50,11 +51,14 @@ def test_pip_install(copy: Path, tmp_path: Path) -> None:
     run(*pip, copy)
     assert "Debian-13-server " in images(tmp_path / "venv/bin/image-factory", cwd=tmp_path)
     assert (tmp_path / "venv/share/image-factory/build-record.schema.json").is_file()
+    frontend = tmp_path / "venv/share/image-factory/disk-image-create"
+    assert run("/usr/bin/python3", frontend, "--version").stdout == f"image-factory {__version__}\n"
     helper = tmp_path / "venv/bin/image-factory-sudo-helper"
     assert helper.read_text().startswith("#!/usr/bin/python3 -I\n")
     assert os.access(helper, os.X_OK)
 
 
+@pytest.mark.outside
 def test_pip_install_of_all_that_is_needed(copy: Path, tmp_path: Path) -> None:
     """Nothing is Debian's but Python itself: pyparted is compiled."""
     run("/usr/bin/python3", "-m", "venv", tmp_path / "venv")

@@ -240,3 +240,32 @@ def test_uris_are_shown_and_kept_without_their_secrets(site: Site, server: Serve
     found = run("grep", "-rlF", "-e", PASSWORD, site.user.home, check=False).stdout.splitlines()
     assert set(found) == {str(configuration), str(site.answer_file)}
     configuration.unlink()
+
+
+# Logins of uploads.
+
+
+def test_login_of_an_upload_is_shown_nowhere(site: Site) -> None:
+    """The dry run's commands name its file; who else could read that is refused before a build."""
+    login = site.directory / "login"
+    login.write_text(f"machine files.example.com login me password {PASSWORD}\n")
+    login.chmod(0o600)
+    run("chown", site.user.name, login)
+    site.write(
+        extra="upload_destinations = web\n[web]\nupload_type = http\nupload_target = https://files.example.com/\n"
+        f"upload-credentials = {login}\n"
+    )
+    done = site.run("--check")
+    assert done.returncode == 0, done.stderr
+    done = site.run("--dry-run")
+    assert done.returncode == 0, done.stderr
+    [command] = [line for line in done.stdout.splitlines() if " --upload-file x-" in line and ".raw " in line]
+    assert f" --netrc-file {login} " in command
+    login.chmod(0o640)
+    done = site.run("--check")
+    assert done.returncode == 2
+    assert f"[web] upload-credentials: others may read {login}." in done.stderr
+    login.unlink()
+    done = site.run()
+    assert done.returncode == 2
+    assert f"[web] upload-credentials: {login} is not there." in done.stderr

@@ -16,6 +16,7 @@ import pytest
 
 from image_factory import sources
 from image_factory.base.errors import ConfigurationError
+from image_factory.base.files import find_data_dir
 from image_factory.configuration import files as configuration_files
 from image_factory.configuration.files import Configuration, declared
 from image_factory.configuration.parsers import Copy, InstallerFile, Source
@@ -30,6 +31,8 @@ from image_factory.configuration.settings import (
 )
 from image_factory.configuration.unused import unused_keys
 from image_factory.machines.arch import default_arch, default_firmware, named_architectures
+from image_factory.outputs import OUTPUTS
+from image_factory.uploads import UPLOADS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED_IMAGE = "Debian-13-server"
@@ -85,6 +88,13 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "bootstrap": ("a.yaml", Path("a.yaml")),
     "source_image_sha256": ("45" * 32, "45" * 32),
     "work_in_memory": ("Yes", "yes"),
+    "cache_tree": ("yes", True),
+    "elements": ("debian-minimal\n    vm", ("debian-minimal", "vm")),
+    "elements_path": ("elements:/srv/elements", (Path("elements"), Path("/srv/elements"))),
+    "element_environment": ("A=b 'C=d e'", (("A", "b"), ("C", "d e"))),
+    "element_timeout": ("30m", 1800.0),
+    "skip_base": ("yes", True),
+    "extra_packages": ("jq, tree less", ("jq", "tree", "less")),
     "verify": ("Required", "required"),
     "keyring": ("/srv/keys.gpg", Path("/srv/keys.gpg")),
     "offline": ("yes", True),
@@ -106,6 +116,11 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "filesystem": ("XFS", "xfs"),
     "root_label": ("top", "top"),
     "mkfs_options": ("-m 0 -E 'a=1'", ("-m", "0", "-E", "a=1")),
+    "image_name": ("${image} ${date}", "${image} ${date}"),
+    "replace": ("Number", "number"),
+    "keep": ("3", 3),
+    "checksums": ("sha256, md5", ("sha256", "md5")),
+    "target": ("openstack, aws", ("openstack", "aws")),
     "format": ("qcow2, raw", ("qcow2", "raw")),
     "mac": ("52:54:00:AB:cd:ef", "52:54:00:ab:cd:ef"),
     "cache_dir": ("/srv/cache", Path("/srv/cache")),
@@ -126,6 +141,7 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     ),
     "first_boot": ("/srv/a.sh,\n  b.j2", (Path("/srv/a.sh"), Path("b.j2"))),
     "keep_raw": ("1", True),
+    "tar_exclude": ("/etc/default/grub, ./var/cache/*\n a b", ("etc/default/grub", "var/cache/*", "a b")),
     "compression": ("zlib", "zlib"),
     "vnc": ("localhost:13", ("localhost", 13)),
     "osinfo": ("debian11", "debian11"),
@@ -146,6 +162,7 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "tasks_via": ("Namespace", "namespace"),
     "tasks_network": ("no", False),
     "manifest": ("yes", True),
+    "manifest_text": ("a-${stamp}", "a-${stamp}"),
     "sign_key": (" Images <images@example.com> ", "Images <images@example.com>"),
     "upload_destinations": ("mirror-a, mirror-b", ("mirror-a", "mirror-b")),
     "post_build_command": ("/usr/bin/notify --title 'It is there'", ("/usr/bin/notify", "--title", "It is there")),
@@ -154,6 +171,14 @@ UPLOAD_ROWS: dict[str, tuple[str, Any]] = {
     "upload_type": ("rsync", "rsync"),
     "upload_target": ("example.com::images/it's here", "example.com::images/it's here"),
     "upload_args": ("-e 'ssh -p 2222' --chmod=a+r", ("-e", "ssh -p 2222", "--chmod=a+r")),
+    "upload_formats": ("qcow2", ("qcow2",)),
+    "upload_method": ("POST", "post"),
+    "upload_headers": ("\n  X-Kind: image\n  X-Other: a: b", ("X-Kind: image", "X-Other: a: b")),
+    "upload_credentials": ("/srv/login", Path("/srv/login")),
+    "upload_tls": ("/srv/ca.pem", Path("/srv/ca.pem")),
+    "upload_verify": ("header: X-Sum", "header:X-Sum"),
+    "upload_index": ("Simplestreams", "simplestreams"),
+    "upload_keep": ("3", 3),
 }
 
 
@@ -187,15 +212,12 @@ def test_image_setting_is_set(read: Read, written: str, name: str, text: str, va
 @pytest.mark.parametrize("separator", "_-")
 @pytest.mark.parametrize(("name", "row"), UPLOAD_ROWS.items())
 def test_upload_setting_is_set(read: Read, separator: str, name: str, row: tuple[str, Any]) -> None:
-    texts = {"upload_type": "rsync", "upload_target": "/srv", "upload_args": "-v"} | {name: row[0]}
+    takes = any(name.replace("_", "-") in upload.KEYS for upload in UPLOADS.values())
+    texts = {"upload_type": "http" if takes else "rsync", "upload_target": "/srv", "upload_args": "-v"} | {name: row[0]}
     lines = [f"{key.replace('_', separator)} = {text}\n" for key, text in texts.items()]
     destination = read("[up]\n" + "".join(lines)).destination("up", "x.raw", named_by="x")
-    shown = {
-        "upload_type": destination.type,
-        "upload_target": destination.target,
-        "upload_args": destination.arguments,
-    }
-    assert shown[name] == row[1]
+    field = {"upload_args": "arguments"}.get(name, name.removeprefix("upload_"))
+    assert getattr(destination, field) == row[1]
 
 
 def test_defaults(read: Read) -> None:
@@ -206,6 +228,13 @@ def test_defaults(read: Read) -> None:
         bootstrap=None,
         source_image_sha256=None,
         work_in_memory="auto",
+        cache_tree=False,
+        elements=(),
+        elements_path=(),
+        element_environment=(),
+        element_timeout=7200.0,
+        skip_base=False,
+        extra_packages=(),
         layout=None,
         filesystem=None,
         root_label=None,
@@ -218,6 +247,11 @@ def test_defaults(read: Read) -> None:
         cores=1,
         ram=1 << 30,
         image_size=2 << 30,
+        image_name="${image}-${date}",
+        replace="yes",
+        keep=None,
+        checksums=("sha256",),
+        target=(),
         format=("raw",),
         cache_dir=Path("/var/cache/image-factory"),
         installer_logs=False,
@@ -233,6 +267,7 @@ def test_defaults(read: Read) -> None:
         copy=(),
         first_boot=(),
         keep_raw=False,
+        tar_exclude=(),
         compression="zstd",
         arch=default_arch(),
         firmware=default_firmware(default_arch()),
@@ -251,6 +286,7 @@ def test_defaults(read: Read) -> None:
         tasks_via="auto",
         tasks_network=True,
         manifest=False,
+        manifest_text=None,
         sign_key=None,
         upload_destinations=(),
         post_build_command=(),
@@ -345,7 +381,7 @@ SIZE_FORMS = "only a size above zero such as 2G"
 BOOLEANS = "only yes, no, true, false, on, off, 1 or 0"
 MAC = "only a unicast MAC address such as 52:54:00:12:34:56"
 VNC = "only HOST:DISPLAY with a display from 0 to 59635, or HOST"
-FORMATS = "only raw or qcow2, or several with commas"
+FORMATS = f"only {' or '.join(OUTPUTS)}, or several with commas"
 COUNT = "only a whole number from 1 to 9999"
 ANSWER = "only a path whose last part has only letters, digits and . _ + -"
 
@@ -388,7 +424,7 @@ BAD: list[tuple[str, str, str]] = [
         for text in ("", "-x")
     ),
     *(("image_size", text, SIZE_FORMS) for text in ("-1G", "0", "G", "1e9", "2 GX", "", "0.0000001K", "9E")),
-    *(("format", text, FORMATS) for text in ("vmdk", "raw,vmdk", "", ",", "raw qcow2", "RAW")),
+    *(("format", text, FORMATS) for text in ("zip", "raw,zip", "", ",", "raw qcow2", "RAW")),
     *(
         ("mac", text, MAC)
         for text in ("", "52:54:00:12:34", "52:54:00:12:34:5g", "52-54-00-12-34-56", "01:00:5e:00:00:01", "RANDOM")
@@ -433,29 +469,39 @@ def test_bad_value_names_section_key_value_and_what_is_accepted(read: Read, key:
 )
 def test_bad_flag_names_the_flag(read: Read, key: str, flag: str) -> None:
     configuration = read(MINIMAL)
-    error = error_of(lambda: configuration.image("x", {key: ""}))
-    assert error.message.startswith(f"{flag}: '' is not accepted, only ")
+    # A flag can take the targets of the files away.
+    text = "?" if key == "target" else ""
+    error = error_of(lambda: configuration.image("x", {key: text}))
+    assert error.message.startswith(f"{flag}: {text!r} is not accepted, only ")
 
 
 # Of the others any text is accepted, but for what no argument of a program can have.
 ABSURD = {
     "source": "installers", "source-image": "ftp://a/b", "source-image-sha256": "abc",
-    "work-in-memory": "maybe", "bootstrap": "a b", "layout": "raid", "filesystem": "a b", "root-label": "a/b",
-    "mkfs-options": "'",
+    "work-in-memory": "maybe", "cache-tree": "maybe",
+    "elements": "a/b",
+    "elements-path": "\0", "element-environment": "A", "element-timeout": "2", "skip-base": "maybe",
+    "extra-packages": "--force",
+    "bootstrap": "a b", "layout": "raid", "filesystem": "a b",
+    "root-label": "a/b", "mkfs-options": "'",
     "extra-size": "0",
     "linux": "ftp://a/b", "initrd": "ftp://a/b", "installer-image": "ftp://a/b", "linux-sha256": "abc",
     "initrd-sha256": "abc", "installer-image-sha256": "abc", "verify": "maybe", "keyring": "", "offline": "maybe",
     "preseed": "a b", "kickstart": "a b", "yast": "a b", "autoinstall": "a b", "agama": "a.yaml", "cores": "none",
-    "ram": "4", "image-size": "2", "format": "vmdk", "mac": "a", "cache-dir": "", "installer-logs": "maybe",
-    "log-file": "maybe", "log-filename": "a/", "output-dir": "", "mount-via": "nbd",
+    "ram": "4", "image-size": "2", "target": "moon", "format": "zip", "mac": "a", "cache-dir": "",
+    "installer-logs": "maybe", "log-file": "maybe", "log-filename": "a/", "output-dir": "", "mount-via": "nbd",
     "require-single-partition": "maybe", "answer-files": "a:/b", "audit": "maybe", "copy": "a", "first-boot": "a b",
-    "seal": "maybe", "keep-raw": "maybe", "compression": "xz", "vnc": "a b", "osinfo": "",
+    "image-name": "a/b", "replace": "maybe", "keep": "0", "checksums": "sha1",
+    "seal": "maybe", "keep-raw": "maybe", "tar-exclude": "a\tb", "compression": "xz", "vnc": "a b", "osinfo": "",
     "arch": "vax", "firmware": "efi", "cpu": "", "virt-type": "xen", "network": "", "max-parallel": "-1",
     "install-timeout": "2", "stall-timeout": "2", "test-boot": "maybe", "test-script": "a/", "test-boot-timeout": "2",
-    "kernel-errors-allowed": "(", "manifest": "maybe", "sign-key": "", "post-build-command": "'a",
-    "upload-type": "ftp", "upload-target": "", "upload-args": "'a", "tasks-via": "ssh", "tasks-network": "maybe",
-    "task-type": "ftp", "task-allow-failure": "maybe",
-    "task-file": "", "task-packages": "'a", "task-args": "'a", "task-environment": "1=2",
+    "kernel-errors-allowed": "(", "manifest": "maybe", "manifest-text": "a/b", "sign-key": "",
+    "post-build-command": "'a",
+    "upload-type": "ftp", "upload-target": "", "upload-args": "'a", "upload-formats": "zip",
+    "upload-method": "get", "upload-headers": "X", "upload-credentials": "", "upload-tls": "sha256//x",
+    "upload-verify": "maybe", "upload-index": "maybe", "upload-keep": "0", "tasks-via": "ssh", "tasks-network": "maybe",
+    "task-type": "ftp", "task-copy": "a", "task-allow-failure": "maybe",
+    "task-file": "", "task-packages": "nginx --force", "task-args": "'a", "task-environment": "1=2",
     "task-secrets": "", "task-timeout": "2", "task-retries": "-1", "task-reboot": "maybe",
 }  # fmt: skip
 ANY_TEXT = {
@@ -517,7 +563,7 @@ def test_later_files_win_and_flags_win_over_files(files: tuple[Path, Path]) -> N
     shipped = Configuration({}).image(SHIPPED_IMAGE, {})
     system, user = files
     system.write_text(f"[{SHIPPED_IMAGE}]\nram = 2G\nCores = 3\n")
-    assert Configuration({}).files == [configuration_files.find_data_dir() / "image-factory.conf", system]
+    assert Configuration({}).files == [find_data_dir() / "image-factory.conf", system]
     assert Configuration({}).image(SHIPPED_IMAGE, {}).ram == 2 << 30
     user.write_text(f"[{SHIPPED_IMAGE}]\nram = 3G\nimage_size = 5G\n")
     both = Configuration({})
@@ -614,8 +660,8 @@ def test_user_without_a_home_directory() -> None:
 
 def test_data_dir(read: Read) -> None:
     image = read(f"{MINIMAL}preseed = ${{data_dir}}/a.cfg\nkickstart_dir = ${{data-dir}}\n").image("x", {})
-    assert image.preseed == configuration_files.find_data_dir() / "a.cfg"
-    assert (configuration_files.find_data_dir() / "image-factory.conf").is_file()
+    assert image.preseed == find_data_dir() / "a.cfg"
+    assert (find_data_dir() / "image-factory.conf").is_file()
 
 
 def test_data_dir_can_be_set(read: Read) -> None:
@@ -650,7 +696,7 @@ def test_data_dir_below_the_prefix(tmp_path: Path, place: str) -> None:
     package.mkdir(parents=True)
     subprocess.run(["cp", "-r", REPOSITORY / "image_factory", package], check=True)
     (tmp_path / "usr/share/image-factory").mkdir(parents=True, exist_ok=True)
-    program = "from image_factory.configuration.files import find_data_dir; print(find_data_dir())"
+    program = "from image_factory.base.files import find_data_dir; print(find_data_dir())"
     argv = [sys.executable, "-c", program]
     environment = {"PYTHONPATH": str(package)}
     missing = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True)
@@ -795,7 +841,7 @@ def test_section_that_nothing_uses_is_told(read: Read) -> None:
         "[z]\nram = 2G\n[other]\nlinux = ${Debian-13-base:ram}\n"
     )
     assert unused(read(text), image="Debian-13-web") == [
-        "[Debian-13-wbe]: nothing uses this section, as it has no installer or image or bootstrap. "
+        "[Debian-13-wbe]: nothing uses this section, as it has no installer or image or bootstrap or elements. "
         "Did you mean [Debian-13-web]?"
     ]
 
@@ -1005,6 +1051,7 @@ def test_summary(read: Read, text: str, expected: list[str], caplog: pytest.LogC
 
 # Upload destinations.
 
+HTTP = "[up]\nupload_type = http\nupload-target = https://host/\n"
 UPLOAD = "[up]\nupload_type = rsync\nupload-target = host:/srv/\n"
 
 
@@ -1046,13 +1093,32 @@ BAD_UPLOADS = [
         "[up]\nupload_type = rsync\n",
         "[up] lacks 'upload_target'. It is the place to upload to, in the form that the upload type has.",
     ),
-    ("[up]\nupload_type = ftp\nupload_target = /srv\n", "[up] upload-type: 'ftp' is not accepted, only rsync."),
-    ("[up]\nupload_type =\nupload_target = /srv\n", "[up] upload-type: '' is not accepted, only rsync."),
+    ("[up]\nupload_type = ftp\nupload_target = /srv\n", "[up] upload-type: 'ftp' is not accepted, only rsync"),
+    ("[up]\nupload_type =\nupload_target = /srv\n", "[up] upload-type: '' is not accepted, only rsync"),
     (
         "[up]\nupload_type = rsync\nupload_target =\n",
         "[up] upload-target: '' is not accepted, only a place to upload to.",
     ),
     (f"{UPLOAD}upload_args = 'a\n", '[up] upload-args: "\'a" is not accepted, only words as a shell has them'),
+    (
+        f"{UPLOAD}upload-verify = none\n",
+        "[up] upload-verify: uploads of the type rsync have no such key.",
+    ),
+    (
+        f"{UPLOAD}upload-formats = zip\n",
+        "[up] upload-formats: 'zip' is not accepted, only raw",
+    ),
+    (f"{HTTP}upload-headers = Authorization: Basic x\n", "[up] upload-headers: "),
+    (
+        "[up]\nupload_type = command\nupload_target = put\nupload-index = yes\n",
+        "[up] upload-index: uploads of the type command have no such key.",
+    ),
+    (
+        "[up]\nupload_type = oci\nupload_target = host/x\nupload-keep = 2\n",
+        "[up] upload-keep: uploads of the type oci have no such key.",
+    ),
+    (f"{HTTP}upload-headers = X: \n", "[up] upload-headers: 'X:' is not accepted, only fields NAME: VALUE"),
+    (f"{HTTP}upload-tls =\n", "[up] upload-tls: '' is not accepted, only the path of a CA's file, sha256//PIN"),
     (f"{UPLOAD}post-upload-command3 =\n", "[up] post-upload-command3: '' is not accepted, only a command."),
     (f"{UPLOAD}post-upload-command = ${{imag}}\n", "[up] post-upload-command: ${imag} is not defined."),
 ]
@@ -1063,6 +1129,14 @@ def test_bad_upload_section(read: Read, text: str, message: str) -> None:
     configuration = read(MINIMAL + text)
     error = error_of(lambda: configuration.destination("up", "x.raw", named_by="x"))
     assert error.message.startswith(message)
+
+
+def test_keys_of_the_default_section_are_for_the_uploads_that_take_them(read: Read) -> None:
+    default = "[DEFAULT]\nupload-verify = etag\nupload-headers = A: b\n"
+    configuration = read(f"{default}{UPLOAD}{HTTP.replace('up]', 'web]')}")
+    rsync, web = (configuration.destination(section, "x.raw", named_by="x") for section in ("up", "web"))
+    assert (rsync.verify, rsync.headers) == (None, ())
+    assert (web.verify, web.headers) == ("etag", ("A: b",))
 
 
 def test_section_that_is_based_on_another(read: Read) -> None:

@@ -166,7 +166,7 @@ def test_place_of_a_crashed_holder_is_free_at_once(machine: Machine, number: sig
     first.process.send_signal(number)
     start = time.monotonic()
     assert second.has_waited()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     if number != signal.SIGTERM:
         assert first.process.wait(30) == -number
 

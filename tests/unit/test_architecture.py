@@ -14,28 +14,34 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 
 # From top to bottom: a package, and its modules.  A module may import those after it.
 LAYERS = [
-    ("", "cli completion online pipeline fleet workspace publish"),
+    ("", "cli completion online element_tests pipeline fleet workspace publish keep"),
     ("configuration", "unused files"),
     ("tasks", "guest"),
-    ("checks.testboot", "__init__ login guest machine report"),
+    ("checks.testboot", "__init__ laying login guest monitor machine ramdisk report"),
     ("checks", "audit keys search leftovers"),
     ("", "checkpoint"),
-    ("finishing", "sign manifest shrink settling clean checksum firstboot copying"),
+    ("finishing", "sign manifest listing shrink settling clean checksum firstboot fitting importing"),
     ("finishing.seal", "__init__ operations traces identity media apt actions"),
-    ("outputs", "__init__ raw qcow2"),
-    ("sources", "__init__"),
+    ("", "naming"),
+    ("outputs", "targets __init__ packed qemu trees incus netboot oci raw kind"),
+    ("elements", "explain"),
+    ("sources", "__init__ elements"),
     ("sources.image", "__init__ growing unpacking formats"),
-    ("sources.bootstrap", "__init__ failures packages recipe"),
+    ("sources.bootstrap", "__init__ failures packages trees recipe"),
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery installers"),
+    ("elements", "on_disk applying engine breaks layout image contract hooks system resolve scripts"),
+    ("uploads", "index streams __init__ rsync drp http rclone oci command curl credentials tries"),
+    ("tasks", "offline"),
+    ("finishing", "copying"),
     ("sources", "kind answers forms"),
-    ("uploads", "__init__ rsync"),
-    ("tasks", "offline namespace running playbooks __init__"),
+    ("tasks", "namespace running layers playbooks copies __init__"),
     ("told", "record display estimates junit"),
     ("", "parts"),
-    ("disks", "bounds making filesystems notation grub layouts reproducible"),
+    ("disks", "bounds standing attaching making filesystems notation grub layouts reproducible"),
     (
         "system",
-        "mounts loop appliance rehearsal assembly inventory tree rpmdb partitions fstab privileged registrations",
+        "mounts fuse loop appliance rehearsal assembly inventory tree rpmdb partitions fstab privileged registrations "
+        "initramfs",
     ),
     ("downloads", "verify fetch"),
     ("inside", "namespaces"),
@@ -44,7 +50,7 @@ LAYERS = [
     ("configuration", "settings parsers"),
     ("machines", "kvm libvirt firmware turns console arch"),
     ("base", "openpgp scratch"),
-    ("base.command", "__init__ apart conversations programs children output installed"),
+    ("base.command", "__init__ apart conversations pipelines programs children output installed"),
     ("base", "files cleanup locks interrupts log events units errors trust fuse memory"),
     # The version.
     ("", "__init__"),
@@ -121,7 +127,7 @@ def test_only_the_table_of_sources_knows_one() -> None:
         if not name.startswith("sources.")
     }
     assert {name: each for name, each in found.items() if each} == {
-        "sources": {"sources.bootstrap", "sources.image", "sources.installer", "sources.kind"},
+        "sources": {"sources.bootstrap", "sources.elements", "sources.image", "sources.installer", "sources.kind"},
         # Their templates are rendered as answer files are, whatever the source is.
         "configuration.unused": {"sources.answers"},
         "finishing.copying": {"sources.answers"},

@@ -1,5 +1,6 @@
 """The tables of kinds: what a setting accepts is what stands there, and a build goes by it."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -26,7 +27,7 @@ from image_factory.configuration.settings import (
 )
 from image_factory.machines import arch
 from image_factory.model import Artifact, Build, Plan
-from image_factory.outputs import OUTPUTS, raw
+from image_factory.outputs import OUTPUTS
 from image_factory.parts import State, Step, carry_out
 from image_factory.sources import SOURCES, Key, forms
 from image_factory.sources.installer import answercheck, delivery, installers
@@ -38,11 +39,16 @@ from ..conftest import REPOSITORY, shown, state_of
 class Elsewhere:
     """A type of uploads that notes what it is asked for."""
 
+    KEYS = ("upload-verify",)
+
     def __init__(self) -> None:
         self.asked: list[str] = []
 
     def programs(self, destination: Destination) -> list[str]:
         return ["send-elsewhere"]
+
+    def check(self, destination: Destination, file_name: str) -> None:
+        self.asked.append(f"check {file_name} for {destination.target}")
 
     def commands(self, destination: Destination, artifact: Artifact) -> list[list[str]]:
         return [["send-elsewhere", artifact.path.name, destination.target]]
@@ -50,8 +56,9 @@ class Elsewhere:
     def upload(self, destination: Destination, artifact: Artifact) -> None:
         self.asked.append(f"upload {artifact.path.name} to {destination.target}")
 
-    def probe(self, destination: Destination, directory: Path) -> None:
+    def probe(self, destination: Destination, directory: Path) -> bool:
         self.asked.append(f"probe {destination.target}")
+        return True
 
 
 def configuration(directory: Path, text: str) -> Configuration:
@@ -63,7 +70,7 @@ def test_upload_goes_by_the_type_of_its_destination(tmp_path: Path, monkeypatch:
     found = configuration(
         tmp_path, "mount-via = loop\nupload_destinations = up\n[up]\nupload_type = elsewhere\nupload_target = there\n"
     )
-    with pytest.raises(ConfigurationError, match=r"'elsewhere' is not accepted, only rsync\.$"):
+    with pytest.raises(ConfigurationError, match=r"'elsewhere' is not accepted, only rsync"):
         found.destination("up", "x.raw", named_by="x")
     elsewhere = Elsewhere()
     monkeypatch.setitem(UPLOADS, "elsewhere", elsewhere)
@@ -73,24 +80,21 @@ def test_upload_goes_by_the_type_of_its_destination(tmp_path: Path, monkeypatch:
     artifact = Artifact(tmp_path / "x.raw", "raw", 4096)
     assert {"send-elsewhere"} <= {*pipeline.programs(plan)}
     assert "rsync" not in pipeline.programs(plan)
+    publish.check(plan)
     online.check(plan)
     build = Build(plan, tmp_path, "vm")
     carry_out(state_of(build, [artifact]), publish.upload_steps(build))
-    assert elsewhere.asked == ["probe there", "upload x.raw to there"]
+    assert elsewhere.asked == ["check x-2024-02-29.raw for there", "probe there", "upload x.raw to there"]
     [commands] = shown(build, publish.upload_steps(build)).values()
     assert commands == [["send-elsewhere", "x-2024-02-29.raw", "there"]]
 
 
 def test_formats_are_the_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OUTPUTS, "tarball", raw)
+    monkeypatch.setitem(OUTPUTS, "tarball", dataclasses.replace(OUTPUTS["raw"], suffix="tar"))
     assert configuration(tmp_path, "format = tarball, raw\n").image("x", {}).format == ("tarball", "raw")
-    with pytest.raises(ConfigurationError, match=r"only raw or qcow2 or tarball, or several with commas\.$"):
+    with pytest.raises(ConfigurationError, match=r"only raw or qcow2 or .* or tarball, or several with commas\.$"):
         configuration(tmp_path, "format = zip\n").image("x", {})
-    assert dict(files.declared(ImageSettings))["format"].help == "raw, qcow2, tarball, or several with commas"
-
-
-def test_each_output_says_what_it_is_made_from() -> None:
-    assert {name: output.MADE_FROM for name, output in OUTPUTS.items()} == {"raw": "disk", "qcow2": "disk"}
+    assert dict(files.declared(ImageSettings))["format"].help == f"{', '.join(OUTPUTS)}, or several with commas"
 
 
 def test_kinds_are_those_of_settings() -> None:
@@ -120,6 +124,16 @@ def test_schemas_have_all_architectures(name: str) -> None:
     text = (REPOSITORY / f"data/{name}.schema.json").read_text()
     [line] = [line for line in text.splitlines() if '"aarch64"' in line]
     assert re.findall('"([a-z0-9_]+)"', line)[1:] == [*arch.ARCHITECTURES]
+
+
+def test_schemas_have_all_formats() -> None:
+    manifest, record, images = (
+        json.loads((REPOSITORY / f"data/{name}.schema.json").read_text())
+        for name in ("manifest", "build-record", "image-list")
+    )
+    assert manifest["properties"]["artifact"]["properties"]["format"]["enum"] == [*OUTPUTS]
+    assert record["properties"]["artifacts"]["items"]["properties"]["format"]["enum"] == [*OUTPUTS]
+    assert images["items"]["properties"]["format"]["items"]["enum"] == [*OUTPUTS]
 
 
 class Given:
@@ -182,7 +196,7 @@ def test_source_is_chosen_by_its_setting(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "own.conf").write_text("[x]\ngiven = disk\nsource = given\nmount-via = loop\n[y]\nlinux = l\n")
     environment = {files.FILE_VARIABLE: str(tmp_path / "own.conf")}
     assert Configuration(environment).images() == ["y"]
-    refusal = r"^\[x\] source: 'given' is not accepted, only installer, image or bootstrap\.$"
+    refusal = r"^\[x\] source: 'given' is not accepted, only installer, image, bootstrap or elements\.$"
     with pytest.raises(ConfigurationError, match=refusal):
         Configuration(environment).image("x", {})
     source = Given()
@@ -243,7 +257,7 @@ def test_keys_that_do_nothing_are_those_of_the_source(given: tuple[Given, Plan])
         "--installer-image-sha256 does nothing without installer-image."
     ]
     assert unused._unused_sections(found, "base") == [
-        "[base2]: nothing uses this section, as it has no installer or image or bootstrap or given. "
+        "[base2]: nothing uses this section, as it has no installer or image or bootstrap or elements or given. "
         "Did you mean [base]?"
     ]
 

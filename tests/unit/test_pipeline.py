@@ -13,7 +13,7 @@ from image_factory.parts import Group, State, Step, Steps, carry_out, doing, sho
 from ..conftest import state_of
 from .test_estimates import make_plan
 
-NAMES = ["install", "tasks", "clean", "convert", "check", "publish", "upload", "notify"]
+NAMES = ["install", "elements", "tasks", "clean", "convert", "check", "publish", "upload", "notify"]
 
 
 def test_a_checkpoint_knows_the_stages_that_are_reached() -> None:
@@ -25,17 +25,18 @@ def test_a_checkpoint_knows_the_stages_that_are_reached() -> None:
 @pytest.mark.parametrize(
     ("reached", "until", "first", "last"),
     [
-        (None, None, 0, 8),
+        (None, None, 0, 9),
         (None, "install", 0, 1),
-        (None, "check", 0, 5),
-        ("installed", None, 1, 8),
-        ("installed", "clean", 1, 3),
-        ("tasked", "tasks", 2, 2),
-        ("cleaned", "clean", 3, 3),
+        (None, "check", 0, 6),
+        ("installed", None, 1, 9),
+        ("installed", "clean", 1, 4),
+        ("applied", "tasks", 2, 3),
+        ("tasked", "tasks", 3, 3),
+        ("cleaned", "clean", 4, 4),
         # What is published has been proved in the same build.
-        ("converted", "publish", 4, 6),
-        ("published", None, 6, 8),
-        ("published", "convert", 6, 6),
+        ("converted", "publish", 5, 7),
+        ("published", None, 7, 9),
+        ("published", "convert", 7, 7),
     ],
 )
 def test_stages_that_are_left(tmp_path: Path, reached: str | None, until: str | None, first: int, last: int) -> None:

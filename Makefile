@@ -68,9 +68,22 @@ demo: packages-demo
 demo-installer: packages-demo-installer
 	tests/programs/demo installer
 
-bench: packages-bench
+# See tests/programs/bench_bootstrap.py.
+BUILDER = build/diskimage-builder
+
+# What an image from packages is measured against.
+$(BUILDER)/bin/disk-image-create:
+	python3 -m venv $(BUILDER)
+	$(BUILDER)/bin/pip install --quiet diskimage-builder
+
+bench: packages-bench $(BUILDER)/bin/disk-image-create
 	tests/programs/bench
-	tests/run-tests tests/programs/bench_fleet.py tests/programs/bench_bootstrap.py -s
+	tests/run-tests tests/programs/bench_fleet.py tests/programs/bench_bootstrap.py \
+		tests/programs/bench_outputs.py tests/programs/bench_elements.py -s
+
+# Elements against diskimage-builder itself.
+elements-check: packages-check $(BUILDER)/bin/disk-image-create
+	tests/run-tests tests/programs/elements_check.py
 
 # MIRROR: URL of a Debian mirror as the guest sees it; LINUX, INITRD: the installer's kernel and initrd.
 acceptance: packages-acceptance
@@ -98,6 +111,7 @@ install: doc $(COMPLETION)
 		install -d $(PACKAGE)/$$directory && install -m 644 $$directory/*.py $(PACKAGE)/$$directory || exit 1; \
 	done
 	install -m 644 data/* $(PACKAGE)
+	install -m 755 contrib/disk-image-create $(PACKAGE)
 	@# A user who can't write there would have all of it compiled at each start; a package does that itself.
 	[ -n "$(DESTDIR)" ] || $(PYTHON) -m compileall -q $(PACKAGE)
 
@@ -128,4 +142,4 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .FORCE:
-.PHONY: all check check-unit lint lint-groovy faults demo demo-installer bench acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb package-check version clean .FORCE
+.PHONY: all check check-unit lint lint-groovy faults demo demo-installer bench elements-check acceptance acceptance-failures acceptance-bios acceptance-uefi acceptance-hybrid doc install dist deb package-check version clean .FORCE

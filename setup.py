@@ -23,7 +23,10 @@ setup(
     # The helper is data: the first line of a script would be changed, and -I lost.
     data_files=[
         ("bin", ["image-factory-sudo-helper"]),
-        ("share/image-factory", sorted(str(path.relative_to(HERE)) for path in (HERE / "data").iterdir())),
+        (
+            "share/image-factory",
+            [*sorted(str(path.relative_to(HERE)) for path in (HERE / "data").iterdir()), "contrib/disk-image-create"],
+        ),
     ],
     # Through a proxy, httplib2 needs pysocks, which its newer versions don't bring.
     install_requires=["httplib2", "jinja2", "pyparted", "pysocks", "pyyaml", "rich"],

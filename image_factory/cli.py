@@ -1,11 +1,14 @@
 """The command line: the only module that prints and exits."""
 
 import argparse
+import difflib
 import fcntl
 import io
+import itertools
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -20,6 +23,7 @@ from .base import command, events, interrupts, log
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
 from .base.units import format_size
+from .configuration import effective
 from .configuration.files import Configuration, declared
 from .configuration.settings import ImageSettings, accepted_by, check_image_name
 from .configuration.unused import variables_named
@@ -161,6 +165,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--keys",
         action="store_true",
         help="list the keys of the image with what they are, what they may be and their values, secrets too, and stop",
+    )
+    parser.add_argument(
+        "--show-config",
+        action="store_true",
+        help="print what is in effect for the image, secrets too: each key, its value, and the file and line that "
+        "set it, and stop; with --json FILE as JSON",
     )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
     parser.add_argument(
@@ -379,20 +389,32 @@ def _is_mode(arguments: argparse.Namespace, mode: str) -> bool:
     return getattr(arguments, mode) not in (None, False)
 
 
+def _unknown_options(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> ConfigurationError:
+    """Return what says that there are no options *unknown*, and which are near to them."""
+    known = re.findall(r"--[a-z][a-z-]*", parser.format_help())
+    near = [difflib.get_close_matches(each.partition("=")[0], known, n=1, cutoff=0.7) for each in unknown]
+    meant = " and ".join(dict.fromkeys(itertools.chain(*near)))
+    return ConfigurationError(
+        f"There is no option {' or '.join(unknown)}.",
+        hint=f"Did you mean {meant}?" if meant else "'image-factory --help' lists the options.",
+    )
+
+
 def _run(argv: Sequence[str]) -> None:
     parser = make_parser()
     arguments, others = parser.parse_known_args(argv)
     # argparse knows no images after a flag when there are some before it.
-    if any(other.startswith("-") for other in others):
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    unknown = [other for other in others if other.startswith("-")]
+    if unknown:
+        raise _unknown_options(parser, unknown)
     images = [*arguments.images, *others] or [os.environ.get("IMAGE") or ""]
     modes = (
         "list", "list_json", "list_elements", "test_element", "explain_elements", "check", "dry_run", "show_answers",
-        "keys", "cleanup",
+        "keys", "show_config", "cleanup",
     )  # fmt: skip
     only_checks = any(_is_mode(arguments, mode) for mode in modes)
     for mode in modes:
-        if arguments.json is not None and _is_mode(arguments, mode):
+        if arguments.json is not None and _is_mode(arguments, mode) and mode != "show_config":
             raise ConfigurationError(f"--json is the record of a build, --{mode.replace('_', '-')} makes none.")
     # A shell and a display would write over each other, and so would several builds.
     has_shell = arguments.shell_on_error or bool(os.environ.get(breaks.VARIABLE))
@@ -425,6 +447,9 @@ def _run(argv: Sequence[str]) -> None:
         # What is listed is a configuration, so whole.
         _say(listed, "The list", masked=False)
         return
+    if arguments.show_config and any(images) and not images[1:]:
+        _show_config(images[0], arguments)
+        return
     if not any(images):
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
     if images[1:]:
@@ -436,6 +461,20 @@ def _run(argv: Sequence[str]) -> None:
             _run_several(arguments, images)
         else:
             _run_one(arguments, images[0], live=live)
+
+
+def _show_config(image: str, arguments: argparse.Namespace) -> None:
+    """Print what is in effect for *image*, or write it to the file of ``--json``."""
+    found = effective.effective(Configuration(os.environ), image, _flag_texts(arguments))
+    if arguments.json is None:
+        # What is listed is a configuration, so whole.
+        _say(effective.as_text(image, found), "The list", masked=False)
+        return
+    text = f"{json.dumps(effective.as_data(found), indent=2)}\n"
+    if arguments.json == "-":
+        _say(text, "The list", masked=False)
+    else:
+        record.write(record.prepared(arguments.json), text, "The list")
 
 
 def _test_element(arguments: argparse.Namespace) -> None:
@@ -504,7 +543,7 @@ def _check_several(arguments: argparse.Namespace, images: Sequence[str]) -> None
         check_image_name(image)
         if images.count(image) > 1:
             raise ConfigurationError(f"{image} is named twice.")
-    for mode in ("show_answers", "keys", "explain_elements", "shell_on_error"):
+    for mode in ("show_answers", "keys", "show_config", "explain_elements", "shell_on_error"):
         if getattr(arguments, mode):
             raise ConfigurationError(f"--{mode.replace('_', '-')} is for one image.")
     if arguments.json is not None and not Path(arguments.json).is_dir():

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..base import events
 from ..base.errors import ConfigurationError
@@ -99,12 +99,45 @@ class Variables(Mapping[str, str]):
         return len(self._keys)
 
 
+class Origin(NamedTuple):
+    """Where the text of a key comes from: ``flag``, ``target``, ``default``, or ``file``, the only one with a place."""
+
+    kind: str
+    section: str | None = None
+    path: Path | None = None
+    line: int | None = None
+
+
 class _Parser(configparser.RawConfigParser):
     """A parser of files, whose keys it knows by ``normal_key``."""
 
     def optionxform(self, optionstr: str) -> str:
         """Return the key *optionstr* as it is known here."""
         return normal_key(optionstr)
+
+
+class _LineNumbers(_Parser):
+    """A parser that knows on which line each key is written; a section of defaults is one like the others."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        super().__init__(default_section="")
+        self._lines = lines
+        self._line = 0
+        self._found: list[int] = []
+        self.read_file(self._counted())
+        # Keys were read in the order in which they are kept.
+        keys = ((section, key) for section in self.sections() for key in self[section])
+        self.of_keys = dict(zip(keys, tuple(self._found), strict=True))
+
+    def _counted(self) -> Iterator[str]:
+        for line in self._lines:
+            self._line += 1
+            yield line
+
+    def optionxform(self, optionstr: str) -> str:
+        """Return the key *optionstr* as it is known here, and note the line that has just been read."""
+        self._found.append(self._line)
+        return super().optionxform(optionstr)
 
 
 class _Interpolating(_Parser, configparser.ConfigParser):
@@ -122,6 +155,7 @@ class Configuration:
         )
         # The keys of each section in the files of the user, which are to be warned of if nothing uses them.
         self.written: dict[str, set[str]] = {}
+        self._lines: dict[tuple[str, str], tuple[Path, int]] = {}
         if environment.get(FILE_VARIABLE):
             self.files = [Path(environment[FILE_VARIABLE])]
             self._read(self.files[0], f" (named by {FILE_VARIABLE})")
@@ -150,7 +184,7 @@ class Configuration:
             events.tell(events.InputUsed("configuration", str(path), path))
             # Without their ends, lines look better in messages.
             lines = data.decode().split("\n")
-            self._note_keys(lines)
+            self._note_keys(path, lines)
             self._parser.read_file(lines, str(path))
         except OSError as error:
             raise ConfigurationError(f"Can't read the configuration {where}: {error.strerror}.") from error
@@ -178,10 +212,9 @@ class Configuration:
         except configparser.Error as error:
             raise ConfigurationError(f"{where}: {' '.join(str(error).split())}") from error
 
-    def _note_keys(self, lines: list[str]) -> None:
-        # Without a section of defaults, [DEFAULT] is one like the others, which have their own keys alone.
-        parser = _Parser(default_section="")
-        parser.read_file(lines)
+    def _note_keys(self, path: Path, lines: list[str]) -> None:
+        parser = _LineNumbers(lines)
+        self._lines |= {key: (path, line) for key, line in parser.of_keys.items()}
         for section in parser.sections():
             self.written.setdefault(section, set()).update(parser.options(section))
             self._forget_architectures(section, parser.options(section))
@@ -357,6 +390,21 @@ class Configuration:
         given |= flags
         keys = dict.fromkeys([*given, *self._parser[name]])
         return Variables(keys, lambda key: given[key] if key in given else self._text(name, key))
+
+    def origin(self, name: str, key: str, flags: Mapping[str, str]) -> Origin:
+        """Return where the text of *key* of image *name* comes from."""
+        if key in flags:
+            return Origin("flag")
+        if self._text_of_targets(name, key, flags) is not None:
+            return Origin("target")
+        arch = self.arch(name)
+        for section in (*self.bases(name), self.default_section):
+            texts = self.defaults if section == self.default_section else self.own[section]
+            # The one for an architecture wins over the one for all.
+            for written in sorted(texts, key=names_arch, reverse=True):
+                if (section, written) in self._lines and (written == key or key in _of_arch({written: ""}, arch)):
+                    return Origin("file", section, *self._lines[section, written])
+        return Origin("default")
 
     def destination(self, section: str, image_file: str, *, named_by: str) -> Destination:
         """Return upload destination *section* with ``${image}`` standing for *image_file*.

@@ -359,9 +359,9 @@ def prepared(file: str) -> Path:
     return path
 
 
-def write(path: Path, text: str) -> None:
-    """Write *text* to *path*, all of it or BuildError."""
+def write(path: Path, text: str, what: str = "The build record") -> None:
+    """Write *text*, which is *what*, to *path*, all of it or BuildError."""
     try:
         files.replace(path, text.encode())
     except OSError as error:
-        raise BuildError(f"The build record {path} can't be written: {error.strerror}.") from error
+        raise BuildError(f"{what} {path} can't be written: {error.strerror}.") from error

@@ -259,7 +259,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "empty output": (["x", "-o", ""], "--output-dir: '' is not accepted"),
     "empty log file": (["x", "--log-filename", ""], "--log-filename: '' is not accepted"),
     "value with a line break": (["two-lines"], "[two-lines] preseed: a value of several lines is not accepted"),
-    "unknown flag": (["x", "--colour"], "Unrecognized arguments: --colour."),
+    "unknown flag": (["x", "--colour"], "There is no option --colour."),
     "an image twice": (["x", "Debian-12", "x"], "x is named twice."),
     "an empty image among others": (["x", ""], "'' is no image name."),
     "a path among images": (["x", "../x"], "'../x' is no image name."),
@@ -277,9 +277,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "keys of two": (["x", "Debian-12", "--keys"], "--keys is for one image."),
     "keys of none": (["--keys"], "No image is named."),
     "keys of an unknown image": (["--keys", "zzz"], "No image 'zzz' is configured"),
+    "configuration of two": (["x", "Debian-12", "--show-config"], "--show-config is for one image."),
+    "configuration of an unknown image": (["--show-config", "zzz"], "No image 'zzz' is configured"),
     "answers of two": (["x", "Debian-12", "--show-answers"], "--show-answers is for one image."),
     "flag without its value": (["x", "-f"], "Argument -f/--format: expected one argument."),
-    "escape sequence": (["x", "--\x1b[2Jcolour"], "Unrecognized arguments: --colour."),
+    "escape sequence": (["x", "--\x1b[2Jcolour"], "There is no option --colour."),
 }
 
 
@@ -297,6 +299,7 @@ def test_refused(place: Place, row: str, mode: tuple[str, ...]) -> None:
     [
         (("--image-size", "2"), "2 is 2 bytes. Did you mean 2G?"),
         (("--format", "qcow"), "Did you mean qcow2?"),
+        (("--chek", "--ouput-dir=x"), "Did you mean --check and --output-dir?"),
         (("--format", "raw,vhd-dynmic"), "Did you mean vhd-dynamic?"),
     ],
 )

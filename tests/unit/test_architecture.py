@@ -15,7 +15,7 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 # From top to bottom: a package, and its modules.  A module may import those after it.
 LAYERS = [
     ("", "cli completion online element_tests pipeline fleet workspace publish keep"),
-    ("configuration", "unused files"),
+    ("configuration", "effective unused files"),
     ("tasks", "guest"),
     ("checks.testboot", "__init__ laying login guest monitor machine ramdisk report"),
     ("checks", "audit keys search leftovers"),

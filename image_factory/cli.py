@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from . import __version__, completion, element_tests, fleet, keep, naming, online, pipeline, workspace
-from .base import command, events, interrupts, log
+from .base import command, events, interrupts, log, terminal
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
 from .base.units import format_size
@@ -454,7 +454,7 @@ def _run(argv: Sequence[str]) -> None:
         raise ConfigurationError("No image is named.", hint="'image-factory --list' lists the configured images.")
     if images[1:]:
         _check_several(arguments, images)
-    if arguments.shell_on_error and not (os.isatty(0) and os.isatty(2)):
+    if arguments.shell_on_error and not terminal.is_attended():
         raise ConfigurationError("--shell-on-error needs a terminal.", hint="Leave it out in jobs that no one watches.")
     with interrupts.handled(), command.reaping():
         if images[1:]:

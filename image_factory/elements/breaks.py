@@ -1,9 +1,9 @@
 """Where in the run of its elements a user wants a shell: the variables of diskimage-builder for that."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..base import terminal
 from ..base.errors import ConfigurationError
 from ..base.log import logger
 from . import hooks
@@ -61,12 +61,7 @@ def read(environment: Mapping[str, str]) -> Breaks:
     return Breaks(frozenset(places), environment.get("break_cmd") or _SHELL, outside)
 
 
-def has_terminal() -> bool:
-    """Return whether a shell can be opened: none is in a job that no one watches."""
-    return os.isatty(0) and os.isatty(2)
-
-
 def warn(wanted: Breaks) -> None:
     """Warn that no shell will be opened where one is wanted and there is no terminal."""
-    if wanted.places and wanted.needs_terminal and not has_terminal():
+    if wanted.places and wanted.needs_terminal and not terminal.is_attended():
         logger.warning("%s=%s opens no shell, as there is no terminal.", VARIABLE, ",".join(sorted(wanted.places)))

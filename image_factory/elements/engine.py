@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..base import command, files
+from ..base import command, files, terminal
 from ..base.errors import BuildError, CommandError
 from ..base.log import logger
 from ..disks import attaching, standing
@@ -281,7 +281,7 @@ class Engine:
         """Open a shell where scripts of *phase* run, or run the user's command there; its status doesn't matter."""
         own = self._own_argv(phase, self._breaks.command, inside=phase.inside and not self._breaks.outside)
         argv = entering_argv(inside.pid, *own, as_root=inside.as_root)
-        if breaks.has_terminal():
+        if terminal.is_attended():
             logger.warning("A shell is opened %s; the build %s when you leave it.", where, then)
             command.interact(argv, env=self._environment(phase))
         elif not self._breaks.needs_terminal:

@@ -51,7 +51,7 @@ LAYERS = [
     ("machines", "kvm libvirt firmware turns console arch"),
     ("base", "openpgp scratch"),
     ("base.command", "__init__ apart conversations pipelines programs children output installed"),
-    ("base", "files cleanup locks interrupts log events units errors trust fuse memory"),
+    ("base", "files cleanup locks interrupts log events units errors trust fuse memory terminal"),
     # The version.
     ("", "__init__"),
 ]

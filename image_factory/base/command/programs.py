@@ -8,11 +8,11 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from .. import events, interrupts
+from .. import events, interrupts, terminal
 from ..errors import BuildError, CommandError, command_hint, command_line, reason_of
 from ..log import logger
 from ..units import format_size
@@ -122,15 +122,26 @@ def _input(data: bytes | Path | None) -> Iterator[int]:
         os.close(descriptor)
 
 
-def interact(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
-    """Run *argv* on the user's terminal until the user ends it; its status doesn't matter.
+def interact(
+    argv: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    watch: Callable[[], None] = lambda: None,
+    ends_with_us: signal.Signals | None = None,
+) -> int:
+    """Run *argv* on the user's terminal until the user ends it; return its status as subprocess has it.
 
-    Ctrl-C is the program's own affair.
+    On a terminal Ctrl-C is the program's own affair.  *watch* is called every second; what it raises kills the
+    program.  Where the program stops itself, image-factory stops, too, and goes on with it.  It gets *ends_with_us*
+    when image-factory is killed.
     """
     logger.info("Running: %s", command_line(argv))
 
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with ExitStack() as stack:
+        if os.isatty(0):
+            stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
+        stack.enter_context(terminal.kept())
         process = start(
             argv,
             stdin=None,
@@ -141,17 +152,32 @@ def interact(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, 
             locale=None,
             group="ours",
             heeds=signal.SIGINT,
-            ends_with_us=None,
+            ends_with_us=ends_with_us,
         )
         try:
             with interrupts.interruptible():
-                process.wait()
+                _attend(process, watch)
         finally:
             process.kill()
             process.wait()
             forget(process)
+    return process.returncode
+
+
+def _attend(process: subprocess.Popen[bytes], watch: Callable[[], None]) -> None:
+    """Wait for the end of *process*, which is on the user's terminal."""
+    exited = os.pidfd_open(process.pid)
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(exited, selectors.EVENT_READ)
+            while not selector.select(output.TICK_SECONDS):
+                watch()
+                # The shell that has started us waits for us, not for what we have started.
+                if os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG):
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                    process.send_signal(signal.SIGCONT)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        os.close(exited)
 
 
 def _communicate(

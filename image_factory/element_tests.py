@@ -18,7 +18,8 @@ _TESTS, _TYPE, _DISK = "test-elements", "element-type", "disk"
 _PREFIX = "image-factory-element-test."
 # Of the settings that all images have, a test has these.
 _TAKEN = (
-    "cache-dir", "offline", "mount-via", "element-environment", "element-timeout", "arch", "filesystem", "image-size",
+    "cache-dir", "offline", "mount-via", "work-in-memory", "element-environment", "element-timeout", "arch",
+    "filesystem", "image-size",
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ _OWN_LINE = "dib-run-parts "
 _LINES = 5
 # By this file in the tree, by diskimage-builder's convention.
 _EXPECTED = "tmp/dib-test-should-fail"
-_READ_ONLY = "Read-only file system"
+_READ_ONLY, _FULL = "Read-only file system", "No space left on device"
 # What root may do to the kernel and the network of this machine, and scripts may not: nothing takes it back.
 _WITHOUT = (
     "audit_control", "block_suspend", "net_admin", "sys_boot", "sys_module", "sys_pacct", "sys_rawio", "sys_time",
@@ -329,6 +329,8 @@ class Engine:
                 "Elements write to their tree, to $TMPDIR, /tmp, $DIB_IMAGE_CACHE and $TMP_HOOKS_PATH; all else of "
                 "this machine is read-only for them"
             )
+        elif any(_FULL in line for line in output.lines):
+            hint = "Free some space, set a larger image-size, or make the tree elsewhere: work-in-memory, output-dir"
         else:
             hint = "The log has all that it has printed"
         return BuildError(f"{what}: {last}" if last else f"{what}, and said nothing.", hint=f"{hint}.")

@@ -302,10 +302,10 @@ mount_dev_pts_options() {
     echo "${options:+-o $options}"
 }
 
-# Unmounts all that is mounted at the directory $1 or below it.
+# Unmounts all that is mounted below the directory $1.
 unmount_dir() {
     local place
-    awk -v top="$1" '$2 == top || index($2, top "/") == 1 {print $2}' /proc/mounts | tac | while read -r place; do
+    awk -v top="$1" 'index($2, top "/") == 1 {print $2}' /proc/mounts | tac | while read -r place; do
         umount "$place" || umount -l "$place"
     done
 }

@@ -126,7 +126,14 @@ class _Elements:
         assert self._inside is not None
         applying.tell(self._image)
         self._engine.merge()
-        self._engine.prepare(self._inside)
+        # Others may have taken it since the build began.
+        bootstrap.check_memory(state.build.plan)
+        for argv in self._preparing_argvs(state.build.plan):
+            self._inside.run(*argv)
+
+    def _preparing_argvs(self, plan: Plan) -> list[list[str]]:
+        memory = [bootstrap.memory_argv(plan, self._tree)] if bootstrap.in_memory(plan) else []
+        return [*memory, self._engine.prepare_argv()]
 
     def run(self, phase: Phase, state: State) -> None:
         assert self._inside is not None
@@ -178,7 +185,7 @@ class _Elements:
 
     def steps(self, build: Build) -> Iterator[Step | Group]:
         holding = namespaces.holding_argv(as_root=build.plan.as_root)
-        preparing = applying.shown(build, self._engine.prepare_argv())
+        preparing = applying.shown(build, *self._preparing_argvs(build.plan))
         yield Step("Merging elements", doing(self.merge), [holding, *preparing])
         for phase in self._engine.phases:
             if self._on_disk and phase.directory == _ON_DISK:
@@ -220,8 +227,9 @@ def steps(build: Build) -> Iterator[Step | Group]:
 
 
 def check_here(plan: Plan) -> None:
-    """Raise ConfigurationError unless there are namespaces here, and what the layout needs."""
+    """Raise ConfigurationError unless there are namespaces here, and what the tree and the layout need."""
     namespaces.check(as_root=plan.as_root)
+    bootstrap.check_memory(plan)
     bootstrap.check_appliance(_layout(plan, applying.of_plan(plan)).scheme)
 
 

@@ -48,7 +48,7 @@ def armed(place: Place, cell: Cell, user: User) -> list[str]:
     """Return the command of a build in which the fault of *cell* strikes."""
     phase = ELEMENTS[cell.step].removeprefix("Running ").removesuffix(".d")
     place.element("struck", **{phase.replace("-", "_"): BODIES.get(cell.fault, WAITS)})
-    place.command("struck")
+    place.command("struck", keys="work-in-memory = no" if cell.fault == "full" else "")
     conf = place.path / "conf"
     text = conf.read_text(encoding="utf-8")
     if not user.is_root:

@@ -152,7 +152,7 @@ def test_what_each_phase_sees(place: Place) -> None:
     (place.path / "elements/look/environment.d").mkdir()
     environment_file = place.path / "elements/look/environment.d/10-look"
     environment_file.write_text("export FROM_FILE=here:$target_dir\nNOT_EXPORTED=1\n", encoding="utf-8")
-    place.build("look look2")
+    place.build("look look2", keys="work-in-memory = yes")
     seen = {phase: variables(machine / f"{phase}.d/environment") for phase in (*ON_MACHINE, *INSIDE)}
     for phase, found in seen.items():
         assert found["DIB_NOTE"] == "of the section" and found["OTHER"] == "a b" and found["OWN"] == "of the caller"
@@ -182,6 +182,7 @@ def test_what_each_phase_sees(place: Place) -> None:
             assert words == [str(place.path), "0"]
             assert mounts["/"].startswith("ro")
             tree = found["TMP_MOUNT_PATH"]
+            assert tree in mounts
             assert any(path.startswith(f"{tree}/") for path in mounts) == (phase not in ("root", "block-device"))
     assert "dib-run-parts" in (machine / "install.d/hooks").read_text().splitlines()
     # What is not of the build is not in the image.
@@ -274,8 +275,13 @@ eval declare -A elements=\\($(get_image_element_array)\\)
 [ -d "${elements[use]}/extra-data.d" ]
 source $_LIB/common-functions
 sudo mount $(mount_dev_pts_options) -t devpts none $TMP_MOUNT_PATH/dev/pts
-unmount_dir $TMP_MOUNT_PATH/dev/pts
-mkdir -p boot
+umount $TMP_MOUNT_PATH/dev/pts
+mkdir -p over boot
+mount -t tmpfs over over
+mkdir -p over/below
+mount -t tmpfs over over/below
+unmount_dir $PWD/over
+mountpoint over && ! mountpoint over/below
 touch boot/vmlinuz-6.1.0-2-amd64 boot/vmlinuz-6.1.0-10-amd64 boot/initrd.img-6.1.0-10-amd64
 source $_LIB/img-functions
 TARGET_ROOT=$PWD
@@ -353,7 +359,7 @@ FAILURES: dict[str, tuple[dict[str, str], Sequence[str]]] = {
     ),
     "fills the disk": (
         {"install": "mkdir /srv && mount -t tmpfs -o size=64k full /srv\ncat /usr/bin/bash >/srv/full"},
-        ["install.d/50-bad of the element bad failed with status 1", "No space left on device"],
+        ["install.d/50-bad of the element bad failed with status 1", "No space left on device", "hint: Free some"],
     ),
     "has no interpreter": (
         {"pre_install": "exit 0"},
@@ -578,7 +584,14 @@ def test_what_is_refused(
     assert message in place.build(elements, "--check", keys=keys, status=2)
 
 
+@pytest.mark.parametrize("wish", ["yes", "no"])
+def test_tree_in_memory(place: Place, wish: str) -> None:
+    """As much as the disk may take, and 1 GiB."""
+    shown = place.build("", "--dry-run", keys=f"work-in-memory = {wish}")
+    assert (f" mount -t tmpfs -o mode=755,size={1280 << 20} tree " in shown) == (wish == "yes")
+
+
 def test_settings_that_do_nothing_elsewhere(place: Place) -> None:
-    said = place.build("", "--check", keys="work-in-memory = yes")
-    assert "work-in-memory does nothing without source = bootstrap." in said
+    said = place.build("", "--check", keys="cache-tree = yes")
+    assert "cache-tree does nothing without source = bootstrap." in said
     assert "DIB_" not in said and "dib-" not in said

@@ -69,7 +69,7 @@ def test_memory_is_of_trees_only(tmp_path: Path) -> None:
     path.write_text("[x]\nlinux = /l\ninitrd = /i\nwork-in-memory = no\n")
     configuration = files.Configuration({files.FILE_VARIABLE: str(path)})
     sentences = unused.idle_keys(configuration, "x", configuration.image("x", {}), [])
-    assert sentences == ["[x] work-in-memory does nothing without source = bootstrap."]
+    assert sentences == ["[x] work-in-memory does nothing without source = bootstrap or elements."]
 
 
 HOST = arch.ARCHITECTURES[arch.default_arch()].debian

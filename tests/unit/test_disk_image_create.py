@@ -64,7 +64,9 @@ TRANSLATED: list[tuple[str, dict[str, str], dict[str, str]]] = [
     ("a -o there/x.qcow2", {}, {"image-name": "x"}),
     ("a -o x.tar -t tar,qcow2", {}, {"image-name": "x.tar", "format": "tar, qcow2"}),
     ("a --logfile /srv/x.log", {}, {"log-file": "yes", "log-filename": "/srv/x.log"}),
-    ("a --checksum --no-tmpfs --min-tmpfs 4 -x -c", {"DIB_IMAGE_SIZE": "5"}, {}),
+    ("a --checksum --min-tmpfs 4 -x -c", {"DIB_IMAGE_SIZE": "5", "DIB_NO_TMPFS": "0"}, {}),
+    ("--no-tmpfs a", {}, {"work-in-memory": "no"}),
+    ("a", {"DIB_NO_TMPFS": "1"}, {"work-in-memory": "no"}),
 ]
 ALWAYS = {
     "source": "elements",

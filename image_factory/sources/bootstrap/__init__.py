@@ -279,10 +279,10 @@ def _tree(build: Build) -> Path:
     return build.directory / _TREE
 
 
-def memory_argv(build: Build) -> list[str]:
-    """Return the command that gives the tree memory, which goes with the namespaces: all that has to be free."""
-    options = f"mode=755,size={needed_memory(build.plan)}"
-    return ["mount", "-t", "tmpfs", "-o", options, "tree", str(_tree(build))]
+def memory_argv(plan: Plan, tree: Path) -> list[str]:
+    """Return the command that gives *tree* memory, which goes with the namespaces: all that has to be free."""
+    options = f"mode=755,size={needed_memory(plan)}"
+    return ["mount", "-t", "tmpfs", "-o", options, "tree", str(tree)]
 
 
 def bootstrap_argv(build: Build, wanted: recipe.Recipe, tree: Path, sources: Sequence[str] = ()) -> list[str]:
@@ -472,7 +472,7 @@ class _Bootstrap:
         # Others may have taken it since the build began.
         check_memory(build.plan)
         if in_memory(build.plan):
-            self._inside.run(*memory_argv(build))
+            self._inside.run(*memory_argv(build.plan, _tree(build)))
         else:
             self._check_filesystem(build)
 
@@ -608,7 +608,7 @@ def steps(build: Build) -> Iterator[Step | Group]:
     layers = Layers(build) if namespace.tasks(build.plan) else None
     kept = layers.kept() if layers else []
     inside: list[Step | Group]
-    beginning = [memory_argv(build)] if in_memory(build.plan) else []
+    beginning = [memory_argv(build.plan, _tree(build))] if in_memory(build.plan) else []
     holding = namespaces.holding_argv(as_root=build.plan.as_root)
     if layers and kept:
         beginning += namespace.restoring_argvs(build, tree, kept)

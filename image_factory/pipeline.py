@@ -18,6 +18,7 @@ from .base.log import logger
 from .base.units import format_size
 from .checkpoint import Checkpoint, Reached
 from .checks import audit, testboot
+from .checks.testboot import reporting
 from .configuration import unused
 from .configuration.files import Configuration
 from .configuration.settings import Task, check_image_name
@@ -74,6 +75,7 @@ def _cleaning(build: Build) -> Steps:
         *offline.steps(build),
         *firstboot.steps(build),
         *fitting.steps(build),
+        *reporting.steps(build),
         *manifest.listing_steps(build),
         *shrink.mounted_steps(build),
     ]

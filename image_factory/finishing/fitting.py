@@ -4,7 +4,7 @@ import functools
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,8 @@ _BOOT_FILES = (
     "boot/efi/loader/entries/*.conf", "etc/kernel/cmdline",
 )  # fmt: skip
 _ARGUMENTS = re.compile(r"^\s*(?:linux\w*|options|kernelopts)\b[ \t=](.*)$", re.MULTILINE)
-_CLOUD_FILES = ("etc/cloud/cloud.cfg", "etc/cloud/cloud.cfg.d/*.cfg")
+# What cloud-init is configured by.
+CLOUD_FILES = ("etc/cloud/cloud.cfg", "etc/cloud/cloud.cfg.d/*.cfg")
 _DATASOURCES = re.compile(r"^datasource_list:\s*(\[[^\]]*\]|(?:\n\s*-[^\n]*)+)", re.MULTILINE)
 # Lists of the kernel's have a few hundred KiB.
 _LONGEST_LIST = 4 << 20
@@ -195,11 +196,7 @@ class _System:
     @functools.cached_property
     def datasources(self) -> list[str] | None:
         """What cloud-init asks, None if it asks all."""
-        found = None
-        for _, data in sorted(self.tree.read(_CLOUD_FILES).items()):
-            for match in _DATASOURCES.findall(re.sub(r"#.*", "", data.decode(errors="replace"))):
-                found = re.findall(r"\w+", match)
-        return found
+        return datasources(self.tree.read(CLOUD_FILES))
 
     @functools.cached_property
     def swap(self) -> str | None:
@@ -214,6 +211,15 @@ class _System:
         """Return whether there is a user *name*."""
         text = (self.tree.load("etc/passwd", _LONGEST_TEXT) or b"").decode(errors="replace")
         return any(line.startswith(f"{name}:") for line in text.splitlines())
+
+
+def datasources(files: Mapping[str, bytes]) -> list[str] | None:
+    """Return what cloud-init asks by *files*, those of CLOUD_FILES that there are; None if it asks all."""
+    found = None
+    for _, data in sorted(files.items()):
+        for match in _DATASOURCES.findall(re.sub(r"#.*", "", data.decode(errors="replace"))):
+            found = re.findall(r"\w+", match)
+    return found
 
 
 def _paths(need: str) -> list[str]:

@@ -145,6 +145,8 @@ def _unused_defaults(configuration: Configuration) -> list[str]:
     unused = [key for key in _unused(configuration, section, used) if not COMMAND_KEY.fullmatch(key)]
     if not unused:
         return []
+    if any("elements" in configuration.texts(name) for name in configuration.images()):
+        used |= {key for key in unused if key.startswith(ELEMENT_PREFIX)}
     # Templates of all images may ask for a key of [DEFAULT].
     for name in configuration.images():
         keys = _asked_for(configuration, name)

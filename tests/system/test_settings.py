@@ -786,6 +786,13 @@ def test_keys_that_are_used_are_not_told(read: Read) -> None:
     assert unused(read(text), asked="found") == []
 
 
+def test_keys_of_elements_are_used_where_there_are_elements(read: Read) -> None:
+    text = "[DEFAULT]\nDIB_RELEASE = trixie\n[x]\nsource = elements\nelements = a\nDIB_NOTE = 1\n"
+    assert unused(read(text)) == []
+    told = unused(read(f"[DEFAULT]\nDIB_RELEASE = trixie\n{MINIMAL}DIB_NOTE = 1\n"))
+    assert [each.split(":")[0] for each in told] == ["[x] dib-note", "[DEFAULT] dib-release"]
+
+
 def test_keys_that_nothing_uses_are_told(read: Read) -> None:
     text = f"[DEFAULT]\ncolour = red\n{MINIMAL}dist = trixie\nlinux2@arm64 = $${{dist}}\n"
     assert unused(read(text)) == [

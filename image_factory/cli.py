@@ -24,7 +24,7 @@ from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
 from .base.units import format_size
 from .configuration import effective
-from .configuration.files import Configuration, declared
+from .configuration.files import Configuration, declared, normal_key
 from .configuration.settings import ImageSettings, accepted_by, check_image_name
 from .configuration.unused import variables_named
 from .elements import breaks, explain, resolve
@@ -80,6 +80,14 @@ def _stop(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is none of {_listed([*pipeline.UNTIL, f'{UNTIL_PREFIX}NAME'])}")
 
 
+def _given(text: str) -> tuple[str, str]:
+    """Return the key and the text of *text*, what ``--set`` is given."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return normal_key(key.strip()), value
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with a flag for each setting that declares one."""
     parser = _Parser(prog="image-factory", description="Build golden Linux images.")
@@ -108,6 +116,14 @@ def make_parser() -> argparse.ArgumentParser:
             parser.add_argument(
                 *declaration.flags, dest=name, metavar=declaration.metavar, help=declaration.help + shown
             )
+    parser.add_argument(
+        "--set",
+        action="append",
+        type=_given,
+        default=[],
+        metavar="KEY=VALUE",
+        help="have KEY be VALUE, as if it stood so in the section of the image; may be given more than once",
+    )
     parser.add_argument(
         "--list",
         action="store_true",
@@ -196,6 +212,11 @@ def _flag_texts(arguments: argparse.Namespace) -> dict[str, str]:
         elif value is not None:
             texts[key] = value
     return texts
+
+
+def _configuration(arguments: argparse.Namespace, images: Sequence[str]) -> Configuration:
+    """Return the configuration, in which *images* have what ``--set`` gives."""
+    return Configuration(os.environ, {image: dict(arguments.set) for image in images})
 
 
 def _print_steps(plan: Plan, arguments: argparse.Namespace) -> None:
@@ -423,6 +444,9 @@ def _run(argv: Sequence[str]) -> None:
     log.set_up(logging.WARNING if arguments.quiet or (live and not arguments.verbose) else logging.INFO)
     if arguments.online and not arguments.check:
         raise ConfigurationError("--online goes with --check.")
+    for mode in ("list", "list_json", "list_elements", "test_element", "cleanup"):
+        if arguments.set and _is_mode(arguments, mode):
+            raise ConfigurationError(f"--set is for images, --{mode.replace('_', '-')} knows none.")
     if arguments.cleanup:
         with interrupts.handled(), command.reaping():
             _clean_up(Path(arguments.output_dir or ".").absolute())
@@ -440,10 +464,11 @@ def _run(argv: Sequence[str]) -> None:
         _test_element(arguments)
         return
     if arguments.explain_elements and any(images) and not images[1:]:
-        _say(elements_explained(Configuration(os.environ), images[0], _flag_texts(arguments)), "The explanation")
+        explained = elements_explained(_configuration(arguments, images), images[0], _flag_texts(arguments))
+        _say(explained, "The explanation")
         return
     if arguments.keys and any(images) and not images[1:]:
-        listed = keys_listing(Configuration(os.environ), images[0], _flag_texts(arguments))
+        listed = keys_listing(_configuration(arguments, images), images[0], _flag_texts(arguments))
         # What is listed is a configuration, so whole.
         _say(listed, "The list", masked=False)
         return
@@ -465,7 +490,7 @@ def _run(argv: Sequence[str]) -> None:
 
 def _show_config(image: str, arguments: argparse.Namespace) -> None:
     """Print what is in effect for *image*, or write it to the file of ``--json``."""
-    found = effective.effective(Configuration(os.environ), image, _flag_texts(arguments))
+    found = effective.effective(_configuration(arguments, [image]), image, _flag_texts(arguments))
     if arguments.json is None:
         # What is listed is a configuration, so whole.
         _say(effective.as_text(image, found), "The list", masked=False)
@@ -508,7 +533,7 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
         kept = stack.enter_context(_recorded(arguments, image)) if arguments.json is not None else None
         warnings: list[str] = []
         stack.enter_context(log.noting_warnings(warnings))
-        plan = pipeline.make_plan(Configuration(os.environ), image, _flag_texts(arguments), resume=resume)
+        plan = pipeline.make_plan(_configuration(arguments, [image]), image, _flag_texts(arguments), resume=resume)
         if kept:
             kept.plan_made(plan)
         if arguments.show_answers:
@@ -594,7 +619,7 @@ def _check_online(plans: Sequence[Plan]) -> None:
 def _checked_plans(arguments: argparse.Namespace, images: Sequence[str]) -> tuple[list[Plan], dict[str, list[str]]]:
     """Return the plans of *images*, and what each is warned of; ConfigurationError says what is wrong with any."""
     warnings: dict[str, list[str]] = {image: [] for image in images}
-    configuration = Configuration(os.environ)
+    configuration = _configuration(arguments, images)
     plans: list[Plan] = []
     errors: dict[str, list[str]] = {}
     hints: dict[str, None] = {}

@@ -147,8 +147,39 @@ class _Interpolating(_Parser, configparser.ConfigParser):
 class Configuration:
     """The configuration files, read and merged; values are parsed when they are asked for."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        """Read the files that apply; ConfigurationError if one can't be read."""
+    def __init__(self, environment: Mapping[str, str], given: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        """Read the files that apply; ConfigurationError if one can't be read.
+
+        *given* has texts for keys of sections, by the sections' names: they win over those of the files.
+        """
+        self._begin()
+        if environment.get(FILE_VARIABLE):
+            self.files.append(Path(environment[FILE_VARIABLE]))
+            self._read(self.files[0], f" (named by {FILE_VARIABLE})")
+        else:
+            shipped = find_data_dir() / "image-factory.conf"
+            candidates = [shipped, SYSTEM_FILE, Path(os.path.expanduser(USER_FILE))]
+            self.files += [path for path in candidates if os.path.lexists(path)]
+            for path in self.files:
+                self._read(path)
+                if path == shipped:
+                    self.written.clear()
+        for section, texts in (given or {}).items():
+            if self._parser.has_section(section):
+                self._give(section, texts)
+        self._fill_all()
+
+    @classmethod
+    def without_files(cls, section: str, texts: Mapping[str, str]) -> "Configuration":
+        """Return a configuration whose only section is *section*, with *texts* for its keys."""
+        configuration = cls.__new__(cls)
+        configuration._begin()
+        configuration._parser.add_section(section)
+        configuration._give(section, texts)
+        configuration._fill_all()
+        return configuration
+
+    def _begin(self) -> None:
         self._parser = _Interpolating(
             defaults={"data-dir": str(find_data_dir()).replace("$", "$$")},
             interpolation=configparser.ExtendedInterpolation(),
@@ -156,21 +187,23 @@ class Configuration:
         # The keys of each section in the files of the user, which are to be warned of if nothing uses them.
         self.written: dict[str, set[str]] = {}
         self._lines: dict[tuple[str, str], tuple[Path, int]] = {}
-        if environment.get(FILE_VARIABLE):
-            self.files = [Path(environment[FILE_VARIABLE])]
-            self._read(self.files[0], f" (named by {FILE_VARIABLE})")
-        else:
-            shipped = find_data_dir() / "image-factory.conf"
-            candidates = [shipped, SYSTEM_FILE, Path(os.path.expanduser(USER_FILE))]
-            self.files = [path for path in candidates if os.path.lexists(path)]
-            for path in self.files:
-                self._read(path)
-                if path == shipped:
-                    self.written.clear()
+        self._given: set[tuple[str, str]] = set()
+        self.files: list[Path] = []
         # The sections as they are written, without what they are based on.
-        self.own = {section: dict(self._own_texts(section)) for section in self._parser.sections()}
+        self.own: dict[str, dict[str, str]] = {}
         # Of the other sections nothing is wrong: whoever asks for one of these is told.
         self._broken: dict[str, ConfigurationError] = {}
+
+    def _give(self, section: str, texts: Mapping[str, str]) -> None:
+        """Have *section* have *texts*, as they are, for its keys, whatever the architecture."""
+        self._forget_architectures(section, map(normal_key, texts))
+        for key, text in texts.items():
+            self._parser.set(section, key, text.replace("$", "$$"))
+        self.written.setdefault(section, set()).update(map(normal_key, texts))
+        self._given |= {(section, normal_key(key)) for key in texts}
+
+    def _fill_all(self) -> None:
+        self.own = {section: dict(self._own_texts(section)) for section in self._parser.sections()}
         for section in self._parser.sections():
             try:
                 self._fill(section)
@@ -402,6 +435,8 @@ class Configuration:
             texts = self.defaults if section == self.default_section else self.own[section]
             # The one for an architecture wins over the one for all.
             for written in sorted(texts, key=names_arch, reverse=True):
+                if written == key and (section, key) in self._given:
+                    return Origin("flag")
                 if (section, written) in self._lines and (written == key or key in _of_arch({written: ""}, arch)):
                     return Origin("file", section, *self._lines[section, written])
         return Origin("default")

@@ -281,6 +281,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "configuration of an unknown image": (["--show-config", "zzz"], "No image 'zzz' is configured"),
     "answers of two": (["x", "Debian-12", "--show-answers"], "--show-answers is for one image."),
     "flag without its value": (["x", "-f"], "Argument -f/--format: expected one argument."),
+    "no value to set": (["x", "--set", "ram"], "Argument --set: 'ram' is not KEY=VALUE."),
+    "no key to set": (["x", "--set", " =2G"], "Argument --set: ' =2G' is not KEY=VALUE."),
+    "bad value to set": (["x", "--set", "ram=2 GX"], "[x] ram: '2 GX' is not accepted"),
+    "set where no image is built": (["--list", "--set", "ram=2G"], "--set is for images, --list knows none."),
     "escape sequence": (["x", "--\x1b[2Jcolour"], "There is no option --colour."),
 }
 
@@ -834,6 +838,20 @@ def test_flags_win_over_the_file_in_both_directions(place: Place) -> None:
     assert "qcow2" not in shown
     assert ".raw\n" in shown
     assert ",mac=52:54:00:00:00:01 " in shown
+
+
+def test_what_is_set_wins_over_the_file(place: Place) -> None:
+    with (place.path / "own.conf").open("a") as file:
+        file.write("[given]\nlinux = ${where}\nwhere = absent\ninitrd = initrd\nimage-size = 1M\ncores@x86_64 = 3\n")
+    given = ("--set", "where=linux", "--set", "image_size=1G", "--set", "image-size=2M", "--set", "cores=5")
+    shown = place.run("given", "--dry-run", *given, "--set", "mac=52:54:00:00:00:01").stdout
+    assert "--vcpus 5" in shown
+    assert ",mac=52:54:00:00:00:01 " in shown
+    # It is taken as it is.
+    assert "\nlinux = $${mirror}\n" in place.run("given", "--keys", *given, "--set", "linux=${mirror}").stdout
+    assert re.fullmatch("given can .*\nx can .*\n", place.run("given", "x", "--check", *given).stdout)
+    assert "# Flags\ncores = 5\n" in place.run("given", "--show-config", *given).stdout
+    assert "[given] rma" in place.run("given", "--check", *given, "--set", "rma=1G").stderr
 
 
 def test_debug_shows_the_traceback(place: Place) -> None:

@@ -21,6 +21,8 @@ from .system import loop
 from .tasks import layers
 
 _VM_FILE = "vm-name"
+# Of the directories of what is looked into and not built.
+_APART = f"{WORK_PREFIX}foreign."
 _IN_ITS_PLACE = "Remove what is in its place, or build into another directory with --output-dir."
 
 
@@ -46,6 +48,21 @@ def opened(plan: Plan, *, resume: bool = False) -> Iterator[Build]:
         build = Build(plan, directory, f"{VM_PREFIX}{plan.image}-{secrets.token_hex(4)}")
         with released(partial(_keep_console, build)):
             yield build
+
+
+@contextmanager
+def apart(plan: Plan) -> Iterator[Build]:
+    """Give a Build with a directory of its own, nowhere near the artifacts, which is gone at the end.
+
+    What killed ones of this user have left goes first.
+    """
+    with scratch.directory(_APART, _drop, large=True) as directory:
+        yield Build(plan, directory, f"{VM_PREFIX}{plan.image}-{secrets.token_hex(4)}")
+
+
+def _drop(directory: Path) -> None:
+    _clear(directory)
+    directory.rmdir()
 
 
 def _keep_console(build: Build) -> None:
@@ -211,7 +228,8 @@ def remove_left(output_dir: Path) -> Iterator[str]:
             if unused:
                 loop.umount(point)
                 yield f"mount {point}"
-    for directory in (*loop.remove_left_mount_points(), *openpgp.remove_left(), *scratch.remove_left()):
+    scratches = (*scratch.remove_left(), *scratch.remove_left(_APART, _drop))
+    for directory in (*loop.remove_left_mount_points(), *openpgp.remove_left(), *scratches):
         yield f"directory {directory}"
 
 

@@ -207,7 +207,7 @@ UNFIT: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "Parallels": (written_as("parallels"), "is a disk of Parallels"),
     "ISO file": (containing(ISO), "is an ISO file"),
     "text": (containing(b"[x]\n" * 1000), "is no disk image"),
-    "nothing": (containing(b""), "is no disk image"),
+    "nothing": (containing(b""), "is empty"),
     "web page": (containing(b"<!DOCTYPE html><html></html>" + bytes(1000)), "is no disk image"),
     "half a sector": (containing(bytes(510) + b"\x55\xaa" + bytes(100)), "no number of whole sectors"),
 }

@@ -14,7 +14,7 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 
 # From top to bottom: a package, and its modules.  A module may import those after it.
 LAYERS = [
-    ("", "cli completion online element_tests pipeline fleet workspace publish keep"),
+    ("", "cli completion online element_tests foreign pipeline fleet workspace publish keep"),
     ("configuration", "effective unused files"),
     ("tasks", "guest"),
     ("checks.testboot", "__init__ laying login guest monitor machine ramdisk report reporting"),
@@ -26,7 +26,7 @@ LAYERS = [
     ("outputs", "targets __init__ packed qemu trees incus netboot oci raw kind"),
     ("elements", "explain"),
     ("sources", "__init__ elements"),
-    ("sources.image", "__init__ growing unpacking formats"),
+    ("sources.image", "__init__ growing unpacking opening formats"),
     ("sources.bootstrap", "__init__ failures packages trees recipe"),
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery installers"),
     ("elements", "on_disk applying engine breaks layout image contract hooks system resolve scripts"),
@@ -128,6 +128,8 @@ def test_only_the_table_of_sources_knows_one() -> None:
     }
     assert {name: each for name, each in found.items() if each} == {
         "sources": {"sources.bootstrap", "sources.elements", "sources.image", "sources.installer", "sources.kind"},
+        # What images there are is said once, whoever opens one.
+        "foreign": {"sources.image.formats", "sources.image.opening", "sources.image.unpacking"},
         # Their templates are rendered as answer files are, whatever the source is.
         "configuration.unused": {"sources.answers"},
         "finishing.copying": {"sources.answers"},

@@ -3,12 +3,11 @@
 import dataclasses
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...base import command, events, interrupts, trust
-from ...base.errors import CommandError, ConfigurationError
+from ...base import command, events
+from ...base.errors import ConfigurationError
 from ...base.files import check_readable
 from ...base.log import masked
 from ...base.units import parse_percentage
@@ -20,12 +19,9 @@ from ...model import Build, Plan
 from ...parts import State, Step, doing
 from ...system import appliance
 from ..kind import DiskSource, idle_beside
-from . import formats, growing, unpacking
+from . import formats, growing, opening, unpacking
 
 _KEYS = ("source-image",)
-# Those that qemu-img looks through; its status when only space is lost.
-_CHECKED = ("qcow2", "vmdk", "vhdx", "vdi")
-_LEAKS = 3
 
 
 def check_settings(name: str, settings: ImageSettings) -> None:
@@ -139,8 +135,8 @@ def steps(build: Build) -> Iterator[Step]:
     )
     driver = _driver(build.plan)
     commands = [convert_argv(build, driver)]
-    if driver in _CHECKED or driver == _UNKNOWN:
-        commands.insert(0, check_argv(build, driver))
+    if driver in opening.CHECKED or driver == _UNKNOWN:
+        commands.insert(0, opening.check_argv(own, driver))
     yield Step("Copying the source image", doing(_copy), commands)
     if _needs_machine(build.plan) and kvm.has_to_probe(settings.virt_type, settings.arch):
         yield Step("Probing KVM", _probe, [kvm.probe_argv(Path("KERNEL"), settings.arch)])
@@ -175,18 +171,9 @@ def _cache(state: State) -> State:
         events.tell(events.InputUsed("source-image", masked(found.uri), path, found.verified_by))
         if source.path is None:
             fetch.take(path, own)
-        elif trust.own(path) and not trust.why_not(path.parent):
-            own.symlink_to(path)
         else:
-            # Nobody is to change it between the look at its format and QEMU's.
-            with interrupts.interruptible():
-                shutil.copyfile(path, own)
+            opening.take(path, own)
     return _with_virt_type(state, "kvm" if build.plan.settings.virt_type == "kvm" else "qemu")
-
-
-def check_argv(build: Build, driver: str) -> list[str]:
-    """Return the command that tells whether the image is whole."""
-    return ["qemu-img", "check", "-q", "-f", driver, str(_own(build))]
 
 
 def convert_argv(build: Build, driver: str) -> list[str]:
@@ -206,15 +193,7 @@ def convert_argv(build: Build, driver: str) -> list[str]:
 def _copy(state: State) -> None:
     build = state.build
     # Its name in the working directory says nothing to anyone.
-    driver = formats.format_of(_own(build), masked(_source(build.plan).uri)).driver
-    if driver in _CHECKED:
-        try:
-            command.run(check_argv(build, driver))
-        except CommandError as error:
-            if error.status != _LEAKS:
-                raise formats.UnfitError(
-                    f"The source image is damaged: {error.said}.", hint="Get it once more; qemu-img check tells more."
-                ) from error
+    driver = opening.checked(_own(build), masked(_source(build.plan).uri)).driver
     # Others get through the working directory of root's builds.
     command.run(convert_argv(build, driver), umask=0o077, progress=parse_percentage)
     os.unlink(_own(build))

@@ -51,6 +51,8 @@ _VDI_DYNAMIC, _VDI_FIXED = 1, 2
 _CD = 0x8001
 _CD_MAGIC = b"CD001"
 _ENDS_OF_A_TABLE = b"\x55\xaa"
+# Filesystems that a disk may be without a partition table: ext, xfs and btrfs.
+_FILESYSTEMS = ((b"\x53\xef", 1080), (b"XFSB", 0), (b"_BHRfS_M", 0x1_0040))
 
 _CUT_OFF = "It is cut off. Get it once more."
 _OTHER_FILE = "It would have other files of this machine read into the image. Make it whole: qemu-img convert -O qcow2"
@@ -300,8 +302,11 @@ def _format_of(image: _Image) -> Format:
     # A fixed VHD has its name at its end only.
     if image.has(b"conectix", image.size - _VHD_FOOTER):
         return _vhd(image)
-    if not image.has(_ENDS_OF_A_TABLE, _SECTOR - len(_ENDS_OF_A_TABLE)):
+    if not image.size:
+        raise image.unfit("is empty")
+    known = ((_ENDS_OF_A_TABLE, _SECTOR - len(_ENDS_OF_A_TABLE)), *_FILESYSTEMS)
+    if not any(image.has(magic, offset) for magic, offset in known):
         if image.has(_CD_MAGIC, _CD):
             raise image.unfit("is an ISO file, no disk", "'installer-image' takes the ISO file of an installer.")
-        raise image.unfit("is no disk image: it has no format that is known, and no partition table")
+        raise image.unfit("is no disk image: it has no format that is known, no partition table and no filesystem")
     return Format("raw", image.size)

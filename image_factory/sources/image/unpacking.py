@@ -79,19 +79,20 @@ def unpack_argv(compression: Compression, packed: Path, most: int | str) -> list
     return ["prlimit", *limits, compression.program, "--quiet", "--decompress", "--keep", "--force", str(packed)]
 
 
-def unpack(path: Path) -> None:
-    """Make *path*, which is the build's own, what is packed in it; UnfitError if that is no single file."""
+def unpack(path: Path, name: str = "The source image", *, trees: bool = False) -> None:
+    """Make *path*, which is the build's own, what is packed in it; UnfitError, which calls it *name*, where it can't.
+
+    That is a single file.  With *trees* a tar of several is left as it is.
+    """
     for _ in range(_LAYERS):
         if found := compression_of(path):
-            _decompress(path, found)
-        elif is_tar(path):
-            _take_out(path)
-        else:
+            _decompress(path, found, name)
+        elif not is_tar(path) or (not _take_out(path, name, leave=trees)):
             return
-    raise UnfitError("The source image is packed again and again.")
+    raise UnfitError(f"{name} is packed again and again.")
 
 
-def _decompress(path: Path, compression: Compression) -> None:
+def _decompress(path: Path, compression: Compression, name: str) -> None:
     packed = path.with_name(path.name + compression.suffix)
     files.move(path, packed)
     most = shutil.disk_usage(path.parent).free
@@ -100,45 +101,48 @@ def _decompress(path: Path, compression: Compression) -> None:
         command.run(unpack_argv(compression, packed, most), umask=0o077)
     except CommandError as error:
         if error.status == -signal.SIGXFSZ:
-            raise UnfitError(f"The source image unpacks to more than the {format_size(most)} that are free.") from error
+            raise UnfitError(f"{name} unpacks to more than the {format_size(most)} that are free.") from error
         if error.status != compression.warned or not path.exists():
-            raise UnfitError(f"The source image can't be unpacked: {error.said}.") from error
+            raise UnfitError(f"{name} can't be unpacked: {error.said}.") from error
     packed.unlink()
     # The program has given it those of the packed file.
     path.chmod(0o600)
 
 
-def _take_out(path: Path) -> None:
-    """Make the only file of the tar at *path* be at *path*."""
+def _take_out(path: Path, name: str, *, leave: bool) -> bool:
+    """Make the only file of the tar at *path* be at *path*; return False if there are several, and they are to stay."""
+    try:
+        member = command.call_apart(_only_file, path, _LOOK_SECONDS)
+        if member is None and not leave:
+            raise tarfile.TarError("it has several files, where one disk is wanted")
+    except (tarfile.TarError, CrashError, MemoryError, OSError, ValueError) as error:
+        raise UnfitError(f"{name} is a tar that can't be read: {error}.") from error
+    if member is None:
+        return False
     archive = path.with_name(f"{path.name}.tar")
     files.move(path, archive)
-    try:
-        member = command.call_apart(_only_file, archive, _LOOK_SECONDS)
-    except (tarfile.TarError, CrashError, MemoryError, OSError, ValueError) as error:
-        raise UnfitError(f"The source image is a tar that can't be read: {error}.") from error
     free = shutil.disk_usage(path.parent).free
     if member.size > free:
-        raise UnfitError(
-            f"The source image unpacks to {format_size(member.size)}, of which {format_size(free)} are free."
-        )
+        raise UnfitError(f"{name} unpacks to {format_size(member.size)}, of which {format_size(free)} are free.")
     with archive.open("rb") as source, open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as target:
         target.truncate(member.size)
         position = member.offset
         # Old GNU's and pax' sparse files have the extents with data one after the other.
         for start, length in member.extents:
             target.seek(start)
-            _copy(source, target, position, length)
+            _copy(source, target, position, length, name)
             position += length
     archive.unlink()
+    return True
 
 
-def _copy(source: IO[bytes], target: IO[bytes], position: int, length: int) -> None:
+def _copy(source: IO[bytes], target: IO[bytes], position: int, length: int, name: str) -> None:
     source.seek(position)
     while length:
         with interrupts.interruptible():
             data = source.read(min(length, _CHUNK))
         if not data:
-            raise UnfitError("The source image is a tar that is cut off.", hint="Get it once more.")
+            raise UnfitError(f"{name} is a tar that is cut off.", hint="Get it once more.")
         target.write(data)
         length -= len(data)
 
@@ -159,15 +163,15 @@ def _extents(member: tarfile.TarInfo) -> list[tuple[int, int]]:
     return found or [(0, member.size)]
 
 
-def _only_file(archive: Path) -> _Member:
-    """Return the only file in the *archive*; TarError if there are none, or several."""
+def _only_file(archive: Path) -> _Member | None:
+    """Return the only file in the *archive*, None if there are several; TarError if there is none."""
     with tarfile.open(archive, "r:") as opened:
         files = []
         for member in opened:
             if not member.isdir():
                 files.append(member)
             if len(files) > 1:
-                raise tarfile.TarError("it has several files, where one disk is wanted")
+                return None
     if not files or not files[0].isreg():
         raise tarfile.TarError("it has no disk")
     [found] = files

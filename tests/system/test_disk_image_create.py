@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -158,8 +160,9 @@ def test_several_images_of_a_yaml_file(place: Place, job: Job) -> None:
     assert job.made() == ["images.yaml", "two.tar"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_job_that_is_ended(place: Place, job: Job, number: signal.Signals) -> None:
+@contextmanager
+def waiting(job: Job, place: Place) -> Iterator["subprocess.Popen[bytes]"]:
+    """Give a job, in a group of its own, whose script of install.d waits; what runs of it has ended on the way out."""
     place.element("wait", install="sleep 471108")
     process = subprocess.Popen(
         job.argv("disk-image-create -n -o my system wait"),
@@ -170,14 +173,34 @@ def test_a_job_that_is_ended(place: Place, job: Job, number: signal.Signals) -> 
         start_new_session=True,
     )
     wait_for(lambda: running("471108"), "the script of install.d")
-    # Ctrl-C reaches all that are on the terminal.
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    assert process.wait() == 128 + number
-    assert not running("471108")
-    assert job.made() == []
+    yield process
+    process.wait()
+    wait_for(lambda: not running("471108"), "its end")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_ended(place: Place, job: Job, number: signal.Signals) -> None:
+    with waiting(job, place) as process:
+        # Ctrl-C reaches all that are on the terminal.
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        assert process.wait() == 128 + number
+        assert not running("471108")
+        assert job.made() == []
+
+
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_job_that_is_killed(place: Place, job: Job, whole_group: bool) -> None:
+    with waiting(job, place) as process:
+        os.killpg(process.pid, signal.SIGKILL) if whole_group else process.kill()
+    [left] = job.made()
+    working = job.path / left / ".image-factory-my"
+    wait_for(lambda: whole_group or not working.exists(), "the end of the build")
+    said = job.run("disk-image-create -n -o my -t tar system").stderr
+    assert said == f"disk-image-create: {left}, which a call has left that was killed, is removed.\n"
+    assert job.made() == ["my.tar"]
 
 
 def test_an_ordinary_user(users: dict[str, User], system: Path) -> None:

@@ -113,7 +113,7 @@ class _Applied:
 
     def entered(self, state: State, steps: Sequence[Step | Group]) -> State:
         """Carry out *steps* in namespaces in which the machine can be read-only, and no more than these."""
-        with released(partial(engine.remove, self._top)):
+        with released(partial(namespaces.remove, self._top)):
             self._top.mkdir()
             with namespaces.entered(
                 self._top, as_root=state.build.plan.as_root, within=self._outer().pid

@@ -17,7 +17,6 @@ from ..base.log import logger
 from ..disks import attaching, standing
 from ..disks.layouts import Layout
 from ..disks.making import Inside
-from ..inside import namespaces
 from ..inside.namespaces import Namespaces, entering_argv
 from ..model import Build
 from . import breaks, contract, hooks, layout, scripts
@@ -54,16 +53,6 @@ PROGRAMS = ("bash", "chroot", "find", "mount", "setpriv", "sort", "truncate", "u
 def tree_of(build: Build) -> Path:
     """Return where *build* has the tree that its elements make."""
     return build.directory / _TOP / "mnt"
-
-
-def remove(top: Path) -> None:
-    """Remove *top* and all below it, also where scripts have made files immutable."""
-    try:
-        namespaces.remove(top)
-    except PermissionError:
-        with contextlib.suppress(BuildError):
-            command.run(["chattr", "-R", "-f", "-i", "-a", str(top)], quiet=True)
-        namespaces.remove(top)
 
 
 def beside(directory: Path) -> list[Path]:

@@ -136,7 +136,7 @@ class _OnDisk:
         top = self._tree.parent
         with released(partial(copy.unlink, missing_ok=True)):
             command.run(_copying_argv(build), umask=0o077)
-            with loop.mounted(build, Disk(copy), _volumes(copy)) as tree, released(partial(engine.remove, top)):
+            with loop.mounted(build, Disk(copy), _volumes(copy)) as tree, released(partial(namespaces.remove, top)):
                 top.mkdir()
                 with namespaces.entered(top, as_root=True) as self._inside:
                     carry_out(dataclasses.replace(state, tree=tree), steps)

@@ -202,12 +202,18 @@ def _end(holder: int, ended: Callable[[], int | None]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove *path* and all below it, also what belongs to users that only namespaces have; OSError if that fails."""
+    """Remove *path* and all below it; OSError if that fails.
+
+    What scripts have made immutable goes too, and what belongs to users that only namespaces have.
+    """
     try:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        _remove(path)
     except PermissionError as error:
         if os.geteuid() == 0:
-            raise
+            with suppress(BuildError):
+                command.run(["chattr", "-R", "-f", "-i", "-a", str(path)], quiet=True)
+            _remove(path)
+            return
         try:
             command.run(
                 [*_unshare(as_root=False), "rm", "--recursive", "--force", "--one-file-system", "--", str(path)],
@@ -215,6 +221,10 @@ def remove(path: Path) -> None:
             )
         except BuildError as reason:
             raise PermissionError(error.errno, f"{error.strerror} ({reason.said})", str(error.filename)) from error
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _pid(path: Path, ended: Callable[[], int | None]) -> int:

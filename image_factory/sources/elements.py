@@ -117,7 +117,7 @@ class _Elements:
         """Carry out *steps* with namespaces, with which all goes that they have mounted and left running."""
         build = state.build
         top = self._tree.parent
-        with released(partial(engine.remove, top)):
+        with released(partial(namespaces.remove, top)):
             top.mkdir()
             with namespaces.entered(build.directory, as_root=build.plan.as_root) as self._inside:
                 return carry_out(state, steps)

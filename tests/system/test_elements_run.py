@@ -462,10 +462,11 @@ def test_file_that_an_element_makes_immutable(place: Place) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_build_that_is_ended(place: Place, number: signal.Signals) -> None:
-    script(
-        place.path / "elements/wait/root.d/50-wait", 'mkdir "$TARGET_ROOT/mnt" && mount -t tmpfs x "$TARGET_ROOT/mnt"'
+    place.element(
+        "wait",
+        root='cd "$TARGET_ROOT" && mkdir mnt && mount -t tmpfs x mnt && touch fixed && chattr +i fixed',
+        install="sleep 471107",
     )
-    place.element("wait", install="sleep 471107")
     argv = place.command("wait")
     process = subprocess.Popen(
         argv, cwd=place.path, env=place.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -99,16 +99,16 @@ def command_hint(argv: Sequence[str]) -> str:
 class CommandError(BuildError):
     """A program that the build needs failed.
 
-    *status* is its exit status, negative for the signal that killed it, as subprocess has it.
-    *last_lines* are the last lines that it printed.
+    *status* is its exit status, negative for the signal that killed it, as subprocess has it; *reason* is that in
+    words.  *last_lines* are the last lines that it printed.
     """
 
     def __init__(self, argv: Sequence[str], status: int, last_lines: Sequence[str]) -> None:
-        reason = _reason(status)
+        self.reason = _reason(status)
         # Many programs, virt-install among them, say the reason first and good advice after it.
         errors = [line for line in last_lines if _ERROR_LINE.match(line)]
         said = "".join(f": {line[:_LONGEST_QUOTE]}" for line in (errors or list(last_lines))[-1:])
-        super().__init__(f"{argv[0]} {reason}{said}", hint=command_hint(argv))
+        super().__init__(f"{argv[0]} {self.reason}{said}", hint=command_hint(argv))
         self.argv = list(argv)
         self.status = status
         self.last_lines = list(last_lines)

@@ -95,7 +95,7 @@ class _Output:
         if match := _BEGUN.fullmatch(line.rstrip()):
             self.script = Path(match["path"])
             self.lines.clear()
-        elif line.strip() and not line.startswith(_OWN_LINE):
+        elif line.strip() and not line.startswith(_OWN_LINE) and scripts.LEFT not in line:
             self.lines.append(line.strip())
             self.names_device = self.names_device or "IMAGE_BLOCK_DEVICE=" in line
 
@@ -297,8 +297,7 @@ class Engine:
                 progress=output.take,
             )
         except CommandError as error:
-            how = f"failed with status {error.status}"
-            raise self._failure(phase, output, how, error.said) from error
+            raise self._failure(phase, output, error.reason, error.said) from error
         except BuildError as error:
             raise self._failure(phase, output, f"did not end within {limit:.0f} s", error.said) from error
         if phase.directory == _BLOCK_DEVICE and output.names_device:

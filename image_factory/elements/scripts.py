@@ -75,6 +75,9 @@ mount --rbind "$build/dev" /dev
 """
 )
 
+# What the log says of processes of a phase that has ended, before their names.
+LEFT = "has left these running, which end now:"
+
 # Runs the scripts of phase $1, "inside" the system or on the "machine" as $2 says, and ends what they leave running.
 # If there is $3, that is run in their place.
 PHASE = r"""
@@ -110,7 +113,7 @@ for process in /proc/[0-9]*; do
     name=${state#*(}
     left="$left ${name%)*}"
 done
-[ -z "$left" ] || echo "$phase has left these running, which end now:$left"
+[ -z "$left" ] || echo "$phase LEFT$left"
 kill -9 -1 2>/dev/null || :
 if [ "$place" = inside ] && [ -d "$TMP_MOUNT_PATH/tmp/in_target.d" ]; then
     # A script can have unmounted it already.
@@ -119,7 +122,7 @@ if [ "$place" = inside ] && [ -d "$TMP_MOUNT_PATH/tmp/in_target.d" ]; then
     rmdir "$target" || [ $status != 0 ] || status=1
 fi
 exit $status
-"""
+""".replace("LEFT", LEFT)
 
 # Has the tree $1 of build $2 be one in which programs run, or no more, as the word $3 says.
 TREE = (

@@ -81,7 +81,7 @@ def check_words(cell: Cell, errors: str) -> None:
     assert "Internal error" not in said[0] and "Traceback" not in errors, errors
     assert f"INFO: {ELEMENTS[cell.step]}: failed after" in errors, errors
     reasons = {"fails": "of the element struck failed with status 3: injected", "full": "No space left on device"}
-    reasons |= {"killed-child": ".d/50-struck of the element struck failed with status "}
+    reasons |= {"killed-child": ".d/50-struck of the element struck was killed by SIGKILL"}
     assert reasons.get(cell.fault, f"Stopped by {cell.fault.replace('signal-', 'SIG')}.") in said[0], errors
 
 

@@ -309,7 +309,7 @@ FAILURES: dict[str, tuple[dict[str, str], Sequence[str]]] = {
         ["extra-data.d/50-bad of the element bad failed with status 7: this one fails"],
     ),
     "inside": (
-        {"install": "echo first; echo this one fails; exit 3"},
+        {"install": "echo first; sleep 60 & echo this one fails; exit 3"},
         ["install.d/50-bad of the element bad failed with status 3: this one fails"],
     ),
     "without a word": ({"finalise": "exit 1"}, ["finalise.d/50-bad of the element bad failed with status 1, and said"]),
@@ -369,6 +369,10 @@ FAILURES: dict[str, tuple[dict[str, str], Sequence[str]]] = {
 
 
 @pytest.mark.parametrize("what", FAILURES)
+    "kills all": (
+        {"install": "kill -KILL -1; sleep 60"},
+        ["install.d/50-bad of the element bad was killed by SIGKILL, and said nothing."],
+    ),
 def test_what_fails(place: Place, what: str) -> None:
     scripts, expected = FAILURES[what]
     precious = place.path / "precious"

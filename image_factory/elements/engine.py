@@ -224,7 +224,7 @@ class Engine:
             inside.run("tee", str(place / _INSTALL_TYPE), stdin=text.encode(), quiet=True, capture=True)
         before, after = _AROUND.get(phase.directory, ((), ()))
         for what in before:
-            inside.run(*self._on_tree(what))
+            self._prepare_tree(inside, phase, what)
         if self._breaks.before(phase):
             self._stop(inside, phase, f"before {phase.directory}")
         try:
@@ -240,7 +240,7 @@ class Engine:
         if self._breaks.after(phase):
             self._stop(inside, phase, f"after {phase.directory}")
         for what in after:
-            inside.run(*self._on_tree(what))
+            self._prepare_tree(inside, phase, what)
         if phase.directory == _LAST:
             self._keep(inside)
 
@@ -344,6 +344,12 @@ class Engine:
         }
         elements = {each.element.name: self._told.top / each.element.path for each in self._image.elements}
         return contract.environment(phase.directory, given, self._told, elements, path, self._devices)
+
+    def _prepare_tree(self, inside: Namespaces, phase: Phase, what: str) -> None:
+        try:
+            inside.run(*self._on_tree(what))
+        except CommandError as error:
+            raise BuildError(f"{phase.directory}: {error.said}.", hint=error.hint) from error
 
     def _on_tree(self, what: str) -> list[str]:
         return ["bash", self._program("tree"), str(self._told.tree), str(self._told.top), what]

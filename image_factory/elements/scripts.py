@@ -86,6 +86,7 @@ phase=$1 place=$2 words=${3-}
 export LC_ALL=C
 cd "$CALLER_DIRECTORY" 2>/dev/null || cd /
 unset CALLER_DIRECTORY OLDPWD
+[ -e "$TMP_HOOKS_PATH/dib-run-parts" ] || { echo "a script has removed the hooks, $TMP_HOOKS_PATH" >&2; exit 1; }
 status=0
 if [ -z "$words" ] && [ ! -d "$TMP_HOOKS_PATH/$phase" ]; then
     echo "No element has scripts of $phase."
@@ -160,9 +161,27 @@ open_tree() {
     if ! mount -t sysfs -o ro,nosuid,nodev,noexec sysfs "$tree/sys" 2>/dev/null; then mount --rbind /sys "$tree/sys"; fi
     mount --rbind "$build/dev" "$tree/dev"
 }
+# Besides what is mounted on.
+has_system() {
+    find "$tree" -mindepth 1 -maxdepth 1 ! -name tmp ! -name lost+found ! -name proc ! -name sys ! -name dev | grep -q .
+}
+# Which one is the tree: all could be well done to another one that is there in its place.
+remember_tree() { stat --format %d:%i "$tree" >"$build/run/known"; }
+check_tree() {
+    local known
+    known=$(<"$build/run/known")
+    [ "$known" = "$(stat --format %d:%i "$tree" 2>/dev/null)" ] || {
+        echo "a script has unmounted or replaced the tree of the system, $tree" >&2
+        exit 1
+    }
+    has_system || {
+        echo "scripts have left nothing of the system" >&2
+        exit 1
+    }
+}
 case $3 in
 check)
-    find "$tree" -mindepth 1 -maxdepth 1 ! -name tmp ! -name lost+found | grep -q . || {
+    has_system || {
         echo "no script of root.d has made a system" >&2
         exit 1
     } ;;
@@ -173,14 +192,20 @@ open)
         cat /etc/resolv.conf >"$names" 2>/dev/null || echo nameserver 8.8.8.8 >"$names"
         chmod 644 "$names"
     fi
+    remember_tree
     open_tree ;;
-again) open_tree ;;
-close) close_tree ;;
+again)
+    remember_tree
+    open_tree ;;
+close)
+    check_tree
+    close_tree ;;
 detach)
     close_tree
     for ((number = ${#disk[@]} - 1; number >= 0; number--)); do umount "${disk[number]}"; done
     rm "$build/run/mounted" ;;
 finish)
+    check_tree
     names=$tree/etc/resolv.conf
     if [ -e "$names" ] || [ -L "$names" ]; then
         if [ -L "$names" ] || lsattr -d "$names" 2>/dev/null | grep -q '^[^ ]*i'; then

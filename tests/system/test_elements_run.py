@@ -357,6 +357,18 @@ FAILURES: dict[str, tuple[dict[str, str], Sequence[str]]] = {
         {"install": "rm -rf --no-preserve-root / ; exit 4"},
         ["install.d/50-bad of the element bad failed with status 4"],
     ),
+    "deletes the hooks": (
+        {"extra_data": 'rm -r "$TMP_HOOKS_PATH"'},
+        ["pre-install.d can't be run: a script has removed the hooks"],
+    ),
+    "deletes the system at last": (
+        {"finalise": "rm -rf --no-preserve-root /; exit 0"},
+        ["cleanup.d: scripts have left nothing of the system."],
+    ),
+    "covers the system": (
+        {"cleanup": 'mount -t tmpfs over "$TMP_MOUNT_PATH"'},
+        ["cleanup.d: a script has unmounted or replaced the tree of the system"],
+    ),
     "fills the disk": (
         {"install": "mkdir /srv && mount -t tmpfs -o size=64k full /srv\ncat /usr/bin/bash >/srv/full"},
         ["install.d/50-bad of the element bad failed with status 1", "No space left on device", "hint: Free some"],

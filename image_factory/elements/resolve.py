@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib.metadata
 import itertools
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,7 +105,10 @@ def find(directories: Iterable[Path]) -> dict[str, Element]:
     for directory in directories:
         here: dict[str, Element] = {}
         for path in sorted(entry.resolve() for entry in directory.iterdir() if entry.is_dir()):
-            if path.name != "__pycache__":
+            # lost+found is nobody's but root's.
+            if not os.access(path, os.R_OK | os.X_OK):
+                logger.info("%s can't be read, so it is no element.", path)
+            elif path.name != "__pycache__":
                 here.setdefault(path.name, _element(path))
         for name, element in here.items():
             if name in found and found[name].path != element.path:

@@ -534,6 +534,7 @@ def test_an_ordinary_user(users: dict[str, User], system: Path) -> None:
     assert "Type:" not in run("debugfs", "-R", "stat /dev/null", disk).stdout
     assert run("debugfs", "-R", "cat /srv-file", disk).stdout == "of the system\n"
     assert not (user.home / "was-here").exists()
+    (place.path / "elements/lost+found").mkdir(mode=0o700)
     [kernel] = place.out.glob("x-*.kernel")
     assert (kernel.owner(), kernel.read_text(encoding="utf-8")) == (user.name, "kernel\n")
     assert "srv-file" in ramdisk_names(place)

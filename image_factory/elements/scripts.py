@@ -237,7 +237,7 @@ target_dir=${1:?a directory of scripts}
 target_dir=${target_dir%/}
 environment=${target_dir%/*}/environment.d
 say() { echo "dib-run-parts $*" >&2; }
-mapfile -t scripts < <(
+mapfile -t _scripts < <(
     for script in "$target_dir"/*; do
         name=${script##*/}
         if [ -f "$script" ] && [ -x "$script" ] && [[ $name =~ ${RUN_PARTS_REGEX:-^[0-9A-Za-z_-]+$} ]]; then
@@ -245,8 +245,10 @@ mapfile -t scripts < <(
         fi
     done | LC_ALL=C sort -n
 )
+# What it is read from may take a moment longer, and be found as left running.
+wait
 if [ "$only_list" ]; then
-    [ ${#scripts[@]} = 0 ] || printf "$target_dir/%s\n" "${scripts[@]}"
+    [ ${#_scripts[@]} = 0 ] || printf "$target_dir/%s\n" "${_scripts[@]}"
     exit 0
 fi
 mapfile -t sourced < <(
@@ -254,11 +256,16 @@ mapfile -t sourced < <(
         if [ -f "$file" ] && [[ ${file##*/} =~ ^[0-9A-Za-z_.-]+$ ]]; then printf '%s\n' "$file"; fi
     done | LC_ALL=C sort -n
 )
+wait
+# No script of the phase would run, and no word would be said.
+sourcing=yes
+trap '[ $? != 0 ] || [ -z "$sourcing" ] || { echo "exit is not for environment.d, return is" >&2; exit 1; }' EXIT
 for file in ${sourced[@]+"${sourced[@]}"}; do
     say "Sourcing $file"
     source "$file"
 done
-for name in ${scripts[@]+"${scripts[@]}"}; do
+sourcing=
+for name in ${_scripts[@]+"${_scripts[@]}"}; do
     say "Running $target_dir/$name"
     status=0
     "$target_dir/$name" || status=$?

@@ -373,6 +373,10 @@ FAILURES: dict[str, tuple[dict[str, str], Sequence[str]]] = {
         {"install": "mkdir /srv && mount -t tmpfs -o size=64k full /srv\ncat /usr/bin/bash >/srv/full"},
         ["install.d/50-bad of the element bad failed with status 1", "No space left on device", "hint: Free some"],
     ),
+    "kills all": (
+        {"install": "kill -KILL -1; sleep 60"},
+        ["install.d/50-bad of the element bad was killed by SIGKILL, and said nothing."],
+    ),
     "has no interpreter": (
         {"pre_install": "exit 0"},
         ["pre-install.d/50-bad of the element bad failed with status 127"],
@@ -381,10 +385,6 @@ FAILURES: dict[str, tuple[dict[str, str], Sequence[str]]] = {
 
 
 @pytest.mark.parametrize("what", FAILURES)
-    "kills all": (
-        {"install": "kill -KILL -1; sleep 60"},
-        ["install.d/50-bad of the element bad was killed by SIGKILL, and said nothing."],
-    ),
 def test_what_fails(place: Place, what: str) -> None:
     scripts, expected = FAILURES[what]
     precious = place.path / "precious"
@@ -399,11 +399,23 @@ def test_what_fails(place: Place, what: str) -> None:
     assert os.listdir(precious) == ["file"]
 
 
-def test_environment_file_that_fails(place: Place) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"), [("echo is not set: $LOST", ""), ("exit 0", ": exit is not for environment.d, return is\n")]
+)
+def test_environment_file_that_fails(place: Place, text: str, said: str) -> None:
     path = place.path / "elements/bad/environment.d/10-bad"
     path.parent.mkdir(parents=True)
-    path.write_text("echo is not set: $LOST\n", encoding="utf-8")
-    assert "environment.d/10-bad of the element bad failed with status 1" in place.fails("bad")
+    path.write_text(f"{text}\n", encoding="utf-8")
+    assert f"environment.d/10-bad of the element bad failed with status 1{said}" in place.fails("bad")
+
+
+def test_environment_file_that_has_names_of_ours(place: Place) -> None:
+    path = place.path / "elements/good/environment.d/10-good"
+    path.parent.mkdir(parents=True)
+    path.write_text("scripts=mine\ntrap 'echo mine ends' EXIT\nreturn 0\n", encoding="utf-8")
+    place.element("good", install="echo has run")
+    said = place.build("good")
+    assert "nsenter: has run" in said and "nsenter: mine ends" in said
 
 
 def test_secrets_are_not_to_be_seen(place: Place) -> None:
@@ -522,6 +534,7 @@ def test_an_ordinary_user(users: dict[str, User], system: Path) -> None:
     place.element(
         "root", extra_data=FOR_ROOT, install="echo of the system >/srv-file; [ $(id -u) = 0 ]", cleanup=RAMDISK
     )
+    (place.path / "elements/lost+found").mkdir(mode=0o700)
     place.command("root")
     text = (place.path / "conf").read_text(encoding="utf-8")
     text = text.replace("format = tar", "format = raw").replace("mount-via = loop", "mount-via = fuse")
@@ -534,7 +547,6 @@ def test_an_ordinary_user(users: dict[str, User], system: Path) -> None:
     assert "Type:" not in run("debugfs", "-R", "stat /dev/null", disk).stdout
     assert run("debugfs", "-R", "cat /srv-file", disk).stdout == "of the system\n"
     assert not (user.home / "was-here").exists()
-    (place.path / "elements/lost+found").mkdir(mode=0o700)
     [kernel] = place.out.glob("x-*.kernel")
     assert (kernel.owner(), kernel.read_text(encoding="utf-8")) == (user.name, "kernel\n")
     assert "srv-file" in ramdisk_names(place)

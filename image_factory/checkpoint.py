@@ -360,6 +360,7 @@ def outputs_of(plan: Plan) -> dict[str, str]:
         "checksums",
         "manifest",
         "manifest_text",
+        "provenance",
         "sign_key",
         *_CLEANING,
     )

@@ -34,7 +34,7 @@ from .machines.arch import debian_arch
 from .model import Artifact, Plan
 from .sources import SOURCES
 from .tasks.layers import UNTIL_PREFIX
-from .told import estimates, record
+from .told import estimates, record, witness
 
 
 class _Parser(argparse.ArgumentParser):
@@ -368,7 +368,7 @@ def _has_display(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
-def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
+def _build(plan: Plan, arguments: argparse.Namespace, seen: witness.Witness, *, live: bool) -> None:
     # rich takes longer to import than --list does all its work.
     from .told import display
 
@@ -389,7 +389,11 @@ def _build(plan: Plan, arguments: argparse.Namespace, *, live: bool) -> None:
             stack.enter_context(display.live(plan.image, timeline))
         try:
             artifacts = pipeline.build_image(
-                plan, resume=arguments.resume, until=arguments.until, shell_on_error=arguments.shell_on_error
+                plan,
+                resume=arguments.resume,
+                until=arguments.until,
+                shell_on_error=arguments.shell_on_error,
+                witness=seen,
             )
         except Exception as error:
             message, hint, _ = _explain(error)
@@ -550,9 +554,11 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
                 online.check(plan)
             _say(f"{_verdict(plan.image, warnings)}\n")
         else:
+        seen = witness.Witness()
+        stack.enter_context(seen.observing())
             record_path = None if arguments.json in (None, "-") else Path(arguments.json).absolute()
             made.begin(plan, record_path, resume=resume)
-            _build(plan, arguments, live=live)
+            _build(plan, arguments, seen, live=live)
 
 
 def _verdict(image: str, warnings: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ SBOM_SUFFIX = ".cdx.json"
 # And of those that belong to a build, after IMAGE-DATE.
 SUMS_SUFFIX = ".SHA256SUMS"
 SIGNATURE_SUFFIX = ".asc"
+PROVENANCE_SUFFIX = ".provenance.json"
 RECORD_SUFFIX = ".build.json"
 
 # In the working directory.

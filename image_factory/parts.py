@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from .base import scratch
-from .base.events import TaskEnded
+from .base.events import Observer, TaskEnded
 from .base.log import step
 from .model import Artifact, Build, Disk, Plan, Volume
 from .system import mounts
@@ -35,7 +35,7 @@ class State:
     *tree* is there while the disk is mounted, *volumes* are those of the disk that was, and *unfreed* those of them
     whose unused blocks are not all zeros.  *artifacts* are in the order of the formats.  *cleans* is whether this build
     itself cleans the disk, and no earlier one has.  *attended* is whether the user wants a shell where something fails.
-    *tasks* are those that this build has carried out.
+    *tasks* are those that this build has carried out.  *witness* knows what it was made from, and how.
     """
 
     build: Build
@@ -48,6 +48,7 @@ class State:
     cleans: bool = True
     attended: bool = False
     tasks: tuple[TaskEnded, ...] = ()
+    witness: Observer | None = None
 
 
 class Shown(NamedTuple):

@@ -33,6 +33,7 @@ from .finishing import (
     importing,
     listing,
     manifest,
+    provenance,
     seal,
     settling,
     shrink,
@@ -45,6 +46,7 @@ from .sources import SOURCES, DiskSource
 from .system import mounts
 from .tasks import guest, layers, namespace, offline, playbooks
 from .told import junit
+from .told.witness import Witness
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ STAGES = (
             Part(importing.steps),
             Part(manifest.steps),
             Part(listing.steps, check=listing.check),
+            Part(provenance.steps),
             Part(sign.steps, sign.programs, sign.check),
         ),
         Reached.CONVERTED,
@@ -301,21 +304,28 @@ def _kept_size(plan: Plan) -> int:
 
 
 def build_image(
-    plan: Plan, *, resume: bool = False, until: str | None = None, shell_on_error: bool = False
+    plan: Plan,
+    *,
+    resume: bool = False,
+    until: str | None = None,
+    shell_on_error: bool = False,
+    witness: Witness | None = None,
 ) -> list[Artifact]:
     """Carry out *plan*; what it returns exists under its final name, or nothing does.
 
     *resume* goes on from what a build that failed has left; *until*, one of UNTIL or a task's, stops after that and
-    leaves what there is then, to be resumed.  *shell_on_error* lets the user look at the disk.
+    leaves what there is then, to be resumed.  *shell_on_error* lets the user look at the disk.  *witness* notes
+    what happens; one that is given observes already.
     """
-    chosen = _Chosen()
+    chosen, seen = _Chosen(), witness or Witness()
     with (
         workspace.opened(plan, resume=resume) as build,
         events.observed(chosen),
+        contextlib.nullcontext() if witness else seen.observing(),
         _shell_on_error(build, chosen, shell_on_error),
     ):
         build = dataclasses.replace(build, resumed=resume, until_task=_until_task(until))
-        state = State(build, Disk(build.disk_path), attended=shell_on_error)
+        state = State(build, Disk(build.disk_path), attended=shell_on_error, witness=seen)
         done = checkpoint.resumed(plan, build.directory) if resume else None
         if done and done.stage:
             state = _gone_on(state, done)

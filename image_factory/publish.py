@@ -12,8 +12,8 @@ from .base.errors import BuildError, ConfigurationError, ImageFactoryError, reas
 from .base.log import logger
 from .configuration.settings import MORE_CHECKSUMS, Destination
 from .elements import engine
-from .finishing import checksum, importing, listing, manifest, sign
-from .model import MANIFEST_SUFFIX, SBOM_SUFFIX, SIGNATURE_SUFFIX, SUMS_SUFFIX, Artifact, Build, Plan
+from .finishing import checksum, importing, listing, manifest, provenance, sign
+from .model import MANIFEST_SUFFIX, PROVENANCE_SUFFIX, SBOM_SUFFIX, SIGNATURE_SUFFIX, SUMS_SUFFIX, Artifact, Build, Plan
 from .outputs import planned
 from .outputs.targets import TARGETS
 from .parts import Group, Shown, State, Step, carry_out, doing, show
@@ -68,6 +68,7 @@ def _remove_stale(plan: Plan, artifacts: Sequence[Artifact]) -> None:
     )
     possible = [
         *(f"{artifact.path.name}{suffix}" for artifact in artifacts for suffix in suffixes),
+        f"{plan.base_name}{PROVENANCE_SUFFIX}",
         sums,
         f"{sums}{SIGNATURE_SUFFIX}",
     ]
@@ -167,7 +168,7 @@ def upload_steps(build: Build) -> Iterator[Group]:
 def published(plan: Plan) -> list[Artifact]:
     """Return the artifacts of *plan* with their final names, and the names of what belongs to them."""
     found = checksum.named(plan, planned(plan, plan.output_dir))
-    for part in (importing, manifest, listing, sign):
+    for part in (importing, manifest, listing, provenance, sign):
         found = part.named(plan, found)
     return found
 

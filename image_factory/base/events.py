@@ -91,6 +91,13 @@ class InputUsed:
 
 
 @dataclass(frozen=True)
+class CommandRun:
+    """The program of *argv* is started, and the log says so."""
+
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class VirtTypeChosen:
     """The installation machine runs under *name*: ``kvm``, or ``qemu``, which is emulation."""
 
@@ -190,6 +197,7 @@ Event = (
     | TimePassed
     | Waiting
     | InputUsed
+    | CommandRun
     | VirtTypeChosen
     | Installed
     | Audited

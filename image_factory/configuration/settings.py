@@ -306,6 +306,9 @@ class ImageSettings:
     )
     upload_destinations: tuple[str, ...] = _setting(
         split_list, "sections of upload destinations, with commas; empty means none", ""
+    provenance: bool = _setting(
+        parse_boolean, "write a statement beside the image of how it was made, in the forms of in-toto and SLSA", "no"
+    )
     )
     post_build_command: tuple[str, ...] = _setting(
         parse_words, "command run at the end, with the image's file name as first argument", ""

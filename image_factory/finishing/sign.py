@@ -82,7 +82,8 @@ def _sums(artifacts: Sequence[Artifact]) -> str:
         of_checksum = (checksum.name, files.digest_of(checksum))
         pairs = [(artifact.path.name, artifact.sha256), of_checksum, *artifact.companions]
         lines += [f"{digest}  {name}\n" for name, digest in pairs]
-    return "".join(lines)
+    # What belongs to several artifacts is listed once.
+    return "".join(dict.fromkeys(lines))
 
 
 def _signature(sums: Path) -> Path:

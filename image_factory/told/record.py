@@ -70,7 +70,7 @@ class _Span:
     def document(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "started": _iso(self.started),
+            "started": iso(self.started),
             "seconds": _rounded(self.seconds or 0.0),
             "outcome": "failed" if self.failed else "done",
         }
@@ -178,7 +178,7 @@ class Record:
         deadline = time.monotonic() + _ANSWER_SECONDS
         inputs = [(event, _answer(query, deadline)) for event, query in self._inputs]
         versions = {name: _answer(query, deadline) for name, query in self._programs.items()}
-        settings = self._plan and _settings(self._plan)
+        settings = self._plan and settings_of(self._plan)
         document = {
             "schema_version": SCHEMA_VERSION,
             "program": "image-factory",
@@ -186,20 +186,20 @@ class Record:
             "image": self._image,
             "resumed": self._resumed,
             "until": self._until,
-            "started": _iso(self._whole.started),
-            "ended": _iso(ended),
+            "started": iso(self._whole.started),
+            "ended": iso(ended),
             "seconds": _rounded(seconds),
             "host": {"architecture": platform.machine(), "virt_type": self._virt_type},
             "inputs": [
                 {
                     "key": event.key,
-                    "origin": _without_secrets(event.origin),
+                    "origin": without_secrets(event.origin),
                     "sha256": answer and answer.split()[0],
                     "verified_by": event.verified_by,
                 }
                 for event, answer in inputs
             ],
-            "settings": settings and {key: value for key, value in settings.items() if _is_public(key, value)},
+            "settings": settings and public(settings),
             "settings_sha256": settings and _digest(settings),
             "programs": {
                 "python": platform.python_version(),
@@ -220,7 +220,7 @@ class Record:
             "failure": self._failure,
         }
         # In ASCII no control character reaches a terminal.
-        return json.dumps(_shown(document), indent=2) + "\n"
+        return json.dumps(shown(document), indent=2) + "\n"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -230,7 +230,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _iso(moment: datetime) -> str:
+def iso(moment: datetime) -> str:
+    """Return *moment* as the record has it."""
     return moment.isoformat(timespec="milliseconds")
 
 
@@ -298,7 +299,7 @@ def _kind(error: BaseException) -> str:
     return "internal"
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
+def settings_of(plan: Plan) -> dict[str, Any]:
     """Return the settings of *plan* by key, as JSON has them."""
     settings = dataclasses.asdict(plan.settings)
     values = {key: settings[key.replace("-", "_")] for key, _ in declarations(type(plan.settings))}
@@ -306,6 +307,11 @@ def _settings(plan: Plan) -> dict[str, Any]:
     finite = {key: "none" if value == math.inf else value for key, value in values.items()}
     decoded: dict[str, Any] = json.loads(json.dumps(finite, default=str, allow_nan=False))
     return decoded
+
+
+def public(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return those of *settings* that hold no secret."""
+    return {key: value for key, value in settings.items() if _is_public(key, value)}
 
 
 def _is_public(key: str, value: object) -> bool:
@@ -316,7 +322,7 @@ def _digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _without_secrets(origin: str) -> str:
+def without_secrets(origin: str) -> str:
     """Return *origin*, a path or a URI, without the user, password and query that a URI may have."""
     try:
         parts = urllib.parse.urlsplit(origin)
@@ -327,15 +333,15 @@ def _without_secrets(origin: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
     """Return *value* without secrets, and with each byte that was no UTF-8 as ``\\xNN``, as some readers need it."""
     match value:
         case str():
             return log.masked(value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
         case list():
-            return [_shown(item) for item in value]
+            return [shown(item) for item in value]
         case dict():
-            return {_shown(key): _shown(item) for key, item in value.items()}
+            return {shown(key): shown(item) for key, item in value.items()}
     return value
 
 

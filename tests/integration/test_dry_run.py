@@ -43,6 +43,7 @@ installer-logs = yes
 seal = yes
 audit = yes
 manifest = yes
+provenance = yes
 sign-key = {key}
 copy = {directory}/script:/srv/new/
 keep-raw = yes

@@ -110,6 +110,7 @@ first-boot = {here}/answers
 audit = yes
 manifest = yes
 manifest-text = list
+provenance = yes
 sign-key = {here}/key
 test-boot = yes
 target = openstack

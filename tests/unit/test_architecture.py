@@ -20,7 +20,7 @@ LAYERS = [
     ("checks.testboot", "__init__ laying login guest monitor machine ramdisk report reporting"),
     ("checks", "audit keys search leftovers"),
     ("", "checkpoint"),
-    ("finishing", "sign manifest listing shrink settling clean checksum firstboot fitting importing"),
+    ("finishing", "sign provenance manifest listing shrink settling clean checksum firstboot fitting importing"),
     ("finishing.seal", "__init__ operations traces identity media apt actions"),
     ("", "naming"),
     ("outputs", "targets __init__ packed qemu trees incus netboot oci raw kind"),
@@ -35,7 +35,7 @@ LAYERS = [
     ("finishing", "copying"),
     ("sources", "kind answers forms"),
     ("tasks", "namespace running layers playbooks copies __init__"),
-    ("told", "record display estimates junit"),
+    ("told", "witness record display estimates junit"),
     ("", "parts"),
     ("disks", "bounds standing attaching making filesystems notation grub layouts reproducible"),
     (

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .. import interrupts
+from .. import events, interrupts
 from ..errors import BuildError, command_line
 from ..log import logger
 from . import installed
@@ -27,6 +27,12 @@ _ROOTS_PATIENCE_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 _PR_GET_CHILD_SUBREAPER = 37
 _libc = ctypes.CDLL(None)
+
+
+def announce(argv: Sequence[str]) -> None:
+    """Say that *argv* is run."""
+    logger.info("Running: %s", command_line(argv))
+    events.tell(events.CommandRun(tuple(argv)))
 
 
 class Children:

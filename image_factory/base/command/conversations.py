@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from .. import interrupts
-from ..errors import BuildError, CommandError, command_line
+from ..errors import BuildError, CommandError
 from ..log import logger
 from . import output
-from .children import closed, start, stop
+from .children import announce, closed, start, stop
 
 # guestfish reads so many bytes of a line at most, and takes the rest of it for the next one.
 _LONGEST_COMMAND = 8190
@@ -151,7 +151,7 @@ def conversation(
     exception.  When image-factory is killed the program sees the end of its input; a signal would keep it from removing
     its files.
     """
-    logger.info("Running: %s", command_line(argv))
+    announce(argv)
     process = start(argv, stdin=subprocess.PIPE, env=env, umask=0o077, heeds=signal.SIGTERM, ends_with_us=None)
     with closed(process):
         try:

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from .. import events, interrupts
-from ..errors import BuildError, CommandError, command_line, reason_of
+from ..errors import BuildError, CommandError, reason_of
 from ..log import logger
 from . import output
-from .children import closed, start, stop
+from .children import announce, closed, start, stop
 from .programs import heed_our_signal
 
 _STOP_SECONDS = 5.0
@@ -126,7 +126,7 @@ class _Flow:
 
         What *progress* returns true for is no line of the log.
         """
-        logger.info("Running: %s", command_line(argv))
+        announce(argv)
         process = start(
             argv,
             stdin=subprocess.DEVNULL if stdin is None else stdin,

@@ -17,7 +17,7 @@ from ..errors import BuildError, CommandError, command_hint, command_line, reaso
 from ..log import logger
 from ..units import format_size
 from . import output
-from .children import KILL_SECONDS, closed, forget, start, stop
+from .children import KILL_SECONDS, announce, closed, forget, start, stop
 
 # What is left in the pipe when a program has exited is read for so long: a daemon that it
 # started may hold the pipe open for ever.
@@ -56,7 +56,7 @@ def run(
     seconds, Interrupted if a signal came.
     """
     if not quiet:
-        logger.info("Running: %s", command_line(argv))
+        announce(argv)
     try:
         with _input(stdin) as descriptor:
             process = start(
@@ -136,7 +136,7 @@ def interact(
     program.  Where the program stops itself, image-factory stops, too, and goes on with it.  It gets *ends_with_us*
     when image-factory is killed.
     """
-    logger.info("Running: %s", command_line(argv))
+    announce(argv)
 
     with ExitStack() as stack:
         if os.isatty(0):
@@ -260,7 +260,7 @@ def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
 
     The program is stopped then; its status doesn't matter.
     """
-    logger.info("Running: %s", command_line(argv))
+    announce(argv)
     printed = bytearray()
     deadline = time.monotonic() + seconds
     process = start(argv)
@@ -288,7 +288,7 @@ def background(argv: Sequence[str], path: Path) -> Iterator[Callable[[], int | N
 
     What it prints goes to the file *path*.  It is killed with image-factory, too.
     """
-    logger.info("Running: %s", command_line(argv))
+    announce(argv)
     try:
         with path.open("wb") as file:
             process = start(argv, stdout=file.fileno())

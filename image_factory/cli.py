@@ -23,6 +23,7 @@ from .base import command, events, interrupts, log, terminal
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
 from .base.units import format_size
+from .checks import published
 from .configuration import effective
 from .configuration.files import Configuration, declared, normal_key
 from .configuration.settings import ImageSettings, accepted_by, check_image_name
@@ -150,6 +151,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--explain-elements",
         action="store_true",
         help="print the elements of the image, why each is one, and all their scripts in their order, and stop",
+    )
+    parser.add_argument(
+        "--verify",
+        metavar="DIR",
+        help="say of each file in DIR whether it is what was published there: signatures, checksums, manifests, "
+        "provenance; and stop",
     )
     parser.add_argument("--check", action="store_true", help="check all that can be known before a build, and stop")
     parser.add_argument(
@@ -434,8 +441,8 @@ def _run(argv: Sequence[str]) -> None:
         raise _unknown_options(parser, unknown)
     images = [*arguments.images, *others] or [os.environ.get("IMAGE") or ""]
     modes = (
-        "list", "list_json", "list_elements", "test_element", "explain_elements", "check", "dry_run", "show_answers",
-        "keys", "show_config", "cleanup",
+        "list", "list_json", "list_elements", "test_element", "explain_elements", "verify", "check", "dry_run",
+        "show_answers", "keys", "show_config", "cleanup",
     )  # fmt: skip
     only_checks = any(_is_mode(arguments, mode) for mode in modes)
     for mode in modes:
@@ -445,7 +452,8 @@ def _run(argv: Sequence[str]) -> None:
     has_shell = arguments.shell_on_error or bool(os.environ.get(breaks.VARIABLE))
     live = not (arguments.quiet or only_checks or has_shell or images[1:]) and _has_display(sys.stderr)
     # The display stands for what is logged below a warning.
-    log.set_up(logging.WARNING if arguments.quiet or (live and not arguments.verbose) else logging.INFO)
+    is_short = arguments.quiet or ((live or arguments.verify is not None) and not arguments.verbose)
+    log.set_up(logging.WARNING if is_short else logging.INFO)
     if arguments.online and not arguments.check:
         raise ConfigurationError("--online goes with --check.")
     for mode in ("list", "list_json", "list_elements", "test_element", "cleanup"):
@@ -463,6 +471,9 @@ def _run(argv: Sequence[str]) -> None:
         return
     if arguments.list_elements is not None:
         _say(elements_listing(Configuration(os.environ), arguments.list_elements), "The list")
+        return
+    if arguments.verify is not None:
+        _verify(arguments)
         return
     if arguments.test_element is not None:
         _test_element(arguments)
@@ -506,6 +517,19 @@ def _show_config(image: str, arguments: argparse.Namespace) -> None:
         record.write(record.prepared(arguments.json), text, "The list")
 
 
+def _verify(arguments: argparse.Namespace) -> None:
+    """Say what is good of what was published in a directory; BuildError if something is not."""
+    if arguments.images:
+        raise ConfigurationError("--verify is for a directory, not for images.")
+    given = dict(arguments.set)
+    others = sorted({*given} - {"keyring"})
+    if others:
+        raise ConfigurationError(f"--verify has no use for {others[0]}.", hint="It knows --set keyring=FILE.")
+    keyring = Path(given["keyring"]).expanduser() if given else None
+    with interrupts.handled(), command.reaping():
+        published.verify(Path(arguments.verify), keyring, lambda line: _say(f"{line}\n"))
+
+
 def _test_element(arguments: argparse.Namespace) -> None:
     """Run the tests of an element, and say what comes of each; BuildError if one fails."""
     if arguments.images:
@@ -534,6 +558,8 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
     with ExitStack() as stack:
         # The build record is one of the files.
         made = stack.enter_context(keep.noting())
+        seen = witness.Witness()
+        stack.enter_context(seen.observing())
         kept = stack.enter_context(_recorded(arguments, image)) if arguments.json is not None else None
         warnings: list[str] = []
         stack.enter_context(log.noting_warnings(warnings))
@@ -554,8 +580,6 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
                 online.check(plan)
             _say(f"{_verdict(plan.image, warnings)}\n")
         else:
-        seen = witness.Witness()
-        stack.enter_context(seen.observing())
             record_path = None if arguments.json in (None, "-") else Path(arguments.json).absolute()
             made.begin(plan, record_path, resume=resume)
             _build(plan, arguments, seen, live=live)

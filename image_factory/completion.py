@@ -27,6 +27,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
         "target": _some_of(TARGETS),
         "cache_dir": directories,
         "output_dir": directories,
+        "verify": directories,
         "until": _stops,
     }
     for action in parser._actions:

@@ -16,8 +16,9 @@ from pathlib import Path
 from . import command, scratch
 from .errors import BuildError, CommandError, ConfigurationError
 
-# The programs that check_signature needs, and those that signing needs.
+# The programs that check_signature needs, those that the user's keys need for that, and those that signing needs.
 VERIFIERS = ("gpgv",)
+EXPORTERS = ("gpg", *VERIFIERS)
 SIGNERS = ("gpg", "gpg-agent", "gpgconf", *VERIFIERS)
 
 # Short: the path of the agent's socket below it has an end at 107 bytes.
@@ -109,6 +110,15 @@ def _good_key(statuses: list[list[str]]) -> tuple[str | None, str]:
             case ["NODATA" | "UNEXPECTED", *_]:
                 faults.append("there is no signature")
     return None, "; ".join(dict.fromkeys(faults)) or "there is no good signature"
+
+
+def export_public(file: Path) -> Path | None:
+    """Write the public keys that the user's gpg has to *file*, and return it; None if gpg has none."""
+    home = Path(os.environ.get("GNUPGHOME") or "~/.gnupg").expanduser()
+    # gpg would make one.
+    if home.is_dir():
+        command.run([*_GPG, "--output", str(file), "--export"], quiet=True, timeout=_SECONDS)
+    return file if file.exists() else None
 
 
 def _binary_keys(keyring: Path) -> bytes:

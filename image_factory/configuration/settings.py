@@ -301,14 +301,14 @@ class ImageSettings:
         parse_template,
         "name of a text file beside the image with its checksum and the list of its files, as RackN has it",
     )
+    provenance: bool = _setting(
+        parse_boolean, "write a statement beside the image of how it was made, in the forms of in-toto and SLSA", "no"
+    )
     sign_key: str | None = _setting(
         parse_key, "OpenPGP key that signs what is published: a fingerprint, a user ID or the path of a key file"
     )
     upload_destinations: tuple[str, ...] = _setting(
         split_list, "sections of upload destinations, with commas; empty means none", ""
-    provenance: bool = _setting(
-        parse_boolean, "write a statement beside the image of how it was made, in the forms of in-toto and SLSA", "no"
-    )
     )
     post_build_command: tuple[str, ...] = _setting(
         parse_words, "command run at the end, with the image's file name as first argument", ""

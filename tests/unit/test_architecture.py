@@ -18,7 +18,7 @@ LAYERS = [
     ("configuration", "effective unused files"),
     ("tasks", "guest"),
     ("checks.testboot", "__init__ laying login guest monitor machine ramdisk report reporting"),
-    ("checks", "audit keys search leftovers"),
+    ("checks", "published audit keys search leftovers"),
     ("", "checkpoint"),
     ("finishing", "sign provenance manifest listing shrink settling clean checksum firstboot fitting importing"),
     ("finishing.seal", "__init__ operations traces identity media apt actions"),

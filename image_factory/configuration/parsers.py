@@ -364,6 +364,53 @@ def parse_bootstrap_file(text: str) -> Path:
     return parse_answer_file(text)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The system that is captured: a directory or a tar at *path*, or that of *host*, where ssh logs in as *user*.
+
+    What is empty, and a *port* of 0, is as ssh's configuration has it.
+    """
+
+    path: Path | None = None
+    host: str = ""
+    user: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        """Return it as a user writes it."""
+        if self.path is not None:
+            return str(self.path)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"ssh://{f'{self.user}@' if self.user else ''}{host}{f':{self.port}' if self.port else ''}"
+
+
+_SSH = re.compile(
+    r"ssh://(?:(\w[\w.-]*)@)?([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?/?", re.ASCII
+)
+
+
+def parse_origin(text: str) -> Origin:
+    """Where a system is that is captured: a host that ssh reaches, or a path."""
+    accepted = "ssh://USER@HOST, ssh://USER@HOST:PORT, or the path of a directory or a tar"
+    match = _SSH.fullmatch(text.strip())
+    if match:
+        user, host, port = match.groups()
+        if int(port or 1) in range(1, 65536):
+            return Origin(host=host.strip("[]"), user=user or "", port=int(port or 0))
+    if not text.strip() or "\0" in text or "://" in text:
+        raise ValueError(accepted)
+    return Origin(parse_path(text))
+
+
+def parse_mount_points(text: str) -> tuple[str, ...]:
+    """Mount points of a system, each without a slash at its end but for the root."""
+    points = tuple(word.rstrip("/") or "/" for word in split_list(text))
+    for point in points:
+        if not re.fullmatch(r"/(?!/).*", point) or not point.isprintable() or os.path.normpath(point) != point:
+            raise ValueError("mount points such as /, /var or /srv/data, with commas")
+    return points
+
+
 def parse_agama_file(text: str) -> Path:
     """The path of an answer file of Agama, which knows its language by the suffix."""
     path = parse_answer_file(text)

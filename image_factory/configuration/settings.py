@@ -17,6 +17,7 @@ from .parsers import (
     LAYOUTS,
     Copy,
     InstallerFile,
+    Origin,
     Source,
     one_of,
     parse_agama_file,
@@ -43,7 +44,9 @@ from .parsers import (
     parse_long_duration,
     parse_mac,
     parse_mirrors,
+    parse_mount_points,
     parse_option,
+    parse_origin,
     parse_packages,
     parse_path,
     parse_patterns,
@@ -124,6 +127,12 @@ class ImageSettings:
     source_image: Source | None = _setting(parse_mirrors, "path or URI of the disk image that the build begins with")
     bootstrap: Path | None = _setting(parse_bootstrap_file, "YAML file that says what a bootstrapped system has")
     source_image_sha256: str | None = _setting(parse_sha256, "SHA-256 that this image must have")
+    capture_from: Origin | None = _setting(
+        parse_origin, "system that is captured: ssh://USER@HOST[:PORT], or the path of a directory or a tar"
+    )
+    capture_mounts: tuple[str, ...] = _setting(
+        parse_mount_points, "mount points that are captured beside the root, with commas; empty means the system's", ""
+    )
     work_in_memory: str = _setting(
         one_of("auto", "yes", "no"), "whether a tree is made in memory: yes, no, or auto, where enough is free", "auto"
     )

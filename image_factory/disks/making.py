@@ -106,12 +106,16 @@ def loader_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]
 
     What is mounted on the way goes with the namespaces if one of them fails.
     """
+    return [*fstab_commands(tree, layout), *(_grub_commands(tree, directory, layout) if layout.firmware else [])]
+
+
+def fstab_commands(tree: Path, layout: Layout) -> list[Inside]:
+    """Return what has *tree* mount what *layout* has, and makes the places for that."""
     points = [str(place(tree, filesystem.point)) for _, filesystem in layout.mounted]
-    commands = [
+    return [
         _put(tree / "etc/fstab", "".join(f"{line}\n" for line in _fstab(layout))),
         Inside(("mkdir", "-p", *points)),
     ]
-    return [*commands, *(_grub_commands(tree, directory, layout) if layout.firmware else [])]
 
 
 def _grub_commands(tree: Path, directory: Path, layout: Layout) -> list[Inside]:

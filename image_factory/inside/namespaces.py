@@ -8,14 +8,14 @@ import pwd
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..base import command, interrupts
-from ..base.errors import BuildError, ConfigurationError
+from ..base.errors import BuildError, CommandError, ConfigurationError
 
 # So many users and groups a distribution expects to have.
 _USERS = 65536
@@ -169,6 +169,11 @@ class Namespaces:
         argv = entering_argv(self.pid, *words, as_root=self.as_root)
         # A user's umask, like the variables, has no part in what is made.
         return command.run(argv, env=_environment() | dict(variables or {}), umask=0o022, **keywords)
+
+    def read(self, source: Sequence[str], *words: str, **keywords: Any) -> list[CommandError]:
+        """Run the command *words* inside, which reads what the command *source* prints, as ``command.stream`` does."""
+        argv = entering_argv(self.pid, *words, as_root=self.as_root)
+        return command.stream(source, argv, env=_environment(), **keywords)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The ways to make a disk; all else knows them by this table alone."""
 
 from .bootstrap import SOURCE as BOOTSTRAP
+from .capture import SOURCE as CAPTURE
 from .elements import SOURCE as ELEMENTS
 from .image import SOURCE as IMAGE
 from .installer import SOURCE as INSTALLER
@@ -13,4 +14,5 @@ SOURCES: dict[str, DiskSource] = {
     "image": IMAGE,
     "bootstrap": BOOTSTRAP,
     "elements": ELEMENTS,
+    "capture": CAPTURE,
 }

@@ -21,6 +21,7 @@ _OF_SOURCES = {
     "image": ("source-image", "source-image-sha256"),
     "bootstrap": (BOOTSTRAP_KEY, "cache-tree", *_OF_TREES),
     "elements": _OF_TREES,
+    "capture": ("capture-from", "capture-mounts", *_OF_TREES),
 }  # fmt: skip
 
 

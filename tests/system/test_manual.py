@@ -95,6 +95,7 @@ SOURCES = {
     "elements": "source = elements\nelements = system\nskip-base = yes\nextra-packages = jq\n"
     "elements-path = {here}/elements\n"
     "format = raw\n",
+    "capture": "source = capture\ncapture-from = ssh://root@host\nfirmware = hybrid\nformat = raw\n",
 }
 # With others the disk is made before all phases have run.
 ON_DISK = "source = elements\nelements = system bootloader\nskip-base = yes\nelements-path = {here}/elements\n"

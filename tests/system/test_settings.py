@@ -19,7 +19,7 @@ from image_factory.base.errors import ConfigurationError
 from image_factory.base.files import find_data_dir
 from image_factory.configuration import files as configuration_files
 from image_factory.configuration.files import Configuration, declared
-from image_factory.configuration.parsers import Copy, InstallerFile, Source
+from image_factory.configuration.parsers import Copy, InstallerFile, Origin, Source
 from image_factory.configuration.settings import (
     ANSWER_FILE_KEYS,
     Declaration,
@@ -87,6 +87,8 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "source_image": ("/srv/a.qcow2", Source("/srv/a.qcow2", Path("/srv/a.qcow2"))),
     "bootstrap": ("a.yaml", Path("a.yaml")),
     "source_image_sha256": ("45" * 32, "45" * 32),
+    "capture_from": ("ssh://root@[fe80::1]:22/", Origin(host="fe80::1", user="root", port=22)),
+    "capture_mounts": ("/var/, /srv/data", ("/var", "/srv/data")),
     "work_in_memory": ("Yes", "yes"),
     "cache_tree": ("yes", True),
     "elements": ("debian-minimal\n    vm", ("debian-minimal", "vm")),
@@ -228,6 +230,8 @@ def test_defaults(read: Read) -> None:
         source_image=None,
         bootstrap=None,
         source_image_sha256=None,
+        capture_from=None,
+        capture_mounts=(),
         work_in_memory="auto",
         cache_tree=False,
         elements=(),
@@ -480,6 +484,7 @@ def test_bad_flag_names_the_flag(read: Read, key: str, flag: str) -> None:
 # Of the others any text is accepted, but for what no argument of a program can have.
 ABSURD = {
     "source": "installers", "source-image": "ftp://a/b", "source-image-sha256": "abc",
+    "capture-from": "http://a", "capture-mounts": "var",
     "work-in-memory": "maybe", "cache-tree": "maybe",
     "elements": "a/b",
     "elements-path": "\0", "element-environment": "A", "element-timeout": "2", "skip-base": "maybe",
@@ -850,7 +855,8 @@ def test_section_that_nothing_uses_is_told(read: Read) -> None:
         "[z]\nram = 2G\n[other]\nlinux = ${Debian-13-base:ram}\n"
     )
     assert unused(read(text), image="Debian-13-web") == [
-        "[Debian-13-wbe]: nothing uses this section, as it has no installer or image or bootstrap or elements. "
+        "[Debian-13-wbe]: nothing uses this section, as it has no installer or image or bootstrap or elements "
+        "or capture. "
         "Did you mean [Debian-13-web]?"
     ]
 

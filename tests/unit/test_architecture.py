@@ -26,6 +26,7 @@ LAYERS = [
     ("outputs", "targets __init__ packed qemu trees incus netboot oci raw kind"),
     ("elements", "explain"),
     ("sources", "__init__ elements"),
+    ("sources.capture", "__init__ generic hosts streams"),
     ("sources.image", "__init__ growing unpacking opening formats"),
     ("sources.bootstrap", "__init__ failures packages trees recipe"),
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery installers"),
@@ -127,7 +128,14 @@ def test_only_the_table_of_sources_knows_one() -> None:
         if not name.startswith("sources.")
     }
     assert {name: each for name, each in found.items() if each} == {
-        "sources": {"sources.bootstrap", "sources.elements", "sources.image", "sources.installer", "sources.kind"},
+        "sources": {
+            "sources.bootstrap",
+            "sources.capture",
+            "sources.elements",
+            "sources.image",
+            "sources.installer",
+            "sources.kind",
+        },
         # What images there are is said once, whoever opens one.
         "foreign": {"sources.image.formats", "sources.image.opening", "sources.image.unpacking"},
         # Their templates are rendered as answer files are, whatever the source is.

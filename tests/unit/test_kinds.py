@@ -196,7 +196,7 @@ def test_source_is_chosen_by_its_setting(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "own.conf").write_text("[x]\ngiven = disk\nsource = given\nmount-via = loop\n[y]\nlinux = l\n")
     environment = {files.FILE_VARIABLE: str(tmp_path / "own.conf")}
     assert Configuration(environment).images() == ["y"]
-    refusal = r"^\[x\] source: 'given' is not accepted, only installer, image, bootstrap or elements\.$"
+    refusal = r"^\[x\] source: 'given' is not accepted, only installer, image, bootstrap, elements or capture\.$"
     with pytest.raises(ConfigurationError, match=refusal):
         Configuration(environment).image("x", {})
     source = Given()
@@ -257,7 +257,8 @@ def test_keys_that_do_nothing_are_those_of_the_source(given: tuple[Given, Plan])
         "--installer-image-sha256 does nothing without installer-image."
     ]
     assert unused._unused_sections(found, "base") == [
-        "[base2]: nothing uses this section, as it has no installer or image or bootstrap or elements or given. "
+        "[base2]: nothing uses this section, as it has no installer or image or bootstrap or elements "
+        "or capture or given. "
         "Did you mean [base]?"
     ]
 

@@ -4,7 +4,7 @@ from .apart import Companion, call_apart, call_watched
 from .children import reaping
 from .conversations import Conversation, conversation
 from .installed import PACKAGES, require, search_path
-from .pipelines import flow, together
+from .pipelines import flow, stream, together
 from .programs import Query, background, interact, read_until, run
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "require",
     "run",
     "search_path",
+    "stream",
     "together",
 ]

@@ -69,6 +69,27 @@ def together(commands: Sequence[Sequence[str]], *, progress: Callable[[str], flo
         programs.wait(at_once=True)
 
 
+def stream(
+    source: Sequence[str],
+    target: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    take: Callable[[str], bool],
+    follow: Callable[[str], bool],
+) -> list[CommandError]:
+    """Have *target* read what *source* prints; return the errors of those that have failed, the source's first.
+
+    *env* replaces the environment of *target*.  *take* is given each line of the source's stderr and *follow* each that
+    the target prints: those for which they return true are no lines of the log.  Raises BuildError for one that can't
+    be started, Interrupted if a signal came.
+    """
+    with _Flow() as programs:
+        reader, writer = programs.pipe()
+        programs.start(source, None, writer, progress=take)
+        programs.start(target, reader, None, env=env, progress=follow)
+        return programs.ended()
+
+
 class _Flow:
     """Programs that run side by side; those that are left are ended on the way out."""
 
@@ -146,6 +167,16 @@ class _Flow:
 
     def wait(self, *, at_once: bool = False) -> None:
         """Wait for the end of all, and log what they say; CommandError if one has failed, *at_once* if that is set."""
+        # The last ones were started first.  Those before one that has failed have nobody who reads, and fail too.
+        failed = self.ended(at_once=at_once)
+        for error in [found for found in failed if found.status != -signal.SIGPIPE] or failed:
+            raise error
+
+    def ended(self, *, at_once: bool = False) -> list[CommandError]:
+        """Wait for the end of all, and log what they say; return the errors of those that have failed.
+
+        They are in the order of the start; *at_once* raises the first.
+        """
         with interrupts.interruptible(), selectors.DefaultSelector() as selector:
             for running in self._running:
                 pipe = running[1].stderr or running[1].stdout
@@ -164,10 +195,11 @@ class _Flow:
                         raise CommandError(argv, process.returncode, [*said])
             for _, process, _, _ in self._running:
                 process.wait()
-        # The last ones were started first.  Those before one that has failed have nobody who reads, and fail too.
-        failed = [(argv, process.returncode, said) for argv, process, _, said in self._running if process.returncode]
-        for argv, status, said in [found for found in failed if found[1] != -signal.SIGPIPE] or failed:
-            raise CommandError(argv, status, [*said])
+        return [
+            CommandError(argv, process.returncode, [*said])
+            for argv, process, _, said in self._running
+            if process.returncode
+        ]
 
 
 def _log(name: str, said: deque[str], line: str) -> None:

@@ -18,12 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from . import __version__, completion, element_tests, fleet, keep, naming, online, pipeline, workspace
+from . import __version__, completion, element_tests, fleet, foreign, keep, naming, online, pipeline, workspace
 from .base import command, events, interrupts, log, terminal
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
 from .base.units import format_size
-from .checks import published
+from .checks import published, testboot
+from .checks.testboot import session
 from .configuration import effective
 from .configuration.files import Configuration, declared, normal_key
 from .configuration.settings import ImageSettings, accepted_by, check_image_name
@@ -194,6 +195,21 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print what is in effect for the image, secrets too: each key, its value, and the file and line that "
         "set it, and stop; with --json FILE as JSON",
+    )
+    parser.add_argument(
+        "--run",
+        metavar="IMAGE|FILE",
+        help="boot the newest build of IMAGE, or the image FILE, on an overlay, open a shell in it by ssh, on the "
+        "terminal or for commands from stdin, and throw all of that away when it ends",
+    )
+    parser.add_argument(
+        "--console", action="store_true", help="with --run: give its serial console, in the place of a shell"
+    )
+    parser.add_argument(
+        "--keep-overlay",
+        type=Path,
+        metavar="FILE",
+        help="with --run: make the overlay as FILE, a qcow2, and leave it there",
     )
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
     parser.add_argument(
@@ -445,7 +461,7 @@ def _run(argv: Sequence[str]) -> None:
         "show_answers", "keys", "show_config", "cleanup",
     )  # fmt: skip
     only_checks = any(_is_mode(arguments, mode) for mode in modes)
-    for mode in modes:
+    for mode in (*modes, "run"):
         if arguments.json is not None and _is_mode(arguments, mode) and mode != "show_config":
             raise ConfigurationError(f"--json is the record of a build, --{mode.replace('_', '-')} makes none.")
     # A shell and a display would write over each other, and so would several builds.
@@ -462,6 +478,16 @@ def _run(argv: Sequence[str]) -> None:
     if arguments.cleanup:
         with interrupts.handled(), command.reaping():
             _clean_up(Path(arguments.output_dir or ".").absolute())
+        return
+    for option in ("console", "keep_overlay"):
+        if _is_mode(arguments, option) and arguments.run is None:
+            raise ConfigurationError(f"--{option.replace('_', '-')} goes with --run.")
+    if arguments.run is not None:
+        for mode in (*modes, "resume", "until", "shell_on_error"):
+            if _is_mode(arguments, mode):
+                raise ConfigurationError(f"--{mode.replace('_', '-')} and --run do not go together.")
+        with interrupts.handled(), command.reaping():
+            _try_out(arguments)
         return
     if arguments.list:
         _say(listing(Configuration(os.environ)), "The list")
@@ -538,6 +564,52 @@ def _test_element(arguments: argparse.Namespace) -> None:
         element_tests.run(
             Configuration(os.environ), arguments.test_element, _flag_texts(arguments), lambda line: _say(f"{line}\n")
         )
+
+
+def _try_out(arguments: argparse.Namespace) -> None:
+    """Boot the image that ``--run`` names, and have the user in it."""
+    # rich takes longer to import than --list does all its work.
+    from .told import display
+
+    if arguments.images:
+        raise ConfigurationError("--run names the image itself.")
+    has_terminal = os.isatty(0) and os.isatty(1)
+    if arguments.console and not has_terminal:
+        raise ConfigurationError(
+            "--console needs a terminal.", hint="Without it there are shells: they take commands from stdin, too."
+        )
+    path, plan = _tried_out(arguments)
+    session.check(plan, arguments.keep_overlay)
+    command.require(testboot.programs(plan))
+    timeline = estimates.Timeline(plan)
+    live = not arguments.quiet and not arguments.verbose and _has_display(sys.stderr)
+    with ExitStack() as stack:
+        with (
+            events.observed(timeline, display.LogLines(timeline, console=arguments.verbose)),
+            display.live(path.name, timeline) if live else nullcontext(),
+        ):
+            build, artifact = stack.enter_context(foreign.opened(plan, path))
+            found = stack.enter_context(
+                session.booted(build, artifact, console=arguments.console, kept=arguments.keep_overlay)
+            )
+        if arguments.console:
+            _say(f"This is the serial console of {path.name}. Ctrl-] ends it, and the machine.\n")
+            found.console()
+            return
+        if has_terminal:
+            _say(f"This is a shell in {path.name}, and sudo gives root's. The machine ends with it.\n")
+        found.shell()
+
+
+def _tried_out(arguments: argparse.Namespace) -> tuple[Path, Plan]:
+    """Return the image that ``--run`` names, and the plan of what is done with it."""
+    name, flags = arguments.run, _flag_texts(arguments)
+    given = dict(arguments.set) | {"test-boot": "yes"}
+    if os.path.isfile(name) or "/" in name:
+        path = Path(name)
+        return path, foreign.plan_of("--run", path, {"test-boot": "yes"}, dict(arguments.set), flags)
+    plan = pipeline.make_plan(Configuration(os.environ, {name: given}), name, flags)
+    return session.newest(plan), plan
 
 
 def _clean_up(output_dir: Path) -> None:
@@ -791,7 +863,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _status_of(partial(_run, argv), debug="--debug" in argv)
 
 
-def _status_of(work: Callable[[], None], *, debug: bool, told: Callable[[str, str | None], None] | None = None) -> int:
+def _status_of(
+    work: Callable[[], int | None], *, debug: bool, told: Callable[[str, str | None], None] | None = None
+) -> int:
     """Do *work*, say what goes wrong, and give that to *told*; return the exit status."""
     try:
         work()

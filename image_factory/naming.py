@@ -1,11 +1,14 @@
 """What the files of a build are called."""
 
+import contextlib
 import dataclasses
 import datetime
 import re
 import secrets
 import string
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from .base.errors import ConfigurationError
 from .base.log import logger
@@ -118,3 +121,29 @@ def pattern(plan: Plan) -> str:
     for key, place in places.items():
         text = text.replace(place, _OTHERS.get(key) or re.escape(known[key]))
     return f"(?P<name>{text}(?:-[0-9]+)?)" if dated else f"(?P<name>(?P<date>){text}(?:-[0-9]+)?)"
+
+
+def builds(plan: Plan, ending: str) -> list[tuple[str, list[Path]]]:
+    """Return the files of builds of the image of *plan* whose names end as the regular expression *ending* says.
+
+    They are those in the output directory, by their builds, the newest first: the digits of the time in the names,
+    empty where they have none, and the paths, sorted.
+    """
+    wanted = re.compile(f"{pattern(plan)}{ending}")
+    found: defaultdict[tuple[str, str], list[Path]] = defaultdict(list)
+    with contextlib.suppress(OSError):
+        for path in plan.output_dir.iterdir():
+            if match := wanted.fullmatch(path.name):
+                found[match["date"].replace("-", ""), match["name"]].append(path)
+    ordered = sorted(found.items(), key=_newest_last, reverse=True)
+    return [(date, sorted(paths)) for (date, _), paths in ordered]
+
+
+def _newest_last(found: tuple[tuple[str, str], Sequence[Path]]) -> tuple[str, float]:
+    """Return what puts builds in order: the time in their names, and then when they were written."""
+    (date, _), paths = found
+    times = [0.0]
+    for path in paths:
+        with contextlib.suppress(OSError):
+            times.append(path.lstat().st_mtime)
+    return date, max(times)

@@ -251,31 +251,15 @@ def _versions(packages: Iterable[Mapping[str, Any]]) -> defaultdict[tuple[str, s
 
 def _previous(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return the manifests of the newest build before by their formats, nothing if there are none to use."""
-    pattern = re.compile(rf"{naming.pattern(plan)}\.[a-z0-9.]+{re.escape(MANIFEST_SUFFIX)}")
     today = plan.date.isoformat().replace("-", "")
-    found: defaultdict[tuple[str, str], list[Path]] = defaultdict(list)
-    with contextlib.suppress(OSError):
-        for path in plan.output_dir.iterdir():
-            match = pattern.fullmatch(path.name)
-            date = match["date"].replace("-", "") if match else ""
-            if match and date[: len(today)] <= today:
-                found[date, match["name"]].append(path)
-    for (date, _), paths in sorted(found.items(), key=_newest_last, reverse=True):
-        read = [_read(path, plan, date) for path in sorted(paths)]
+    for date, paths in naming.builds(plan, rf"\.[a-z0-9.]+{re.escape(MANIFEST_SUFFIX)}"):
+        if date[: len(today)] > today:
+            continue
+        read = [_read(path, plan, date) for path in paths]
         usable = {str(document["artifact"]["format"]): document for document in read if document}
         if usable:
             return usable
     return {}
-
-
-def _newest_last(found: tuple[tuple[str, str], Sequence[Path]]) -> tuple[str, float]:
-    """Return what puts builds in order: the time in their names, and then when they were written."""
-    (date, _), paths = found
-    times = [0.0]
-    for path in paths:
-        with contextlib.suppress(OSError):
-            times.append(path.lstat().st_mtime)
-    return date, max(times)
 
 
 def _read(path: Path, plan: Plan, date: str) -> dict[str, Any] | None:

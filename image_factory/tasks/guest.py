@@ -497,6 +497,6 @@ class _TaskGuest:
                 if time.monotonic() >= deadline:
                     raise BuildError(f"The guest did not go off within {format_duration(self._limit)} after its tasks.")
                 time.sleep(1.0)
-        if guest.off() != "it went off":
+        if guest.off() != Guest.WENT_OFF:
             raise BuildError(f"The guest was lost when it was to go off: {guest.off()}.")
         files.move(self.machine.overlay, self._layers.done_path)

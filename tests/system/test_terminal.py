@@ -13,7 +13,7 @@ import termios
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,17 @@ class Scene:
             else:
                 assert not has_ended and time.monotonic() < deadline, self.text
 
+    def rest(self) -> None:
+        """Read what is left when the process has ended."""
+        while select.select([self.terminal], [], [], 0.1)[0]:
+            self.text += os.read(self.terminal, 65536).decode()
+
+    def close(self) -> None:
+        """Close the terminal, as when its window is."""
+        if self.terminal >= 0:
+            os.close(self.terminal)
+            self.terminal = -1
+
     def type(self, data: bytes) -> None:
         os.write(self.terminal, data)
 
@@ -64,20 +75,26 @@ class Scene:
 
 
 @contextmanager
-def scene(program: str, stdin: int | None = None) -> Iterator[Scene]:
-    """Have *program* run on a terminal, or with another *stdin*, in a session of its own; the slave stays open."""
+def on_terminal(argv: list[str], stdin: int | None = None) -> Iterator[Scene]:
+    """Have *argv* run on a terminal, or with another *stdin*, in a session of its own; the slave stays open."""
     master, slave = pty.openpty()
     try:
-        argv = ["setsid", *(["--ctty"] if stdin is None else []), sys.executable, "-c", HEAD + textwrap.dedent(program)]
-        process = subprocess.Popen(argv, stdin=slave if stdin is None else stdin, stdout=slave, stderr=slave)
+        own = ["setsid", *(["--ctty"] if stdin is None else []), *argv]
+        process = subprocess.Popen(own, stdin=slave if stdin is None else stdin, stdout=slave, stderr=slave)
+        found = Scene(master, process)
         try:
-            yield Scene(master, process)
+            yield found
         finally:
             process.kill()
             process.wait()
+            found.close()
     finally:
-        os.close(master)
         os.close(slave)
+
+
+def scene(program: str, stdin: int | None = None) -> AbstractContextManager[Scene]:
+    """Have *program* run on a terminal."""
+    return on_terminal([sys.executable, "-c", HEAD + textwrap.dedent(program)], stdin)
 
 
 def modes(terminal: int) -> list[object]:

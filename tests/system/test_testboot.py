@@ -16,7 +16,7 @@ from image_factory import pipeline
 from image_factory.base import files
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.checks import testboot
-from image_factory.checks.testboot import ramdisk
+from image_factory.checks.testboot import guest, ramdisk
 from image_factory.checks.testboot.guest import Guest, PortTakenError
 from image_factory.checks.testboot.login import LOGIN, RUN_SCRIPT, ssh_argv
 from image_factory.checks.testboot.machine import Machine, free_port, other_mac, pipes, prepared, qemu_argv, time_limit
@@ -433,9 +433,21 @@ def test_a_guest_that_is_silent(scene: Scene) -> None:
     scene.machine.overlay.write_bytes(b"written to")
     scene.timeout = 1.0
     scene.prints("Debian GNU/Linux 12 host ttyS0\n\nhost login: ")
-    assert scene.answer() == "it reported nothing within 1 s, though it asks for a login: its cloud-init did not run"
+    assert scene.answer() == f"it reported nothing within 1 s, though it asks for a login{guest.UNTOLD}"
     scene.prints("\nwhatever\n")
     assert scene.answer() == "it did not report within 1 s; the last line on its console was: whatever"
+
+
+def test_a_guest_that_was_told_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for until the limit, but for one that has begun to report."""
+    monkeypatch.setitem(guest.SILENT_SECONDS, "qemu", 0.5)
+    scene.machine.overlay.write_bytes(b"written to")
+    scene.timeout = 60.0
+    scene.prints("host login: ")
+    assert scene.answer() == f"it reported nothing within 0 s after it asked for a login{guest.UNTOLD}"
+    scene.reports('{"stage":"started"}\n')
+    scene.timeout = 2.0
+    assert scene.answer() == "it did not come up within 2 s"
 
 
 def test_a_guest_that_goes_off(scene: Scene) -> None:

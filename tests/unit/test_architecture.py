@@ -17,7 +17,7 @@ LAYERS = [
     ("", "cli completion online element_tests foreign pipeline fleet workspace publish keep"),
     ("configuration", "effective unused files"),
     ("tasks", "guest"),
-    ("checks.testboot", "__init__ laying login guest monitor machine ramdisk report reporting"),
+    ("checks.testboot", "session __init__ laying login guest monitor machine ramdisk report reporting"),
     ("checks", "published audit keys search leftovers"),
     ("", "checkpoint"),
     ("finishing", "sign provenance manifest listing shrink settling clean checksum firstboot fitting importing"),

@@ -52,7 +52,7 @@ from .report import Message, Subject, checks_of, identity_checks, judged, skippe
 
 # Two boots show that each one gets an identity of its own.
 _BOOTS = 2
-_PORT_TRIES = 5
+PORT_TRIES = 5
 _SHOWN_LINES = 40
 
 
@@ -128,7 +128,8 @@ def boots_of(build: Build, artifacts: Sequence[Artifact]) -> list[Boot]:
     return found + [Boot(artifact, KERNEL) for artifact in ramdisks for _ in range(1 if found else _BOOTS)]
 
 
-def _how(firmware: str) -> str:
+def how(firmware: str) -> str:
+    """Return what a boot with *firmware* is said to be with."""
     return "its kernel" if firmware == KERNEL else firmware
 
 
@@ -170,12 +171,12 @@ def steps(build: Build) -> Iterator[Group]:
         if settings.test_script:
             commands.append(ssh_argv(machine, "PORT", RUN_SCRIPT))
         booting = doing(partial(test.boot, number))
-        shown.append(Step(f"Booting {boot.artifact.path.name} with {_how(boot.firmware)}", booting, commands))
+        shown.append(Step(f"Booting {boot.artifact.path.name} with {how(boot.firmware)}", booting, commands))
     yield Group(shown, test.run)
 
 
 @dataclass(frozen=True)
-class _Running:
+class Running:
     """A *guest* whose sshd is at *port*, since *start*; its machine and its files are gone when *stack* is closed."""
 
     guest: Guest
@@ -192,7 +193,7 @@ class _TestBoot:
 
     def __init__(self, at_once: int) -> None:
         self._at_once = at_once
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._done: list[BootTested] = []
         self._reports: list[Message] = []
         self._laid: list[Laying] = []
@@ -251,7 +252,7 @@ class _TestBoot:
             Machine(build, boot.disk, boot.firmware, build.virt_type, each) for each, boot in enumerate(made, 1)
         ]
         for machine in machines[self.started_with(number)]:
-            self._running[machine.number] = _started(machine)
+            self._running[machine.number] = started(machine)
         machine, artifact = machines[number - 1], made[number - 1].artifact
         checks, report, lines, seconds = self._checked(machine)
         if artifact.sha256:
@@ -260,9 +261,9 @@ class _TestBoot:
         _log(checks)
         problems = [check.message for check in checks if check.outcome == "failed"]
         if problems:
-            _explain(report, lines)
+            explain(report, lines)
             raise BuildError(
-                f"{artifact.path.name} failed its test boot with {_how(machine.firmware)}: {'; '.join(problems)}.",
+                f"{artifact.path.name} failed its test boot with {how(machine.firmware)}: {'; '.join(problems)}.",
                 hint=f"All results are in {build.plan.junit_path}.",
             )
         if report:
@@ -270,8 +271,8 @@ class _TestBoot:
 
     def _checked(self, machine: Machine) -> tuple[list[BootCheck], Message | None, list[str], float]:
         """Return the checks of *machine*, which is ended then, what it reported and printed, and its seconds."""
-        for _ in range(_PORT_TRIES):
-            running = self._running.pop(machine.number, None) or _started(machine)
+        for _ in range(PORT_TRIES):
+            running = self._running.pop(machine.number, None) or started(machine)
             guest = running.guest
             with running.stack, contextlib.suppress(PortTakenError):
                 checks = [*_checks(machine, guest, running.port, self._reports, self._look)]
@@ -286,14 +287,15 @@ class _TestBoot:
                 running.guest.look()
 
 
-def _started(machine: Machine) -> _Running:
+def started(machine: Machine) -> Running:
+    """Start *machine*, which runs until the stack of what is returned is closed."""
     with ExitStack() as stack:
         machine = stack.enter_context(prepared(machine))
         console, report = stack.enter_context(pipes(machine))
         port = free_port()
         argv = qemu_argv(machine, other_mac(), port)
         ended = stack.enter_context(command.background(argv, machine.directory / "qemu.log"))
-        return _Running(Guest(machine, ended, console, report), port, time.monotonic(), stack.pop_all())
+        return Running(Guest(machine, ended, console, report), port, time.monotonic(), stack.pop_all())
 
 
 def _checks(
@@ -328,7 +330,8 @@ def _log(checks: Sequence[BootCheck]) -> None:
         logger.info("Check %s: %s%s", found.name, found.outcome, f": {found.message}" if found.message else "")
 
 
-def _explain(report: Message | None, lines: Sequence[str]) -> None:
+def explain(report: Message | None, lines: Sequence[str]) -> None:
+    """Log what a guest says of its failure in its *report*, and the end of what it printed."""
     if report:
         if report.fact("first-boot-left"):
             for line in report.lines("first-boot-log"):

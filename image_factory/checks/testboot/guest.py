@@ -19,6 +19,9 @@ from .report import LONGEST_LINE, Message, parse
 # never does.
 _START_SECONDS = {"kvm": 60.0, "qemu": 480.0}
 
+# A system that asks for a login has started before, or starts at the same time, what it was told to.
+SILENT_SECONDS = {"kvm": 60.0, "qemu": 180.0}
+
 # Seconds to wait after a sign: a failure prints several lines, and a system that is up in spite of it may still report.
 _SETTLE_SECONDS = 2.0
 _READ_BYTES = 64 * 1024
@@ -51,6 +54,8 @@ _SIGNS = (
     _Sign(r"[Nn]o space left on device", "its root filesystem is full", 60.0, False),
 )  # fmt: skip
 
+UNTOLD = ": no cloud-init has run in it, and its systemd is older than 256"
+
 
 class PortTakenError(Exception):
     """Another program took the port before QEMU did."""
@@ -63,22 +68,27 @@ class Guest:
     that are read.
     """
 
+    WENT_OFF = "it went off"
+
     def __init__(self, machine: Machine, ended: Callable[[], int | None], console: int, report: int) -> None:
         self._machine = machine
         self._ended = ended
-        self._descriptors = (console, report)
+        self.descriptors = (console, report)
         self._console = Console()
         self._unread = b""
         self._sign: tuple[int, str, float] | None = None
         self._refused = ""
+        self._asked: float | None = None
         self._untouched = _state_of(machine.overlay) if machine.has_disk else None
         self._start = time.monotonic()
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.message: Message | None = None
+        # What is given all that comes from its console, as it comes.
+        self.echo: Callable[[bytes], None] | None = None
 
     def look(self) -> None:
         """Read what the guest has said since, without waiting; a report that is no such ends the wait for it."""
-        console, report = self._descriptors
+        console, report = self.descriptors
         self._read_console(_read(console))
         data = _read(report)
         if self._refused:
@@ -98,10 +108,14 @@ class Guest:
             self._refused = f"what it reported is not readable: {error}"
 
     def _read_console(self, data: bytes) -> None:
+        if self.echo:
+            self.echo(data)
         lines = self._console.feed(data)
         for line in lines:
             self.lines.append(line)
             events.tell(events.ConsoleLine(line))
+        if self._asked is None and self._console.line.endswith("login:"):
+            self._asked = time.monotonic()
         for line in [*lines, self._console.line]:
             for order, sign in enumerate(_SIGNS):
                 match = re.search(sign.pattern, line)
@@ -115,7 +129,7 @@ class Guest:
     def off(self) -> str:
         """Return how the machine has ended, empty if it runs."""
         status = self._ended()
-        return "" if status is None else "it went off" if status == 0 else self._why_off(status)
+        return "" if status is None else self.WENT_OFF if status == 0 else self._why_off(status)
 
     def lost(self) -> str:
         """Return why a system that was up is lost, as far as it is known now; empty if it is not."""
@@ -134,7 +148,7 @@ class Guest:
         with interrupts.interruptible():
             while not (self.message and self.message.stage == "finished"):
                 status = self._ended()
-                select.select(self._descriptors, [], [], 1.0 if status is None else 0.0)
+                select.select(self.descriptors, [], [], 1.0 if status is None else 0.0)
                 if status is not None:
                     time.sleep(0.1)
                 self.look()
@@ -152,6 +166,9 @@ class Guest:
                     return (
                         f"it did not start: within {format_duration(start)} its disk was not written to{self._last()}"
                     )
+                silent = SILENT_SECONDS[self._machine.virt_type]
+                if self._asked is not None and now >= self._asked + silent and self.message is None:
+                    return f"it reported nothing within {format_duration(silent)} after it asked for a login{UNTOLD}"
                 if now >= deadline:
                     return self._why_late(seconds)
         return ""
@@ -175,7 +192,7 @@ class Guest:
         if self.message is None:
             if not self._console.line.endswith("login:"):
                 return f"it did not report {within}{self._last()}"
-            return f"it reported nothing {within}, though it asks for a login: its cloud-init did not run"
+            return f"it reported nothing {within}, though it asks for a login{UNTOLD}"
         jobs = self.message.lines("jobs")
         waiting = f"; it waits for {', '.join(line.split()[1] for line in jobs[:5] if len(line.split()) > 1)}"
         return f"it did not come up {within}{waiting if jobs else ''}"

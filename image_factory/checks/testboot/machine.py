@@ -82,6 +82,7 @@ class Machine:
 
     *restricted* is whether it reaches no network.  *layers* counts the overlays that it has filled before the one that
     it has now.  *ram* are the bytes of its memory, 0 for what the settings say; without a disk it is not known before.
+    *kept* is where its overlay is made, in the place of one that goes with its directory.
     """
 
     build: Build
@@ -93,6 +94,7 @@ class Machine:
     restricted: bool = False
     layers: int = 0
     ram: int = 0
+    kept: Path | None = None
 
     @property
     def has_disk(self) -> bool:
@@ -113,7 +115,7 @@ class Machine:
     @property
     def overlay(self) -> Path:
         """The file of its disk, an overlay on the image, or on those before; QEMU may open it by its name once more."""
-        return self.directory / f"overlay-{self.layers}.qcow2"
+        return self.kept or self.directory / f"overlay-{self.layers}.qcow2"
 
     @property
     def seed(self) -> Path:

@@ -57,9 +57,13 @@ END { printf "%.0f %.0f\n", total + blocks(names), inodes }'
 # What a measure can't know: blocks of extents and attributes.
 _SPARE_BLOCKS, _SPARE_SHARE = 256, 200
 
-# Where the superblock of ext is, and in it: free blocks, free inodes, the size of a block as a power of two.
+# Where the superblock of ext is, and in it: blocks, free ones, free inodes, the size of a block as a power of two.
 _SUPERBLOCK = 1024
-_FREE_BLOCKS, _FREE_INODES, _LOG_BLOCK_SIZE = 12, 16, 24
+_BLOCKS, _FREE_BLOCKS, _FREE_INODES, _LOG_BLOCK_SIZE = 4, 12, 16, 24
+# Of ext4 the kernel keeps that share of all blocks to itself, root included, and at most so many
+# (ext4_calculate_resv_clusters): with no more free than these, nothing can be written to the system, by sealing or
+# when it boots.
+_KEPT_SHARE, _MOST_KEPT = 50, 4096
 _INODE_RATIO = 16384
 
 # Of what a filesystem that is made in the appliance takes, beside files and directories: bytes for each inode, a share
@@ -369,7 +373,7 @@ def least_size(need: Need, filesystem: Filesystem, layout: Layout, directory: Pa
 
 
 def _room(scratch: Path, size: int, filesystem: Filesystem, layout: Layout) -> Need:
-    """Return what an empty ext *filesystem* of *size* bytes has room for."""
+    """Return what an empty ext *filesystem* of *size* bytes has room for, beside what the kernel keeps free."""
     scratch.unlink(missing_ok=True)
     with scratch.open("xb") as file:
         file.truncate(size)
@@ -382,10 +386,11 @@ def _room(scratch: Path, size: int, filesystem: Filesystem, layout: Layout) -> N
     with scratch.open("rb") as file:
         file.seek(_SUPERBLOCK)
         block = file.read(1024)
-    free, inodes, power = (
-        struct.unpack_from("<I", block, at)[0] for at in (_FREE_BLOCKS, _FREE_INODES, _LOG_BLOCK_SIZE)
+    blocks, free, inodes, power = (
+        struct.unpack_from("<I", block, at)[0] for at in (_BLOCKS, _FREE_BLOCKS, _FREE_INODES, _LOG_BLOCK_SIZE)
     )
-    return Need(free * (1024 << power), inodes)
+    kept = min(blocks // _KEPT_SHARE, _MOST_KEPT) if filesystem.kind == "ext4" else 0
+    return Need((free - kept) * (1024 << power), inodes)
 
 
 def layout_of(size: int, layout: Layout) -> Layout:

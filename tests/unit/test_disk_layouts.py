@@ -635,6 +635,22 @@ def test_dry_run_of_a_disk_that_fits(tmp_path: Path) -> None:
     assert layouts.Wanted("a", "b").size == Fraction(1)
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("ext4", 4096), ("ext3", 0)])
+def test_a_filesystem_that_fits_can_be_written_to(tmp_path: Path, kind: str, kept: int) -> None:
+    """The kernel keeps blocks of ext4 to itself: 2 percent of all, at most 16 MiB."""
+    root = layouts.root_of(kind, "", ())
+    scheme = layouts.scheme("filesystem", "x86_64", root)
+    layout = layouts.Layout(scheme, None, "x86_64", 0, layouts.random_identity())
+    need = filesystems.Need(1 << 30, 1000)
+    size = filesystems.least_size(need, root, layout, tmp_path)
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(size)
+    run("mke2fs", "-q", "-t", kind, "-O", "^metadata_csum_seed,^orphan_file", disk)
+    free = int(re.findall(r"^Free blocks: +([0-9]+)$", run("dumpe2fs", "-h", disk).stdout, re.MULTILINE)[0])
+    assert kept <= free - need.size // 4096 < kept + 1024
+
+
 def test_dry_run_of_a_disk_with_lvm(tmp_path: Path) -> None:
     """Libguestfs' appliance alone makes the volumes, after what they get; no size is made up."""
     (tmp_path / "lvm.yaml").write_text(LVM)

@@ -144,6 +144,10 @@ class Engine:
         for place in self._written:
             Path(place).mkdir(parents=True, exist_ok=True)
 
+    def keep_mounted(self, places: Sequence[Path]) -> None:
+        """Have what of a disk is mounted at *places* of the tree stay there, unlike what scripts mount."""
+        _put(self._mounted, "".join(f"{place}\n" for place in places))
+
     def prepare_argv(self) -> list[str]:
         """Return the command that has the machine read-only, but for what this build writes to."""
         elements = [str(each.element.path) for each in self._image.elements if not each.element.texts]

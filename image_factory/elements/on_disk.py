@@ -160,9 +160,11 @@ class _OnDisk:
         self._engine = Engine(build, image, _mounted(tree, build.disk_path.stat().st_size))
         applying.tell(image)
         self._engine.merge()
-        for branch in reversed(tree.branches):
-            for argv in _showing_argvs(_path_of(branch), self._tree / branch.point):
+        places = {self._tree / branch.point: branch for branch in reversed(tree.branches)}
+        for place, branch in places.items():
+            for argv in _showing_argvs(_path_of(branch), place):
                 self._inside.run(*argv)
+        self._engine.keep_mounted([*places])
         self._engine.prepare(self._inside)
 
     def run(self, phase: Phase, state: State) -> None:

@@ -41,6 +41,11 @@ def user_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in:
 
 
 @pytest.fixture
+def root_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
+    yield from new_build(users["root"], request, stand_in)
+
+
+@pytest.fixture
 def rootless_build(request: pytest.FixtureRequest, users: dict[str, User], stand_in: Path) -> Iterator[Build]:
     """As the user who has no sudo rule."""
     yield from new_build(users["c"], request, stand_in)

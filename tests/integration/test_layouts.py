@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from image_factory.base.files import digest_of
 from image_factory.system import loop
 
 from ..conftest import User, run
+from ..system.test_elements_run import script
 from .test_build import ANSWERS, INSTALLER_LOGS, SURVIVORS, TODAY, WORK, Build
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -159,6 +161,41 @@ def test_layout(build: Build, installed: Mapping[str, Path], name: str) -> None:
     expected = name == "efi" and not fat
     assert ("partition 1 (vfat) can't be mounted: its unused blocks stay." in log) is expected
     assert (lines_with(DELETED, build.directory / RAW) > 0) is expected
+
+
+# Scripts that need no shell in the system, which has none.
+ELEMENT = """\
+env | grep -E '^(DISTRO_NAME|DIB_ROOT_FSTYPE|DIB_MOUNTPOINTS|FS_TYPE)=' | sort >"$TARGET_ROOT/etc/told"
+for place in boot home var var/log; do echo of the element >"$TARGET_ROOT/$place/of-element"; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "points"),
+    [("mbr", "ext3", "/|/boot"), ("efi", "xfs", "/|/var"), ("btrfs", "btrfs", "/|/home|/var/log")],
+)
+def test_elements(root_build: Build, installed: Mapping[str, Path], name: str, kind: str, points: str) -> None:
+    """On the disk of an installer, with all that it mounts; those that fail leave it as it was."""
+    build, layout = root_build, LAYOUTS[name]
+    path = build.directory / "elements/look/root.d/50-look"
+    script(path, f"{ELEMENT}exit 7")
+    extra = f"mount-via = loop\nelements = look\nskip-base = yes\nelements-path = {path.parents[2]}\n"
+    take(build, installed, name, extra)
+    disk = build.directory / WORK / "disk.raw"
+    before = digest_of(disk)
+    failed = build.run("--resume", check=False)
+    assert "root.d/50-look of the element look failed with status 7" in failed.stderr
+    assert (failed.returncode, digest_of(disk)) == (1, before)
+    script(path, ELEMENT)
+    done = build.run("--resume")
+    assert "Merging elements ..." in done.stderr and "Installing ..." not in done.stderr
+    with mounted(build.directory / RAW, layout) as tree:
+        told = dict(line.split("=", 1) for line in (tree / "etc/told").read_text().splitlines())
+        texts = {place: (tree / place / "of-element").read_text() for place in ("boot", "home", "var", "var/log")}
+    points = points if name != "efi" or loop.lacks_driver("vfat") else "/|/boot/efi|/var"
+    assert told == {"DISTRO_NAME": "stand-in", "DIB_ROOT_FSTYPE": kind, "DIB_MOUNTPOINTS": points, "FS_TYPE": kind}
+    # Logs are emptied when all have run.
+    assert texts == {**dict.fromkeys(("boot", "home", "var"), "of the element\n"), "var/log": ""}
 
 
 def check_finished(raw: Path, log: str, layout: Layout) -> None:

@@ -22,8 +22,10 @@ from ..inside import namespaces
 from ..model import Build, Plan
 from ..parts import Group, State, Step, carry_out, doing
 from ..system import loop
+from ..tasks import namespace
 from . import bootstrap
 from .kind import DiskSource, idle_beside
+from .tree_tasks import TreeTasks
 
 # The first phase that runs on the disk, where elements work on that.
 _ON_DISK = "pre-finalise.d"
@@ -54,10 +56,18 @@ def check(plan: Plan) -> None:
             "attached for root alone, by a kernel that mounts all that is on it.",
             hint="Build as root, or have ext4 there.",
         )
-    if plan.tasks and not layout.firmware:
+    on_disk = laying.works_on_disk(found)
+    if plan.tasks and on_disk and namespace.tasks(plan):
+        raise ConfigurationError(
+            f"[{plan.image}] tasks-via = namespace: elements work on the disk here, and there is no tree after them.",
+            hint="Set tasks-via = guest, or make the tasks scripts of an element.",
+        )
+    if plan.tasks and not layout.firmware and not namespace.tasks(plan):
         raise ConfigurationError(
             f"[{plan.image}] tasks: they run in the booted system, and this layout has no boot loader.",
-            hint="Make them scripts of an element, or choose another layout.",
+            hint="Make them scripts of an element, or choose another layout."
+            if on_disk
+            else "Set tasks-via = namespace.",
         )
     bootstrap.check_paths(plan)
     bootstrap.check_architecture(plan)
@@ -81,7 +91,8 @@ def _attaches(plan: Plan, layout: layouts.Layout) -> bool:
 
 def identity(plan: Plan, used: Sequence[events.InputUsed] = ()) -> dict[str, str]:
     """Return a digest of each setting that makes the disk another one."""
-    texts = applying.identity(plan) | bootstrap.disk_identity_texts(plan, _layout(plan, applying.of_plan(plan)))
+    layout = _layout(plan, applying.of_plan(plan))
+    texts = applying.identity(plan) | bootstrap.disk_identity_texts(plan, layout) | namespace.identity(plan)
     return {key: hashlib.sha256(data).hexdigest() for key, data in texts.items()}
 
 
@@ -92,6 +103,7 @@ def programs(plan: Plan) -> list[str]:
     return [
         *engine.PROGRAMS,
         *namespaces.programs(as_root=plan.as_root),
+        *namespace.programs(plan),
         *making.programs(layout),
         *((attaching if _attaches(plan, layout) else standing).PROGRAMS if laying.works_on_disk(found) else ()),
     ]
@@ -112,6 +124,11 @@ class _Elements:
             self._disk = replace(self._disk, firmware=None)
         self._engine = Engine(build, self._image, self._disk)
         self._tree = engine.tree_of(build)
+        self._tasks = TreeTasks(build, self._tree, None, self._outer)
+
+    def _outer(self) -> namespaces.Namespaces:
+        assert self._inside is not None
+        return self._inside
 
     def entered(self, state: State, steps: Sequence[Step | Group]) -> State:
         """Carry out *steps* with namespaces, with which all goes that they have mounted and left running."""
@@ -122,18 +139,34 @@ class _Elements:
             with namespaces.entered(build.directory, as_root=build.plan.as_root) as self._inside:
                 return carry_out(state, steps)
 
-    def merge(self, state: State) -> None:
-        assert self._inside is not None
-        applying.tell(self._image)
-        self._engine.merge()
-        # Others may have taken it since the build began.
-        bootstrap.check_memory(state.build.plan)
-        for argv in self._preparing_argvs(state.build.plan):
-            self._inside.run(*argv)
+    def apart(self, state: State, steps: Sequence[Step | Group]) -> State:
+        """Carry out *steps* in namespaces in which the machine is read-only, and no more than these."""
+        outer = self._outer()
+        with namespaces.entered(self._tree.parent, as_root=outer.as_root, within=outer.pid) as self._inside:
+            self._engine.prepare(self._inside)
+            state = carry_out(state, steps)
+        self._inside = outer
+        return state
 
-    def _preparing_argvs(self, plan: Plan) -> list[list[str]]:
-        memory = [bootstrap.memory_argv(plan, self._tree)] if bootstrap.in_memory(plan) else []
-        return [*memory, self._engine.prepare_argv()]
+    def merge(self, state: State) -> None:
+        self._engine.merge()
+        self._begin(state.build.plan)
+
+    def restore(self, state: State) -> None:
+        self._tree.mkdir()
+        self._begin(state.build.plan)
+        self._tasks.restore()
+
+    def _begin(self, plan: Plan) -> None:
+        """Say what the tree is made from, and give it memory if it gets that."""
+        applying.tell(self._image)
+        # Others may have taken it since the build began.
+        bootstrap.check_memory(plan)
+        for argv in self._memory_argvs(plan):
+            self._outer().run(*argv)
+
+    def _memory_argvs(self, plan: Plan) -> list[list[str]]:
+        return [bootstrap.memory_argv(plan, self._tree)] if bootstrap.in_memory(plan) else []
 
     def run(self, phase: Phase, state: State) -> None:
         assert self._inside is not None
@@ -184,9 +217,24 @@ class _Elements:
         self._engine.detach(self._inside)
 
     def steps(self, build: Build) -> Iterator[Step | Group]:
-        holding = namespaces.holding_argv(as_root=build.plan.as_root)
-        preparing = applying.shown(build, *self._preparing_argvs(build.plan))
-        yield Step("Merging elements", doing(self.merge), [holding, *preparing])
+        as_root = build.plan.as_root
+        beginning = [namespaces.holding_argv(as_root=as_root), *applying.shown(build, *self._memory_argvs(build.plan))]
+        if self._tasks.kept:
+            restoring = applying.shown(build, *self._tasks.restoring_argvs())
+            yield Step("Restoring the tree", doing(self.restore), [*beginning, *restoring])
+        else:
+            preparing = applying.shown(build, self._engine.prepare_argv())
+            apart = [namespaces.holding_argv(as_root=as_root, within="PID"), *preparing]
+            yield Step("Merging elements", doing(self.merge), [*beginning, *apart])
+            yield Group([*self._steps_of_elements(build)], self.apart)
+        if not self._on_disk:
+            yield from self._tasks.steps()
+        if not self._on_disk and not build.until_task:
+            yield self._loader("Installing the boot loader", build)
+            yield self._making(build)
+
+    def _steps_of_elements(self, build: Build) -> Iterator[Step]:
+        """Give the steps of the phases, and those of the disk that some of them work on."""
         for phase in self._engine.phases:
             if self._on_disk and phase.directory == _ON_DISK:
                 yield from self._before_disk(build)
@@ -195,9 +243,6 @@ class _Elements:
             yield Step("Detaching the disk", doing(self.detach), applying.shown(build, self._engine.detach_argv()))
         elif self._on_disk:
             yield self._making(build, self._engine.take_argv())
-        else:
-            yield self._loader("Installing the boot loader", build)
-            yield self._making(build)
 
     def _before_disk(self, build: Build) -> Iterator[Step]:
         """Give the steps that come before phases on the disk: root attaches it, for others files stand for it."""

@@ -19,6 +19,8 @@ from ..base.errors import ConfigurationError
 from ..configuration.settings import Task
 from ..model import Plan
 
+# Sources that make a tree.
+WITH_TREES = ("bootstrap", "elements")
 # A secret of fewer characters is a word that any output may have.
 _SHORTEST_SECRET = 6
 _LARGEST_FILE = 4 << 20
@@ -187,10 +189,12 @@ def _interpreter(script: Script) -> str:
 
 def place(plan: Plan) -> str:
     """Return where the tasks before cleaning run: ``guest`` or ``namespace``."""
-    via = plan.settings.tasks_via
-    if via == "auto":
-        return "namespace" if plan.settings.source == "bootstrap" else "guest"
-    return via
+    settings = plan.settings
+    if settings.tasks_via != "auto":
+        return settings.tasks_via
+    # Of elements the disk may be theirs by then, unless it has no boot loader at all.
+    in_tree = settings.source == "bootstrap" or (settings.source in WITH_TREES and settings.layout == "filesystem")
+    return "namespace" if in_tree else "guest"
 
 
 def programs(plan: Plan) -> list[str]:

@@ -12,7 +12,7 @@ from ..configuration.settings import Task
 from ..disks import bounds
 from ..inside.namespaces import MAKE_DEVICES, entering_argv
 from ..model import Build, Plan
-from . import KINDS, playbooks, timeout_argv
+from . import KINDS, WITH_TREES, playbooks, timeout_argv
 from . import place as place_of
 from . import programs as programs_of_tasks
 from .copies import InSystem, putting, told
@@ -227,9 +227,10 @@ def check(plan: Plan) -> None:
     """Raise ConfigurationError if it is known that the tasks of *plan* can't be carried out in a tree."""
     if not tasks(plan):
         return
-    if plan.settings.source != "bootstrap":
+    if plan.settings.source not in WITH_TREES:
         raise ConfigurationError(
-            f"[{plan.image}] tasks-via = namespace: only source = bootstrap has a tree.", hint="Set tasks-via = guest."
+            f"[{plan.image}] tasks-via = namespace: only source = {' and '.join(WITH_TREES)} have a tree.",
+            hint="Set tasks-via = guest.",
         )
     for task in plan.tasks:
         if task.reboot:
@@ -257,7 +258,7 @@ def restoring_argvs(build: Build, tree: Path, layers: Sequence[Path]) -> list[li
     kinds = ["--acls", "--xattrs", "--xattrs-include=*", "--numeric-owner", "--same-owner", "--preserve-permissions"]
     extracting = ["tar", "--extract", "--listed-incremental=/dev/null", *kinds, f"--directory={tree}"]
     return [
-        ["mkdir", str(tree)],
+        ["mkdir", "-p", str(tree)],
         *([*extracting, f"--file={layer}"] for layer in layers),
         # To nowhere tar reads no file: it looks, as for the next layer.
         keeping_argv(build, tree, Path("/dev/null")),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import User, run
-from .test_elements_run import Place, script, system
+from .test_elements_run import Place, script, system, task
 
 __all__ = ["system"]
 
@@ -79,7 +79,9 @@ def test_nothing_is_done_to_this_machine(
     is_root = "true" if name == "root" else "false"
     text = HARM.format(socket=listening, named=named, key=KEY, place=place.path, pid=os.getpid(), is_root=is_root)
     place.element("harm", extra_data=text, install='while read -r line; do echo "$line"; done </proc/self/status')
-    argv = place.command("harm", keys=f"DIB_NAMED = unix://{named}")
+    # A task finds nothing of what they have done to their namespaces.
+    look = "read -r name </proc/sys/kernel/hostname; [ $$name = localhost ] && pwd"
+    argv = place.command("harm", keys=f"DIB_NAMED = unix://{named}\n{task(look)}")
     conf = place.path / "conf"
     before = machine()
     if name == "root":
@@ -97,6 +99,7 @@ def test_nothing_is_done_to_this_machine(
     out = place.cache / "elements/out"
     assert not out.exists(), out.read_text(encoding="utf-8")
     assert os.listdir(precious) == ["file"]
+    assert "INFO: nsenter: /\n" in said
     assert machine() == before and not Path(f"/sys/class/net/if{KEY}").exists()
     assert str(place.out) not in Path("/proc/self/mountinfo").read_text(encoding="utf-8")
     assert f" {KEY} " not in Path("/proc/sysvipc/shm").read_text(encoding="utf-8")

@@ -35,9 +35,10 @@ element-environment = OTHER='a b'
 # A tree in which bash runs.
 SYSTEM = """\
 set -eu
-mkdir -p proc sys dev tmp etc root usr/bin usr/sbin usr/lib usr/lib64 var/log var/tmp usr/local/bin
+mkdir -p proc sys dev run tmp etc root usr/bin usr/sbin usr/lib usr/lib64 var/log var/tmp usr/local/bin
 for name in bin sbin lib lib64; do ln -s usr/$name $name; done
-for program in bash basename dirname cat sort mkdir id env touch ls mount umount rm sleep head sh chmod ln; do
+for program in bash basename dirname cat sort mkdir id env touch ls mount umount rm sleep head sh chmod ln base64 \
+    timeout; do
     path=$(readlink -f "$(command -v $program)")
     cp "$path" usr/bin/$program
     for library in $(ldd "$path" | grep -o '/[^ ]*'); do
@@ -597,6 +598,34 @@ def test_files_beside_the_image_are_published_with_it(place: Place) -> None:
     assert f"{next(place.out.glob('*.kernel')).stat().st_mode & 0o7777:o}" == "644"
 
 
+def task(command: str) -> str:
+    return f"tasks = work\n[work]\ntask-command = {command}"
+
+
+def test_tasks_in_the_tree(place: Place) -> None:
+    """One that fails is begun again with what elements have made."""
+    place.element("count", install="echo more >>/var/count; mount -t tmpfs left /srv || :")
+    command = "cat /var/count >/var/seen; touch /tmp/x /etc/resolv.conf"
+    shown = place.build("count", "--dry-run", keys=task(command))
+    names = re.findall("^# ([A-Z].*)$", shown, re.MULTILINE)
+    assert names[11:15] == ["Keeping the tree", "Task work", "Installing the boot loader", "Making the disk"]
+    said = place.build("count", keys=task(f"{command}; exit 3"), status=1)
+    assert "error: Task work failed with status 3." in said and "--resume x' goes on here" in said
+    assert str(place.out) not in Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+    [work] = place.out.glob(".*")
+    assert sorted(path.name.partition("-")[0] for path in work.iterdir()) == ["checkpoint.json", "layer"]
+    resumed = place.build("count", "--resume", keys=task(command))
+    assert "Restoring the tree ..." in resumed and "Running root.d ..." not in resumed
+    assert place.text("./var/seen") == "more\n" and place.text("./etc/resolv.conf") == "of the system\n"
+    assert "./.dotfile" in place.names() and "./tmp/x" not in place.names()
+
+
+def work(place: Place) -> None:
+    """Make the script of a task, and an element that works on a disk."""
+    script(place.path / "work.sh", "")
+    place.element("bootloader", root="true")
+
+
 @pytest.mark.parametrize(
     ("prepare", "elements", "keys", "message"),
     [
@@ -604,7 +633,13 @@ def test_files_beside_the_image_are_published_with_it(place: Place) -> None:
         (lambda place: place.element("vm", root="true"), "vm", "", "There is no element 'block-device-mbr'"),
         (lambda place: place.element("lvm", root="true"), "lvm", "", "elements: lvm (named) works on a disk"),
         (lambda place: place.element("system2", root="true"), "system2", "filesystem = zfs", "filesystem: 'zfs'"),
-        (lambda place: script(place.path / "work.sh", ""), "", "tasks = ./work.sh", "this layout has no boot loader."),
+        (work, "", "tasks = ./work.sh\ntasks-via = guest", "this layout has no boot loader."),
+        (
+            work,
+            "bootloader",
+            "tasks = ./work.sh\ntasks-via = namespace\nDIB_BLOCK_DEVICE = mbr",
+            "there is no tree after them.",
+        ),
     ],
 )
 def test_what_is_refused(

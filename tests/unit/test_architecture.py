@@ -29,6 +29,7 @@ LAYERS = [
     ("sources.capture", "__init__ generic hosts streams"),
     ("sources.image", "__init__ growing unpacking opening formats"),
     ("sources.bootstrap", "__init__ failures packages trees recipe"),
+    ("sources", "tree_tasks"),
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery installers"),
     ("elements", "on_disk applying engine breaks layout image contract hooks system resolve scripts"),
     ("uploads", "index streams __init__ rsync drp http rclone oci command curl credentials tries"),

@@ -89,9 +89,22 @@ def test_where_tasks_of_a_tree_run(tmp_path: Path) -> None:
     assert made[""] != made["tasks-network = no"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "in_tree"),
+    [("", False), ("layout = filesystem", True), ("tasks-via = namespace", True), ("tasks-via = guest", False)],
+)
+def test_where_tasks_of_elements_run(tmp_path: Path, keys: str, in_tree: bool) -> None:
+    """Where their disk may be one already, in the booted system, unless the tree is wanted."""
+    plan = make_x(tmp_path, f"source = elements\nelements = a\nimage-size = 1G\n{keys}")
+    assert namespace.tasks(plan) == (plan.tasks if in_tree else ())
+    namespace.check(plan)
+
+
 def test_source_without_a_tree(tmp_path: Path) -> None:
     """No task is left out silently."""
     plan = make_x(tmp_path, "linux = /l\ninitrd = /i\ntasks-via = namespace")
-    with pytest.raises(ConfigurationError, match="tasks-via = namespace: only source = bootstrap has a tree") as caught:
+    with pytest.raises(
+        ConfigurationError, match="tasks-via = namespace: only source = bootstrap and elements have"
+    ) as caught:
         namespace.check(plan)
     assert caught.value.hint == "Set tasks-via = guest."

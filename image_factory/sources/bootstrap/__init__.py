@@ -11,27 +11,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ...base import command, events, files
+from ...base import command, events
 from ...base.cleanup import released
 from ...base.errors import BuildError, CommandError, ConfigurationError
 from ...base.log import logger
 from ...base.memory import free_memory
 from ...base.units import format_size
 from ...configuration.parsers import FIT
-from ...configuration.settings import BOOTSTRAP_KEY, Dependent, ImageSettings, Task
+from ...configuration.settings import BOOTSTRAP_KEY, Dependent, ImageSettings
 from ...disks import bounds, layouts, making, notation
 from ...elements import applying
-from ...finishing import copying
 from ...inside import namespaces
 from ...machines import arch
 from ...machines.arch import FIRMWARES
 from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
 from ...system import appliance
-from ...tasks import namespace, running
-from ...tasks.layers import Layers
+from ...tasks import namespace
 from .. import answers
 from ..kind import DiskSource, idle_beside
+from ..tree_tasks import TreeTasks
 from . import failures, packages, recipe, trees
 
 # What a tree on a tmpfs must leave to others.
@@ -43,7 +42,6 @@ _USUAL_TREE = 4 << 30
 _FILESYSTEMS = ("ext4", "xfs", "btrfs")
 
 _TREE = "tree"
-_UNFINISHED = "unfinished-layer"
 _COPY = "bootstrap.yaml"
 _DEBCONF, _SCRIPT = "debconf", "script"
 # apt and dpkg-deb take a quote, a backslash and a line break for their own, mtools a variable.
@@ -501,56 +499,9 @@ class _Bootstrap:
         near = {other for other in text.split() if other[:1] == name[:1] and abs(len(other) - len(name)) <= 4}
         return difflib.get_close_matches(name, sorted(near), n=3, cutoff=0.75)
 
-    def restore(self, layers: Layers, state: State) -> None:
-        """Make the tree from its layers, in the place of bootstrapping it."""
-        assert self._inside is not None
-        build = state.build
-        self._begin(build)
-        kept = layers.kept()
-        layers.remove(kept)
-        for argv in namespace.restoring_argvs(build, self._root(build), kept):
-            self._inside.run(*argv)
-        events.tell(events.LayerKept())
-
-    def keep(self, layers: Layers, count: int, state: State) -> None:
-        """Keep what has changed in the tree since the layer before."""
-        assert self._inside is not None
-        unfinished = state.build.directory / _UNFINISHED
-        # It has the system's passwords, too.
-        unfinished.touch(mode=0o600)
-        self._inside.run(*namespace.keeping_argv(state.build, self._root(state.build), unfinished))
-        files.move(unfinished, layers.path(count))
-        events.tell(events.LayerKept())
-
-    def carry_out(self, layers: Layers, count: int, task: Task, state: State) -> None:
-        """Carry out *task*, and keep what the *count* tasks have done."""
-        assert self._inside is not None
-        place = self._place(state.build, self._inside.pid)
-        place.prepare()
-        try:
-            running.run_task(task, place.place)
-        except BuildError as error:
-            if state.attended:
-                error.attended = True
-                logger.error("%s", error.message)
-                logger.error("A shell is opened in the tree; the build ends when you leave it.")
-                place.look()
-            raise
-        if layers.is_sure(count):
-            self.keep(layers, count, state)
-
-    def _place(self, build: Build, pid: int | str) -> namespace.InTree:
-        return namespace.InTree(build, self._root(build), pid, self._wanted.proxy, copying.copy_task)
-
-    def task_steps(self, build: Build, layers: Layers) -> Iterator[Step]:
-        """Give the steps of the tasks that run in the tree, each with what keeps its layer."""
-        root, place = self._root(build), self._place(build, "PID")
-        keeping = applying.shown(build, namespace.keeping_argv(build, root, build.directory / _UNFINISHED))
-        if not layers.kept():
-            yield Step("Keeping the tree", doing(partial(self.keep, layers, 0)), keeping)
-        for count, task in layers.left():
-            run = partial(self.carry_out, layers, count, task)
-            yield Step(f"Task {task.name}", doing(run), [*place.commands(task), *keeping])
+    def restore(self, tasks: TreeTasks, state: State) -> None:
+        self._begin(state.build)
+        tasks.restore()
 
     def install_loader(self, state: State) -> None:
         assert self._inside is not None
@@ -605,14 +556,13 @@ def steps(build: Build) -> Iterator[Step | Group]:
     work = _Bootstrap(build.plan, wanted)
     tree = _tree(build) / "root"
     layout = layout_of(build.plan)
-    layers = Layers(build) if namespace.tasks(build.plan) else None
-    kept = layers.kept() if layers else []
+    tasks = TreeTasks(build, tree, wanted.proxy, work.outer)
     inside: list[Step | Group]
     beginning = [memory_argv(build.plan, _tree(build))] if in_memory(build.plan) else []
     holding = namespaces.holding_argv(as_root=build.plan.as_root)
-    if layers and kept:
-        beginning += namespace.restoring_argvs(build, tree, kept)
-        restoring = doing(partial(work.restore, layers))
+    if tasks.kept:
+        beginning += tasks.restoring_argvs()
+        restoring = doing(partial(work.restore, tasks))
         inside = [Step("Restoring the tree", restoring, [holding, *applying.shown(build, *beginning)])]
     else:
         beginning.append(bootstrap_argv(build, wanted, tree))
@@ -621,8 +571,7 @@ def steps(build: Build) -> Iterator[Step | Group]:
             caching = applying.shown(build, trees.keeping_argv(tree, packages.directory(build.plan) / "XXXXXXXX"))
             inside.append(Step("Caching the tree", doing(work.cache), caching, when=work.is_new))
         inside += applying.steps(build, tree, layout, wanted.proxy, work.outer)
-    if layers:
-        inside += work.task_steps(build, layers)
+    inside += tasks.steps()
     if not build.until_task:
         loader = [each.words for each in loader_commands(build, tree, layout)]
         inside += [

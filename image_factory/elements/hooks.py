@@ -1,5 +1,6 @@
 """The hooks of an image: the directories of all its elements merged, and the order in which their scripts run."""
 
+import errno
 import os
 import re
 import shlex
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..base.errors import ConfigurationError
-from .resolve import Element
+from .resolve import Element, reading
 
 
 class Phase(NamedTuple):
@@ -72,12 +73,14 @@ def packages_command(packages: Sequence[str]) -> str:
 def merge(elements: Iterable[Element]) -> Hooks:
     """Return the files of the hooks of *elements* by path; ConfigurationError if two have one file in a directory.
 
-    A file beside the directories is the last one's that has it, as each of them has a README.
+    Or if one can't be read.  A file beside the directories is the last one's that has it, as each of them has a README.
     """
     found: dict[str, File] = {}
     for element in elements:
         found |= {name: File(element.path / name, element.name, text) for name, text in element.texts.items()}
-        for name, path in () if element.texts else _files(element.path):
+        with reading():
+            files = [] if element.texts else [*_files(element.path)]
+        for name, path in files:
             if "/" in name and name in found:
                 raise ConfigurationError(
                     f"The elements {found[name].element} and {element.name} both have a file {name}.",
@@ -95,6 +98,15 @@ def merge(elements: Iterable[Element]) -> Hooks:
 
 
 def _files(top: Path) -> Iterator[tuple[str, Path]]:
+    """Give the files of the element at *top*, each with its path there; PermissionError of one that can't be read."""
+    for name, path in _paths(top):
+        # A link is copied as it is.
+        if not os.access(path, os.R_OK) and not path.is_symlink():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        yield name, path
+
+
+def _paths(top: Path) -> Iterator[tuple[str, Path]]:
     for entry in sorted(os.scandir(top), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False):
             if entry.name not in _APART:

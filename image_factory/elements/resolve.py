@@ -104,17 +104,30 @@ def find(directories: Iterable[Path]) -> dict[str, Element]:
     found: dict[str, Element] = {}
     for directory in directories:
         here: dict[str, Element] = {}
-        for path in sorted(entry.resolve() for entry in directory.iterdir() if entry.is_dir()):
-            # lost+found is nobody's but root's.
-            if not os.access(path, os.R_OK | os.X_OK):
-                logger.info("%s can't be read, so it is no element.", path)
-            elif path.name != "__pycache__":
-                here.setdefault(path.name, _element(path))
+        with reading():
+            for path in sorted(entry.resolve() for entry in directory.iterdir() if entry.is_dir()):
+                # lost+found is nobody's but root's.
+                if not os.access(path, os.R_OK | os.X_OK):
+                    logger.info("%s can't be read, so it is no element.", path)
+                elif path.name != "__pycache__":
+                    here.setdefault(path.name, _element(path))
         for name, element in here.items():
             if name in found and found[name].path != element.path:
                 logger.info("%s is taken in place of %s", found[name].path, element.path)
         found = here | found
     return found
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Have ConfigurationError say what of elements can't be read inside."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"Elements: {error.filename} can't be read: {error.strerror}.",
+            hint="Let the user who builds read all of an element, as with chmod -R a+rX, or leave it out.",
+        ) from error
 
 
 def _element(path: Path) -> Element:

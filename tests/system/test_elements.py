@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, User
 from ..unit.test_elements import put
 
 CONFIGURATION = """\
@@ -31,15 +31,19 @@ source-image = /srv/disk.raw
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    system = put(tmp_path / "elements/system", "x root.d/10-tree\n- README.rst\n- element-provides")
+    return filled(tmp_path)
+
+
+def filled(path: Path) -> Path:
+    system = put(path / "elements/system", "x root.d/10-tree\n- README.rst\n- element-provides")
     (system / "README.rst").write_text("system\n======\nMakes a tree. Of files.\n", encoding="utf-8")
     (system / "element-provides").write_text("operating-system\n", encoding="utf-8")
-    app = put(tmp_path / "elements/app", "x install.d/9-b\nx install.d/10-a\nx install.d/20.off\n- environment.d/1-app")
+    app = put(path / "elements/app", "x install.d/9-b\nx install.d/10-a\nx install.d/20.off\n- environment.d/1-app")
     put(app, "x install.d/app-package-install/50-package\nx install.d/app-source-install/50-source")
     (app / "element-deps").write_text("install-types\n", encoding="utf-8")
-    put(tmp_path / "elements/install-types", "x extra-data.d/99-types")
-    (tmp_path / "conf").write_text(CONFIGURATION.format(elements=tmp_path / "elements"), encoding="utf-8")
-    return tmp_path
+    put(path / "elements/install-types", "x extra-data.d/99-types")
+    (path / "conf").write_text(CONFIGURATION.format(elements=path / "elements"), encoding="utf-8")
+    return path
 
 
 def said(place: Path, *arguments: str, status: int = 0) -> str:
@@ -111,3 +115,21 @@ Never run:
 def test_what_can_not_be_explained(place: Path, image: str, message: str) -> None:
     assert message in said(place, "--explain-elements", image, status=2)
     assert sorted(os.listdir(place)) == ["conf", "elements"]
+
+
+UNREAD = ("elements/app/install.d/9-b", "elements/app/install.d", "elements/app/element-deps", "elements")
+
+
+def test_what_a_user_can_not_read(users: dict[str, User]) -> None:
+    user = users["c"]
+    place = filled(user.directory("unread"))
+    for name in UNREAD:
+        path = place / name
+        mode = path.stat().st_mode
+        path.chmod(0)
+        argv = user.argv(user.program, "--check", "x", IMAGE_FACTORY_CONFIG=str(place / "conf"))
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        path.chmod(mode)
+        error, hint = done.stderr.splitlines()
+        assert error == f"image-factory: error: Elements: {path} can't be read: Permission denied."
+        assert hint.startswith("image-factory: hint: Let the user who builds read all of an element")

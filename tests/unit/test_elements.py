@@ -66,6 +66,19 @@ def test_cycles_are_none() -> None:
     assert names("a", known(a=f"a b/{SYSTEM}", b="c", c="a")) == ["a", "b", "c"]
 
 
+def test_a_cycle_through_what_they_provide() -> None:
+    """Each needs what the other one provides; one that is the other under another name takes its place."""
+    elements = known(os=f"/{SYSTEM}", a="y/x", b="x/y", c="d", d="e", e="/c")
+    assert names("os a b", elements) == ["os", "a", "b"]
+    assert names("os e d", elements) == ["os", "e", "d"]
+    with pytest.raises(ConfigurationError) as caught:
+        names("os a", elements)
+    assert caught.value.message == "There is no element 'y' (needed by a)."
+    with pytest.raises(ConfigurationError) as caught:
+        names("os c", elements)
+    assert caught.value.message == "The element c is named, and e (needed by d) provides it."
+
+
 def test_an_element_that_is_named_twice_is_one() -> None:
     assert list(resolve.wanted(["a", "a"], "amd64", with_base=False)) == ["a"]
 

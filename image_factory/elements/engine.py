@@ -8,7 +8,7 @@ import shutil
 import stat
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..base import command, files, terminal
@@ -45,7 +45,9 @@ _WITHOUT = (
     "audit_control", "block_suspend", "net_admin", "sys_boot", "sys_module", "sys_pacct", "sys_rawio", "sys_time",
     "syslog", "wake_alarm",
 )  # fmt: skip
-_SOCKETS = "unix://"
+# Of the machine's own /tmp and /var/tmp, scripts on this machine see what these URIs, or paths, name.
+_URI = re.compile("^(?:unix|file)://(?=/)")
+_TEMPORARY = re.compile(r"(?:/var)?/tmp/[^\s'\"`:,;()]+")
 
 PROGRAMS = ("bash", "chroot", "find", "mount", "setpriv", "sort", "truncate", "umount")
 
@@ -150,11 +152,15 @@ class Engine:
 
     def prepare_argv(self) -> list[str]:
         """Return the command that has the machine read-only, but for what this build writes to."""
+        return ["bash", self._program("prepare"), *self._writable(), "--", *self._readable()]
+
+    def _writable(self) -> Mapping[str, None]:
+        return dict.fromkeys([str(self._told.top), str(self._build.directory), *self._written])
+
+    def _readable(self) -> Mapping[str, None]:
         elements = [str(each.element.path) for each in self._image.elements if not each.element.texts]
-        named = filter(_is_hidden, (value.removeprefix(_SOCKETS) for value in self._image.given.values()))
-        readable = dict.fromkeys([*elements, *map(str, self._image.directories), os.getcwd(), *named])
-        writable = dict.fromkeys([str(self._told.top), str(self._build.directory), *self._written])
-        return ["bash", self._program("prepare"), *writable, "--", *readable]
+        named = filter(_is_hidden, (_URI.sub("", value) for value in self._image.given.values()))
+        return dict.fromkeys([*elements, *map(str, self._image.directories), os.getcwd(), *named])
 
     def prepare(self, inside: Namespaces) -> None:
         """Have the machine read-only."""
@@ -321,11 +327,25 @@ class Engine:
                 "Elements write to their tree, to $TMPDIR, /tmp, $DIB_IMAGE_CACHE and $TMP_HOOKS_PATH; all else of "
                 "this machine is read-only for them"
             )
+        elif not phase.inside and (path := self._unseen(output.lines)):
+            hint = (
+                f"Scripts have a /tmp and a /var/tmp of their own, without {path}: have it elsewhere, or let a "
+                "variable, as DIB_REPOLOCATION_NAME is one, be that path"
+            )
         elif any(_FULL in line for line in output.lines):
             hint = "Free some space, set a larger image-size, or make the tree elsewhere: work-in-memory, output-dir"
         else:
             hint = "The log has all that it has printed"
         return BuildError(f"{what}: {last}" if last else f"{what}, and said nothing.", hint=f"{hint}.")
+
+    def _unseen(self, lines: Iterable[str]) -> str | None:
+        """Return a path of this machine's own /tmp or /var/tmp that is in *lines*, and that scripts don't see."""
+        seen = [*self._writable(), *self._readable()]
+        for found in (match[0] for line in lines for match in _TEMPORARY.finditer(line)):
+            path = os.path.normpath(found)
+            if os.path.lexists(path) and not any(Path(path).is_relative_to(place) for place in seen):
+                return path
+        return None
 
     def _owner(self, name: str) -> str:
         """Return what the script *name* of the hooks is of, an element mostly; install-types makes links."""

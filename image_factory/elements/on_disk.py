@@ -54,8 +54,8 @@ def check(plan: Plan) -> None:
     if not plan.as_root:
         # What a user wants root to run is no part of the sudo rule.
         raise ConfigurationError(
-            f"{where}: to a disk that is there already only root can apply them.",
-            hint="Build as root. With source = bootstrap any user can.",
+            f"{where}: to a disk that is there already only root can apply them, as this machine's kernel mounts it.",
+            hint="Build as root, or have tasks in their place. With source = bootstrap or elements any user can.",
         )
     if plan.settings.mount_via != "loop":
         raise ConfigurationError(

@@ -209,4 +209,7 @@ def test_a_disk_that_is_there_is_for_root(user_place: Place) -> None:
     run("qemu-img", "create", "-q", "-f", "qcow2", source, "1M")
     of_image(place, source)
     done = place.run("--check", "small", check=False)
-    assert done.returncode == 2 and "to a disk that is there already only root can apply them." in done.stderr
+    assert (
+        done.returncode == 2 and "already only root can apply them, as this machine's kernel mounts it." in done.stderr
+    )
+    assert "hint: Build as root, or have tasks in their place." in done.stderr

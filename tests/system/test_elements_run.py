@@ -400,6 +400,18 @@ def test_what_fails(place: Place, what: str) -> None:
     assert os.listdir(precious) == ["file"]
 
 
+def test_what_is_hidden_of_this_machine(place: Place, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Unless a variable names it."""
+    path = tmp_path_factory.mktemp("repository") / "file"
+    path.write_text("of the machine\n", encoding="utf-8")
+    place.element("look", extra_data=f"cat '{path}'", install="cat /tmp/lost")
+    said = place.fails("look")
+    assert f"extra-data.d/50-look of the element look failed with status 1: cat: {path}: No such file" in said
+    assert f"hint: Scripts have a /tmp and a /var/tmp of their own, without {path}: have it elsewhere" in said
+    said = place.fails("look", keys=f"DIB_REPOLOCATION_look = file://{path}")
+    assert "install.d/50-look of the element look failed" in said and "hint: The log has" in said
+
+
 @pytest.mark.parametrize(
     ("text", "said"), [("echo is not set: $LOST", ""), ("exit 0", ": exit is not for environment.d, return is\n")]
 )

@@ -115,9 +115,11 @@ class _Applied:
         """Carry out *steps* in namespaces in which the machine can be read-only, and no more than these."""
         with released(partial(namespaces.remove, self._top)):
             self._top.mkdir()
-            with namespaces.entered(
-                self._top, as_root=state.build.plan.as_root, within=self._outer().pid
-            ) as self._inside:
+            as_root, pid = state.build.plan.as_root, self._outer().pid
+            with (
+                self._engine.holding_packages(),
+                namespaces.entered(self._top, as_root=as_root, within=pid) as self._inside,
+            ):
                 return carry_out(state, steps)
 
     def merge(self, state: State) -> None:

@@ -8,10 +8,10 @@ import shutil
 import stat
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..base import command, files, terminal
+from ..base import command, files, locks, terminal
 from ..base.errors import BuildError, CommandError
 from ..base.log import logger
 from ..disks import attaching, standing
@@ -19,7 +19,7 @@ from ..disks.layouts import Layout
 from ..disks.making import Inside
 from ..inside.namespaces import Namespaces, entering_argv
 from ..model import Build
-from . import breaks, contract, hooks, layout, scripts
+from . import breaks, contract, hooks, layout, scripts, system
 from .contract import Told
 from .hooks import ENVIRONMENT, Phase
 from .image import Image
@@ -39,6 +39,9 @@ _OWN_LINE = "dib-run-parts "
 _LINES = 5
 # By this file in the tree, by diskimage-builder's convention.
 _EXPECTED = "tmp/dib-test-should-fail"
+# Whether the element that has apt keeps packages in the cache.
+_APT_CACHE = "DIB_APT_LOCAL_CACHE"
+_LOCKED = "Could not get lock"
 _READ_ONLY, _FULL = "Read-only file system", "No space left on device"
 # What root may do to the kernel and the network of this machine, and scripts may not: nothing takes it back.
 _WITHOUT = (
@@ -114,6 +117,29 @@ class Engine:
         self._written = contract.written_places(image.given, self._told)
         self._breaks = breaks.read(os.environ)
         self.phases = hooks.phases(image.packages)
+
+    @contextlib.contextmanager
+    def holding_packages(self) -> Iterator[None]:
+        """Have apt's packages in the cache for this build alone inside: if another one has them, it keeps none there.
+
+        apt does not wait for others who use its directory, and two of them can't share it.
+        """
+        given = self._image.given
+        if system.PACKAGERS["deb"] not in self._image.names or _APT_CACHE in given:
+            yield
+            return
+        cache = Path(contract.cache_places(given, self._told)["DIB_IMAGE_CACHE"]).resolve()
+        cache.mkdir(parents=True, exist_ok=True)
+        descriptor = locks.lock(cache)
+        if descriptor is None:
+            holder = locks.by_whom(cache)
+            logger.info("Another build%s has the packages of apt in %s: this one fetches its own.", holder, cache)
+            self._image = dataclasses.replace(self._image, given={**given, _APT_CACHE: "0"})
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def merge(self) -> None:
         """Write the merged hooks, and what scripts find beside them."""
@@ -327,6 +353,8 @@ class Engine:
                 "Elements write to their tree, to $TMPDIR, /tmp, $DIB_IMAGE_CACHE and $TMP_HOOKS_PATH; all else of "
                 "this machine is read-only for them"
             )
+        elif any(_LOCKED in line for line in output.lines):
+            hint = "Another program uses the same DIB_IMAGE_CACHE: build when it has ended, or set another directory"
         elif not phase.inside and (path := self._unseen(output.lines)):
             hint = (
                 f"Scripts have a /tmp and a /var/tmp of their own, without {path}: have it elsewhere, or let a "

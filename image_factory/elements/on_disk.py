@@ -3,6 +3,7 @@
 They have a copy of the disk, which takes its place when all of them have run: what fails leaves nothing of itself.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -129,6 +130,8 @@ class _OnDisk:
         self._engine = Engine(build, applying.of_plan(build.plan), Mounted("FILESYSTEM", {}))
         self._tree = engine.tree_of(build)
         self._inside: Namespaces | None = None
+        # What elements there are is known when the system is there.
+        self._held = contextlib.ExitStack()
 
     def mounted(self, state: State, steps: Sequence[Step | Group]) -> State:
         """Carry out *steps* with the system of a copy of the disk, which takes the place of that."""
@@ -138,7 +141,7 @@ class _OnDisk:
             command.run(_copying_argv(build), umask=0o077)
             with loop.mounted(build, Disk(copy), _volumes(copy)) as tree, released(partial(namespaces.remove, top)):
                 top.mkdir()
-                with namespaces.entered(top, as_root=True) as self._inside:
+                with self._held, namespaces.entered(top, as_root=True) as self._inside:
                     carry_out(dataclasses.replace(state, tree=tree), steps)
             # They are over the disk as it was.
             for layer in layers.all_in(build.directory):
@@ -158,6 +161,7 @@ class _OnDisk:
         # Now the system can be looked at.
         image = applying.of_plan(build.plan, _packages(tree))
         self._engine = Engine(build, image, _mounted(tree, build.disk_path.stat().st_size))
+        self._held.enter_context(self._engine.holding_packages())
         applying.tell(image)
         self._engine.merge()
         places = {self._tree / branch.point: branch for branch in reversed(tree.branches)}

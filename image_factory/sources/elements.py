@@ -142,7 +142,10 @@ class _Elements:
     def apart(self, state: State, steps: Sequence[Step | Group]) -> State:
         """Carry out *steps* in namespaces in which the machine is read-only, and no more than these."""
         outer = self._outer()
-        with namespaces.entered(self._tree.parent, as_root=outer.as_root, within=outer.pid) as self._inside:
+        with (
+            self._engine.holding_packages(),
+            namespaces.entered(self._tree.parent, as_root=outer.as_root, within=outer.pid) as self._inside,
+        ):
             self._engine.prepare(self._inside)
             state = carry_out(state, steps)
         self._inside = outer

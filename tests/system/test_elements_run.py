@@ -1,5 +1,6 @@
 """Elements that run: a system of a few of this machine's programs, what each phase sees, and what goes wrong."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -383,6 +384,22 @@ FAILURES: dict[str, tuple[dict[str, str], Sequence[str]]] = {
         ["pre-install.d/50-bad of the element bad failed with status 127"],
     ),
 }
+
+
+def test_packages_that_another_build_has(place: Place) -> None:
+    """This build keeps none in the cache; unless the user says otherwise, who is told why apt fails."""
+    place.element("dpkg", root='echo "packages: ${DIB_APT_LOCAL_CACHE-in the cache}"')
+    (place.cache / "elements").mkdir(parents=True)
+    descriptor = os.open(place.cache / "elements", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    said = place.build("dpkg")
+    assert re.search(rf"Another build \(process {os.getpid()} of root\) has the packages of apt in {place.cache}", said)
+    assert "packages: 0" in said
+    place.element("dpkg", install="echo 'E: Could not get lock /var/cache/apt/archives/lock.'; exit 100")
+    said = place.build("dpkg", keys="DIB_APT_LOCAL_CACHE = 1", status=1)
+    assert "hint: Another program uses the same DIB_IMAGE_CACHE" in said
+    os.close(descriptor)
+    assert "packages: in the cache" in place.build("dpkg", status=1)
 
 
 @pytest.mark.parametrize("what", FAILURES)

@@ -10,8 +10,9 @@ from ..configuration.settings import ANSWER_FILE_KEYS, BOOTSTRAP_KEY, Dependent,
 from ..model import Build, Given, Plan
 from ..parts import Steps
 
-# The settings of a tree and the disk that it is put on, then those that some sources go by.
-_OF_TREES = ("work-in-memory", "layout", "filesystem", "root-label", "mkfs-options", "extra-size")
+# The settings of a disk that a tree is put on, those of a tree that a source makes, then those that some sources go by.
+_OF_DISKS = ("layout", "filesystem", "root-label", "mkfs-options", "extra-size")
+_OF_TREES = ("work-in-memory", *_OF_DISKS)
 _OF_SOURCES = {
     "installer": (
         "linux", "initrd", "installer-image", "linux-sha256", "initrd-sha256", "installer-image-sha256", "append",
@@ -21,7 +22,7 @@ _OF_SOURCES = {
     "image": ("source-image", "source-image-sha256"),
     "bootstrap": (BOOTSTRAP_KEY, "cache-tree", *_OF_TREES),
     "elements": _OF_TREES,
-    "capture": ("capture-from", "capture-mounts", *_OF_TREES),
+    "capture": ("capture-from", "capture-mounts", *_OF_DISKS),
 }  # fmt: skip
 
 

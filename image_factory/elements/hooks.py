@@ -107,12 +107,13 @@ def _files(top: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _paths(top: Path) -> Iterator[tuple[str, Path]]:
-    for entry in sorted(os.scandir(top), key=lambda entry: entry.name):
-        if entry.is_dir(follow_symlinks=False):
-            if entry.name not in _APART:
-                yield from _below(Path(entry.path), entry.name)
-        elif entry.is_file(follow_symlinks=False) and not entry.name.endswith(".pyc"):
-            yield entry.name, Path(entry.path)
+    # Links count as what they lead to.
+    for path in sorted(top.iterdir()):
+        if path.is_dir():
+            if path.name not in _APART:
+                yield from _below(path, path.name)
+        elif path.is_file() and not path.name.endswith(".pyc"):
+            yield path.name, path
 
 
 def _below(directory: Path, name: str) -> Iterator[tuple[str, Path]]:

@@ -195,6 +195,17 @@ def test_merging(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_merging_by_links(tmp_path: Path) -> None:
+    put(tmp_path / "one", "x install.d/1\n- pkg-map")
+    two = tmp_path / "two"
+    two.mkdir()
+    for name in ("install.d", "pkg-map"):
+        (two / name).symlink_to(f"../one/{name}")
+    for name, target in (("itself", "itself"), ("nowhere", "gone")):
+        (two / name).symlink_to(target)
+    assert [*merged(two)] == ["install.d/1", "pkg-map"]
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [

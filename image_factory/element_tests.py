@@ -10,9 +10,11 @@ from .base import scratch
 from .base.errors import BuildError, ConfigurationError
 from .configuration.files import FILE_VARIABLE, Configuration, declared
 from .configuration.settings import ImageSettings, TaskSettings, UploadSettings
-from .elements import resolve
+from .elements import applying, resolve
+from .elements import layout as laying
 from .elements.engine import ExpectedError
 from .inside import namespaces
+from .model import Plan
 
 _TESTS, _TYPE, _DISK = "test-elements", "element-type", "disk"
 _PREFIX = "image-factory-element-test."
@@ -78,7 +80,6 @@ def _text(configuration: Configuration, test: ElementTest, directory: Path) -> s
         "elements": f"{test.element} {test.path.name}",
         "elements-path": _raw(":".join(map(str, [test.path.parent, *_search_path(configuration)]))),
         "skip-base": "yes",
-        "layout": "filesystem",
         "format": "raw",
         "output-dir": _raw(str(directory)),
     }
@@ -93,11 +94,20 @@ def _raw(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _build(configuration: Configuration, test: ElementTest, flags: Mapping[str, str], directory: Path) -> None:
-    """Build *test* in *directory*; BuildError if it fails, and was not to."""
+def _plan(configuration: Configuration, test: ElementTest, flags: Mapping[str, str], directory: Path) -> Plan:
+    """Return the plan to build *test* in *directory*: to one filesystem, unless its elements lay out the disk."""
     path = directory / "image-factory.conf"
-    path.write_text(_text(configuration, test, directory), encoding="utf-8")
-    plan = pipeline.make_plan(Configuration({FILE_VARIABLE: str(path)}), test.path.name, flags)
+    text = _text(configuration, test, directory)
+    for layout in ("", "layout = filesystem\n"):
+        path.write_text(f"{text}{layout}", encoding="utf-8")
+        plan = pipeline.make_plan(Configuration({FILE_VARIABLE: str(path)}), test.path.name, flags)
+        if laying.source(applying.of_plan(plan)):
+            break
+    return plan
+
+
+def _build(plan: Plan) -> None:
+    """Build the test of *plan*; BuildError if it fails, and was not to."""
     try:
         pipeline.build_image(pipeline.check_plan(plan))
     except ExpectedError:
@@ -117,7 +127,7 @@ def run(configuration: Configuration, wanted: str, flags: Mapping[str, str], tel
             continue
         try:
             with scratch.directory(_PREFIX, namespaces.remove, large=True) as directory:
-                _build(configuration, test, flags, directory)
+                _build(_plan(configuration, test, flags, directory))
             tell(f"passed  {test.name}")
         except (BuildError, ConfigurationError) as error:
             failed += 1

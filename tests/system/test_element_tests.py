@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import REPOSITORY, run
+from .test_elements_disk import LAYOUT
 from .test_elements_run import Place, script
 from .test_elements_run import place as place
 from .test_elements_run import system as system
@@ -71,6 +72,15 @@ def test_a_test_that_can_not_be_built(place: Place, tests: Path) -> None:
     (tests / "does-well/element-deps").write_text("sistem\n", encoding="utf-8")
     said, _ = outcome(place, "work/does-well", status=1)
     assert said == "failed  work/does-well: There is no element 'sistem' (needed by does-well).\n"
+
+
+def test_a_test_that_lays_out_the_disk(place: Place, tests: Path) -> None:
+    directory = tests / "on-disk"
+    script(directory / "cleanup.d/50-test", '[ -b "$IMAGE_BLOCK_DEVICE" ]')
+    (directory / "element-deps").write_text("system\n", encoding="utf-8")
+    (directory / "block-device-default.yaml").write_text(LAYOUT, encoding="utf-8")
+    said, _ = outcome(place, "work/on-disk", status=0)
+    assert said == "passed  work/on-disk\n"
 
 
 @pytest.mark.parametrize(

@@ -437,13 +437,22 @@ def read(path: Path, root: Filesystem) -> Scheme:
 
     ConfigurationError names file, line and key of what is wrong.
     """
+    return parse(read_text(path), path, root)
+
+
+def read_text(path: Path) -> str:
+    """Return what the file of a layout at *path* has; ConfigurationError if it can't be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        # A pipe or a device may have no end.
+        if path.exists() and not path.is_file():
+            raise ConfigurationError(f"The layout {path} is not a file.")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"The layout {path} can't be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not UTF-8.") from error
-    return parse(text, path, root)
+    except ValueError as error:
+        raise ConfigurationError(f"{str(path)!r} is no path of a layout: {error}.") from error
 
 
 def parse(text: str, where: Path | str, root: Filesystem) -> Scheme:

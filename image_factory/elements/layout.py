@@ -51,24 +51,15 @@ def source(image: Image) -> Source | None:
     given = image.given.get(_CONFIG, "")
     if given.startswith(_FILE):
         path = Path(unquote(given.removeprefix(_FILE)))
-        return Source(str(path), _read(path))
+        return Source(str(path), notation.read_text(path))
     if given.strip():
         return Source(_CONFIG, given)
     # ppc64le has the files of ppc64el, as this is Debian's name.
     for each in image.elements:
         for name in (f"block-device-{image.architecture}.yaml", "block-device-default.yaml"):
             if (path := each.element.path / name).is_file():
-                return Source(str(path), _read(path))
+                return Source(str(path), notation.read_text(path))
     return None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"The layout {path} can't be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{path} is not UTF-8.") from error
 
 
 def works_on_disk(image: Image) -> bool:

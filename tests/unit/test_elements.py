@@ -389,9 +389,16 @@ def test_layouts_that_are_refused(tmp_path: Path) -> None:
         layout.check("x", loader, "bios")
     (tmp_path / "told").mkdir()
     layout.check("x", laid(tmp_path / "told/bootloader", given={"DIB_BLOCK_DEVICE": "gpt"}), "bios")
-    lost = laid(tmp_path / "lost", given={"DIB_BLOCK_DEVICE_CONFIG": "file:///lost.yaml"})
-    with pytest.raises(ConfigurationError, match=r"The layout /lost\.yaml can't be read: No such"):
-        layout.source(lost)
+    for number, (path, message) in enumerate(
+        {
+            "/lost.yaml": r"The layout /lost\.yaml can't be read: No such",
+            "/dev/zero": "The layout /dev/zero is not a file",
+            "/a%00b": "embedded null byte",
+        }.items()
+    ):
+        wrong = laid(tmp_path / str(number), given={"DIB_BLOCK_DEVICE_CONFIG": f"file://{path}"})
+        with pytest.raises(ConfigurationError, match=message):
+            layout.source(wrong)
 
 
 def test_what_works_on_a_disk(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class Scene:
         return self.user.argv(self.user.program, *(words or ("--until", "install", "small")), **variables)
 
     def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return run(*self.argv(*words), check=check, cwd=self.directory, timeout=PATIENCE)
+        return run(*self.argv(*words), check=check, cwd=self.directory, timeout=3 * PATIENCE)
 
     def fail(self) -> list[str]:
         """Build, which fails and leaves nothing; return what is told of it, error and hint."""

@@ -32,6 +32,9 @@ from .search import Hit, Needle
 # So many findings are in the error; the log has all.
 _TOLD = 3
 
+# So many places that only a person can judge are named.
+_UNJUDGED = 40
+
 # Parts of the answer file are searched for: of so many bytes, one in so many, and about so many at most.
 _PART = 128
 _PART_EVERY = 512
@@ -496,9 +499,20 @@ class _Audit:
         self._findings += [
             Finding(check.name, what) for check in self._checks if check.name == "copies" for what in tree.copies
         ]
+        if build.plan.settings.source == "capture":
+            _tell_unjudged(tree)
         if any(check.name == KEYS for check in self._checks):
             more, self._known = audit_keys(tree, build.directory, self._findings)
             self._findings += more
+
+
+def _tell_unjudged(tree: Tree) -> None:
+    """Warn of what in a system that was lived in only a person can judge."""
+    with interrupts.interruptible():
+        found = [f"/{leftovers.quoted(path)}" for path in leftovers.unjudged(Look(tree, leftovers.UNJUDGED))]
+    if found:
+        more = f" and {len(found) - _UNJUDGED} more" if len(found) > _UNJUDGED else ""
+        logger.warning("Look yourself at what the audit can't judge: %s%s.", ", ".join(found[:_UNJUDGED]), more)
 
 
 def steps(build: Build) -> Iterator[Step | Group]:

@@ -580,6 +580,23 @@ def _own_leftovers(look: Look, path: str, asked: Asked) -> Found:
             yield from _own_leftovers(look, joined(path, name), asked)
 
 
+# Where administrators put what no package has, and units and jobs of their own.
+UNJUDGED = ("opt", "srv", "usr/local/bin", "usr/local/sbin", "usr/local/etc", "usr/local/lib", "var/www", "home",
+            "etc/cron.d", "etc/systemd/system", "etc/sudoers.d", "etc/nftables.d", "etc/iptables")  # fmt: skip
+# Those of packages, and directories that each system has there.
+_USUAL = re.compile(r"\.placeholder|README|python3.*|e2scrub_all|lost\+found|.*\.(?:wants|requires|d)|image-factory-.*")
+
+
+def unjudged(look: Look) -> Iterator[str]:
+    """Give what in a system that was lived in may be anything."""
+    for directory in UNJUDGED:
+        for name in look.names(directory):
+            path = joined(directory, name)
+            is_links = directory == "etc/systemd/system" and look.kind(path) == "link"
+            if not _USUAL.fullmatch(name) and not is_links:
+                yield path
+
+
 def _directories_of(patterns: Iterable[str]) -> Iterator[str]:
     """Give the directories that *patterns* are in, and those on the way there."""
     for pattern in patterns:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from image_factory.finishing.seal.captured import CAPTURED
+
 from ..capture_scene import Scene, make_system, new_scene
 from ..conftest import User, run
 from ..small_archive import Archive
@@ -235,6 +237,57 @@ def test_huge_holes_take_nothing(scene: Scene, system: Path) -> None:
     assert in_disk(scene.disk, "stat /srv/socket") == ""
     assert ("no devices, so these are left out: /srv/null" in done.stderr) != scene.user.is_root
     assert ("Type: character" in in_disk(scene.disk, "stat /srv/null")) == scene.user.is_root
+
+
+# What a system that was lived in has, by the operation of sealing that takes it away.
+LIVED_IN = {
+    "passwords": "etc/gshadow",
+    "user-keys": "home/ann/.ssh/id_ed25519",
+    "user-traces": "home/ann/.cache/thumbnails",
+    "tls-keys": "etc/letsencrypt/live/example.com",
+    "domain": "etc/sssd/sssd.conf",
+    "agents": "etc/zabbix/agent.psk",
+    "containers": "var/lib/docker/overlay2",
+    "databases": "var/lib/mysql/ibdata1",
+    "cron-spools": "var/spool/cron/crontabs/ann",
+    "queues": "var/spool/postfix/deferred/1",
+    "host-name": "etc/hostname",
+    "static-addresses": "etc/network/interfaces",
+    "swap-files": "swapfile",
+    "disk-keys": "etc/cryptsetup-keys.d/data.key",
+    "usage": "var/lib/fail2ban/fail2ban.sqlite3",
+}
+SECRET = "ann:secret::\n"
+ADDRESSES = "auto ens3\niface ens3 inet static\n    address 10.0.0.7/24\n"
+
+
+def test_what_was_lived_in_is_sealed(users: dict[str, User], system: Path) -> None:
+    """Without a word of the configuration; what the audit can't judge is told, and one that is left it finds."""
+    assert LIVED_IN.keys() == {operation.name for operation in CAPTURED}
+    scene = new_scene(users["root"])
+    tree = scene.directory / "tree"
+    run("cp", "-a", system, tree)
+    for name, path in LIVED_IN.items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_text(ADDRESSES if name == "static-addresses" else SECRET)
+    for path in ("opt/tool/bin", "srv/site"):
+        (tree / path).mkdir(parents=True)
+    (tree / "home/ann/notes").write_text("-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n")
+    scene.configure(tree)
+    done = scene.run("small", check=False)
+    for name, path in LIVED_IN.items():
+        found = re.search(f"Sealing: {name}: (.*)", done.stderr)
+        assert found and found[1] != "nothing", name
+        if name not in ("passwords", "host-name", "static-addresses"):
+            assert in_disk(scene.disk, f'stat "/{path}"') == "", path
+    assert in_disk(scene.disk, "cat /etc/gshadow") == "ann:!::\n"
+    assert in_disk(scene.disk, "cat /etc/hostname") == "localhost\n"
+    assert in_disk(scene.disk, "cat /etc/network/interfaces") == "auto ens3\niface ens3 inet dhcp\n"
+    assert "/home/ann/notes has a private key" in done.stderr.splitlines()[-2]
+    judged = re.search("can't judge: (.*)", done.stderr)
+    assert judged and {"/opt/tool", "/srv/site", "/srv/data", "/home/ann"} <= {*re.split(", |\\.$", judged[1])}, (
+        done.stderr
+    )
 
 
 def test_full_disk_is_told(users: dict[str, User], tar: Path) -> None:

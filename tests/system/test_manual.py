@@ -16,6 +16,7 @@ from image_factory.checks import audit
 from image_factory.configuration import files
 from image_factory.configuration.files import Configuration
 from image_factory.configuration.settings import ImageSettings, TaskSettings, UploadSettings, declarations
+from image_factory.finishing.seal.captured import CAPTURED
 from image_factory.finishing.seal.operations import OPERATIONS
 from image_factory.outputs import OUTPUTS, targets
 from image_factory.outputs.targets import TARGETS
@@ -179,9 +180,9 @@ def test_the_manual_has_each_check_of_the_audit_with_its_sentence() -> None:
 def test_the_manual_has_each_operation_of_sealing_with_its_sentence() -> None:
     found = entries(MANUAL, "SEALING")
     assert {name: " ".join(text.split()) for name, text in found.items()} == {
-        operation.name: operation.help for operation in OPERATIONS
+        operation.name: operation.help for operation in (*OPERATIONS, *CAPTURED)
     }
-    assert all(operation.help.endswith(".") for operation in OPERATIONS)
+    assert all(operation.help.endswith(".") for operation in (*OPERATIONS, *CAPTURED))
 
 
 def test_the_manual_has_each_form_of_a_template_key() -> None:

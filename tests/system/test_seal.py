@@ -21,6 +21,7 @@ from image_factory.configuration.files import Configuration
 from image_factory.finishing import seal
 from image_factory.finishing.seal import identity, traces
 from image_factory.finishing.seal.actions import Actions, System
+from image_factory.finishing.seal.captured import CAPTURED
 from image_factory.finishing.seal.operations import OPERATIONS
 from image_factory.model import Build, Disk
 from image_factory.system import loop, mounts, partitions, registrations
@@ -212,13 +213,17 @@ def test_nothing_is_done_unless_it_is_asked_for(tmp_path: Path) -> None:
 
 def test_operations_are_chosen(tmp_path: Path) -> None:
     names = [operation.name for operation in OPERATIONS]
-    assert len(set(names)) == len(names)
+    of_captures = [operation.name for operation in CAPTURED]
+    assert len({*names, *of_captures}) == len(names) + len(of_captures)
+    captured = "source = capture\ncapture-from = /"
     for text, chosen in (
         ("seal = yes", names),
         ("seal = no\nseal-only = logs", []),
         ("seal = yes\nseal-only = logs, machine-id", ["machine-id", "logs"]),
         ("seal = yes\nseal-skip = logs,proxy", [name for name in names if name not in ("logs", "proxy")]),
         ("seal = yes\nseal-only = logs, mail\nseal-skip = logs", ["mail"]),
+        ("seal = yes\nseal-only = logs, swap-files", ["logs", "swap-files"]),
+        (f"{captured}\nseal-skip = databases", [*names, *(name for name in of_captures if name != "databases")]),
     ):
         settings = make_build(tmp_path, text).plan.settings
         assert [operation.name for operation in seal.chosen_operations(settings)] == chosen
@@ -229,7 +234,7 @@ def test_unknown_operation_is_refused_with_the_list(tmp_path: Path, key: str) ->
     with pytest.raises(ConfigurationError) as caught:
         make_build(tmp_path, f"seal = yes\n{key} = logs, machineid")
     assert caught.value.message == f"[x] {key}: 'machineid' is not accepted, only operations of sealing."
-    assert caught.value.hint == f"They are {', '.join(operation.name for operation in OPERATIONS)}."
+    assert caught.value.hint == f"They are {', '.join(operation.name for operation in (*OPERATIONS, *CAPTURED))}."
 
 
 def test_only_what_is_chosen_goes(tmp_path: Path) -> None:

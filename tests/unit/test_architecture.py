@@ -21,7 +21,7 @@ LAYERS = [
     ("checks", "published audit keys search leftovers"),
     ("", "checkpoint"),
     ("finishing", "sign provenance manifest listing shrink settling clean checksum firstboot fitting importing"),
-    ("finishing.seal", "__init__ operations traces identity media apt actions"),
+    ("finishing.seal", "__init__ captured operations traces identity media apt actions"),
     ("", "naming"),
     ("outputs", "targets __init__ packed qemu trees incus netboot oci raw kind"),
     ("elements", "explain"),

@@ -12,6 +12,7 @@ import pytest
 from image_factory.base.errors import BuildError, NoSystemError
 from image_factory.finishing import clean
 from image_factory.finishing.seal.actions import System
+from image_factory.finishing.seal.captured import CAPTURED
 from image_factory.finishing.seal.operations import OPERATIONS
 from image_factory.model import Change, Entry, Partition, Placed, Subvolume, Volume
 from image_factory.system import assembly, privileged, tree
@@ -371,7 +372,7 @@ def test_helper_takes_all_directories_of_subvolumes(helper: ModuleType) -> None:
     everything = System({}, {}, ("root", "home/a"), tuple(operation.name for operation in OPERATIONS))
     sealed = [
         pattern
-        for operation in OPERATIONS
+        for operation in (*OPERATIONS, *CAPTURED)
         for patterns in (operation.read, operation.looked_at, *vars(operation.actions(everything)).values())
         for pattern in patterns
     ]

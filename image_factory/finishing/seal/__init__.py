@@ -1,6 +1,7 @@
 """Seal an image, so that it can be cloned: what makes one machine of it goes, and what the build has left.
 
-``operations.OPERATIONS`` is the one table of what is done; the manual's list is checked against it.  A system is
+``operations.OPERATIONS`` is the table of what is done, and ``captured.CAPTURED`` of what is done beside that to a
+system that was lived in; the manual's list is checked against them.  A system is
 looked at once, before anything changes, then all changes are made in a few calls: through sudo and in
 the appliance a call is what takes time.
 """
@@ -18,6 +19,7 @@ from ...system.registrations import is_of
 from ...system.rehearsal import Call
 from ...system.tree import Tree
 from .actions import Actions, System, is_home
+from .captured import CAPTURED
 from .identity import UNITS
 from .operations import OPERATIONS, Operation
 
@@ -32,7 +34,7 @@ _NO_HOMES = ("", "bin", "dev", "nonexistent", "proc", "run", "sbin", "sys", "usr
 
 def check(plan: Plan) -> None:
     """Raise ConfigurationError if the keys of *plan* name an operation that there is none of."""
-    known = [operation.name for operation in OPERATIONS]
+    known = [operation.name for operation in (*OPERATIONS, *CAPTURED)]
     for key, names in (("seal-only", plan.settings.seal_only), ("seal-skip", plan.settings.seal_skip)):
         for name in names:
             if name not in known:
@@ -43,12 +45,16 @@ def check(plan: Plan) -> None:
 
 
 def chosen_operations(settings: ImageSettings) -> list[Operation]:
-    """Return the operations that *settings* choose, in the order of the table; none without ``seal``."""
+    """Return the operations that *settings* choose, in the order of the tables; none without ``seal``.
+
+    Those for systems that were lived in are of captured ones, or have to be named.
+    """
     if not settings.seal:
         return []
+    more = CAPTURED if settings.source == "capture" or settings.seal_only else ()
     return [
         operation
-        for operation in OPERATIONS
+        for operation in (*OPERATIONS, *more)
         if (not settings.seal_only or operation.name in settings.seal_only) and operation.name not in settings.seal_skip
     ]
 

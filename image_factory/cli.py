@@ -18,7 +18,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from . import __version__, completion, element_tests, fleet, foreign, keep, naming, online, pipeline, workspace
+from . import (
+    __version__,
+    completion,
+    element_tests,
+    fleet,
+    foreign,
+    judging,
+    keep,
+    naming,
+    online,
+    pipeline,
+    workspace,
+)
 from .base import command, events, interrupts, log, terminal
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
@@ -211,6 +223,23 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="with --run: make the overlay as FILE, a qcow2, and leave it there",
     )
+    parser.add_argument(
+        "--audit",
+        metavar="FILE",
+        help="look whether FILE, any disk image or tar, has what must not be cloned, and stop; status 1 if it has",
+    )
+    parser.add_argument(
+        "--manifest",
+        metavar="FILE",
+        help="write what is in FILE, any disk image or tar, to FILE.manifest.json, and stop",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar="FILE",
+        help="say which packages two disk images, tars or manifests do not have in common; status 1 if any",
+    )
+    parser.add_argument("--seal", metavar="FILE", help="make a sealed copy of FILE, any disk image")
     parser.add_argument("--cleanup", action="store_true", help="remove what killed builds of yours have left, and stop")
     parser.add_argument(
         "--json",
@@ -391,6 +420,20 @@ def _has_display(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
+@contextmanager
+def _log_file(plan: Plan, *, append: bool) -> Iterator[None]:
+    """Log inside also into the file that *plan* has for that, if it has one."""
+    with ExitStack() as stack:
+        if plan.log_path is not None:
+            try:
+                workspace.make_output_dir(plan)
+                plan.log_path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(log.also_to_file(plan.log_path, append=append))
+            except OSError as error:
+                raise ConfigurationError(f"Can't write the log file {plan.log_path}: {error.strerror}.") from error
+        yield
+
+
 def _build(plan: Plan, arguments: argparse.Namespace, seen: witness.Witness, *, live: bool) -> None:
     # rich takes longer to import than --list does all its work.
     from .told import display
@@ -401,13 +444,7 @@ def _build(plan: Plan, arguments: argparse.Namespace, seen: witness.Witness, *, 
         stack.enter_context(
             events.observed(times, differences, timeline, display.LogLines(timeline, console=arguments.verbose))
         )
-        if plan.log_path is not None:
-            try:
-                workspace.make_output_dir(plan)
-                plan.log_path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(log.also_to_file(plan.log_path, append=arguments.resume))
-            except OSError as error:
-                raise ConfigurationError(f"Can't write the log file {plan.log_path}: {error.strerror}.") from error
+        stack.enter_context(_log_file(plan, append=arguments.resume))
         if live:
             stack.enter_context(display.live(plan.image, timeline))
         try:
@@ -460,6 +497,7 @@ def _run(argv: Sequence[str]) -> None:
         "list", "list_json", "list_elements", "test_element", "explain_elements", "verify", "check", "dry_run",
         "show_answers", "keys", "show_config", "cleanup",
     )  # fmt: skip
+    judged = next((mode for mode in _JUDGED if _is_mode(arguments, mode)), None)
     only_checks = any(_is_mode(arguments, mode) for mode in modes)
     for mode in (*modes, "run"):
         if arguments.json is not None and _is_mode(arguments, mode) and mode != "show_config":
@@ -475,6 +513,11 @@ def _run(argv: Sequence[str]) -> None:
     for mode in ("list", "list_json", "list_elements", "test_element", "cleanup"):
         if arguments.set and _is_mode(arguments, mode):
             raise ConfigurationError(f"--set is for images, --{mode.replace('_', '-')} knows none.")
+    if judged:
+        _check_alone(arguments, judged, modes)
+        with interrupts.handled(), command.reaping():
+            _judge(arguments, judged, live=live)
+        return
     if arguments.cleanup:
         with interrupts.handled(), command.reaping():
             _clean_up(Path(arguments.output_dir or ".").absolute())
@@ -612,6 +655,64 @@ def _tried_out(arguments: argparse.Namespace) -> tuple[Path, Plan]:
     return session.newest(plan), plan
 
 
+# Of files that others have made.
+_JUDGED = ("audit", "manifest", "compare", "seal")
+
+
+def _check_alone(arguments: argparse.Namespace, judged: str, modes: Sequence[str]) -> None:
+    """Raise ConfigurationError if there is something in *arguments* that makes no sense with the option *judged*."""
+    builds = ("check", "dry_run") if judged == "seal" else ()
+    others = (*modes, *_JUDGED, "run", "resume", "until", "shell_on_error")
+    for mode in others:
+        if mode not in (judged, *builds) and _is_mode(arguments, mode):
+            raise ConfigurationError(f"--{mode.replace('_', '-')} and --{judged} do not go together.")
+    if arguments.images:
+        raise ConfigurationError(f"--{judged} is for files, not for images.")
+
+
+def _judge(arguments: argparse.Namespace, mode: str, *, live: bool) -> None:
+    """Do what the option *mode* says with a file that others have made, or with two."""
+    named = getattr(arguments, mode)
+    paths = [Path(each) for each in (named if isinstance(named, list) else [named])]
+    given, flags = dict(arguments.set), _flag_texts(arguments)
+    if mode == "seal":
+        # What is unpacked of the file is there until the build has ended.
+        _run_one(
+            arguments,
+            foreign.stem_of(paths[0]),
+            live=live,
+            make=lambda stack: stack.enter_context(judging.sealing(paths[0], given, flags)),
+        )
+        return
+
+    lines: list[str] = []
+
+    def say() -> None:
+        if lines and arguments.json != "-" and not _is_closed(sys.stdout):
+            _say("".join(f"{log.printable(line)}\n" for line in lines), "What was found")
+
+    settings = {"audit": "yes"} if mode == "audit" else {}
+    with released(say), ExitStack() as stack:
+        name = foreign.name_of(paths[-1])
+        kept = stack.enter_context(_recorded(arguments, name)) if arguments.json is not None else None
+        plans = [foreign.plan_of(f"--{mode}", path, settings, given, flags) for path in paths]
+        if kept:
+            kept.plan_made(plans[-1])
+        stack.enter_context(_log_file(plans[-1], append=False))
+        if live:
+            from .told import display
+
+            timeline = estimates.Timeline(plans[-1])
+            stack.enter_context(events.observed(timeline))
+            stack.enter_context(display.live(name, timeline))
+        if mode == "audit":
+            judging.audit_image(plans[0], paths[0], lines.append)
+        elif mode == "manifest":
+            judging.describe_image(plans[0], paths[0], lines.append)
+        else:
+            judging.compare_images(plans, paths, lines.append)
+
+
 def _clean_up(output_dir: Path) -> None:
     """Remove what killed builds have left, and say what it was; all of it, even if that can't be said."""
     failure: Exception | None = None
@@ -625,7 +726,10 @@ def _clean_up(output_dir: Path) -> None:
         raise failure
 
 
-def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
+def _run_one(
+    arguments: argparse.Namespace, image: str, *, live: bool, make: Callable[[ExitStack], Plan] | None = None
+) -> None:
+    """Do what *arguments* say with *image*, of which *make* gives the plan, else the configuration."""
     resume = arguments.resume
     with ExitStack() as stack:
         # The build record is one of the files.
@@ -635,7 +739,10 @@ def _run_one(arguments: argparse.Namespace, image: str, *, live: bool) -> None:
         kept = stack.enter_context(_recorded(arguments, image)) if arguments.json is not None else None
         warnings: list[str] = []
         stack.enter_context(log.noting_warnings(warnings))
-        plan = pipeline.make_plan(_configuration(arguments, [image]), image, _flag_texts(arguments), resume=resume)
+        if make:
+            plan = make(stack)
+        else:
+            plan = pipeline.make_plan(_configuration(arguments, [image]), image, _flag_texts(arguments), resume=resume)
         if kept:
             kept.plan_made(plan)
         if arguments.show_answers:

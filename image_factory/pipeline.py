@@ -257,11 +257,16 @@ def _check_files(plan: Plan, *, resume: bool) -> None:
         check_readable(f"[{plan.image}] keyring", plan.settings.keyring)
     if not resume:
         _source(plan).check(plan)
-    _check_writable(f"[{plan.image}] output-dir", plan.output_dir)
+    check_output_dir(plan)
     if not resume and _source(plan).downloads(plan):
         _check_writable(f"[{plan.image}] cache-dir", plan.cache_dir)
     if plan.log_path is not None and not os.access(plan.log_path.parent, os.W_OK) and plan.log_path.parent.exists():
         raise ConfigurationError(f"[{plan.image}] log-filename: {plan.log_path.parent} is not writable.")
+
+
+def check_output_dir(plan: Plan) -> None:
+    """Raise ConfigurationError unless files can be written to the output directory of *plan*."""
+    _check_writable(f"[{plan.image}] output-dir", plan.output_dir)
 
 
 def _existing_parent(path: Path) -> Path:

@@ -111,11 +111,15 @@ class Installed:
 
 @dataclass(frozen=True)
 class Audited:
-    """The audit has made *checks* of *artifact*; *findings* are names of checks with what they found."""
+    """The audit has made *checks* of *artifact*; *findings* are names of checks with what they found.
+
+    Those of *unsearched* had nothing to search for in its bytes, as nothing is known of how an image was made.
+    """
 
     artifact: str
     checks: tuple[str, ...]
     findings: tuple[tuple[str, str], ...]
+    unsearched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

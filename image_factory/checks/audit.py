@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import logging
 import os
 import re
 import types
@@ -43,6 +44,10 @@ _SHORTEST_PART = 32
 
 # A shorter password is a word that any text may have.
 _SHORTEST_PASSWORD = 8
+
+
+class FoundError(BuildError):
+    """An image has what must not be cloned."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,9 @@ _HASH = re.compile(rb"\$(?:1|2[abxy]?|5|6|7|y|gy|sha1|md5)[$,][./0-9A-Za-z,=+$-]
 _CREDENTIALS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/:@\"'<>{}$]*):([^\s/@\"'<>{}$]+)@")
 
 _PASSWORD_KEY = re.compile(r"(?:.*_)?(?:proxy|mirror)(?:_.*)?_(?:pass|passwd|password)")
+
+# Keys that say what is meant to be on an image, or is not to be there.
+_READ = re.compile(r"root-password-hash|authorized-keys|(?:.*-)?(?:proxy|mirror)(?:-.*)?")
 
 # Passwords and keys that are asked for.
 _BLOB = re.compile(rb"AAAA[0-9A-Za-z+/]{16,}={0,3}")
@@ -270,6 +278,11 @@ def check(plan: Plan) -> None:
             f"[{plan.image}] audit-skip: the audit has no check {', '.join(map(repr, unknown))}.",
             hint=f"It has {', '.join(NAMES)}.",
         )
+
+
+def reads(key: str) -> bool:
+    """Return whether the audit has a use for *key*, which has dashes and is no setting."""
+    return bool(_READ.fullmatch(key))
 
 
 def programs(plan: Plan) -> list[str]:
@@ -464,9 +477,10 @@ def copy_path(build: Build) -> Path:
 
 
 class _Audit:
-    """The audit of the artifacts of a build, of which each has what the first one has."""
+    """The audit of the artifacts of a build, of which each has what the first one has, or of an image of others."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, foreign: bool) -> None:
+        self._foreign = foreign
         self._checks = _checks(plan)
         self._hits: list[Hit] = []
         self._findings: list[Finding] = []
@@ -480,8 +494,17 @@ class _Audit:
             state = carry_out(state, steps)
             self._findings += describe_hits(copy, self._hits, self._known, self._blocks)
         order = sorted(self._findings, key=lambda found: NAMES.index(found.check))
-        _tell(state.build.plan, _audited(state.build, state.artifacts)[0], self._checks, order)
+        artifact, *_ = _audited(state.build, state.artifacts)
+        unsearched = self._unsearched(state.build) if self._foreign else ()
+        # Who looks at an image of others is told in another form.
+        _tell(artifact, self._checks, order, unsearched, logging.INFO if self._foreign else logging.ERROR)
         return state
+
+    def _unsearched(self, build: Build) -> tuple[str, ...]:
+        """Return the checks that search for what only those who have made an image know, and have nothing of that."""
+        _, secrets = secrets_of(build)
+        able = [check for check in self._checks if check.needles is not _no_needles]
+        return tuple(check.name for check in able if not needles([check], secrets))
 
     def search(self, state: State) -> None:
         """Search the copy's bytes: before it is mounted, as what is in a journal would be written."""
@@ -520,9 +543,25 @@ def steps(build: Build) -> Iterator[Step | Group]:
     plan = build.plan
     if not plan.settings.audit:
         return
-    artifact, *others = _audited(build, planned(plan, build.directory))
+    yield looking(build, _audited(build, planned(plan, build.directory)))
+    trees_made = _of_tree(planned(plan, build.directory))
+    if trees_made:
+        names = ", ".join(found.path.name for found in trees_made)
+        commands = [argv for found in trees_made for argv in trees.comparing(found.format, found.path)]
+        compared = Step(
+            f"Comparing {names}", doing(_compare_trees), commands, calls=[trees.call(plan)], rehearsed=False
+        )
+        yield mounted([compared], lambda build: build.disk_path, read_only=True)
+
+
+def looking(build: Build, artifacts: Sequence[Artifact], *, foreign: bool = False) -> Group:
+    """Return the steps that look into the first of *artifacts*, and compare the others with it.
+
+    Of a *foreign* one nothing is known but its bytes.  FoundError if there is something.
+    """
+    artifact, *others = artifacts
     copy = copy_path(build)
-    audit = _Audit(plan)
+    audit = _Audit(build.plan, foreign=foreign)
     name = artifact.path.name
     inside: list[Step | Group] = [
         Step(f"Reopening {name}", doing(_reopen), [raw_copy_argv(artifact, copy)]),
@@ -533,15 +572,7 @@ def steps(build: Build) -> Iterator[Step | Group]:
         Step(f"Searching {name}", doing(audit.search)),
         mounted([Step(f"Auditing {name}", on_tree(audit.look))], copy_path),
     ]
-    yield Group(inside, audit.reopened)
-    trees_made = _of_tree(planned(plan, build.directory))
-    if trees_made:
-        names = ", ".join(found.path.name for found in trees_made)
-        commands = [argv for found in trees_made for argv in trees.comparing(found.format, found.path)]
-        compared = Step(
-            f"Comparing {names}", doing(_compare_trees), commands, calls=[trees.call(plan)], rehearsed=False
-        )
-        yield mounted([compared], lambda build: build.disk_path, read_only=True)
+    return Group(inside, audit.reopened)
 
 
 def _of_tree(artifacts: Sequence[Artifact]) -> list[Artifact]:
@@ -574,21 +605,26 @@ def _compare(number: int, state: State) -> None:
         raise BuildError(f"{other.path.name} has not the contents of {artifact.path.name}.") from error
 
 
-def _tell(plan: Plan, artifact: Artifact, checks: Sequence[Check], findings: Sequence[Finding]) -> None:
-    """Tell what was found; BuildError if it is something."""
+def _tell(
+    artifact: Artifact,
+    checks: Sequence[Check],
+    findings: Sequence[Finding],
+    unsearched: tuple[str, ...] = (),
+    level: int = logging.ERROR,
+) -> None:
+    """Tell what was found; FoundError if it is something."""
     names = [check.name for check in checks]
-    events.tell(
-        events.Audited(artifact.path.name, tuple(names), tuple((found.check, found.what) for found in findings))
-    )
+    told_of = tuple((found.check, found.what) for found in findings)
+    events.tell(events.Audited(artifact.path.name, tuple(names), told_of, unsearched))
     if not findings:
         logger.info("The audit has found nothing: %s.", ", ".join(names))
         return
     for found in findings:
-        logger.error("Audit, %s: %s.", found.check, found.what)
+        logger.log(level, "Audit, %s: %s.", found.check, found.what)
     told = "; ".join(found.what for found in findings[:_TOLD])
     more = f"; and {len(findings) - _TOLD} more" if len(findings) > _TOLD else ""
     failed = ", ".join(dict.fromkeys(found.check for found in findings))
-    raise BuildError(
+    raise FoundError(
         f"{artifact.path.name} has what must not be cloned: {told}{more}.",
         hint=f"Have it removed while the image is built, or leave the check out: audit-skip = {failed}",
     )

@@ -242,6 +242,32 @@ def compare_packages(before: Iterable[Mapping[str, Any]], after: Iterable[Mappin
     return {"added": added, "removed": removed, "changed": changed}
 
 
+def compare(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what differs between the manifests *before*, that of *name*, and *after*, in the form of a manifest."""
+    old, new = before["artifact"], after["artifact"]
+    sizes = [{"format": new["format"], "before": old["size_on_disk"], "after": new["size_on_disk"]}]
+    return {
+        "previous": name,
+        "packages": compare_packages(before["packages"], after["packages"]),
+        "directories": {"before": sum(before["directories"].values()), "after": sum(after["directories"].values())},
+        "artifacts": sizes if old["format"] == new["format"] else [],
+    }
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Return the manifest at *path*, None if it is none that can be compared."""
+    try:
+        with path.open("rb") as file:
+            if file.read(1) != b"{":
+                return None
+            file.seek(0)
+            document = json.loads(file.read(_LARGEST))
+        _check(document, document["date"].replace("-", ""))
+        return dict(document) if isinstance(document["artifact"]["format"], str) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
 def _versions(packages: Iterable[Mapping[str, Any]]) -> defaultdict[tuple[str, str], set[str]]:
     found = defaultdict(set)
     for package in packages:

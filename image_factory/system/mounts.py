@@ -223,10 +223,18 @@ def chosen(plan: Plan) -> Plan:
     return dataclasses.replace(plan, settings=settings, guestfs_allowed=True)
 
 
-def _without_root(plan: Plan) -> str:
-    """Return the way that needs no root: fuse for a disk that this build itself lays out, where it can be gone."""
+def chosen_for_laid_out(plan: Plan) -> Plan:
+    """Return *plan*, which has a way that was chosen, with the one for a disk that is laid out here."""
+    if not plan.guestfs_allowed or plan.settings.mount_via != "guestfs" or plan.as_root:
+        return plan
+    settings = dataclasses.replace(plan.settings, mount_via=_without_root(plan, laid_out=True))
+    return dataclasses.replace(plan, settings=settings)
+
+
+def _without_root(plan: Plan, *, laid_out: bool = False) -> str:
+    """Return the way that needs no root: fuse for a disk that is *laid_out* here, where it can be gone."""
     # What others have laid out may have what only the kernel's driver knows.
-    if plan.settings.source not in _LAYING_OUT:
+    if not laid_out and plan.settings.source not in _LAYING_OUT:
         return "guestfs"
     try:
         command.require(fuse.programs(plan))

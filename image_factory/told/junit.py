@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from ..base import files
 from ..base.errors import BuildError
-from ..base.events import BootTested, TaskEnded
+from ..base.events import BootCheck, BootTested, TaskEnded
 from ..base.log import masked
 from ..model import Plan
 
@@ -43,6 +43,22 @@ def document(image: str, boots: Sequence[BootTested], output: str = "", tasks: S
         _count(suite, [boot.seconds for boot in boots])
         if output:
             ElementTree.SubElement(suite, "system-out").text = _clean(output)
+    return _text(root)
+
+
+def document_of_checks(name: str, group: str, checks: Sequence[BootCheck], seconds: float, output: str = "") -> bytes:
+    """Return the document of the suite *name* of *checks*, which took *seconds*, with *output* as its text."""
+    root = ElementTree.Element("testsuites")
+    suite = ElementTree.SubElement(root, "testsuite", name=_clean(name))
+    for check in checks:
+        _add(suite, _clean(group), check.name, seconds if check is checks[0] else 0.0, check.outcome, check.message)
+    _count(suite, [seconds])
+    if output:
+        ElementTree.SubElement(suite, "system-out").text = _clean(output)
+    return _text(root)
+
+
+def _text(root: ElementTree.Element) -> bytes:
     ElementTree.indent(root)
     text: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return text + b"\n"
@@ -52,8 +68,15 @@ def write(
     plan: Plan, directory: Path, boots: Sequence[BootTested], output: str = "", tasks: Sequence[TaskEnded] = ()
 ) -> None:
     """Write the document where *plan* has it, by way of *directory*; BuildError where a directory is in its place."""
+    # A directory elsewhere may be on another filesystem.
+    way = directory if directory.parent == plan.output_dir else None
+    put(plan, document(plan.image, boots, output, tasks), way)
+
+
+def put(plan: Plan, data: bytes, directory: Path | None = None) -> None:
+    """Write the document *data* where *plan* has it, by way of *directory* if there is one; see ``write``."""
     try:
-        files.replace(plan.junit_path, document(plan.image, boots, output, tasks), directory=directory)
+        files.replace(plan.junit_path, data, directory=directory)
     except OSError as error:
         if error.errno != errno.EISDIR:
             raise

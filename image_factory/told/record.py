@@ -143,6 +143,7 @@ class Record:
                     "artifact": event.artifact,
                     "checks": list(event.checks),
                     "findings": [{"check": check, "message": message} for check, message in event.findings],
+                    "unsearched": list(event.unsearched),
                 }
             case events.Sealed():
                 self._sealed.append(dataclasses.asdict(event))

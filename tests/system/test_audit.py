@@ -494,11 +494,11 @@ class Told:
 def test_error_names_the_first_and_counts_the_rest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int
 ) -> None:
-    build, observer = build_of(tmp_path, ""), Told()
+    observer = Told()
     findings = [Finding("logs", f"/var/log/{number} is a log of the build") for number in range(count)]
     artifact = Artifact(tmp_path / "x.qcow2", "qcow2", 1)
     with pytest.raises(BuildError) as caught, events.observed(observer):
-        audit._tell(build.plan, artifact, audit.CHECKS, findings)
+        audit._tell(artifact, audit.CHECKS, findings)
     assert caught.value.message.startswith("x.qcow2 has what must not be cloned: /var/log/0 is a log of the build")
     assert ("; and " in caught.value.message) is (count > 3)
     assert caught.value.message.endswith("; and 247 more." if count == 250 else ".")
@@ -512,7 +512,7 @@ def test_nothing_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     caplog.set_level("INFO")
     observer = Told()
     with events.observed(observer):
-        audit._tell(build_of(tmp_path, "").plan, Artifact(tmp_path / "x", "raw", 1), audit.CHECKS[:2], [])
+        audit._tell(Artifact(tmp_path / "x", "raw", 1), audit.CHECKS[:2], [])
     assert caplog.messages == ["The audit has found nothing: ssh-host-keys, private-keys."]
     assert observer.events == [events.Audited("x", ("ssh-host-keys", "private-keys"), ())]
 

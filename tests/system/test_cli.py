@@ -850,7 +850,7 @@ def test_what_is_set_wins_over_the_file(place: Place) -> None:
     # It is taken as it is.
     assert "\nlinux = $${mirror}\n" in place.run("given", "--keys", *given, "--set", "linux=${mirror}").stdout
     assert re.fullmatch("given can .*\nx can .*\n", place.run("given", "x", "--check", *given).stdout)
-    assert "# Flags\ncores = 5\n" in place.run("given", "--show-config", *given).stdout
+    assert "# Flags\nwhere = linux\nimage-size = 2M\ncores = 5\n" in place.run("given", "--show-config", *given).stdout
     assert "[given] rma" in place.run("given", "--check", *given, "--set", "rma=1G").stderr
 
 

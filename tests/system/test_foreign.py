@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from image_factory import foreign, workspace
-from image_factory.base import command
+from image_factory.base import command, locks
 from image_factory.base.errors import BuildError, ConfigurationError
 from image_factory.model import Artifact
 from tests.conftest import wait_for
@@ -43,7 +44,15 @@ def disk(tmp_path: Path) -> Path:
 
 
 def left() -> list[Path]:
-    return [*Path("/var/tmp").glob(".image-factory-foreign.*")]
+    """Return the directories that none of the runs at once has in use."""
+    found = []
+    for path in Path("/var/tmp").glob(".image-factory-foreign.*"):
+        with suppress(OSError):
+            descriptor = locks.lock(path)
+            if descriptor is not None:
+                os.close(descriptor)
+                found.append(path)
+    return found
 
 
 def look(path: Path, **given: str) -> tuple[Artifact, bytes]:
@@ -226,7 +235,7 @@ PROGRAM = """\
 import signal, sys
 from pathlib import Path
 from image_factory import foreign
-from image_factory.base import command
+from image_factory.base import command, locks
 path = Path(sys.argv[1])
 with command.reaping():
     given = {"mount-via": "guestfs", "virt-type": "qemu"}

@@ -164,7 +164,7 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
     assert partition["started"] < packages["started"]
     assert found["artifacts"][0]["size"] == 5
     findings = [{"check": "logs", "message": "/var/log/x is a log of the build"}]
-    assert found["audit"] == {"artifact": "x.qcow2", "checks": ["logs"], "findings": findings}
+    assert found["audit"] == {"artifact": "x.qcow2", "checks": ["logs"], "findings": findings, "unsearched": []}
     assert found["artifacts"][0]["upload"] is True
     assert found["settings"]["cores"] == 3
     assert found["settings"]["format"] == ["raw"]

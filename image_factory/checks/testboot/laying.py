@@ -27,7 +27,7 @@ _DISTRIBUTIONS = (None, "Debian", "Ubuntu")
 # The words of curtin (curtin/commands/extract.py), for a file that another program unpacks before.
 _EXTRACTING = "--xattrs --xattrs-include=* -Sxpf - --numeric-owner"
 # A user's namespaces can't make devices, and a system that boots finds a filesystem of the kernel's on /dev.
-_LEFT_OUT = "--exclude=./dev/?*"
+_LEFT_OUT = "--anchored --exclude=./dev/?* --exclude=dev/?*"
 _UNPACK = f'from=$1 tree=$2; shift 2; set -f; "$@" <"$from" | tar -C "$tree" {_LEFT_OUT} {_EXTRACTING}'
 
 _TAR_ENDS = ("exiting now", "due to previous errors")
@@ -125,6 +125,25 @@ def confined_argv(tree: Path, *words: str) -> list[str]:
     return ["bwrap", "--dev-bind", str(tree), "/", "--cap-drop", "ALL", *apart, "--chdir", "/", "--", *words]
 
 
+def unpacking_argv(artifact: Artifact, tree: Path) -> list[str]:
+    """Return the command that puts what the tar *artifact* has into the directory *tree*."""
+    reading = trees.reading_argv(artifact.format, artifact.path)
+    return ["bash", "-o", "pipefail", "-c", _UNPACK, "bash", str(artifact.path), str(tree), *reading]
+
+
+def unpack(inside: Namespaces, artifact: Artifact, tree: Path) -> None:
+    """Put what the tar *artifact* has into the directory *tree*; BuildError says what is wrong with it."""
+    try:
+        inside.run(*unpacking_argv(artifact, tree), timeout=_SECONDS)
+    except CommandError as error:
+        # tar ends with words that say nothing.
+        said = [line for line in error.last_lines if not line.endswith(_TAR_ENDS)]
+        raise BuildError(
+            f"{artifact.path.name} can't be unpacked: {said[-1] if said else error.said}.",
+            hint="It takes a filesystem for a system's files: build on ext4, xfs or btrfs with --output-dir.",
+        ) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Laying:
     """*artifact* on a disk for *firmware*, in the *directory* of its own."""
@@ -161,15 +180,10 @@ class Laying:
         """Return the commands as a dry run shows them."""
         as_root = self.build.plan.as_root
         layout = layout_of(self.build.plan, self.firmware)
-        inside = [_PROC, self._unpacking(), *(each.words for each in self._installing(layout))]
+        inside = [_PROC, unpacking_argv(self.artifact, self._tree), *(each.words for each in self._installing(layout))]
         entered = [namespaces.entering_argv("PID", *words, as_root=as_root) for words in inside]
         made = making.disk_argvs(self._tree, self._build, layout)
         return [namespaces.holding_argv(as_root=as_root), *entered, *made]
-
-    def _unpacking(self) -> list[str]:
-        path = self.artifact.path
-        reading = trees.reading_argv(self.artifact.format, path)
-        return ["bash", "-o", "pipefail", "-c", _UNPACK, "bash", str(path), str(self._tree), *reading]
 
     def _installing(self, layout: layouts.Layout) -> Iterator[making.Inside]:
         """Give the commands that put fstab and GRUB into the tree, in the place of those that may be there."""
@@ -198,22 +212,11 @@ class Laying:
                 path.chmod(0o755)
             with namespaces.entered(self.directory, as_root=build.plan.as_root) as inside:
                 inside.run(*_PROC)
-                self._unpack(inside)
+                unpack(inside, self.artifact, self._tree)
                 self._check(inside, layout)
                 self._install(inside, layout)
                 fitted = making.fitted(inside, self._tree, self._build, layout)
                 making.make_disk(inside, self._tree, self._build, fitted)
-
-    def _unpack(self, inside: Namespaces) -> None:
-        try:
-            inside.run(*self._unpacking(), timeout=_SECONDS)
-        except CommandError as error:
-            # tar ends with words that say nothing.
-            said = [line for line in error.last_lines if not line.endswith(_TAR_ENDS)]
-            raise BuildError(
-                f"{self.artifact.path.name} can't be unpacked: {said[-1] if said else error.said}.",
-                hint="It takes a filesystem for a system's files: build on ext4, xfs or btrfs with --output-dir.",
-            ) from error
 
     def _install(self, inside: Namespaces, layout: layouts.Layout) -> None:
         for each in self._installing(layout):

@@ -140,9 +140,18 @@ is_of_disk() {
     return 1
 }
 below() {
+    local -A seen=()
     while read -r _ _ _ _ place _; do
         printf -v place %b "${place//\\/\\0}"
-        case $place in "$tree"/*) is_of_disk "$place" || printf '%s\0' "$place" ;; esac
+        case $place in
+        "$tree"/*)
+            # What is mounted over a filesystem of the disk comes after it.
+            if is_of_disk "$place" && [ -z "${seen[$place]-}" ]; then
+                seen[$place]=yes
+            else
+                printf '%s\0' "$place"
+            fi ;;
+        esac
     done </proc/self/mountinfo
 }
 # Takes away all that is mounted in the tree, and sees that it is.

@@ -143,7 +143,9 @@ def test_what_scripts_see_of_the_disk(disk_place: Place) -> None:
 
 def test_layout_of_a_variable(place: Place) -> None:
     (place.path / "own.yaml").write_text(LAYOUT, encoding="utf-8")
-    place.element("see", finalise='[ "$IMAGE_BLOCK_DEVICE" ] && echo $DIB_ROOT_LABEL >/label')
+    place.element(
+        "see", finalise='[ "$IMAGE_BLOCK_DEVICE" ] && echo $DIB_ROOT_LABEL >/label && mount -t tmpfs over /home'
+    )
     keys = f"DIB_BLOCK_DEVICE_CONFIG = file://{place.path}/own.yaml\nroot-label = MINE"
     build(place, "see", keys=keys, size="fit")
     [disk] = place.out.glob("*.raw")

@@ -29,13 +29,14 @@ from . import (
     naming,
     online,
     pipeline,
+    trial,
     workspace,
 )
 from .base import command, events, interrupts, log, terminal
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError, ImageFactoryError, command_line, reason_of
 from .base.units import format_size
-from .checks import published, testboot
+from .checks import published
 from .checks.testboot import session
 from .configuration import effective
 from .configuration.files import Configuration, declared, normal_key
@@ -207,6 +208,12 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print what is in effect for the image, secrets too: each key, its value, and the file and line that "
         "set it, and stop; with --json FILE as JSON",
+    )
+    parser.add_argument(
+        "--test-boot",
+        metavar="FILE",
+        help="boot FILE, any disk image or tar, on overlays, say what comes of each check, and stop; status 1 if one "
+        "has failed",
     )
     parser.add_argument(
         "--run",
@@ -513,6 +520,9 @@ def _run(argv: Sequence[str]) -> None:
     for mode in ("list", "list_json", "list_elements", "test_element", "cleanup"):
         if arguments.set and _is_mode(arguments, mode):
             raise ConfigurationError(f"--set is for images, --{mode.replace('_', '-')} knows none.")
+    for option in ("console", "keep_overlay"):
+        if _is_mode(arguments, option) and arguments.run is None:
+            raise ConfigurationError(f"--{option.replace('_', '-')} goes with --run.")
     if judged:
         _check_alone(arguments, judged, modes)
         with interrupts.handled(), command.reaping():
@@ -522,15 +532,10 @@ def _run(argv: Sequence[str]) -> None:
         with interrupts.handled(), command.reaping():
             _clean_up(Path(arguments.output_dir or ".").absolute())
         return
-    for option in ("console", "keep_overlay"):
-        if _is_mode(arguments, option) and arguments.run is None:
-            raise ConfigurationError(f"--{option.replace('_', '-')} goes with --run.")
     if arguments.run is not None:
-        for mode in (*modes, "resume", "until", "shell_on_error"):
-            if _is_mode(arguments, mode):
-                raise ConfigurationError(f"--{mode.replace('_', '-')} and --run do not go together.")
+        _check_alone(arguments, "run", modes)
         with interrupts.handled(), command.reaping():
-            _try_out(arguments)
+            _try_out(arguments, live=live)
         return
     if arguments.list:
         _say(listing(Configuration(os.environ)), "The list")
@@ -609,29 +614,26 @@ def _test_element(arguments: argparse.Namespace) -> None:
         )
 
 
-def _try_out(arguments: argparse.Namespace) -> None:
+def _try_out(arguments: argparse.Namespace, *, live: bool) -> None:
     """Boot the image that ``--run`` names, and have the user in it."""
     # rich takes longer to import than --list does all its work.
     from .told import display
 
-    if arguments.images:
-        raise ConfigurationError("--run names the image itself.")
     has_terminal = os.isatty(0) and os.isatty(1)
     if arguments.console and not has_terminal:
         raise ConfigurationError(
             "--console needs a terminal.", hint="Without it there are shells: they take commands from stdin, too."
         )
-    path, plan = _tried_out(arguments)
-    session.check(plan, arguments.keep_overlay)
-    command.require(testboot.programs(plan))
+    if arguments.keep_overlay:
+        session.check(arguments.keep_overlay)
+    plan, path = trial.named(arguments.run, os.environ, dict(arguments.set), _flag_texts(arguments))
     timeline = estimates.Timeline(plan)
-    live = not arguments.quiet and not arguments.verbose and _has_display(sys.stderr)
     with ExitStack() as stack:
         with (
             events.observed(timeline, display.LogLines(timeline, console=arguments.verbose)),
             display.live(path.name, timeline) if live else nullcontext(),
         ):
-            build, artifact = stack.enter_context(foreign.opened(plan, path))
+            build, artifact = stack.enter_context(trial.opened(plan, path))
             found = stack.enter_context(
                 session.booted(build, artifact, console=arguments.console, kept=arguments.keep_overlay)
             )
@@ -644,30 +646,21 @@ def _try_out(arguments: argparse.Namespace) -> None:
         found.shell()
 
 
-def _tried_out(arguments: argparse.Namespace) -> tuple[Path, Plan]:
-    """Return the image that ``--run`` names, and the plan of what is done with it."""
-    name, flags = arguments.run, _flag_texts(arguments)
-    given = dict(arguments.set) | {"test-boot": "yes"}
-    if os.path.isfile(name) or "/" in name:
-        path = Path(name)
-        return path, foreign.plan_of("--run", path, {"test-boot": "yes"}, dict(arguments.set), flags)
-    plan = pipeline.make_plan(Configuration(os.environ, {name: given}), name, flags)
-    return session.newest(plan), plan
-
-
 # Of files that others have made.
-_JUDGED = ("audit", "manifest", "compare", "seal")
+_JUDGED = ("audit", "test_boot", "manifest", "compare", "seal")
 
 
 def _check_alone(arguments: argparse.Namespace, judged: str, modes: Sequence[str]) -> None:
     """Raise ConfigurationError if there is something in *arguments* that makes no sense with the option *judged*."""
     builds = ("check", "dry_run") if judged == "seal" else ()
     others = (*modes, *_JUDGED, "run", "resume", "until", "shell_on_error")
+    option = f"--{judged.replace('_', '-')}"
     for mode in others:
         if mode not in (judged, *builds) and _is_mode(arguments, mode):
-            raise ConfigurationError(f"--{mode.replace('_', '-')} and --{judged} do not go together.")
+            raise ConfigurationError(f"--{mode.replace('_', '-')} and {option} do not go together.")
     if arguments.images:
-        raise ConfigurationError(f"--{judged} is for files, not for images.")
+        what = "names the image itself" if judged == "run" else "is for files, not for images"
+        raise ConfigurationError(f"{option} {what}.")
 
 
 def _judge(arguments: argparse.Namespace, mode: str, *, live: bool) -> None:
@@ -691,22 +684,25 @@ def _judge(arguments: argparse.Namespace, mode: str, *, live: bool) -> None:
         if lines and arguments.json != "-" and not _is_closed(sys.stdout):
             _say("".join(f"{log.printable(line)}\n" for line in lines), "What was found")
 
-    settings = {"audit": "yes"} if mode == "audit" else {}
+    settings = {"audit": {"audit": "yes"}, "test_boot": trial.WANTED}.get(mode, {})
     with released(say), ExitStack() as stack:
         name = foreign.name_of(paths[-1])
         kept = stack.enter_context(_recorded(arguments, name)) if arguments.json is not None else None
-        plans = [foreign.plan_of(f"--{mode}", path, settings, given, flags) for path in paths]
+        plans = [foreign.plan_of(f"--{mode.replace('_', '-')}", path, settings, given, flags) for path in paths]
         if kept:
             kept.plan_made(plans[-1])
         stack.enter_context(_log_file(plans[-1], append=False))
-        if live:
-            from .told import display
+        # rich takes longer to import than --list does all its work.
+        from .told import display
 
-            timeline = estimates.Timeline(plans[-1])
-            stack.enter_context(events.observed(timeline))
+        timeline = estimates.Timeline(plans[-1])
+        stack.enter_context(events.observed(timeline, display.LogLines(timeline, console=arguments.verbose)))
+        if live:
             stack.enter_context(display.live(name, timeline))
         if mode == "audit":
             judging.audit_image(plans[0], paths[0], lines.append)
+        elif mode == "test_boot":
+            trial.test_boot(plans[0], paths[0], lines.append)
         elif mode == "manifest":
             judging.describe_image(plans[0], paths[0], lines.append)
         else:

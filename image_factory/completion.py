@@ -18,10 +18,10 @@ def complete(parser: argparse.ArgumentParser) -> None:
     """Answer the shell that asks how its command line goes on, and exit; return only where argcomplete is missing."""
     try:
         import argcomplete
-        from argcomplete.completers import DirectoriesCompleter
+        from argcomplete.completers import DirectoriesCompleter, FilesCompleter
     except ImportError:
         return
-    directories = DirectoriesCompleter()
+    directories, files = DirectoriesCompleter(), FilesCompleter()
     completers = {
         "format": _some_of(OUTPUTS),
         "target": _some_of(TARGETS),
@@ -29,6 +29,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
         "output_dir": directories,
         "verify": directories,
         "until": _stops,
+        "run": lambda prefix, **_: [*_images(prefix), *files(prefix)],
     }
     for action in parser._actions:
         completer = completers.get(action.dest) if action.option_strings else _images

@@ -26,6 +26,7 @@ from image_factory.model import Artifact, Plan
 
 from .. import golden
 from ..conftest import TODAY, User, run, wait_for
+from ..system.test_terminal import modes, on_terminal
 from . import test_dry_run
 
 WORK = ".image-factory-golden"
@@ -376,6 +377,25 @@ def test_the_program_is_killed(scene: Scene) -> None:
     assert (scene.work / "boot-1").is_dir()
     scene.user.run(scene.user.program, "--cleanup", "-o", scene.directory)
     assert not scene.work.exists()
+
+
+def test_a_shell_in_an_image(users: dict[str, User], golden_disk: Path, tmp_path: Path) -> None:
+    """By its own sshd, on a terminal; root's by sudo; what was done is in the overlay that is kept."""
+    kept, raw = tmp_path / "kept.qcow2", tmp_path / "kept.raw"
+    words = ["--set", "virt-type=qemu", "--set", "ram=512M", "--set", f"test-boot-timeout={SECONDS}s"]
+    argv = users["root"].argv(users["root"].program, "--run", golden_disk, "--keep-overlay", kept, *words, TERM="xterm")
+    with on_terminal(argv) as found:
+        before = modes(found.terminal)
+        found.read("This is a shell in golden.raw", SECONDS)
+        found.type(b"stty -echo; echo $(id -un)-$(sudo id -u)-$TERM; sudo touch /kept; exit\n")
+        found.read("image-factory-0-xterm")
+        assert found.process.wait(SECONDS) == 0, found.text
+        assert modes(found.terminal) == before
+    print(found.text)
+    run("qemu-img", "convert", "-O", "raw", kept, raw)
+    assert "Inode:" in run("debugfs", "-R", "stat /kept", f"{raw}?offset={golden.ROOT_OFFSET}").stdout
+    # It went off in good order.
+    assert "needs_recovery" not in run("debugfs", "-R", "features", f"{raw}?offset={golden.ROOT_OFFSET}").stdout
 
 
 # Of the package ovmf: a firmware that starts only what is signed, with Microsoft's keys.

@@ -15,7 +15,7 @@ from ..conftest import REPOSITORY, run
     {
         "image-factory --dry": ["--dry-run"],
         "image-factory Rocky-10-": ["Rocky-10-server", "Rocky-10-minimal", "Rocky-10-cloud-image", "Rocky-10-rackn"],
-        "image-factory --ke": ["--keys"],
+        "image-factory --key": ["--keys"],
         "image-factory --check Rocky-10-s": ["Rocky-10-server"],
         "image-factory --format ": [*OUTPUTS],
         "image-factory -f raw,q": ["raw,qcow2"],
@@ -23,6 +23,8 @@ from ..conftest import REPOSITORY, run
         "image-factory --format=q": ["qcow2"],
         "image-factory --until c": ["clean", "convert", "check"],
         "image-factory --output-dir /usr/sb": ["/usr/sbin/"],
+        "image-factory --run Rocky-10-s": ["Rocky-10-server"],
+        "image-factory --run /usr/sb": ["/usr/sbin/"],
         "image-factory --no-such": [],
     }.items(),
 )

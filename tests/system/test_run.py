@@ -1,4 +1,4 @@
-"""Images that are tried out: ``--run``, with a machine that is none and an ssh that is this machine's shell.
+"""Images that are tried out, ``--run`` and ``--test-boot``, in a machine that is none; a login is a shell here.
 
 QEMU is a program that prints what a guest prints, and listens; overlay, seed and key are real.
 """
@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pyte
 import pytest
@@ -24,12 +25,12 @@ from .test_terminal import Scene, modes, on_terminal
 
 QEMU = """\
 #!/usr/bin/python3 -I
-import json, os, pathlib, socket, sys, threading, time
+import base64, json, os, pathlib, socket, sys, threading, time
 here = pathlib.Path({here!r})
 path = [word.partition("path=")[2] for word in sys.argv if word.startswith("pipe,")]
-# As QEMU, which waits for nobody.
-console, report, monitor = (os.fdopen(os.open(each + ".out", os.O_RDWR), "wb", buffering=0) for each in path)
-typed, told = (os.fdopen(os.open(each + ".in", os.O_RDWR), "rb", buffering=0) for each in (path[0], path[2]))
+# As QEMU, which waits for nobody; a test boot has no monitor.
+console, report, monitor = (os.fdopen(os.open(path[at] + ".out", os.O_RDWR), "wb", buffering=0) for at in (0, 1, -1))
+typed, told = (os.fdopen(os.open(path[at] + ".in", os.O_RDWR), "rb", buffering=0) for at in (0, -1))
 (here / "argv").write_text(json.dumps(sys.argv))
 def is_there(name):
     return (here / name).exists()
@@ -58,8 +59,15 @@ for task, arguments in ((obey, ()), (listen, ()), (greet, (server,))):
 console.write(b"Welcome to \\x1b[1mNothing\\x1b[0m\\r\\n")
 if is_there("says"):
     console.write((here / "says").read_bytes())
+def encoded(data):
+    return base64.b64encode(data).decode()
 if is_there("report"):
-    report.write((here / "report").read_bytes())
+    started, finished = (here / "report").read_bytes().splitlines()
+    facts = {{
+        "machine-id": encoded(os.urandom(16).hex().encode()),
+        "host-keys": encoded(f"ssh-ed25519 {{encoded(os.urandom(51))}} root@host".encode()),
+    }}
+    report.write(started + b"\\n" + json.dumps(facts | json.loads(finished)).encode() + b"\\n")
 while not is_there("off"):
     # More than a pipe takes.
     if is_there("flood"):
@@ -75,8 +83,6 @@ exec sh -c "$last"
 """
 FACTS = {
     "state": "running",
-    "machine-id": "0123456789abcdef0123456789abcdef",
-    "host-keys": f"ssh-ed25519 {base64.b64encode(b'x' * 51).decode()} root@host\n",
     "addresses": "2: ens3 inet 10.0.2.15/24 brd 10.0.2.255 scope global ens3\n",
     "routes": "default via 10.0.2.2 dev ens3\n",
     "root": "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/sda1 60000 10 50000 1% /\n",
@@ -85,7 +91,9 @@ FACTS = {
 
 
 class Place:
-    """A directory of *user*'s with an image and a QEMU."""
+    """A directory of *user*'s with an image and a QEMU; *results* are the files that there may be beside."""
+
+    results: tuple[str, ...] = ()
 
     def __init__(self, user: User, directory: Path) -> None:
         self.user = user
@@ -114,10 +122,12 @@ class Place:
         line = json.dumps({"stage": "finished", **encoded})
         (self.here / "report").write_text(f'{{"stage":"started"}}\n{line}\n')
 
-    def argv(self, *words: str | Path, what: str | Path | None = None, **environment: str) -> list[str]:
+    def argv(
+        self, *words: str | Path, what: str | Path | None = None, option: str = "--run", **environment: str
+    ) -> list[str]:
         settings = ("--set", "virt-type=qemu", "--set", "test-boot-timeout=2s")
         more = {"PATH": self.path, "TERM": "vt100", "SHELL": "/bin/bash", **environment}
-        argv = self.user.argv(self.user.program, "--run", what or self.image, *settings, *words, **more)
+        argv = self.user.argv(self.user.program, option, what or self.image, *settings, *words, **more)
         return ["env", "-C", str(self.directory), *argv]
 
     def run(self, *words: str | Path, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
@@ -139,7 +149,9 @@ class Place:
         # Those of other runs come and go.
         own = [path for path in Path("/var/tmp").glob(".image-factory-foreign.*") if path.owner() == self.user.name]
         assert self.user.is_root or not own
-        assert {path.name for path in self.directory.iterdir()} <= {"bin", "here", "x.qcow2", "kept.qcow2"}
+        assert {path.name for path in self.directory.iterdir()} <= {
+            "bin", "here", "x.qcow2", "kept.qcow2", *self.results
+        }  # fmt: skip
 
 
 @pytest.fixture(params=["root", "c"])
@@ -179,9 +191,11 @@ def test_a_shell_on_a_terminal(any_place: Place) -> None:
     with any_place.on_terminal("--quiet") as found:
         before = modes(found.terminal)
         found.read("This is a shell in x.qcow2")
-        found.type(b"echo $((6 * 7))-a; sleep 471112\n")
+        # What has the terminal by then is not the shell, which takes no line while it heeds Ctrl-C.
+        found.type(b"sh -c 'echo $((6 * 7))-a; exec sleep 471112'\n")
         found.read("42-a")
         found.type(b"\x03")
+        wait_for(lambda: run("pgrep", "-f", "sleep 47111[2]", check=False).returncode, "the end of sleep")
         found.type(b"echo $((6 * 8))-b; exit 9\n")
         found.read("48-b")
         assert found.process.wait(PATIENCE) == 0, found.text
@@ -422,3 +436,59 @@ def test_no_image(place: Place) -> None:
     done = place.run(what=place.here / "none")
     assert done.returncode == 2
     assert shlex.quote(str(place.here / "none")) in errors(done)[0]
+
+
+def test_a_test_boot(any_place: Place) -> None:
+    """Two boots with all checks, told on stdout, as JUnit and as JSON; the image is only read."""
+    place = any_place
+    place.results = ("x.qcow2.junit.xml", "record.json")
+    done = place.run("--json", "record.json", option="--test-boot")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert [line.partition(",")[0] for line in said if not line.startswith(" ")] == ["x.qcow2", "x.qcow2"]
+    for name in ("boot", "network", "machine-id-new", "host-keys-new", "login"):
+        assert f"  passed   {name}" in said
+    assert "  skipped  cloud-init: it is not installed" in said
+    cases = ElementTree.parse(place.directory / "x.qcow2.junit.xml").iter("testcase")
+    names = {(case.get("classname"), case.get("name")) for case in cases}
+    assert {("x.qcow2.1-bios", "login"), ("x.qcow2.2-bios", "host-keys-new")} <= names
+    record = json.loads((place.directory / "record.json").read_text())
+    assert [(boot["artifact"], boot["firmware"]) for boot in record["test_boots"]] == [("x.qcow2", "bios")] * 2
+
+
+def test_a_test_boot_that_fails(place: Place) -> None:
+    place.results = ("x.qcow2.junit.xml",)
+    place.reports(state="degraded", failed="a.service loaded failed failed A")
+    script = place.here / "script"
+    script.write_text("#!/bin/sh\necho hello; exit 3\n")
+    done = place.run("--set", f"test-script={script}", "--set", "firmware=uefi", option="--test-boot")
+    assert done.returncode == 1
+    assert "x.qcow2, boot 1 with uefi" in done.stdout
+    assert "  failed   units: a.service failed\n" in done.stdout
+    reason = "a.service failed; script failed with status 3: hello"
+    assert errors(done)[0] == f"error: x.qcow2 failed its test boot with uefi: {reason}."
+    (place.here / "report").unlink()
+    done = place.run(option="--test-boot")
+    assert done.returncode == 1
+    assert "  failed   boot: it did not start" in done.stdout
+    assert "--set firmware=uefi boots it with UEFI" in errors(done)[1]
+
+
+def test_a_tar_of_another_distribution(place: Place) -> None:
+    tar = place.directory / "here/x.tar"
+    run("tar", "-C", place.directory, "-cf", tar, "bin", "x.qcow2")
+    shutil.chown(tar, place.user.name)
+    done = place.run("--set", "distribution=Fedora", option="--test-boot", what=tar)
+    assert done.returncode == 2
+    assert errors(done)[0].startswith(
+        f"error: {tar} is a tar, and is not laid on a disk: only a boot loader of Debian's"
+    )
+
+
+def test_a_test_boot_is_ended(place: Place) -> None:
+    (place.here / "report").unlink()
+    with on_terminal(place.argv("--verbose", "--set", "test-boot-timeout=10m", option="--test-boot")) as found:
+        found.read("Welcome")
+        os.kill(place.user.build_process(), signal.SIGTERM)
+        assert found.process.wait(PATIENCE) in (143, -signal.SIGTERM), found.text
+    place.is_left_alone()

@@ -43,8 +43,9 @@ class Scene:
         self.process = process
         self.text = ""
 
-    def read(self, wanted: str) -> None:
-        deadline = time.monotonic() + PATIENCE
+    def read(self, wanted: str, seconds: float = PATIENCE) -> None:
+        """Read until there is *wanted* in what was shown."""
+        deadline = time.monotonic() + seconds
         while wanted not in self.text:
             has_ended = self.process.poll() is not None
             if select.select([self.terminal], [], [], 0.1)[0]:

@@ -14,7 +14,7 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 
 # From top to bottom: a package, and its modules.  A module may import those after it.
 LAYERS = [
-    ("", "cli completion online element_tests judging foreign pipeline fleet workspace publish keep"),
+    ("", "cli completion online element_tests trial judging foreign pipeline fleet workspace publish keep"),
     ("configuration", "effective unused files"),
     ("tasks", "guest"),
     ("checks.testboot", "session __init__ laying login guest monitor machine ramdisk report reporting"),

@@ -141,10 +141,14 @@ def at_once(settings: ImageSettings, virt_type: str) -> int:
 
 def steps(build: Build) -> Iterator[Group]:
     """Give the steps of the test boot, if it is wanted."""
+    if build.plan.settings.test_boot:
+        yield booting(build, planned(build.plan, build.directory))
+
+
+def booting(build: Build, artifacts: Sequence[Artifact]) -> Group:
+    """Return the steps of a test boot of *artifacts*."""
     settings = build.plan.settings
-    if not settings.test_boot:
-        return
-    made = boots_of(build, planned(build.plan, build.directory))
+    made = boots_of(build, artifacts)
     # Nobody knows now how much memory a machine takes that has its system there.
     alone = any(boot.firmware == KERNEL for boot in made)
     test = _TestBoot(1 if alone else at_once(settings, build.virt_type))
@@ -172,7 +176,7 @@ def steps(build: Build) -> Iterator[Group]:
             commands.append(ssh_argv(machine, "PORT", RUN_SCRIPT))
         booting = doing(partial(test.boot, number))
         shown.append(Step(f"Booting {boot.artifact.path.name} with {how(boot.firmware)}", booting, commands))
-    yield Group(shown, test.run)
+    return Group(shown, test.run)
 
 
 @dataclass(frozen=True)

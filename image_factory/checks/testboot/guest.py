@@ -15,8 +15,8 @@ from ...machines.console import Console
 from .machine import Machine
 from .report import LONGEST_LINE, Message, parse
 
-# A kernel that starts writes to its root filesystem well within these, on a busy machine too; one without a boot loader
-# never does.
+# A kernel that starts says so on the console, or writes to its root filesystem well within these; a machine without a
+# boot loader never does.
 _START_SECONDS = {"kvm": 60.0, "qemu": 480.0}
 
 # A system that asks for a login has started before, or starts at the same time, what it was told to.
@@ -26,6 +26,8 @@ SILENT_SECONDS = {"kvm": 60.0, "qemu": 180.0}
 _SETTLE_SECONDS = 2.0
 _READ_BYTES = 64 * 1024
 _KEPT_LINES = 400
+# What the kernel, and systemd by its log, print while the system starts.
+_KERNEL_LINE = re.compile(r"\[ *[0-9]+\.[0-9]{6}\] ")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Guest:
         self._unread = b""
         self._sign: tuple[int, str, float] | None = None
         self._refused = ""
+        self._has_kernel = False
         self._asked: float | None = None
         self._untouched = _state_of(machine.overlay) if machine.has_disk else None
         self._start = time.monotonic()
@@ -114,6 +117,7 @@ class Guest:
         for line in lines:
             self.lines.append(line)
             events.tell(events.ConsoleLine(line))
+            self._has_kernel = self._has_kernel or _KERNEL_LINE.match(line) is not None
         if self._asked is None and self._console.line.endswith("login:"):
             self._asked = time.monotonic()
         for line in [*lines, self._console.line]:
@@ -162,7 +166,8 @@ class Guest:
                 if status is not None:
                     return self._why_off(status)
                 start = min(seconds, _START_SECONDS[self._machine.virt_type])
-                if now >= self._start + start and self.message is None and self._is_untouched():
+                has_begun = self._has_kernel or self.message is not None
+                if now >= self._start + start and not has_begun and self._is_untouched():
                     return (
                         f"it did not start: within {format_duration(start)} its disk was not written to{self._last()}"
                     )

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -483,7 +482,8 @@ def parse_source(text: str) -> Source:
     except ValueError:
         raise ValueError(accepted) from None
     scheme = parts.scheme.lower()
-    path = urllib.request.url2pathname(parts.path)
+    # A name need not be UTF-8.
+    path = urllib.parse.unquote(parts.path, errors="surrogateescape")
     if scheme == "file" and path and parts.netloc in ("", "localhost") and "\0" not in path:
         return Source(text, Path(path))
     if scheme in ("http", "https", "rsync") and parts.hostname and parts.path.strip("/") and not re.search(r"\s", text):

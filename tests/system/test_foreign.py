@@ -74,10 +74,14 @@ def converted(disk: Path, driver: str) -> bytes:
     return path.read_bytes()
 
 
-def tarred(*names: str, data: bytes = b"text\n") -> bytes:
-    """Return a tar of regular files *names* with *data*."""
+def tarred(*names: str, data: bytes = b"text\n", **others: bytes) -> bytes:
+    """Return a tar of regular files *names* with *data*, after the *others* with their own."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, text in others.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
         for name in names:
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -95,13 +99,14 @@ OPENED: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "vdi": (lambda disk: converted(disk, "vdi"), "vdi"),
     "xz": (lambda disk: lzma.compress(converted(disk, "qcow2")), "qcow2"),
     "disk in a tar": (lambda disk: gzip.compress(tarred("disk.raw", data=disk.read_bytes())), "raw"),
+    "OVA": (lambda disk: tarred("x.vmdk", data=converted(disk, "vmdk"), **{"x.ovf": b"<", "x.mf": b"SHA"}), "vmdk"),
     "tree": (lambda disk: tarred("./etc/os-release", "./etc/fstab"), "tar"),
     "packed tree": (lambda disk: gzip.compress(tarred("./etc/os-release", "./etc/fstab")), "tar"),
 }
 
 
 @pytest.mark.parametrize("kind", OPENED)
-@pytest.mark.parametrize("name", ["audit.raw", "-x y\n;$(id),.img", "a" * 250])
+@pytest.mark.parametrize("name", ["audit.raw", "-x y\n;$(id),\udcff.img", "a" * 250])
 def test_opened(disk: Path, tmp_path: Path, kind: str, name: str) -> None:
     make, expected = OPENED[kind]
     path = tmp_path / name

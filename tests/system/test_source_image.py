@@ -393,7 +393,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "no source": ("source-image = /x", "has 'source-image' and no 'source'"),
     "unknown source": (
         "source = disk\nsource-image = /x",
-        "'disk' is not accepted, only installer, image, bootstrap or elements",
+        "'disk' is not accepted, only installer, image, bootstrap, elements or capture",
     ),
 }
 

@@ -23,6 +23,7 @@ _CHUNK = 4 << 20
 _LOOK_SECONDS = 60.0
 
 _TAR = (257, b"ustar")
+_OVF, _OVA_DISK = ".ovf", ".vmdk"
 
 
 @dataclass(frozen=True)
@@ -164,11 +165,14 @@ def _extents(member: tarfile.TarInfo) -> list[tuple[int, int]]:
 
 
 def _only_file(archive: Path) -> _Member | None:
-    """Return the only file in the *archive*, None if there are several; TarError if there is none."""
+    """Return the only file in the *archive*, of an OVA the only disk; None if there are several, TarError if none."""
     with tarfile.open(archive, "r:") as opened:
-        files = []
+        files: list[tarfile.TarInfo] = []
+        is_ova = False
         for member in opened:
-            if not member.isdir():
+            # The description comes first in an OVA, whose others are disks, checksums and a signature.
+            is_ova = is_ova or (not files and member.name.endswith(_OVF))
+            if not member.isdir() and (not is_ova or member.name.endswith(_OVA_DISK)):
                 files.append(member)
             if len(files) > 1:
                 return None

@@ -90,11 +90,10 @@ _MEANT = {"passwords": "root-password-hash", "authorized-keys": "authorized-keys
 def _moves(found: events.Audited | None) -> str:
     """Return what can be done about what was *found*."""
     names = list(dict.fromkeys(check for check, _ in found.findings)) if found else []
-    meant = [f"--set {_MEANT[name]}=... says which is meant to be there, " for name in names if name in _MEANT]
-    return (
-        f"'image-factory --seal' takes most of it away, {''.join(meant)}"
-        f"--set audit-skip={','.join(names)} leaves checks out."
-    )
+    moves = [f"--set {_MEANT[name]}=... says which is meant to be there" for name in names if name in _MEANT]
+    if not {*names} <= {*_MEANT}:
+        moves.insert(0, "'image-factory --seal' takes most of it away")
+    return f"{', '.join(moves)}, --set audit-skip={','.join(names)} leaves checks out."
 
 
 def _tell_findings(plan: Plan, found: events.Audited, seconds: float, tell: Tell) -> None:

@@ -2,13 +2,10 @@
 
 import functools
 import re
-import shutil
-import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from ..base import command, interrupts
+from ..base import interrupts
 from ..base.errors import BuildError, ConfigurationError
 from ..base.log import logger
 from ..model import Build, Plan
@@ -16,7 +13,8 @@ from ..outputs import OUTPUTS, targets
 from ..outputs.targets import Target
 from ..parts import State, Step, tree_of
 from ..sources import SOURCES
-from ..system import initramfs, partitions, privileged
+from ..system import partitions
+from ..system.kernels import Kernel, kernels
 from ..system.rehearsal import Call
 from ..system.tree import Tree
 from . import copying
@@ -26,9 +24,6 @@ KEY = "target"
 _CURTIN, _DPKG = "curtin", "var/lib/dpkg/status"
 
 _PLACES = ("usr/bin", "usr/sbin", "bin", "sbin", "usr/local/bin", "usr/local/sbin")
-_MODULES = ("usr/lib/modules", "lib/modules")
-# Where distributions have the initramfs of a kernel.
-_INITRAMFS = ("boot/initrd.img-{}", "boot/initramfs-{}.img", "boot/initrd-{}", "usr/lib/modules/{}/initrd")
 _BOOT_FILES = (
     "boot/grub/grub.cfg", "boot/grub2/grub.cfg", "boot/grub2/grubenv", "boot/loader/entries/*.conf",
     "boot/efi/loader/entries/*.conf", "etc/kernel/cmdline",
@@ -37,11 +32,7 @@ _ARGUMENTS = re.compile(r"^\s*(?:linux\w*|options|kernelopts)\b[ \t=](.*)$", re.
 # What cloud-init is configured by.
 CLOUD_FILES = ("etc/cloud/cloud.cfg", "etc/cloud/cloud.cfg.d/*.cfg")
 _DATASOURCES = re.compile(r"^datasource_list:\s*(\[[^\]]*\]|(?:\n\s*-[^\n]*)+)", re.MULTILINE)
-# Lists of the kernel's have a few hundred KiB.
-_LONGEST_LIST = 4 << 20
 _LONGEST_TEXT = 1 << 20
-_LONGEST_INITRAMFS = 1 << 30
-_AT_ONCE = 1 << 20
 
 
 # Before the build.
@@ -163,9 +154,9 @@ class _System:
         self._there = tree.look(list(dict.fromkeys(paths)))
 
     @functools.cached_property
-    def kernels(self) -> list["_Kernel"]:
+    def kernels(self) -> list[Kernel]:
         """Its kernels."""
-        return [*_kernels(self.build, self.tree)]
+        return [*kernels(self.tree, self.build.directory)]
 
     @property
     def is_rpm(self) -> bool:
@@ -228,16 +219,6 @@ def _paths(need: str) -> list[str]:
     return [path for word in words for path in ([word] if "/" in word else [f"{top}/{word}" for top in _PLACES])]
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    """A kernel: the modules that are in it, those that are in its initramfs, and those that the system has for it."""
-
-    version: str
-    built_in: frozenset[str]
-    early: frozenset[str] | None
-    late: frozenset[str]
-
-
 def _check(target: Target, system: _System, missing: _Missing) -> None:
     """Note what the *system* lacks for *target*."""
     plan = system.build.plan
@@ -286,84 +267,13 @@ def _check_modules(target: Target, system: _System, missing: _Missing) -> None:
     if not system.kernels:
         missing.note(target, "the system has no kernel", "Add a kernel to packages.")
     for kernel in system.kernels:
-        known = kernel.built_in | kernel.late
-        lacking = [name for name in (*early, *late) if name not in known]
-        if lacking:
+        if lacking := kernel.lacking((*early, *late)):
             usual = "kernel-modules, on SUSE kernel-default" if system.is_rpm else "Debian's linux-image-ARCH is one"
             hint = f"Have the distribution's usual kernel in its place: {usual}."
             missing.note(target, f"the kernel {kernel.version} has no {' '.join(lacking)}", hint)
-        if kernel.early is not None:
-            found = kernel.built_in | kernel.early
-            absent = [name for name in early if name in known and name not in found]
-            if absent:
-                if system.is_rpm:
-                    hint = f"Add to packages: dracut-config-generic, or have dracut add_drivers: {' '.join(absent)}."
-                else:
-                    hint = f"Add to /etc/initramfs-tools/modules, and run update-initramfs: {' '.join(absent)}."
-                missing.note(target, f"the initramfs of {kernel.version} has no {' '.join(absent)}", hint)
-
-
-def _kernels(build: Build, tree: Tree) -> Iterator[_Kernel]:
-    """Give the kernels of *tree*, and what modules each has."""
-    for top in _MODULES:
-        versions = [entry.path.rpartition("/")[2] for entry in tree.entries([f"{top}/*"]) if entry.kind == "directory"]
-        for version in sorted(versions):
-            known = _listed(tree.load(f"{top}/{version}/modules.dep", _LONGEST_LIST))
-            # Without that it is what a removed kernel has left.
-            if known is not None:
-                built_in = _listed(tree.load(f"{top}/{version}/modules.builtin", _LONGEST_LIST)) or frozenset()
-                yield _Kernel(version, built_in, _early(build, tree, version), known)
-        if versions:
-            return
-
-
-def _listed(data: bytes | None) -> frozenset[str] | None:
-    """Return the modules that the lines of a list of depmod's begin with, None if there is no list."""
-    if data is None:
-        return None
-    paths = (line.partition(":")[0].strip() for line in data.decode(errors="replace").splitlines())
-    return frozenset(name for path in paths if (name := initramfs.module_name(path)))
-
-
-def _early(build: Build, tree: Tree, version: str) -> frozenset[str] | None:
-    """Return the modules in the initramfs of the kernel *version*, None if it has none that is known."""
-    places = [place.format(version) for place in _INITRAMFS]
-    path = next((found.path for found in tree.look(places).values() if found.kind == "file"), None)
-    if path is None:
-        logger.warning("Kernel %s has no initramfs at /%s: what is in it is not known.", version, ", /".join(places))
-        return None
-    copy = build.directory / "initramfs"
-    try:
-        _copy(tree, path, copy)
-        return frozenset(initramfs.modules(copy))
-    except BuildError as error:
-        raise BuildError(f"/{path}: {error.message}", hint=error.hint) from error
-    finally:
-        copy.unlink(missing_ok=True)
-
-
-def _copy(tree: Tree, path: str, copy: Path) -> None:
-    """Copy the file *path* of the system to *copy*."""
-    with copy.open("wb") as file:
-        while data := tree.load(path, _AT_ONCE, file.tell()):
-            file.write(data)
-            if file.tell() > _LONGEST_INITRAMFS:
-                raise BuildError("it has more than 1 GiB.")
-        if file.tell():
-            return
-    _copy_for_root(tree, path, copy)
-
-
-def _copy_for_root(tree: Tree, path: str, copy: Path) -> None:
-    """Copy the file *path*, which root alone may read, out of a tar of what is beside it."""
-    top = path.partition("/")[0]
-    names = [entry.path for entry in tree.entries(["*"]) if entry.path != top]
-    archive = copy.with_name(f"{copy.name}.tar")
-    try:
-        with tree.contents([f"--exclude=./{name}" for name in names]) as argv, privileged.refusal_told():
-            command.flow(argv, [(archive, [])], env=privileged.environment())
-        with tarfile.open(archive, "r:") as members, copy.open("wb") as file:
-            found = (members.extractfile(each) for each in members if each.isreg() and each.name == f"./{path}")
-            shutil.copyfileobj(next(each for each in found if each), file, _AT_ONCE)
-    finally:
-        archive.unlink(missing_ok=True)
+        if absent := kernel.absent_early(early):
+            if system.is_rpm:
+                hint = f"Add to packages: dracut-config-generic, or have dracut add_drivers: {' '.join(absent)}."
+            else:
+                hint = f"Add to /etc/initramfs-tools/modules, and run update-initramfs: {' '.join(absent)}."
+            missing.note(target, f"the initramfs of {kernel.version} has no {' '.join(absent)}", hint)

@@ -42,8 +42,8 @@ LAYERS = [
     ("disks", "bounds standing attaching making filesystems notation grub layouts reproducible"),
     (
         "system",
-        "mounts fuse loop appliance rehearsal assembly inventory tree rpmdb partitions fstab privileged registrations "
-        "initramfs",
+        "mounts fuse loop appliance rehearsal assembly inventory kernels tree rpmdb partitions fstab privileged "
+        "registrations initramfs",
     ),
     ("downloads", "verify fetch"),
     ("inside", "namespaces"),

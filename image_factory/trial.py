@@ -12,6 +12,7 @@ from .base.errors import BuildError, ConfigurationError
 from .base.log import printable
 from .checks import testboot
 from .checks.testboot import laying, session
+from .checks.testboot.machine import machine_name
 from .configuration.files import Configuration
 from .model import Artifact, Build, Disk, Plan
 from .parts import State, carry_out
@@ -81,6 +82,7 @@ def test_boot(plan: Plan, path: Path, tell: Callable[[str], None]) -> None:
         raise
     finally:
         for number, boot in enumerate(booted.found, 1):
-            tell(f"{boot.artifact}, boot {number} with {testboot.how(boot.firmware)}, {boot.seconds:.0f} s:")
+            machine = machine_name(boot.firmware, boot.devices)
+            tell(f"{boot.artifact}, boot {number} with {machine}, {boot.seconds:.0f} s:")
             for check in boot.checks:
                 tell(f"  {check.outcome:<7}  {check.name}{f': {printable(check.message)}' if check.message else ''}")

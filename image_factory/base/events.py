@@ -183,12 +183,16 @@ class BootCheck:
 
 @dataclass(frozen=True)
 class BootTested:
-    """The artifact named *artifact* was booted with *firmware*, which took *seconds*."""
+    """The artifact named *artifact* was booted with *firmware*, which took *seconds*.
+
+    *devices* are those of the machine that are other than the usual ones, as a matrix names them.
+    """
 
     artifact: str
     firmware: str
     seconds: float
     checks: tuple[BootCheck, ...]
+    devices: tuple[str, ...] = ()
 
 
 Event = (

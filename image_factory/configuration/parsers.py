@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..base.units import parse_duration, parse_size
 from ..machines.arch import ARCHITECTURES, NAMES
+from ..machines.devices import KINDS
 
 # The partitions of a disk, by the firmware that boots it; the last is a filesystem without a table.
 LAYOUTS = ("bios", "uefi", "hybrid", "filesystem")
@@ -551,6 +552,16 @@ def any_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
         return some(text) if text.strip() else ()
 
     return parse
+
+
+def parse_matrix(text: str) -> tuple[str, ...]:
+    """What machines are made of, with blanks and commas: each word says by itself what kind of device it is of."""
+    words = tuple(dict.fromkeys(text.replace(",", " ").lower().split()))
+    others = [word for word in words if not any(word in kind for kind in KINDS)]
+    if others:
+        known = [word for kind in KINDS for word in kind]
+        raise ValueError(", ".join(" ".join(kind) for kind in KINDS), *_meant(others[0], known))
+    return words
 
 
 def parse_arch(text: str) -> str:

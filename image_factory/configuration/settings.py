@@ -13,6 +13,7 @@ from typing import Any
 from ..base.errors import ConfigurationError
 from ..base.units import parse_size
 from ..machines.arch import ARCHITECTURES, FIRMWARES, default_arch
+from ..machines.devices import KINDS
 from .parsers import (
     LAYOUTS,
     Copy,
@@ -43,6 +44,7 @@ from .parsers import (
     parse_line,
     parse_long_duration,
     parse_mac,
+    parse_matrix,
     parse_mirrors,
     parse_mount_points,
     parse_option,
@@ -285,6 +287,12 @@ class ImageSettings:
     test_script: Path | None = _setting(parse_file_name, "script to run in the booted image")
     test_boot_timeout: float | None = _setting(
         parse_long_duration, "how long each test boot may take, or none (default: 10m with KVM, else 30m)"
+    )
+    test_boot_matrix: tuple[str, ...] = _setting(
+        parse_matrix,
+        "machines of the test boot, each with one of these: "
+        f"{', '.join(' '.join(kind) for kind in KINDS)}; empty means the usual ones",
+        "",
     )
     kernel_errors_allowed: tuple[str, ...] = _setting(
         parse_patterns, "regular expressions, one a line, of errors in the kernel's log that the test boot accepts", ""

@@ -19,6 +19,7 @@ from .settings import ELEMENT_PREFIX, Dependent, ImageSettings, TaskSettings, Up
 # The keys of no source.
 _DEPENDENT: Dependent = {
     "test-boot-timeout": ("test-boot = yes", lambda settings: settings.test_boot),
+    "test-boot-matrix": ("test-boot = yes", lambda settings: settings.test_boot),
     "kernel-errors-allowed": ("test-boot = yes", lambda settings: settings.test_boot),
     "audit-skip": ("audit = yes", lambda settings: settings.audit),
     "seal-only": ("seal = yes", lambda settings: settings.seal),

@@ -17,7 +17,7 @@ class Architecture:
     *uefi_package* is Debian's, with UEFI for it.
     *probe_options* are QEMU's for a kernel that is started directly with KVM.  *test_machine* is QEMU's
     machine type for the test boot, *test_cpu* its processor under emulation, and *flawed_feature* one of
-    that which QEMU emulates badly, but systems for x86-64-v2 do not run without.
+    that which QEMU emulates badly, but systems for x86-64-v2 do not run without.  *tpm* is QEMU's TPM for it.
     *installer_kernels* are the places of the kernel on installation media, relative to their root.
     """
 
@@ -32,11 +32,12 @@ class Architecture:
     test_machine: str
     test_cpu: str
     flawed_feature: str
+    tpm: str
     installer_kernels: tuple[str, ...]
 
 
 def _of_trees(name: str, *other_names: str) -> Architecture:
-    return Architecture(name, name, "", "", other_names, {}, "", (), "", "", "", ())
+    return Architecture(name, name, "", "", other_names, {}, "", (), "", "", "", "", ())
 
 
 _OF_TREES = (("armhf", "armv7l"), ("ppc64el", "ppc64le"), ("riscv64",), ("s390x",))
@@ -57,6 +58,7 @@ ARCHITECTURES = {
         # With QEMU 7.2 the flags are wrong after cmpxchg16b now and then, by which kernels since 6.5 manage
         # memory: three of five boots of Linux 6.12 had an oops.
         flawed_feature="cx16",
+        tpm="tpm-crb",
         installer_kernels=(
             "install.amd/vmlinuz",
             "casper/vmlinuz",
@@ -77,6 +79,7 @@ ARCHITECTURES = {
         # The architecture's own algorithm of pointer authentication takes emulation a quarter of its time.
         test_cpu="max,pauth-impdef=on",
         flawed_feature="",
+        tpm="tpm-tis-device",
         installer_kernels=(
             "install.a64/vmlinuz",
             "casper/vmlinuz",

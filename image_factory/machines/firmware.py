@@ -11,12 +11,17 @@ _DIRECTORIES = (Path("/etc/qemu/firmware"), Path("/usr/share/qemu/firmware"))
 
 @dataclass(frozen=True)
 class Firmware:
-    """UEFI for QEMU: its *code*, an empty *memory* to copy, and their *format*; None where it is not in flash."""
+    """UEFI for QEMU: its *code*, a *memory* to copy, and their *format*; None where it is not in flash.
+
+    The memory is empty, or has *enrolled* keys.  With *smm* it needs a machine with System Management Mode.
+    """
 
     code: str | None
     memory: str | None
     format: str
     secure_boot: bool
+    enrolled: bool
+    smm: bool
 
 
 def uefi_firmware(architecture: str) -> list[Firmware]:
@@ -32,5 +37,6 @@ def uefi_firmware(architecture: str) -> list[Firmware]:
             ):
                 code, memory = (told.get("mapping", {}).get(key, {}) for key in ("executable", "nvram-template"))
                 parts = (code.get("filename"), memory.get("filename"), code.get("format", "raw"))
-                found.append(Firmware(*parts, "secure-boot" in told.get("features", [])))
+                features = ("secure-boot", "enrolled-keys", "requires-smm")
+                found.append(Firmware(*parts, *(name in told.get("features", []) for name in features)))
     return found

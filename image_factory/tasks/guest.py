@@ -20,7 +20,6 @@ from ..base.cleanup import released
 from ..base.errors import BuildError, CommandError, ConfigurationError
 from ..base.log import logger
 from ..base.units import format_duration, format_size
-from ..checks import testboot
 from ..checks.testboot.guest import Guest, PortTakenError
 from ..checks.testboot.login import ssh_argv, ssh_options, why_no_sshd
 from ..checks.testboot.machine import (
@@ -41,6 +40,7 @@ from ..checks.testboot.machine import (
     seed_argv,
     time_limit,
 )
+from ..checks.testboot.matrix import firmwares
 from ..checks.testboot.monitor import Monitor
 from ..checks.testboot.report import BEGINNING, UNTIL_UP, boot_command, unit_credentials
 from ..configuration.settings import Task
@@ -264,7 +264,7 @@ def _wanted(plan: Plan) -> bool:
 
 
 def _firmware(plan: Plan) -> str:
-    return testboot.firmwares(plan.settings)[0]
+    return firmwares(plan.settings)[0]
 
 
 def _write_argv(build: Build, layers: Layers) -> list[str]:

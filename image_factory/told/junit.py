@@ -38,7 +38,7 @@ def document(image: str, boots: Sequence[BootTested], output: str = "", tasks: S
             for check in boot.checks:
                 # The time of a boot is told with its first check: what shows it adds them up.
                 seconds = boot.seconds if check is boot.checks[0] else 0.0
-                name = f"{_clean(boot.artifact)}.{number}-{boot.firmware}"
+                name = f"{_clean(boot.artifact)}.{'-'.join((str(number), boot.firmware, *boot.devices))}"
                 _add(suite, name, check.name, seconds, check.outcome, check.message)
         _count(suite, [boot.seconds for boot in boots])
         if output:

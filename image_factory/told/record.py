@@ -41,6 +41,7 @@ _ANSWER_SECONDS = 2.0
 _SETTINGS_WITHOUT_SECRETS = (
     "source", "target", "format", "mount-via", "compression", "virt-type", "max-parallel", "install-timeout",
     "stall-timeout", "seal-only", "seal-skip", "audit-skip", "test-boot-timeout",
+    "test-boot-matrix",
 )  # fmt: skip
 
 # These have no option for that.

@@ -398,30 +398,16 @@ def test_a_shell_in_an_image(users: dict[str, User], golden_disk: Path, tmp_path
     assert "needs_recovery" not in run("debugfs", "-R", "features", f"{raw}?offset={golden.ROOT_OFFSET}").stdout
 
 
-# Of the package ovmf: a firmware that starts only what is signed, with Microsoft's keys.
-SECURE_CODE, SECURE_VARIABLES = (f"/usr/share/OVMF/OVMF_{name}_4M.ms.fd" for name in ("CODE", "VARS"))
-
-
-def test_secure_boot(golden_disk: Path, tmp_path: Path) -> None:
-    """The boot loader that is put on a disk is signed, up to the kernel."""
-    run("cp", SECURE_VARIABLES, tmp_path / "variables")
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", golden_disk, tmp_path / "overlay.qcow2")
-    console = tmp_path / "console"
-    argv = [
-        "qemu-system-x86_64", "-machine", "q35,smm=on,accel=tcg", "-cpu", "max", "-m", "512", "-nodefaults",
-        "-display", "none", "-no-reboot", "-global", "driver=cfi.pflash01,property=secure,value=on",
-        "-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={SECURE_CODE}",
-        "-drive", f"if=pflash,unit=1,format=raw,file={tmp_path}/variables",
-        "-drive", f"if=virtio,file={tmp_path}/overlay.qcow2", "-serial", f"file:{console}",
-    ]  # fmt: skip
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
-
-    def is_secure() -> bool:
-        assert process.poll() is None
-        return console.exists() and b"Kernel is locked down from EFI Secure Boot" in console.read_bytes()
-
-    with process:
-        try:
-            wait_for(is_secure, "the kernel to say that it was booted securely", SECONDS)
-        finally:
-            process.kill()
+def test_a_matrix_with_secure_boot(scene: Scene) -> None:
+    """Signed code boots securely from another disk, with a TPM; Debian's kernel for clouds has no driver for SATA."""
+    scene.prepare(extra="firmware = hybrid\ntest-boot-matrix = virtio-blk sata, secure-boot, tpm")
+    done = scene.run("--json", "record.json")
+    print(done.stderr[-8000:])
+    error = next(line for line in done.stderr.splitlines() if line.startswith("image-factory: error: "))
+    assert "1 of 2 test boots failed: with sata: its kernel has no driver ahci (its initramfs " in error
+    found = scene.checks()
+    assert {name for name, result in found.items() if "failure" in result} == {"2-secure-boot-sata-tpm boot"}
+    assert {f"1-secure-boot-virtio-blk-tpm {name}" for name in ("secure-boot", "tpm", "login")} <= {*found}
+    record = json.loads((scene.directory / "record.json").read_text())
+    assert [boot["devices"] for boot in record["test_boots"]] == [["virtio-blk", "tpm"], ["sata", "tpm"]]
+    assert {path.suffix for path in scene.work.iterdir()} == {".json", ".qcow2", ".sha256sum"}

@@ -158,6 +158,7 @@ IMAGE_ROWS: dict[str, tuple[str, Any]] = {
     "test_boot": ("yes", True),
     "test_script": ("/srv/check.sh", Path("/srv/check.sh")),
     "test_boot_timeout": ("5m", 300.0),
+    "test_boot_matrix": ("nvme SATA,\n  secure-boot, tpm", ("nvme", "sata", "secure-boot", "tpm")),
     "kernel_errors_allowed": ("\n  RAS: .*\n  no firmware$$", ("RAS: .*", "no firmware$")),
     "tasks": ("epel, ./a.yml,\n  b", ("epel", "./a.yml", "b")),
     "tasks_after_cleaning": ("./brand.sh", ("./brand.sh",)),
@@ -285,6 +286,7 @@ def test_defaults(read: Read) -> None:
         test_boot=False,
         test_script=None,
         test_boot_timeout=None,
+        test_boot_matrix=(),
         kernel_errors_allowed=(),
         tasks=(),
         tasks_after_cleaning=(),
@@ -442,6 +444,14 @@ BAD: list[tuple[str, str, str]] = [
     ("virt-type", "xen", "only auto, kvm or qemu"),
     *(("arch", text, "only x86_64, aarch64, armhf, ppc64el") for text in ("", "vax", "x86-64")),
     *(("max-parallel", text, "only auto, none or a whole number") for text in ("", "-1", "1.5", "all", "10000")),
+    *(
+        (
+            "test-boot-matrix",
+            text,
+            "only virtio-scsi virtio-blk nvme sata usb, bios uefi secure-boot, virtio-net e1000e, no-tpm tpm",
+        )
+        for text in ("ide", "nvme, uefi floppy", "nvme; sata")
+    ),
     ("kernel-errors-allowed", "(", "only regular expressions, one a line"),
     ("test-script", "checks/", "only the name of a file"),
     ("firmware", "efi", "only bios, uefi or hybrid"),
@@ -502,6 +512,7 @@ ABSURD = {
     "seal": "maybe", "keep-raw": "maybe", "tar-exclude": "a\tb", "compression": "xz", "vnc": "a b", "osinfo": "",
     "arch": "vax", "firmware": "efi", "cpu": "", "virt-type": "xen", "network": "", "max-parallel": "-1",
     "install-timeout": "2", "stall-timeout": "2", "test-boot": "maybe", "test-script": "a/", "test-boot-timeout": "2",
+    "test-boot-matrix": "ide",
     "kernel-errors-allowed": "(", "manifest": "maybe", "manifest-text": "a/b", "provenance": "maybe", "sign-key": "",
     "post-build-command": "'a",
     "upload-type": "ftp", "upload-target": "", "upload-args": "'a", "upload-formats": "zip",

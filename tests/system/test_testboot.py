@@ -15,15 +15,27 @@ import pytest
 from image_factory import pipeline
 from image_factory.base import files
 from image_factory.base.errors import BuildError, ConfigurationError
+from image_factory.base.events import BootTested
 from image_factory.checks import testboot
-from image_factory.checks.testboot import guest, ramdisk
+from image_factory.checks.testboot import guest, matrix, ramdisk
 from image_factory.checks.testboot.guest import Guest, PortTakenError
 from image_factory.checks.testboot.login import LOGIN, RUN_SCRIPT, ssh_argv
-from image_factory.checks.testboot.machine import Machine, free_port, other_mac, pipes, prepared, qemu_argv, time_limit
+from image_factory.checks.testboot.machine import (
+    Machine,
+    free_port,
+    other_mac,
+    pipes,
+    prepared,
+    qemu_argv,
+    time_limit,
+    tpm_running,
+)
 from image_factory.configuration.files import Configuration
+from image_factory.machines.devices import DISKS, NETWORKS
 from image_factory.model import Artifact, Build, Disk, Plan
 from image_factory.outputs import planned
 from image_factory.parts import Shown, State, carry_out
+from image_factory.system.kernels import Kernel
 from image_factory.told import junit
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -54,12 +66,128 @@ def values(argv: list[str], option: str) -> list[str]:
         ("firmware = hybrid", ["qcow2", "raw"], ["qcow2 bios", "raw uefi"]),
         ("firmware = uefi", ["qcow2", "raw", "qcow2"], ["qcow2 uefi", "raw uefi", "qcow2 uefi"]),
         ("arch = aarch64", ["raw"], ["raw uefi", "raw uefi"]),
+        ("firmware = hybrid\ntest-boot-matrix = secure-boot bios", ["raw"], ["raw secure-boot", "raw bios"]),
+        ("firmware = hybrid\ntest-boot-matrix = tpm, nvme", ["raw", "qcow2"], ["raw bios", "qcow2 uefi"]),
     ],
 )
 def test_boots(tmp_path: Path, text: str, formats: list[str], expected: list[str]) -> None:
     artifacts = [Artifact(tmp_path / "x", name, GIB) for name in formats]
     found = testboot.boots(plan_of(tmp_path, text).settings, artifacts)
-    assert [f"{artifact.format} {firmware}" for artifact, firmware in found] == expected
+    assert [f"{artifact.format} {machine.firmware}" for artifact, machine in found] == expected
+
+
+def test_a_matrix_is_every_combination(tmp_path: Path) -> None:
+    settings = plan_of(tmp_path, "test-boot-matrix = virtio-scsi nvme, e1000e virtio-net, tpm no-tpm").settings
+    assert matrix.hardware(settings) == [
+        ("bios", ("e1000e", "tpm")), ("bios", ("e1000e",)), ("bios", ("tpm",)), ("bios", ()),
+        ("bios", ("nvme", "e1000e", "tpm")), ("bios", ("nvme", "e1000e")),
+        ("bios", ("nvme", "tpm")), ("bios", ("nvme",)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("test-boot-matrix = bios uefi", "an image with firmware = bios does not boot with uefi."),
+        ("firmware = uefi\ntest-boot-matrix = nvme, bios", "an image with firmware = uefi does not boot with bios."),
+        ("test-boot-matrix = secure-boot", "an image with firmware = bios does not boot with secure-boot."),
+        ("arch = aarch64\ntest-boot-matrix = bios", "an image with firmware = uefi does not boot with bios."),
+    ],
+)
+def test_a_firmware_that_the_image_is_not_for(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        testboot.check(plan_of(tmp_path, text))
+    assert caught.value.message == f"[x] test-boot-matrix: {message}"
+
+
+def test_a_matrix_with_uefi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be checked before the build, where its firmware and the program of its TPM are asked for."""
+    plan = plan_of(tmp_path, "firmware = uefi\ntest-boot-matrix = secure-boot tpm")
+    testboot.check(plan)
+    assert "swtpm" in testboot.programs(plan)
+    assert "swtpm" not in testboot.programs(plan_of(tmp_path, "test-boot-matrix = no-tpm"))
+    monkeypatch.setattr("image_factory.machines.firmware._DIRECTORIES", (tmp_path,))
+    with pytest.raises(ConfigurationError, match="no UEFI for x86_64 with Secure Boot and Microsoft's keys") as caught:
+        testboot.check(plan)
+    assert caught.value.hint == "Install it: apt-get install ovmf"
+
+
+def failures(directory: Path, text: str, failed: dict[str, str]) -> str:
+    """Return the summary of a matrix in which the machines that have all words of a key have *failed*."""
+    plan = plan_of(directory, text)
+    build, artifact = Build(plan, plan.work_path, "vm"), Artifact(directory / "x", "raw", GIB)
+    found = [
+        Machine(build, artifact, firmware, "qemu", number, devices=devices)
+        for number, (firmware, devices) in enumerate(matrix.hardware(plan.settings), 1)
+    ]
+    why = {
+        each.number: next((failed[key] for key in failed if {*key.split()} <= {*words_of(each)}), "") for each in found
+    }
+    return matrix.summary(found, {number: reason for number, reason in why.items() if reason})
+
+
+def words_of(machine: Machine) -> list[str]:
+    return machine.name.split(", ")
+
+
+def test_a_summary_says_where_and_why(tmp_path: Path) -> None:
+    text = "firmware = hybrid\ntest-boot-matrix = virtio-scsi nvme usb, bios uefi, virtio-net e1000e"
+    one = failures(tmp_path, text, {"nvme": "its initramfs has no driver nvme"})
+    assert one == "4 of 12 test boots failed: with nvme: its initramfs has no driver nvme."
+    both = failures(tmp_path, text, {"usb": "A", "e1000e": "B"})
+    assert both == "8 of 12 test boots failed: with e1000e: B; with usb: A."
+    single = failures(tmp_path, text, {"nvme uefi e1000e": "C"})
+    assert single == "1 of 12 test boots failed: with uefi, nvme, e1000e: C."
+    assert failures(tmp_path, "test-boot-matrix = sata", {"sata": "D"}).endswith("test boots failed: with sata: D.")
+
+
+def kernel(*, built_in: str = "", early: str | None = "", late: str = "") -> Kernel:
+    return Kernel("6.1", frozenset(built_in.split()), None if early is None else frozenset(early.split()),
+                  frozenset(late.split()))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (kernel(built_in="ahci", early="sd_mod", late="sd_mod"), ""),
+        (kernel(early="sd_mod", late="sd_mod ahci"), "its initramfs has no driver ahci"),
+        (kernel(early="ahci", late="sd_mod ahci"), "its initramfs has no driver sd_mod"),
+        (kernel(early="", late=""), "its kernel has no driver ahci and sd_mod"),
+        (kernel(early=None, late="sd_mod ahci"), ""),
+    ],
+)
+def test_a_driver_that_is_missing(found: Kernel, expected: str) -> None:
+    assert matrix.missing_driver([found], DISKS["sata"].modules, early=True) == expected
+    assert matrix.missing_driver([], DISKS["sata"].modules, early=True) == ""
+
+
+def test_all_machines_of_a_matrix_are_booted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk without a boot loader fails on each of them."""
+    monkeypatch.setattr(testboot, "at_once", lambda settings, virt_type: 2)
+    plan = plan_of(tmp_path, "ram = 128M\nformat = qcow2\ntest-boot-matrix = virtio-blk nvme sata, no-tpm tpm")
+    build = Build(plan, plan.work_path, "vm")
+    build.directory.mkdir()
+    [made] = planned(plan, build.directory)
+    artifact = dataclasses.replace(made, path=empty_disk(made.path), virtual_size=GIB)
+    with pytest.raises(BuildError, match=r"^6 of 6 test boots failed: with .*: the firmware found no boot loader"):
+        carry_out(State(build, Disk(build.disk_path), artifacts=(artifact,)), testboot.steps(build))
+    names = {
+        case.get("classname", "").rpartition(".")[2] for case in ElementTree.parse(plan.junit_path).iter("testcase")
+    }
+    assert names == {
+        "1-bios-virtio-blk", "2-bios-virtio-blk-tpm", "3-bios-nvme", "4-bios-nvme-tpm", "5-bios-sata", "6-bios-sata-tpm"
+    }  # fmt: skip
+    assert [path.name for path in build.directory.iterdir()] == [plan.file_name("qcow2")]
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in path.read_bytes()]
+    assert not running_tpms()
+
+
+def running_tpms() -> list[int]:
+    """Return the processes of TPMs that are ours."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == "swtpm"]
 
 
 def test_an_error_of_emulation_is_none_of_the_image(tmp_path: Path) -> None:
@@ -72,6 +200,8 @@ def test_an_error_of_emulation_is_none_of_the_image(tmp_path: Path) -> None:
     assert real == ("^own$",)
     allowed = [any(re.search(pattern, line) for pattern in emulated) for line in ("own", timer, stuck, f"x{timer}")]
     assert allowed == [True, True, True, False]
+    with_tpm = dataclasses.replace(machine(tmp_path, virt_type="kvm"), devices=("tpm",)).errors_allowed
+    assert any(re.search(pattern, "ima: Can not allocate sha384 (reason: -2)") for pattern in with_tpm)
 
 
 def test_the_machine_is_another_one_than_that_of_the_installation(tmp_path: Path) -> None:
@@ -79,7 +209,7 @@ def test_the_machine_is_another_one_than_that_of_the_installation(tmp_path: Path
     assert values(argv, "-machine") == ["q35,graphics=off,accel=tcg"]
     assert (values(argv, "-cpu"), values(argv, "-smp")) == (["max,-la57,-cx16"], ["1"])
     devices = values(argv, "-device")
-    assert "scsi-hd,drive=disk,bootindex=1" in devices
+    assert "scsi-hd,bus=controller.0,drive=disk,bootindex=1" in devices
     assert not [device for device in devices if device.startswith("virtio-blk")]
     assert values(argv, "-netdev") == ["user,id=network,hostfwd=tcp:127.0.0.1:4242-:22"]
     assert "52:54:00" not in " ".join(argv)
@@ -122,15 +252,21 @@ def test_qemu_takes_the_command(tmp_path: Path) -> None:
     """A comma in a path ends no option; a machine of each firmware comes up with all of its devices."""
     directory = tmp_path / "a,b c"
     directory.mkdir()
-    for firmware, arch in (("bios", "x86_64"), ("uefi", "x86_64"), ("uefi", "aarch64")):
-        made = machine(directory, firmware, f"arch = {arch}\nram = 128M")
-        made.build.directory.mkdir(exist_ok=True)
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", made.artifact.path, "2G"], check=True)
-        with prepared(made), pipes(made):
-            argv = [*qemu_argv(made, "02:00:00:00:00:01", free_port()), "-S", "-monitor", "stdio"]
-            done = subprocess.run(argv, input="info status\nquit\n", capture_output=True, text=True, check=False)
-            assert (done.returncode, done.stderr) == (0, ""), firmware
-        assert not made.directory.exists()
+    everything = [*zip(DISKS, itertools.cycle(NETWORKS), strict=False)]
+    kinds = [("x86_64", "bios"), *itertools.product(("x86_64", "aarch64"), ("uefi", "secure-boot"))]
+    for arch, firmware in kinds:
+        for devices in [(), *((*devices, "tpm") for devices in everything if firmware != "uefi")]:
+            made = machine(directory, firmware, f"arch = {arch}\nram = 128M")
+            made = dataclasses.replace(made, devices=devices)
+            made.build.directory.mkdir(exist_ok=True)
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", made.artifact.path, "2G"], check=True)
+            with prepared(made), pipes(made), tpm_running(made) as tpm:
+                argv = [*qemu_argv(made, "02:00:00:00:00:01", free_port(), tpm), "-S", "-monitor", "stdio"]
+                talk = "info status\nquit\n"
+                done = subprocess.run(argv, input=talk, capture_output=True, text=True, check=False, pass_fds=[tpm])
+                assert (done.returncode, done.stderr) == (0, ""), (firmware, devices)
+            assert not made.directory.exists()
+    assert not running_tpms()
 
 
 def test_no_uefi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +368,7 @@ def test_a_tar_that_is_not_laid_is_told(tmp_path: Path, caplog: pytest.LogCaptur
     build.directory.mkdir()
     disk, tar = planned(plan, build.directory)
     state = State(build, Disk(build.disk_path), artifacts=(disk, tar))
-    testboot._TestBoot(1)._tell(state, disk, "bios", 1.0, [])
+    testboot._TestBoot(1)._tell(state, BootTested(disk.path.name, "bios", 1.0, ()))
     [case] = ElementTree.parse(plan.junit_path).iter("testcase")
     assert (case.get("name"), case.get("classname")) == ("laid", f"{tar.path.name}.2-bios")
     assert [element.get("message") for element in case.iter("skipped")] == [reason]

@@ -17,7 +17,7 @@ LAYERS = [
     ("", "cli completion online element_tests trial judging foreign pipeline fleet workspace publish keep"),
     ("configuration", "effective unused files"),
     ("tasks", "guest"),
-    ("checks.testboot", "session __init__ laying login guest monitor machine ramdisk report reporting"),
+    ("checks.testboot", "session __init__ laying login guest matrix monitor machine ramdisk report reporting"),
     ("checks", "published audit keys search leftovers"),
     ("", "checkpoint"),
     ("finishing", "sign provenance manifest listing shrink settling clean checksum firstboot fitting importing"),
@@ -50,7 +50,7 @@ LAYERS = [
     ("", "model"),
     # What the parts of a build need of the configuration, and no more: the files are above the tables of kinds.
     ("configuration", "settings parsers"),
-    ("machines", "kvm libvirt firmware turns console arch"),
+    ("machines", "kvm libvirt firmware turns console arch devices"),
     ("base", "openpgp scratch"),
     ("base.command", "__init__ apart conversations pipelines programs children output installed"),
     ("base", "files cleanup locks interrupts log events units errors trust fuse memory terminal"),

@@ -1,6 +1,7 @@
 """What is made of a guest's report: each check, and answers of a guest that lies."""
 
 import base64
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -40,6 +41,16 @@ def problems(changes: dict[str, str], subject: Subject = SUBJECT) -> dict[str, s
 
 def test_a_good_report_passes() -> None:
     assert problems({}) == {}
+
+
+def test_a_machine_with_secure_boot_and_a_tpm() -> None:
+    """Their checks are there for these alone."""
+    subject = dataclasses.replace(SUBJECT, secure_boot=True, tpm=True)
+    assert problems({"secure-boot": "   1\n", "tpm": "2\n"}, subject) == {}
+    assert problems({"secure-boot": " 0", "tpm": ""}, subject) == {
+        "secure-boot": "its kernel was not booted securely", "tpm": "its kernel knows no TPM 2.0",
+    }  # fmt: skip
+    assert not {check.name for check in checks_of(Message("finished", GOOD), SUBJECT)} & {"secure-boot", "tpm"}
 
 
 FULL = "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/sda3 4040000 2040000 1800000 50% /\n"

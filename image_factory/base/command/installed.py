@@ -60,6 +60,7 @@ PACKAGES = {
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
     "sudo": "sudo",
+    "swtpm": "swtpm",
     "tar": "tar",
     "tar2sqfs": "squashfs-tools-ng",
     "tune2fs": "e2fsprogs",

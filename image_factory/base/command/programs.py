@@ -283,15 +283,17 @@ def read_until(argv: Sequence[str], wanted: bytes, seconds: float) -> bytes:
 
 
 @contextmanager
-def background(argv: Sequence[str], path: Path) -> Iterator[Callable[[], int | None]]:
+def background(
+    argv: Sequence[str], path: Path, *, cwd: Path | None = None, pass_fds: Sequence[int] = ()
+) -> Iterator[Callable[[], int | None]]:
     """Have *argv* run inside, and kill it on the way out; give what returns its status, None while it runs.
 
-    What it prints goes to the file *path*.  It is killed with image-factory, too.
+    What it prints goes to the file *path*.  It has the descriptors *pass_fds*.  It is killed with image-factory, too.
     """
     announce(argv)
     try:
         with path.open("wb") as file:
-            process = start(argv, stdout=file.fileno())
+            process = start(argv, stdout=file.fileno(), cwd=cwd, pass_fds=pass_fds)
     except OSError as error:
         raise BuildError(f"Can't run {argv[0]}: {reason_of(error)}") from error
     with closed(process):

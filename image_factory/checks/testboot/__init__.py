@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from ...base import command, events, files
@@ -24,11 +25,13 @@ from ...base.memory import free_memory
 from ...configuration.settings import ImageSettings
 from ...inside import namespaces
 from ...machines import arch
+from ...machines.devices import SECURE_BOOT
 from ...model import Artifact, Build, Plan
 from ...outputs import OUTPUTS, disk_of, formats, planned
 from ...parts import Group, State, Step, Steps, carry_out, doing
+from ...system.kernels import Kernel
 from ...told import junit
-from . import laying, ramdisk
+from . import laying, matrix, ramdisk
 from .guest import Guest, PortTakenError
 from .laying import Laying
 from .login import LOGIN, RUN_SCRIPT, login_checks, ssh_argv
@@ -36,7 +39,6 @@ from .machine import (
     HOST,
     KERNEL,
     Machine,
-    firmware_for,
     free_port,
     key_argv,
     other_mac,
@@ -47,7 +49,10 @@ from .machine import (
     seed_argv,
     source_argvs,
     time_limit,
+    tpm_argv,
+    tpm_running,
 )
+from .matrix import firmwares
 from .report import Message, Subject, checks_of, identity_checks, judged, skipped
 
 # Two boots show that each one gets an identity of its own.
@@ -68,8 +73,7 @@ def check(plan: Plan) -> None:
         raise ConfigurationError(f"[{plan.image}] test-script: {script} is not a file that can be read.")
     if settings.arch not in arch.BOOTABLE:
         raise ConfigurationError(f"[{plan.image}] test-boot: nothing boots {settings.arch} here.", hint="Set it to no.")
-    if "uefi" in firmwares(settings):
-        firmware_for(settings.arch)
+    matrix.check(plan)
     laying.check(plan)
     for artifact in planned(plan, plan.work_path):
         if reason := laying.why_not(plan, artifact):
@@ -83,12 +87,7 @@ def programs(plan: Plan) -> list[str]:
     settings = plan.settings
     booting = [arch.ARCHITECTURES[settings.arch].qemu, "qemu-img", "ssh", "ssh-keygen", "xorriso"]
     of_ramdisks = ramdisk.PROGRAMS if {*ramdisk.FORMATS} & {*formats(plan)} else ()
-    return [*booting, *of_ramdisks, *laying.programs(plan, firmwares(settings))]
-
-
-def firmwares(settings: ImageSettings) -> tuple[str, ...]:
-    """Return what the image claims to boot with."""
-    return ("bios", "uefi") if settings.firmware == "hybrid" else (settings.firmware,)
+    return [*booting, *of_ramdisks, *matrix.programs(settings), *laying.programs(plan, firmwares(settings))]
 
 
 class Boot(NamedTuple):
@@ -97,6 +96,7 @@ class Boot(NamedTuple):
     artifact: Artifact
     firmware: str
     laying: Laying | None = None
+    devices: tuple[str, ...] = ()
 
     @property
     def disk(self) -> Artifact:
@@ -104,11 +104,13 @@ class Boot(NamedTuple):
         return self.laying.disk if self.laying else self.artifact
 
 
-def boots(settings: ImageSettings, artifacts: Sequence[Artifact], least: int = _BOOTS) -> list[tuple[Artifact, str]]:
-    """Return which artifact is booted with which firmware: each of both at least once, and *least* boots."""
-    names = firmwares(settings)
-    count = max(least, len(names), len(artifacts))
-    return [(artifacts[number % len(artifacts)], names[number % len(names)]) for number in range(count)]
+def boots(
+    settings: ImageSettings, artifacts: Sequence[Artifact], least: int = _BOOTS
+) -> list[tuple[Artifact, matrix.Hardware]]:
+    """Return which artifact is booted with what: each of both at least once, and *least* boots."""
+    machines = matrix.hardware(settings)
+    count = max(least, len(machines), len(artifacts))
+    return [(artifacts[number % len(artifacts)], machines[number % len(machines)]) for number in range(count)]
 
 
 def boots_of(build: Build, artifacts: Sequence[Artifact]) -> list[Boot]:
@@ -122,15 +124,18 @@ def boots_of(build: Build, artifacts: Sequence[Artifact]) -> list[Boot]:
     ramdisks = [found for found in artifacts if found.format in ramdisk.FORMATS]
     if not disks and not tars and not ramdisks:
         disks = [disk_of(build, artifacts[0].virtual_size)]
-    found = [Boot(*each) for each in boots(settings, disks)] if disks else []
+    own = boots(settings, disks) if disks else []
     laid = boots(settings, tars, 1 if disks else _BOOTS) if tars else []
-    found += [Boot(artifact, name, Laying(build, artifact, name)) for artifact, name in laid]
+    found = [Boot(artifact, firmware, None, devices) for artifact, (firmware, devices) in own]
+    found += [
+        Boot(artifact, firmware, Laying(build, artifact, matrix.disk_firmware(firmware)), devices)
+        for artifact, (firmware, devices) in laid
+    ]
     return found + [Boot(artifact, KERNEL) for artifact in ramdisks for _ in range(1 if found else _BOOTS)]
 
 
-def how(firmware: str) -> str:
-    """Return what a boot with *firmware* is said to be with."""
-    return "its kernel" if firmware == KERNEL else firmware
+def _machine(build: Build, boot: Boot, number: int) -> Machine:
+    return Machine(build, boot.disk, boot.firmware, build.virt_type, number, devices=boot.devices)
 
 
 def at_once(settings: ImageSettings, virt_type: str) -> int:
@@ -151,10 +156,10 @@ def booting(build: Build, artifacts: Sequence[Artifact]) -> Group:
     made = boots_of(build, artifacts)
     # Nobody knows now how much memory a machine takes that has its system there.
     alone = any(boot.firmware == KERNEL for boot in made)
-    test = _TestBoot(1 if alone else at_once(settings, build.virt_type))
-    machines = [
-        Machine(build, boot.disk, boot.firmware, build.virt_type, number) for number, boot in enumerate(made, 1)
-    ]
+    machines = [_machine(build, boot, number) for number, boot in enumerate(made, 1)]
+    test = _TestBoot(
+        1 if alone else at_once(settings, build.virt_type), machines, to_the_end=bool(settings.test_boot_matrix)
+    )
     # The next machines start beside the one that is waited for, so all disks are there before the first one.
     shown = [
         Step(laid.name, doing(partial(test.lay, laid)), laid.commands())
@@ -168,6 +173,7 @@ def booting(build: Build, artifacts: Sequence[Artifact]) -> Group:
                 *source_argvs(started),
                 key_argv(started),
                 seed_argv(started),
+                *([tpm_argv("TPM")] if started.has_tpm else []),
                 qemu_argv(started, "02:XX:XX:XX:XX:XX", "PORT"),
             )
         ]
@@ -175,7 +181,7 @@ def booting(build: Build, artifacts: Sequence[Artifact]) -> Group:
         if settings.test_script:
             commands.append(ssh_argv(machine, "PORT", RUN_SCRIPT))
         booting = doing(partial(test.boot, number))
-        shown.append(Step(f"Booting {boot.artifact.path.name} with {how(boot.firmware)}", booting, commands))
+        shown.append(Step(f"Booting {boot.artifact.path.name} with {machine.name}", booting, commands))
     return Group(shown, test.run)
 
 
@@ -192,11 +198,16 @@ class Running:
 class _TestBoot:
     """The boots of a build's artifacts, *at_once* at the same time.
 
-    Their results are told to observers, and written beside the artifacts, in the order of the boots.
+    Their results are told to observers, and written beside the artifacts, in the order of the boots.  The first one
+    that fails is the last, but with *to_the_end* all of *machines* are booted, and BuildError sums up what has failed.
     """
 
-    def __init__(self, at_once: int) -> None:
+    def __init__(self, at_once: int, machines: Sequence[Machine] = (), *, to_the_end: bool = False) -> None:
         self._at_once = at_once
+        self._machines = machines
+        self._to_the_end = to_the_end
+        self._failed: dict[int, str] = {}
+        self._kernels: dict[Path, list[Kernel]] = {}
         self._running: dict[int, Running] = {}
         self._done: list[BootTested] = []
         self._reports: list[Message] = []
@@ -209,7 +220,13 @@ class _TestBoot:
     def run(self, state: State, steps: Steps) -> State:
         """Carry out *steps*, and end the machines that are left."""
         with released(self._end):
-            return carry_out(state, steps)
+            state = carry_out(state, steps)
+        if self._failed:
+            raise BuildError(
+                matrix.summary(self._machines, self._failed),
+                hint=f"All results are in {state.build.plan.junit_path}.",
+            )
+        return state
 
     def _end(self) -> None:
         while self._running:
@@ -226,21 +243,14 @@ class _TestBoot:
             laid.carry_out()
         except BuildError as error:
             problem = judged("laid", error.message.rstrip("."))
-            self._tell(state, laid.artifact, laid.firmware, time.monotonic() - start, [problem])
+            self._tell(state, BootTested(laid.artifact.path.name, laid.firmware, time.monotonic() - start, (problem,)))
             raise
 
-    def _tell(
-        self,
-        state: State,
-        artifact: Artifact,
-        firmware: str,
-        seconds: float,
-        checks: Sequence[BootCheck],
-        output: str = "",
-    ) -> None:
+    def _tell(self, state: State, tested: BootTested, output: str = "") -> None:
+        """Tell what was *tested*, whose guest printed *output*, and write it beside the artifacts."""
         plan = state.build.plan
-        self._done.append(BootTested(artifact.path.name, firmware, seconds, tuple(checks)))
-        events.tell(self._done[-1])
+        self._done.append(tested)
+        events.tell(tested)
         left_out = [
             BootTested(found.path.name, plan.settings.firmware, 0.0, (skipped("laid", reason),))
             for found in state.artifacts
@@ -252,36 +262,51 @@ class _TestBoot:
         """Boot an artifact for the *number*-th time; BuildError says what is wrong with it."""
         build = state.build
         made = boots_of(build, state.artifacts)
-        machines = [
-            Machine(build, boot.disk, boot.firmware, build.virt_type, each) for each, boot in enumerate(made, 1)
-        ]
+        machines = [_machine(build, boot, each) for each, boot in enumerate(made, 1)]
         for machine in machines[self.started_with(number)]:
             self._running[machine.number] = started(machine)
         machine, artifact = machines[number - 1], made[number - 1].artifact
-        checks, report, lines, seconds = self._checked(machine)
+        checks, guest, seconds = self._checked(machine)
+        checks = [self._explained(build, machine, guest, check) for check in checks]
         if artifact.sha256:
             checks.append(judged("unchanged", _why_changed(artifact)))
-        self._tell(state, artifact, machine.firmware, seconds, checks, "\n".join(lines))
+        tested = BootTested(artifact.path.name, machine.firmware, seconds, tuple(checks), machine.devices)
+        self._tell(state, tested, "\n".join(guest.lines))
         _log(checks)
         problems = [check.message for check in checks if check.outcome == "failed"]
         if problems:
-            explain(report, lines)
-            raise BuildError(
-                f"{artifact.path.name} failed its test boot with {how(machine.firmware)}: {'; '.join(problems)}.",
-                hint=f"All results are in {build.plan.junit_path}.",
-            )
-        if report:
-            self._reports.append(report)
+            explain(guest.message, guest.lines)
+            failure = f"{artifact.path.name} failed its test boot with {machine.name}: {'; '.join(problems)}."
+            if not self._to_the_end:
+                raise BuildError(failure, hint=f"All results are in {build.plan.junit_path}.")
+            logger.error("%s", failure)
+            self._failed[number] = "; ".join(problems)
+        if guest.message:
+            self._reports.append(guest.message)
 
-    def _checked(self, machine: Machine) -> tuple[list[BootCheck], Message | None, list[str], float]:
-        """Return the checks of *machine*, which is ended then, what it reported and printed, and its seconds."""
+    def _checked(self, machine: Machine) -> tuple[list[BootCheck], Guest, float]:
+        """Return the checks of *machine*, which is ended then, what was its guest, and its seconds."""
         for _ in range(PORT_TRIES):
             running = self._running.pop(machine.number, None) or started(machine)
             guest = running.guest
             with running.stack, contextlib.suppress(PortTakenError):
                 checks = [*_checks(machine, guest, running.port, self._reports, self._look)]
-                return checks, guest.message, [*guest.lines], time.monotonic() - running.start
+                return checks, guest, time.monotonic() - running.start
         raise BuildError(f"No port of {HOST} could be had for the machine.", hint="Try again.")
+
+    def _explained(self, build: Build, machine: Machine, guest: Guest, check: BootCheck) -> BootCheck:
+        """Return *check* with the driver that is missing, if that may be why it failed."""
+        why = ""
+        if check.name == "boot" and check.outcome == "failed" and guest.is_rootless and machine.has_disk:
+            why = matrix.missing_driver(self._kernels_of(build, machine.artifact), machine.disk.modules, early=True)
+        elif check.name == "network" and check.outcome == "failed" and machine.has_disk:
+            why = matrix.missing_driver(self._kernels_of(build, machine.artifact), machine.network.modules)
+        return judged(check.name, f"{why} ({check.message})") if why else check
+
+    def _kernels_of(self, build: Build, artifact: Artifact) -> list[Kernel]:
+        if artifact.path not in self._kernels:
+            self._kernels[artifact.path] = matrix.kernels_of(build, artifact)
+        return self._kernels[artifact.path]
 
     def _look(self) -> None:
         """Read what the guests say that run beside: they stop where a pipe is full."""
@@ -297,8 +322,10 @@ def started(machine: Machine) -> Running:
         machine = stack.enter_context(prepared(machine))
         console, report = stack.enter_context(pipes(machine))
         port = free_port()
-        argv = qemu_argv(machine, other_mac(), port)
-        ended = stack.enter_context(command.background(argv, machine.directory / "qemu.log"))
+        tpm = stack.enter_context(tpm_running(machine)) if machine.has_tpm else None
+        argv = qemu_argv(machine, other_mac(), port, tpm or "")
+        passed_on = [tpm] if tpm else []
+        ended = stack.enter_context(command.background(argv, machine.directory / "qemu.log", pass_fds=passed_on))
         return Running(Guest(machine, ended, console, report), port, time.monotonic(), stack.pop_all())
 
 
@@ -312,7 +339,13 @@ def _checks(
         return
     has_scripts = bool(machine.build.plan.settings.first_boot)
     subject = Subject(
-        machine.artifact.virtual_size, machine.larger_size, machine.errors_allowed, has_scripts, not machine.has_disk
+        machine.artifact.virtual_size,
+        machine.larger_size,
+        machine.errors_allowed,
+        has_scripts,
+        not machine.has_disk,
+        machine.firmware == SECURE_BOOT,
+        machine.has_tpm,
     )
     checks = checks_of(message, subject)
     yield from checks
@@ -344,5 +377,5 @@ def explain(report: Message | None, lines: Sequence[str]) -> None:
             logger.error("error of the guest's kernel: %s", line)
         for line in report.lines("journal")[-_SHOWN_LINES:]:
             logger.error("guest's journal: %s", line)
-    for line in list(lines)[-_SHOWN_LINES:]:
+    for line in [*lines][-_SHOWN_LINES:]:
         logger.error("console: %s", line)

@@ -35,21 +35,25 @@ class _Sign:
     """A line on the console, by its *pattern*, that tells why there will be no report.
 
     *problem* is what the build says of it, with the pattern's groups, and *seconds* how long a report is still
-    waited for.  *lasting* is whether a system that was up is lost with it.
+    waited for.  *lasting* is whether a system that was up is lost with it, and *of_root* whether a driver of the disk
+    may be missing.
     """
 
     pattern: str
     problem: str
     seconds: float = _SETTLE_SECONDS
     lasting: bool = True
+    of_root: bool = False
 
 
 # The first in this order counts where several are seen.
 _SIGNS = (
+    _Sign(r"(?<!end )Kernel panic - not syncing: VFS: Unable to mount root fs",
+          "its kernel did not find the root filesystem", of_root=True),
     _Sign(r"(?<!end )Kernel panic - not syncing: (.{1,160})", r"its kernel panicked: \1"),
-    _Sign(r"ALERT! +(\S{1,100}) does not exist", r"its initramfs did not find the root filesystem \1"),
-    _Sign(r"dracut-initqueue.*timeout", "its initramfs did not find the root filesystem", 60.0),
-    _Sign(r"[Ee]ntering emergency mode|You are in emergency mode", "it came up in emergency mode"),
+    _Sign(r"ALERT! +(\S{1,100}) does not exist", r"its initramfs did not find the root filesystem \1", of_root=True),
+    _Sign(r"dracut-initqueue.*timeout", "its initramfs did not find the root filesystem", 60.0, of_root=True),
+    _Sign(r"[Ee]ntering emergency mode|You are in emergency mode", "it came up in emergency mode", of_root=True),
     _Sign(r"No bootable device|No bootable option|>>Start (?:PXE|HTTP) over|UEFI Interactive Shell",
           "the firmware found no boot loader on its disk"),
     _Sign(r"grub rescue>", "its boot loader did not find its files"),
@@ -67,7 +71,7 @@ class Guest:
     """What a guest says while QEMU runs, on its console and in its reports.
 
     *ended* returns QEMU's exit status, None while it runs; *console* and *report* are the descriptors of the pipes
-    that are read.
+    that are read.  *is_rootless* is whether it has failed without a sign of its root filesystem.
     """
 
     WENT_OFF = "it went off"
@@ -88,6 +92,7 @@ class Guest:
         self.message: Message | None = None
         # What is given all that comes from its console, as it comes.
         self.echo: Callable[[bytes], None] | None = None
+        self.is_rootless = False
 
     def look(self) -> None:
         """Read what the guest has said since, without waiting; a report that is no such ends the wait for it."""
@@ -162,12 +167,14 @@ class Guest:
                 if self._refused:
                     return self._refused
                 if self._sign and (now >= self._sign[2] or now >= deadline or status is not None):
+                    self.is_rootless = _SIGNS[self._sign[0]].of_root
                     return self._sign[1]
                 if status is not None:
                     return self._why_off(status)
                 start = min(seconds, _START_SECONDS[self._machine.virt_type])
                 has_begun = self._has_kernel or self.message is not None
                 if now >= self._start + start and not has_begun and self._is_untouched():
+                    self.is_rootless = True
                     return (
                         f"it did not start: within {format_duration(start)} its disk was not written to{self._last()}"
                     )
@@ -175,6 +182,7 @@ class Guest:
                 if self._asked is not None and now >= self._asked + silent and self.message is None:
                     return f"it reported nothing within {format_duration(silent)} after it asked for a login{UNTOLD}"
                 if now >= deadline:
+                    self.is_rootless = self.message is None
                     return self._why_late(seconds)
         return ""
 

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from ...base.errors import ConfigurationError
 from ...base.units import parse_duration
 from ...configuration.settings import ImageSettings
 from ...machines import arch
+from ...machines.devices import DISKS, NETWORKS, SECURE_BOOT, TPM, Device, of_kind
 from ...machines.firmware import Firmware, uefi_firmware
 from ...model import Artifact, Build
 from ...outputs import OUTPUTS, opened
@@ -31,10 +32,7 @@ DISK_NODE = "disk"
 MONITOR = "monitor"
 # What a machine without a disk boots with, in the place of a firmware.
 KERNEL = "kernel"
-
-# virtio-scsi differs from the installation's virtio-blk, so an initramfs that was made for one machine only fails.
-# All kernels for clouds have it; Debian's has no AHCI.
-_DISK_DEVICE = "scsi-hd"
+_UEFI = ("uefi", SECURE_BOOT)
 
 # What the kernel logs of emulation, and not of the image.  It counts the ticks of a timer when it starts
 # (arch/x86/kernel/apic/io_apic.c), which come late where the host has much to do; it then takes another way to it.
@@ -43,6 +41,9 @@ _ERRORS_OF_EMULATION = (
     r"^\.\.MP-BIOS bug: 8254 timer not connected to IO-APIC",
     r"^watchdog: BUG: soft lockup - CPU#\d+ stuck for \d+s!",
 )
+# What a kernel logs of a TPM that knows more digests than the kernel has built in, of which it then takes others
+# (security/integrity/ima/ima_crypto.c).
+_ERRORS_OF_TPM = (r"^ima: Can not allocate sha\d+ \(reason: -2\)",)
 
 
 # What runs on any x86-64; all other distributions are for x86-64-v2.  An image that says nothing may be of these.
@@ -83,6 +84,7 @@ class Machine:
     *restricted* is whether it reaches no network.  *layers* counts the overlays that it has filled before the one that
     it has now.  *ram* are the bytes of its memory, 0 for what the settings say; without a disk it is not known before.
     *kept* is where its overlay is made, in the place of one that goes with its directory.
+    *devices* are words of a matrix; of each kind it has one, the usual one where nothing is said.
     """
 
     build: Build
@@ -95,6 +97,27 @@ class Machine:
     layers: int = 0
     ram: int = 0
     kept: Path | None = None
+    devices: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What a log calls it."""
+        return machine_name(self.firmware, self.devices)
+
+    @property
+    def disk(self) -> Device:
+        """What its disk is on."""
+        return DISKS[of_kind(DISKS, self.devices)[0]]
+
+    @property
+    def network(self) -> Device:
+        """Its network card."""
+        return NETWORKS[of_kind(NETWORKS, self.devices)[0]]
+
+    @property
+    def has_tpm(self) -> bool:
+        """Whether it has a TPM 2.0."""
+        return TPM in self.devices
 
     @property
     def has_disk(self) -> bool:
@@ -110,7 +133,8 @@ class Machine:
     def errors_allowed(self) -> tuple[str, ...]:
         """The regular expressions of errors in the kernel's log that fail no check."""
         of_emulation = _ERRORS_OF_EMULATION if self.virt_type == "qemu" else ()
-        return (*self.build.plan.settings.kernel_errors_allowed, *of_emulation)
+        of_tpm = _ERRORS_OF_TPM if self.has_tpm else ()
+        return (*self.build.plan.settings.kernel_errors_allowed, *of_emulation, *of_tpm)
 
     @property
     def overlay(self) -> Path:
@@ -148,6 +172,11 @@ class Machine:
         return self.directory / "nvram.fd"
 
     @property
+    def tpm(self) -> Path:
+        """The directory of its TPM's state."""
+        return self.directory / "tpm"
+
+    @property
     def larger_size(self) -> int:
         """The size of the overlay's disk."""
         return self.purpose.growth * self.artifact.virtual_size
@@ -162,6 +191,11 @@ class Machine:
         return [self.directory / f"credential-{number}" for number in range(self.purpose.credentials)]
 
 
+def machine_name(firmware: str, devices: Sequence[str]) -> str:
+    """Return what a machine with *firmware*, or a kernel of its own, and with *devices* is called."""
+    return ", ".join(("its kernel" if firmware == KERNEL else firmware, *devices))
+
+
 def time_limit(settings: ImageSettings, virt_type: str) -> float:
     """Return the seconds that a boot may take; emulation is slower."""
     limit = settings.test_boot_timeout
@@ -174,13 +208,18 @@ def processors_of(settings: ImageSettings, virt_type: str) -> int:
     return 1 if virt_type == "qemu" else settings.cores
 
 
-def firmware_for(architecture: str) -> Firmware:
-    """Return a UEFI without secure boot, as files for QEMU; ConfigurationError if there is none."""
+def firmware_for(architecture: str, name: str = "uefi") -> Firmware:
+    """Return the UEFI *name* of FIRMWARES, as files for QEMU; ConfigurationError if there is none.
+
+    That of Secure Boot starts only what Microsoft has signed, the other one anything.
+    """
     for found in uefi_firmware(architecture):
-        if not found.secure_boot and found.code and found.memory:
+        is_wanted = found.enrolled if name == SECURE_BOOT else not found.secure_boot
+        if is_wanted and found.code and found.memory:
             return found
+    kind = "with Secure Boot and Microsoft's keys" if name == SECURE_BOOT else "without secure boot"
     raise ConfigurationError(
-        f"There is no UEFI for {architecture} without secure boot on this machine.",
+        f"There is no UEFI for {architecture} {kind} on this machine.",
         hint=f"Install it: apt-get install {arch.ARCHITECTURES[architecture].uefi_package}",
     )
 
@@ -224,17 +263,24 @@ def seed_argv(machine: Machine) -> list[str]:
     ]  # fmt: skip
 
 
-def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
-    """Return the command of the machine, whose sshd is at *port* of 127.0.0.1."""
+def tpm_argv(descriptor: int | str) -> list[str]:
+    """Return the command of a TPM 2.0, which QEMU reaches at *descriptor* and which has its state where it runs."""
+    return ["swtpm", "socket", "--tpm2", "--tpmstate", "dir=.", "--ctrl", f"type=unixio,clientfd={descriptor}"]
+
+
+def qemu_argv(machine: Machine, mac: str, port: int | str, tpm: int | str = "TPM") -> list[str]:
+    """Return the command of the machine, whose sshd is at *port* of 127.0.0.1, and its TPM at the descriptor *tpm*."""
     settings = machine.build.plan.settings
     facts = arch.ARCHITECTURES[settings.arch]
     emulated = machine.virt_type == "qemu"
     # SeaBIOS without graphics prints on the serial port what it can't boot.
     options = [facts.test_machine, "graphics=off", f"accel={'tcg' if emulated else 'kvm'}"]
     flash: list[str] = []
-    if machine.firmware == "uefi":
-        found = firmware_for(settings.arch)
-        options += ["pflash0=code", "pflash1=memory"]
+    if machine.firmware in _UEFI:
+        found = firmware_for(settings.arch, machine.firmware)
+        options += ["pflash0=code", "pflash1=memory", *(["smm=on"] if found.smm else [])]
+        # Only its own code may write to its memory.
+        flash += ["-global", "driver=cfi.pflash01,property=secure,value=on"] if found.smm else []
         flash += _blockdev("code", found.format, str(found.code), read_only=True)
         flash += _blockdev("memory", found.format, str(machine.nvram))
     network = f"user,id=network,hostfwd=tcp:{HOST}:{port}-:{machine.purpose.port}"
@@ -253,13 +299,14 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
         "-display", "none",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         *flash,
-        "-device", "virtio-scsi-pci",
+        # USB's disk would offer its own bus to the CD.
+        "-device", "virtio-scsi-pci,id=controller",
         *(_disk_options(machine) if machine.has_disk else ramdisk.options(machine.directory, facts.console)),
         *_blockdev("seed", "raw", str(machine.seed), read_only=True),
-        "-device", "scsi-cd,drive=seed",
+        "-device", "scsi-cd,bus=controller.0,drive=seed",
         "-netdev", network,
         # Leave out the ROM, so that no firmware tries to boot from the network.
-        "-device", f"virtio-net-pci,netdev=network,mac={mac},romfile=",
+        *_device_options(machine.network, f"netdev=network,mac={mac},romfile="),
         "-device", "virtio-rng-pci",
         "-chardev", f"pipe,id=console,path={_escaped(machine.pipe('console'))}",
         "-serial", "chardev:console",
@@ -267,6 +314,7 @@ def qemu_argv(machine: Machine, mac: str, port: int | str) -> list[str]:
         "-device", "virtio-serial-pci",
         "-device", f"virtserialport,chardev=report,name={PORT}",
         *(word for path in machine.credentials for word in ("-smbios", f"type=11,path={_escaped(path)}")),
+        *(_tpm_options(facts.tpm, tpm) if machine.has_tpm else []),
         *(monitor_argv(machine) if machine.purpose.monitored else []),
     ]  # fmt: skip
 
@@ -280,7 +328,17 @@ def _memory(machine: Machine) -> str:
 
 def _disk_options(machine: Machine) -> list[str]:
     disk = _blockdev(DISK_NODE, "qcow2", str(machine.overlay))
-    return [*disk, "-device", f"{_DISK_DEVICE},drive={DISK_NODE},bootindex=1"]
+    return [*disk, *_device_options(machine.disk, f"drive={DISK_NODE},bootindex=1")]
+
+
+def _device_options(device: Device, properties: str) -> list[str]:
+    *others, own = device.options
+    return [word for option in (*others, f"{own},{properties}") for word in ("-device", option)]
+
+
+def _tpm_options(device: str, descriptor: int | str) -> list[str]:
+    chardev = f"socket,id=tpm,fd={descriptor}"
+    return ["-chardev", chardev, "-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", f"{device},tpmdev=tpm"]
 
 
 def monitor_argv(machine: Machine) -> list[str]:
@@ -347,9 +405,23 @@ def prepared(machine: Machine) -> Iterator[Machine]:
         command.run(seed_argv(machine))
         for path, (name, text) in zip(machine.credentials, strings.items(), strict=True):
             path.write_text(f"io.systemd.credential.binary:{name}={base64.b64encode(text.encode()).decode()}")
-        if machine.firmware == "uefi":
-            shutil.copyfile(str(firmware_for(machine.build.plan.settings.arch).memory), machine.nvram)
+        if machine.firmware in _UEFI:
+            found = firmware_for(machine.build.plan.settings.arch, machine.firmware)
+            shutil.copyfile(str(found.memory), machine.nvram)
         yield machine
+
+
+@contextmanager
+def tpm_running(machine: Machine) -> Iterator[int]:
+    """Have the TPM of *machine* run inside; give the descriptor at which QEMU reaches it."""
+    machine.tpm.mkdir(mode=0o700, exist_ok=True)
+    # What has no name is not too long for a socket's, and is gone with both.
+    ours, its = socket.socketpair()
+    with ours, its:
+        argv = tpm_argv(its.fileno())
+        with command.background(argv, machine.directory / "tpm.log", cwd=machine.tpm, pass_fds=[its.fileno()]):
+            its.close()
+            yield ours.fileno()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ...base.events import BootCheck
 from ...base.log import printable
 from ...base.units import format_size
 from ...finishing import firstboot
+from ...machines.devices import SECURE_BOOT, TPM
 
 PORT = "org.image-factory.report"
 UNIT = "image-factory-report"
@@ -90,6 +91,8 @@ fact growpart command -v growpart
 fact has-cloud-init command -v cloud-init
 fact cloud-init cat /run/cloud-init/result.json
 fact sshd sh -c 'command -v sshd || ls /usr/sbin/sshd'
+fact secure-boot od -An -tu1 -j4 /sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c
+fact tpm cat /sys/class/tpm/tpm0/tpm_version_major
 fact kernel journalctl -b -p err -o cat --no-pager _TRANSPORT=kernel SYSLOG_FACILITY=0
 fact journal journalctl -b -p warning -n 60 -o short-monotonic --no-pager
 echo '}}'
@@ -217,7 +220,8 @@ class Subject:
     """What is known of the image that reports: the size of its disk, and of the *larger* one that it was booted on.
 
     *allowed* are regular expressions of errors in the kernel's log.  *first_boot* is whether it has scripts for that.
-    *in_memory* is whether it has no disk.
+    *in_memory* is whether it has no disk, *secure_boot* whether its firmware starts only what is signed, and *tpm*
+    whether it has a TPM 2.0.
     """
 
     disk_size: int
@@ -225,6 +229,8 @@ class Subject:
     allowed: Sequence[str] = ()
     first_boot: bool = False
     in_memory: bool = False
+    secure_boot: bool = False
+    tpm: bool = False
 
 
 def passed(name: str) -> BootCheck:
@@ -255,6 +261,8 @@ def checks_of(report: Message, subject: Subject) -> list[BootCheck]:
         judged("host-keys", "" if report.host_keys else "it has no SSH host keys"),
         _root_size(report, subject),
         judged("kernel-log", _kernel_errors(report, subject.allowed)),
+        *([judged(SECURE_BOOT, _why_insecure(report))] if subject.secure_boot else []),
+        *([judged(TPM, "" if report.fact("tpm") == "2" else "its kernel knows no TPM 2.0")] if subject.tpm else []),
     ]
 
 
@@ -354,6 +362,10 @@ def _root_size(report: Message, subject: Subject) -> BootCheck:
         size = "unknown" if root is None else format_size(root[0] << 10)
         return judged(name, f"its root filesystem did not grow: {size} on a disk of {format_size(subject.larger_size)}")
     return passed(name)
+
+
+def _why_insecure(report: Message) -> str:
+    return "" if report.fact("secure-boot") == "1" else "its kernel was not booted securely"
 
 
 def _kernel_errors(report: Message, allowed: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from ...inside import namespaces
 from ...machines import arch
 from ...model import Artifact, Build, Plan
 from ...outputs import OUTPUTS
-from . import PORT_TRIES, Running, boots_of, explain, how, laying, started
+from . import PORT_TRIES, Running, boots_of, explain, laying, started
 from .guest import Guest, PortTakenError
 from .login import ssh_argv, why_no_sshd
 from .machine import HOST, MONITOR, TEST, Machine, time_limit
@@ -278,8 +278,8 @@ def booted(build: Build, artifact: Artifact, *, console: bool = False, kept: Pat
         if kept:
             stack.enter_context(released(end_overlay))
         purpose = _CONSOLE if console else _SHELL
-        machine = Machine(build, boot.disk, boot.firmware, build.virt_type, 1, purpose, kept=kept)
-        with log.step(f"Booting {artifact.path.name} with {how(boot.firmware)}"):
+        machine = Machine(build, boot.disk, boot.firmware, build.virt_type, 1, purpose, kept=kept, devices=boot.devices)
+        with log.step(f"Booting {artifact.path.name} with {machine.name}"):
             session = stack.enter_context(_running(artifact.path.name, machine, wait=not console))
         has_begun = True
         yield session

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TextIO
 
 from . import (
     __version__,
+    changes,
     completion,
     element_tests,
     fleet,
@@ -189,6 +190,11 @@ def make_parser() -> argparse.ArgumentParser:
         type=_stop,
         metavar="STEP",
         help=f"stop after {_listed([*pipeline.UNTIL, f'{UNTIL_PREFIX}NAME'])}, to be resumed",
+    )
+    parser.add_argument(
+        "--if-changed",
+        action="store_true",
+        help="build only if what the image is made of has changed since the last good build, or its packages have",
     )
     parser.add_argument(
         "--shell-on-error", action="store_true", help="when a step fails, open a shell in the mounted disk"
@@ -509,6 +515,8 @@ def _run(argv: Sequence[str]) -> None:
     for mode in (*modes, "run"):
         if arguments.json is not None and _is_mode(arguments, mode) and mode != "show_config":
             raise ConfigurationError(f"--json is the record of a build, --{mode.replace('_', '-')} makes none.")
+    if arguments.if_changed and (only_checks or arguments.resume or arguments.until):
+        raise ConfigurationError("--if-changed is for whole builds.", hint="Leave it out, or the other option.")
     # A shell and a display would write over each other, and so would several builds.
     has_shell = arguments.shell_on_error or bool(os.environ.get(breaks.VARIABLE))
     live = not (arguments.quiet or only_checks or has_shell or images[1:]) and _has_display(sys.stderr)
@@ -653,7 +661,7 @@ _JUDGED = ("audit", "test_boot", "manifest", "compare", "seal")
 def _check_alone(arguments: argparse.Namespace, judged: str, modes: Sequence[str]) -> None:
     """Raise ConfigurationError if there is something in *arguments* that makes no sense with the option *judged*."""
     builds = ("check", "dry_run") if judged == "seal" else ()
-    others = (*modes, *_JUDGED, "run", "resume", "until", "shell_on_error")
+    others = (*modes, *_JUDGED, "run", "resume", "until", "if_changed", "shell_on_error")
     option = f"--{judged.replace('_', '-')}"
     for mode in others:
         if mode not in (judged, *builds) and _is_mode(arguments, mode):
@@ -744,7 +752,7 @@ def _run_one(
         if arguments.show_answers:
             _show_answers(plan)
             return
-        plan = pipeline.check_plan(plan, resume=resume, until=arguments.until)
+        plan = pipeline.check_plan(plan, resume=resume, until=arguments.until, builds=not arguments.if_changed)
         if kept:
             kept.plan_checked(plan, pipeline.programs(plan))
         if arguments.dry_run:
@@ -754,10 +762,30 @@ def _run_one(
             if arguments.online:
                 online.check(plan)
             _say(f"{_verdict(plan.image, warnings)}\n")
-        else:
+        elif not arguments.if_changed or _has_changed(plan, arguments):
             record_path = None if arguments.json in (None, "-") else Path(arguments.json).absolute()
-            made.begin(plan, record_path, resume=resume)
+            made.begin(plan, record_path, resume=resume, wanted=arguments.if_changed)
+            settings = changes.settings_of(plan) if made.notes else {}
             _build(plan, arguments, seen, live=live)
+            if made.notes and not arguments.until:
+                made.origins = changes.origins(plan, settings, seen)
+
+
+def _has_changed(plan: Plan, arguments: argparse.Namespace) -> bool:
+    """Return whether *plan* is to be built, as something has changed since the last build, and say what in a line."""
+    found = changes.sought(plan)
+    events.tell(found)
+    if found.unknown:
+        line = f"{plan.image} is built: {'; '.join(found.unknown)}."
+    elif found.changed:
+        line = f"{plan.image} is built, as this has changed since {found.previous}: {', '.join(found.changed)}."
+    else:
+        line = f"{plan.image} is not built: nothing has changed since {found.previous}."
+    if arguments.json != "-" and not _is_closed(sys.stdout):
+        _say(f"{_one_line(line)}\n", "What has changed")
+    if found.builds:
+        naming.check(plan)
+    return found.builds
 
 
 def _verdict(image: str, warnings: Sequence[str]) -> str:
@@ -832,7 +860,9 @@ def _checked_plans(arguments: argparse.Namespace, images: Sequence[str]) -> tupl
         try:
             with log.noting_warnings(warnings[image]):
                 plan = pipeline.make_plan(configuration, image, _flag_texts(arguments), resume=arguments.resume)
-                plan = pipeline.check_plan(plan, resume=arguments.resume, until=arguments.until)
+                plan = pipeline.check_plan(
+                    plan, resume=arguments.resume, until=arguments.until, builds=not arguments.if_changed
+                )
             for other in plans:
                 if plan.log_path is not None and plan.log_path == other.log_path:
                     raise ConfigurationError(
@@ -903,7 +933,8 @@ def fleet_summary(outcomes: Sequence[fleet.Outcome], seconds: float) -> str:
             lines.append(f"{'':8}  {outcome.image}: not begun")
             continue
         failure = outcome.failure
-        how = f"failed: {_one_line(failure.message)}" if failure else "done"
+        done = "not built, as nothing has changed" if outcome.is_unchanged else "done"
+        how = f"failed: {_one_line(failure.message)}" if failure else done
         lines.append(f"{outcome.seconds:8.1f}  {outcome.image}: {how}")
         if failure and failure.hint:
             lines.append(f"{'':8}  {_one_line(failure.hint)}")

@@ -34,16 +34,22 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the build of *image* has ended, after *seconds*; None where it has not begun."""
+    """How the build of *image* has ended, after *seconds*; None where it has not begun.
+
+    *is_unchanged* is whether nothing was built, as nothing has changed.
+    """
 
     image: str
     seconds: float | None = None
     failure: Failure | None = None
+    is_unchanged: bool = False
 
 
 @dataclass(frozen=True)
 class _Done:
-    """The build is through."""
+    """The build is through; nothing was built if it *is_unchanged*."""
+
+    is_unchanged: bool = False
 
 
 class Teller:
@@ -51,15 +57,18 @@ class Teller:
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._is_unchanged = False
 
     def notice(self, event: events.Event) -> None:
         """Tell of *event* if it is that."""
         if isinstance(event, events.Installed):
             self._tell(event)
+        elif isinstance(event, events.ChangesSought):
+            self._is_unchanged = not event.builds
 
     def done(self) -> None:
         """Tell that the build is through."""
-        self._tell(_Done())
+        self._tell(_Done(self._is_unchanged))
 
     def failed(self, message: str, hint: str | None) -> None:
         """Tell that it has failed, and why."""
@@ -155,4 +164,7 @@ class Fleet:
             # It could say nothing any more.
             result = Failure(f"The build {CrashError.with_status(status).message}.", None)
         failure = result if isinstance(result, Failure) else None
-        self.outcomes[running.image] = Outcome(running.image, time.monotonic() - running.start, failure)
+        is_unchanged = isinstance(result, _Done) and result.is_unchanged
+        self.outcomes[running.image] = Outcome(
+            running.image, time.monotonic() - running.start, failure, is_unchanged=is_unchanged
+        )

@@ -11,7 +11,7 @@ import os
 import signal
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ _LARGEST_RECORD = 1 << 20
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
     """A file of a build: its name in the output directory, and what it has."""
 
     name: str
@@ -38,13 +38,18 @@ class _File:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What the build *build* of *image* has made until it *ended*, which is a time that sorts as text does."""
+class Made:
+    """What the build *build* of *image* has made until it *ended*, which is a time that sorts as text does.
+
+    *origins* are digests of what it was made from, as ``changes`` compares them; None if it did not end well, or an
+    older version has made it.
+    """
 
     image: str
     build: str
     ended: str
-    files: tuple[_File, ...]
+    files: tuple[File, ...]
+    origins: dict[str, dict[str, str]] | None = None
 
 
 def steps(build: Build) -> Iterator[Step]:
@@ -61,16 +66,11 @@ def _paths(plan: Plan) -> list[Path]:
     return [plan.output_dir / name for name in names if os.path.lexists(plan.output_dir / name)]
 
 
-def _sorted(plan: Plan) -> tuple[list[_Made], list[_Made]]:
+def _sorted(plan: Plan) -> tuple[list[Made], list[Made]]:
     """Return the builds before that stay beside the one of *plan*, and those that do not, the newest first."""
     assert plan.settings.keep is not None
-    try:
-        paths = sorted(path for path in plan.output_dir.iterdir() if path.name.endswith(RECORD_SUFFIX))
-    except OSError:
-        return [], []
-    found = [made for path in paths if (made := _read(path)) and made.image == plan.image]
     others = sorted(
-        (made for made in found if made.build != plan.base_name),
+        (made for made in _all(plan) if made.build != plan.base_name),
         key=lambda made: (made.ended, made.build),
         reverse=True,
     )
@@ -78,7 +78,16 @@ def _sorted(plan: Plan) -> tuple[list[_Made], list[_Made]]:
     return others[:stay], others[stay:]
 
 
-def _own_names(made: _Made, kept: Sequence[_Made]) -> list[str]:
+def _all(plan: Plan) -> list[Made]:
+    """Return what each build of the image of *plan* has made that has written that down."""
+    try:
+        paths = sorted(path for path in plan.output_dir.iterdir() if path.name.endswith(RECORD_SUFFIX))
+    except OSError:
+        return []
+    return [made for path in paths if (made := _read(path)) and made.image == plan.image]
+
+
+def _own_names(made: Made, kept: Sequence[Made]) -> list[str]:
     """Return the names of what *made* has left: its files that are none of a build that is *kept*, then its record."""
     others = {file.name for each in kept for file in each.files}
     return [*(file.name for file in made.files if file.name not in others), f"{made.build}{RECORD_SUFFIX}"]
@@ -94,7 +103,7 @@ def _remove_older(state: State) -> None:
         _remove(plan.output_dir, made, [file for file in made.files if file.name in own])
 
 
-def _remove(directory: Path, made: _Made, its_files: Sequence[_File]) -> None:
+def _remove(directory: Path, made: Made, its_files: Sequence[File]) -> None:
     """Remove *its_files* and the record of the build *made* from *directory*, all or none where one is in use.
 
     What is not what it made is the user's, and stays.
@@ -142,7 +151,7 @@ def _is_open(path: Path) -> bool:
     return False
 
 
-def _remove_file(path: Path, made: _File) -> None:
+def _remove_file(path: Path, made: File) -> None:
     """Remove the file at *path* if it is what was *made*; else say that it stays."""
     try:
         descriptor = _open(path)
@@ -169,7 +178,7 @@ def _remove_file(path: Path, made: _File) -> None:
 # The record of what a build has made.
 
 
-def _read(path: Path) -> _Made | None:
+def _read(path: Path) -> Made | None:
     """Return what the record at *path* says, None if it is not one that this user's builds have written."""
     try:
         descriptor = _open(path)
@@ -180,14 +189,31 @@ def _read(path: Path) -> _Made | None:
             document = json.loads(file.read(_LARGEST_RECORD))
         if document["program"] != "image-factory" or document["version"] != _VERSION:
             return None
-        found = tuple(_File(each["name"], each["size"], each["sha256"]) for each in document["files"])
-        made = _Made(document["image"], document["build"], document["ended"], found)
+        found = tuple(File(each["name"], each["size"], each["sha256"]) for each in document["files"])
+        origins = document.get("origins")
+        made = Made(document["image"], document["build"], document["ended"], found, origins)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     texts = [made.image, made.build, made.ended, *(text for file in found for text in (file.name, file.sha256))]
     if not all(isinstance(text, str) for text in texts) or f"{made.build}{RECORD_SUFFIX}" != path.name:
         return None
+    parts = () if origins is None else origins.values() if isinstance(origins, dict) else (None,)
+    if not all(isinstance(each, dict) for each in parts):
+        return None
     return made if all(_is_plain(file.name) for file in found) else None
+
+
+def newest(plan: Plan) -> Made | None:
+    """Return what the newest build of the image of *plan* has made, of those that have written that down."""
+    return max(_all(plan), key=lambda made: (made.ended, made.build), default=None)
+
+
+def is_there(plan: Plan, file: File) -> bool:
+    """Return whether *file* of a build is in the output directory of *plan*, as far as its size tells."""
+    with suppress(OSError):
+        status = (plan.output_dir / file.name).lstat()
+        return stat.S_ISREG(status.st_mode) and status.st_size == file.size
+    return False
 
 
 def _is_plain(name: str) -> bool:
@@ -209,17 +235,23 @@ class Files:
         self._logs: list[Path] = []
         self._before: dict[Path, tuple[int, ...]] = {}
         self._published: dict[str, str | None] = {}
+        self.origins: dict[str, dict[str, str]] | None = None
 
-    def begin(self, plan: Plan, record: Path | None, *, resume: bool) -> None:
+    def begin(self, plan: Plan, record: Path | None, *, resume: bool, wanted: bool = False) -> None:
         """Note what is there before the build of *plan*, whose build record is at *record*, writes anything.
 
-        What there is of a build to *resume* is its own.
+        What there is of a build to *resume* is its own.  Nothing is noted unless a setting needs it, or it is *wanted*.
         """
-        if plan.settings.keep is None:
+        if plan.settings.keep is None and not wanted:
             return
         self._plan = plan
         self._logs = [*_logs(plan), *([record] if record and record.parent == plan.output_dir else [])]
         self._before = {} if resume else {path: _state(path) for path in self._logs if path != record}
+
+    @property
+    def notes(self) -> bool:
+        """Whether anything is written down of the build."""
+        return self._plan is not None
 
     def notice(self, event: events.Event) -> None:
         """Note what is published."""
@@ -245,9 +277,11 @@ class Files:
                 if file := _file(plan.output_dir / name, digest):
                     known[name] = file
             ended = before.ended if before and not self._published else datetime.now(UTC).isoformat()
-            made = _Made(plan.image, plan.base_name, ended, tuple(known.values()))
+            origins = before.origins if before and not self._published else self.origins
+            made = Made(plan.image, plan.base_name, ended, tuple(known.values()), origins)
             document: dict[str, Any] = {"program": "image-factory", "version": _VERSION, **asdict(made)}
-            files.replace(path, (json.dumps(document, indent=2) + "\n").encode(), mode=0o644)
+            # Others who can read the digest of what has a password in it can try passwords.
+            files.replace(path, (json.dumps(document, indent=2) + "\n").encode(), mode=0o600)
         except OSError as error:
             logger.warning("Later builds will not remove this one: %s: %s.", path, reason_of(error))
 
@@ -264,7 +298,7 @@ def _state(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _file(path: Path, digest: str | None) -> _File | None:
+def _file(path: Path, digest: str | None) -> File | None:
     """Return what is at *path*, None if it is no file any more; it has *digest*, if that is known."""
     try:
         status = path.lstat()
@@ -272,7 +306,7 @@ def _file(path: Path, digest: str | None) -> _File | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
-    return _File(path.name, status.st_size, digest or files.digest_of(path))
+    return File(path.name, status.st_size, digest or files.digest_of(path))
 
 
 @contextmanager

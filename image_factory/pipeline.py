@@ -203,10 +203,11 @@ def _with_given(plan: Plan, task: Task) -> Task:
     return playbooks.with_given(plan, task)
 
 
-def check_plan(plan: Plan, *, resume: bool = False, until: str | None = None) -> Plan:
+def check_plan(plan: Plan, *, resume: bool = False, until: str | None = None, builds: bool = True) -> Plan:
     """Raise ConfigurationError if it can be known now that *plan* can't be carried out here, as far as *until*.
 
-    Returns the plan with what is chosen on this machine.
+    Returns the plan with what is chosen on this machine.  Unless it is sure that it *builds*, an image that is there
+    already is no matter.
     """
     _check_until(plan, until)
     source = _source(plan)
@@ -219,7 +220,8 @@ def check_plan(plan: Plan, *, resume: bool = False, until: str | None = None) ->
     command.require(programs(plan))
     if not resume:
         _check_space(plan)
-        naming.check(plan)
+        if builds:
+            naming.check(plan)
         # What the disk was made from may be gone when a build goes on.
         outputs.check_sizes(plan)
         targets.check_size(plan)

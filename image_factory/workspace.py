@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from . import checkpoint, publish
+from . import checkpoint, publish, sources
 from .base import files, locks, openpgp, scratch, trust
 from .base.cleanup import released
 from .base.errors import BuildError, ConfigurationError
@@ -228,7 +228,7 @@ def remove_left(output_dir: Path) -> Iterator[str]:
             if unused:
                 loop.umount(point)
                 yield f"mount {point}"
-    scratches = (*scratch.remove_left(), *scratch.remove_left(_APART, _drop))
+    scratches = (*scratch.remove_left(), *scratch.remove_left(_APART, _drop), *sources.remove_left())
     for directory in (*loop.remove_left_mount_points(), *openpgp.remove_left(), *scratches):
         yield f"directory {directory}"
 

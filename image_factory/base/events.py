@@ -173,6 +173,23 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class ChangesSought:
+    """What has *changed* since the build *previous*, which is None if there is none, and what is *unknown* of that.
+
+    If there is neither, nothing is built.
+    """
+
+    previous: str | None
+    changed: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def builds(self) -> bool:
+        """Whether the image is to be built."""
+        return bool(self.changed or self.unknown)
+
+
+@dataclass(frozen=True)
 class BootCheck:
     """A check of the test boot.  *outcome* is ``passed``, ``failed`` or ``skipped``, and *message* says why."""
 
@@ -215,6 +232,7 @@ Event = (
     | Published
     | BootTested
     | Compared
+    | ChangesSought
 )
 
 

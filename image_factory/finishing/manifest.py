@@ -124,6 +124,7 @@ def manifest(plan: Plan, inventory: Inventory, artifact: Artifact, difference: d
         "os": dict(inventory.os),
         "kernels": inventory.kernels,
         "directories": dict(inventory.directories),
+        "sources": [*inventory.sources],
         "packages": [dataclasses.asdict(package) for package in inventory.packages],
         "difference": difference,
     }
@@ -281,14 +282,14 @@ def _previous(plan: Plan) -> dict[str, dict[str, Any]]:
     for date, paths in naming.builds(plan, rf"\.[a-z0-9.]+{re.escape(MANIFEST_SUFFIX)}"):
         if date[: len(today)] > today:
             continue
-        read = [_read(path, plan, date) for path in paths]
-        usable = {str(document["artifact"]["format"]): document for document in read if document}
+        documents = [read_of(path, plan, date) for path in paths]
+        usable = {str(document["artifact"]["format"]): document for document in documents if document}
         if usable:
             return usable
     return {}
 
 
-def _read(path: Path, plan: Plan, date: str) -> dict[str, Any] | None:
+def read_of(path: Path, plan: Plan, date: str) -> dict[str, Any] | None:
     """Return the manifest at *path* of a build of *plan*'s image, None and a warning if it is not one of ours.
 
     *date* are the digits of the time in its name, if there are some.

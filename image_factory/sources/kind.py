@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..base.events import InputUsed
+from ..configuration.parsers import Source
 from ..configuration.settings import ANSWER_FILE_KEYS, BOOTSTRAP_KEY, Dependent, ImageSettings
 from ..model import Build, Given, Plan
 from ..parts import Steps
@@ -88,6 +89,9 @@ class DiskSource:
     The others are of some sources only.  *defaults* are its own defaults of settings, and *dependent* its keys that do
     nothing beside some settings.
 
+    *files*
+        returns the files that the disk is made from and that are no answer files, by key; None where only making the
+        disk tells what it is made from.
     *original*
         returns an input of a build that is resumed, None if the build had no copy of it.
     *check_machine*
@@ -130,6 +134,7 @@ class DiskSource:
     remote: Callable[[Plan], list[tuple[str, str, bool]]]
     defaults: Mapping[str, str | None] = field(default_factory=dict)
     dependent: Dependent = field(default_factory=dict)
+    files: Callable[[Plan], dict[str, Source] | None] = lambda plan: {}
     original: Callable[[Plan, InputUsed], InputUsed | None] = lambda plan, used: None
     check_machine: Callable[[Plan], None] = _nothing
     check_here: Callable[[Plan], None] = _nothing

@@ -36,6 +36,9 @@ class Read(Protocol):
 _DPKG_STATUS = "var/lib/dpkg/status"
 # A package in one of these has no files, or not all.
 _DPKG_ABSENT = ("not-installed", "config-files", "half-installed")
+_SOURCES = "etc/apt/sources.list"
+_SOURCE = re.compile(r"deb( \[[^]]*\])? [a-z][a-z0-9+.-]*:[!-~]+( [!-~]+)+")
+_MOST_SOURCES, _LONGEST_SOURCE = 100, 1000
 _RPM_PLACES = ("usr/lib/sysimage/rpm", "var/lib/rpm")
 # The first in /etc may be a link to the second, and links are not followed.
 _OS_RELEASE = ("etc/os-release", "usr/lib/os-release")
@@ -85,11 +88,15 @@ class Package:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What is in a system: its os-release by lower-case keys, and the bytes that each top directory takes."""
+    """What is in a system: its os-release by lower-case keys, and the bytes that each top directory takes.
+
+    *sources* are what apt takes packages from, as lines of sources.list, without what is secret of them.
+    """
 
     os: Mapping[str, str]
     packages: tuple[Package, ...]
     directories: Mapping[str, int]
+    sources: tuple[str, ...] = ()
 
     @property
     def kernels(self) -> list[str]:
@@ -101,7 +108,9 @@ def take_inventory(build: Build, tree: Tree) -> None:
     """Write down in the working directory what is in the system *tree*."""
     # Reading changes nothing, so a signal may come at any point.
     with interrupts.interruptible():
-        found = Inventory(read_os(tree.load), read_packages(tree.load, build.directory), _sizes(tree))
+        packages = read_packages(tree.load, build.directory)
+        sources = read_sources(tree.read((_SOURCES, *(f"{_SOURCES}.d/*.{kind}" for kind in ("list", "sources")))))
+        found = Inventory(read_os(tree.load), packages, _sizes(tree), sources)
     known = sum(package.licenses is not None for package in found.packages)
     name = found.os.get("pretty_name", "The system")
     logger.info("%s has %d packages; the licenses of %d are known.", name, len(found.packages), known)
@@ -125,7 +134,7 @@ def taken(build: Build) -> Inventory | None:
     packages = [
         Package(**entry | {"licenses": entry["licenses"] and tuple(entry["licenses"])}) for entry in texts["packages"]
     ]
-    return Inventory(texts["os"], tuple(packages), texts["directories"])
+    return Inventory(texts["os"], tuple(packages), texts["directories"], tuple(texts["sources"]))
 
 
 def _path(build: Build) -> Path:
@@ -282,6 +291,33 @@ def read_licenses(copyright_file: bytes) -> tuple[str, ...] | None:
         return None
     names = re.findall(r"^License:[ \t]*(\S.*)$", text, re.MULTILINE)
     return tuple(sorted({_clean(name) for name in names} - {""}))[:_MOST_LICENSES] or None
+
+
+def read_sources(texts: Mapping[str, bytes]) -> tuple[str, ...]:
+    """Return what the files *texts* of apt's, by their paths, have of archives of packages, in the form of one line."""
+    lines: list[str] = []
+    for path, data in sorted(texts.items()):
+        text = data.decode("utf-8", "replace")
+        lines += _stanza_lines(text) if path.endswith(".sources") else re.findall(r"^[^#\n]+", text, re.MULTILINE)
+    short = (" ".join(printable(line).split()) for line in lines if len(line) <= _LONGEST_SOURCE)
+    return tuple(dict.fromkeys(line for line in short if _SOURCE.fullmatch(line)))[:_MOST_SOURCES]
+
+
+def _stanza_lines(text: str) -> Iterator[str]:
+    """Give the lines that stand for the stanzas in *text*, of the form of sources.list(5) that has fields."""
+    for stanza in re.split(r"\n[ \t]*\n", re.sub(r"^#.*\n?", "", text, flags=re.MULTILINE)):
+        fields = {
+            name.lower(): value.split()
+            for name, value in re.findall(r"^([A-Za-z-]+):((?:.*\n?)(?:[ \t].*\n?)*)", stanza, re.MULTILINE)
+        }
+        if "deb" not in fields.get("types", ()) or fields.get("enabled") == ["no"]:
+            continue
+        keyring = fields.get("signed-by", [])
+        # A key may stand in the field itself.
+        options = f"[signed-by={keyring[0]}] " if len(keyring) == 1 and keyring[0].startswith("/") else ""
+        for uri in fields.get("uris", ()):
+            for suite in fields.get("suites", ()):
+                yield f"deb {options}{uri} {suite} {' '.join(fields.get('components', ()))}".rstrip()
 
 
 # rpm.

@@ -100,6 +100,7 @@ class Record:
         self._artifacts: list[dict[str, Any]] = []
         self._test_boots: list[events.BootTested] = []
         self._difference: dict[str, Any] | None = None
+        self._if_changed: dict[str, Any] | None = None
         self._warnings: list[str] = []
         self._failure: dict[str, Any] | None = None
 
@@ -156,6 +157,8 @@ class Record:
                 self._test_boots.append(event)
             case events.Compared():
                 self._difference = event.difference
+            case events.ChangesSought():
+                self._if_changed = dataclasses.asdict(event) | {"builds": event.builds}
 
     def fail(self, error: BaseException, message: str, hint: str | None, exit_status: int) -> None:
         """Note that the build ends with *error*, and what the user is told of it."""
@@ -218,6 +221,7 @@ class Record:
             "test_boots": [dataclasses.asdict(boot) | {"seconds": _rounded(boot.seconds)} for boot in self._test_boots],
             "artifacts": self._artifacts,
             "difference": self._difference,
+            "if_changed": self._if_changed,
             "warnings": self._warnings,
             "failure": self._failure,
         }

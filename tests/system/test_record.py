@@ -124,6 +124,7 @@ def test_each_property_is_in_some_record(tmp_path: Path) -> None:
         events.tell(events.Audited("x.qcow2", ("logs",), (("logs", "/var/log/x is a log of the build"),)))
         check = events.BootCheck("units", "failed", "a.service failed")
         events.tell(events.BootTested("x.qcow2", "bios", 61.0004, (check,)))
+        events.tell(events.ChangesSought("x-2024-02-28", ("linux",), ("Nobody knows",)))
         events.tell(events.Published(image, "qcow2", 1 << 30, True, "0" * 64))
         companions = (("x.qcow2.manifest.json", "1" * 64),)
         events.tell(events.Published(image, "qcow2", 1 << 30, True, "0" * 64, companions))

@@ -14,7 +14,7 @@ HELPER = REPOSITORY / "image-factory-sudo-helper"
 
 # From top to bottom: a package, and its modules.  A module may import those after it.
 LAYERS = [
-    ("", "cli completion online element_tests trial judging foreign pipeline fleet workspace publish keep"),
+    ("", "cli completion online element_tests trial judging foreign pipeline fleet workspace publish changes keep"),
     ("configuration", "effective unused files"),
     ("tasks", "guest"),
     ("checks.testboot", "session __init__ laying login guest matrix monitor machine ramdisk report reporting"),
@@ -28,7 +28,7 @@ LAYERS = [
     ("sources", "__init__ elements"),
     ("sources.capture", "__init__ generic hosts streams"),
     ("sources.image", "__init__ growing unpacking opening formats"),
-    ("sources.bootstrap", "__init__ failures packages trees recipe"),
+    ("sources.bootstrap", "archive __init__ failures packages trees recipe"),
     ("sources", "tree_tasks"),
     ("sources.installer", "__init__ answercheck machinecheck virt_install watch delivery installers"),
     ("elements", "on_disk applying engine breaks layout image contract hooks system resolve scripts"),
@@ -131,6 +131,7 @@ def test_only_the_table_of_sources_knows_one() -> None:
     assert {name: each for name, each in found.items() if each} == {
         "sources": {
             "sources.bootstrap",
+            "sources.bootstrap.archive",
             "sources.capture",
             "sources.elements",
             "sources.image",

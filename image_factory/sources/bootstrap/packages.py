@@ -109,6 +109,12 @@ def scripts(plan: Plan) -> dict[str, str]:
     return {"take-packages": "".join(take), "keep-packages": "" if offline else _KEEP}
 
 
+def looking_scripts(plan: Plan, look: str) -> dict[str, str]:
+    """Return the scripts that only *look* at the lists, once they are there, by their names."""
+    take, keep = scripts(plan)
+    return {take: (_UNPACK if plan.settings.offline else _UPDATE) + look, keep: ""}
+
+
 def hooks(build: Build, wanted: recipe.Recipe) -> tuple[str, str]:
     """Return the lines of shell that run the scripts: before packages are installed, and after that."""
     plan = build.plan

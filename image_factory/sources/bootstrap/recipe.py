@@ -121,6 +121,12 @@ def lists(wanted: Recipe) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def suite_of(line: str) -> str:
+    """Return the suite of the *line* of sources; nothing if it is no such line."""
+    match = re.fullmatch(_SOURCE, line)
+    return match["suite"] if match else ""
+
+
 def mirrors(lines: Sequence[str]) -> list[str]:
     """Return the URIs of the archives that *lines* of sources name."""
     return list(dict.fromkeys(_mirror(line) for line in lines))

@@ -326,6 +326,7 @@ SOURCE = DiskSource(
     disk_size=bootstrap.disk_size,
     downloads=lambda plan: False,
     remote=lambda plan: [],
+    files=lambda plan: None,
     # How large it is the system says, and that nothing of it may be cloned as it is nobody has to say.
     defaults={"image-size": "fit", "extra-size": "512M", "seal": "yes", "audit": "yes"},
     dependent=_DEPENDENT,

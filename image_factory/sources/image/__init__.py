@@ -232,6 +232,7 @@ SOURCE = DiskSource(
     disk_size=disk_size,
     downloads=downloads,
     remote=remote,
+    files=lambda plan: {"source-image": _source(plan)},
     # Without it the disk has the size of the image.
     defaults={"image-size": None},
     dependent=idle_beside("image"),

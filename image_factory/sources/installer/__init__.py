@@ -463,6 +463,7 @@ SOURCE = DiskSource(
     disk_size=disk_size,
     downloads=downloads,
     remote=remote,
+    files=lambda plan: {key.replace("_", "-"): source for key, source in _sources(plan.settings).items()},
     dependent=_DEPENDENT,
     original=original,
     check_machine=check_machine,

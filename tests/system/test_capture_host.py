@@ -101,6 +101,7 @@ def test_swap_files_and_what_changes_are_told(
     program(
         "tar",
         '/usr/bin/tar.real "$@"; status=$?; [ "$1" = --create ] || exit $status\n'
+        'echo "tar: ./sys: file changed as we read it" >&2\n'
         'for name in a b c d e f; do echo "tar: ./srv/$name: File removed before we read it" >&2; done\nexit 1',
     )
     done = user_scene.run()

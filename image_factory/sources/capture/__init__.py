@@ -180,8 +180,8 @@ class _Capture:
         said = streams.Said()
         self._stream(reading, self.tree, said)
         said.tell()
-        if left := [point for point in said.elsewhere if point not in streams.EMPTY]:
-            logger.warning("Other filesystems are mounted there, and are left out: %s.", streams.named(left))
+        if said.elsewhere:
+            logger.warning("Other filesystems are mounted there, and are left out: %s.", streams.named(said.elsewhere))
 
     def _stream(
         self, reading: Sequence[str], target: Path, said: streams.Said, progress: Callable[[int], None] | None = None

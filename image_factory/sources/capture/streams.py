@@ -109,8 +109,10 @@ class Said:
         for pattern, names in ((_CHANGED, self.changed), (_ELSEWHERE, self.elsewhere), (_DEVICE, self.devices)):
             match = pattern.fullmatch(line)
             if match:
-                if len(names) < _MOST:
-                    names.append(match[1].removeprefix("."))
+                path = match[1].removeprefix(".")
+                # Of what is mounted there nothing is read.
+                if len(names) < _MOST and path not in EMPTY:
+                    names.append(path)
                 return pattern is _ELSEWHERE
         failures = self._failures[at_end]
         if len(failures) < _MOST and _FAILED.match(line) and not _LAST_WORDS.match(line):

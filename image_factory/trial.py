@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import foreign, pipeline
+from . import foreign, pipeline, workspace
 from .base import command, events
 from .base.errors import BuildError, ConfigurationError
 from .base.log import printable
@@ -71,13 +71,16 @@ def test_boot(plan: Plan, path: Path, tell: Callable[[str], None]) -> None:
 
     BuildError if a check fails.
     """
+    pipeline.check_output_dir(plan)
     booted = _Booted()
     try:
         with events.observed(booted), opened(plan, path) as (build, artifact):
+            workspace.make_output_dir(plan)
             state = State(build, Disk(build.disk_path), artifacts=(artifact,))
             carry_out(state, [testboot.booting(build, [artifact])])
     except BuildError as error:
-        if plan.settings.firmware == "bios" and [boot for boot in booted.found if boot.checks[0].name == "boot"]:
+        failed = [check.name for boot in booted.found for check in boot.checks if check.outcome == "failed"]
+        if "boot" in failed and plan.settings.firmware == "bios":
             error.add_hint("--set firmware=uefi boots it with UEFI.")
         raise
     finally:

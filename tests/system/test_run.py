@@ -467,6 +467,7 @@ def test_a_test_boot_that_fails(place: Place) -> None:
     assert "  failed   units: a.service failed\n" in done.stdout
     reason = "a.service failed; script failed with status 3: hello"
     assert errors(done)[0] == f"error: x.qcow2 failed its test boot with uefi: {reason}."
+    assert errors(done)[1].startswith("hint: All results are in ") and "uefi" not in errors(done)[1]
     (place.here / "report").unlink()
     done = place.run(option="--test-boot")
     assert done.returncode == 1
@@ -474,15 +475,21 @@ def test_a_test_boot_that_fails(place: Place) -> None:
     assert "--set firmware=uefi boots it with UEFI" in errors(done)[1]
 
 
-def test_a_tar_of_another_distribution(place: Place) -> None:
-    tar = place.directory / "here/x.tar"
+def test_a_tar_that_is_no_system(place: Place) -> None:
+    """What it lacks is a result, which is written where it is to be; of another distribution it is not tried."""
+    tar = place.here / "x.tar"
     run("tar", "-C", place.directory, "-cf", tar, "bin", "x.qcow2")
     shutil.chown(tar, place.user.name)
+    done = place.run("-o", place.here / "out", option="--test-boot", what=tar)
+    assert done.returncode == 1
+    reason = "x.tar is no system of Debian's or Ubuntu's packages, whose boot loader can be installed here"
+    assert errors(done)[0] == f"error: {reason}."
+    assert f"  failed   laid: {reason}\n" in done.stdout
+    [case] = ElementTree.parse(place.here / "out/x.tar.junit.xml").iter("testcase")
+    assert case.get("name") == "laid"
     done = place.run("--set", "distribution=Fedora", option="--test-boot", what=tar)
     assert done.returncode == 2
-    assert errors(done)[0].startswith(
-        f"error: {tar} is a tar, and is not laid on a disk: only a boot loader of Debian's"
-    )
+    assert errors(done)[0].startswith(f"error: {tar} is a tar, and is not laid on a disk: only a boot loader of ")
 
 
 def test_a_test_boot_is_ended(place: Place) -> None:

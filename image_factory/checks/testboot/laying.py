@@ -233,7 +233,7 @@ class Laying:
         if self._lacking(inside, [_DPKG]):
             raise BuildError(
                 f"{name} is no system of Debian's or Ubuntu's packages, whose boot loader can be installed here.",
-                hint="Set 'distribution' to its name: then the disk is booted, and the tar is not laid on one.",
+                hint="Set 'distribution' to its name: then the disk is booted, if there is one, in place of the tar.",
             )
         if self._lacking(inside, [_KERNEL]):
             raise BuildError(

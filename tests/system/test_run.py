@@ -125,7 +125,7 @@ class Place:
     def argv(
         self, *words: str | Path, what: str | Path | None = None, option: str = "--run", **environment: str
     ) -> list[str]:
-        settings = ("--set", "virt-type=qemu", "--set", "test-boot-timeout=2s")
+        settings = ("--set", "virt-type=qemu", "--set", "test-boot-timeout=10m")
         more = {"PATH": self.path, "TERM": "vt100", "SHELL": "/bin/bash", **environment}
         argv = self.user.argv(self.user.program, option, what or self.image, *settings, *words, **more)
         return ["env", "-C", str(self.directory), *argv]
@@ -280,7 +280,9 @@ def test_no_shell_can_be_had(place: Place, report: dict[str, str] | None, says: 
         (place.here / "report").unlink()
     else:
         place.reports(**report)
-    done = place.run("--keep-overlay", "kept.qcow2")
+    # What has to come has all the time that it takes here.
+    limit = ("--set", "test-boot-timeout=2s") if report is None else ()
+    done = place.run("--keep-overlay", "kept.qcow2", *limit)
     error, hint = errors(done)
     assert (done.returncode, hint) == (1, "hint: --console gives its serial console, which takes no ssh.")
     assert error.startswith(f"error: {reason}")
@@ -310,7 +312,7 @@ def test_signals(place: Place, moment: str, number: signal.Signals) -> None:
     if moment == "boot":
         (place.here / "report").unlink()
     words = {"boot": (), "shell": (), "console": ("--console",)}[moment]
-    with place.on_terminal("--verbose", "--set", "test-boot-timeout=10m", *words) as found:
+    with place.on_terminal("--verbose", *words) as found:
         before = modes(found.terminal)
         found.read({"boot": "Welcome", "shell": "This is a shell", "console": "Nothing"}[moment])
         if moment == "shell":
@@ -469,7 +471,7 @@ def test_a_test_boot_that_fails(place: Place) -> None:
     assert errors(done)[0] == f"error: x.qcow2 failed its test boot with uefi: {reason}."
     assert errors(done)[1].startswith("hint: All results are in ") and "uefi" not in errors(done)[1]
     (place.here / "report").unlink()
-    done = place.run(option="--test-boot")
+    done = place.run("--set", "test-boot-timeout=2s", option="--test-boot")
     assert done.returncode == 1
     assert "  failed   boot: it did not start" in done.stdout
     assert "--set firmware=uefi boots it with UEFI" in errors(done)[1]
@@ -494,7 +496,7 @@ def test_a_tar_that_is_no_system(place: Place) -> None:
 
 def test_a_test_boot_is_ended(place: Place) -> None:
     (place.here / "report").unlink()
-    with on_terminal(place.argv("--verbose", "--set", "test-boot-timeout=10m", option="--test-boot")) as found:
+    with on_terminal(place.argv("--verbose", option="--test-boot")) as found:
         found.read("Welcome")
         os.kill(place.user.build_process(), signal.SIGTERM)
         assert found.process.wait(PATIENCE) in (143, -signal.SIGTERM), found.text

@@ -1,6 +1,7 @@
 """Builds that are left out when nothing has changed: of packages from a small archive, and of a disk image."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from image_factory import pipeline
 from image_factory.base.errors import BuildError
 from image_factory.configuration.files import Configuration
 from image_factory.model import Plan
-from image_factory.sources import offered
+from image_factory.sources import offered, remove_left
 
 from ..bootstrap_scene import Place, new_place
 from ..conftest import TODAY, User
@@ -168,3 +169,10 @@ def test_sources_of_a_system_that_something_else_has_made(users: dict[str, User]
         with pytest.raises(BuildError, match="sign"):
             offered(plan("wrong"), sources, ["base"])
     assert not [*Path("/var/tmp").glob("image-factory-archive.*")]
+
+
+def test_what_a_killed_build_has_left_of_its_look_is_removed() -> None:
+    path = Path(tempfile.mkdtemp(prefix="image-factory-archive.", dir="/var/tmp"))
+    (path / "tree/var/lib/apt/lists/partial").mkdir(parents=True)
+    assert path in [*remove_left()]
+    assert not path.exists()

@@ -244,7 +244,7 @@ class _Capture:
         """Have the system start on other machines."""
         assert self._inside is not None
         generic.check_loader(self._inside, self.tree, self._disk)
-        self._kept = generic.kept_lines(self._inside, self.tree)
+        self._kept = generic.kept_lines(self._inside, self.tree, self._disk)
         generic.make(self._inside, self.tree, self._disk)
 
     def install_loader(self, state: State) -> None:

@@ -167,15 +167,16 @@ def make(inside: Namespaces, tree: Path, layout: Layout) -> None:
         logger.warning("No initramfs was made anew (%s): it may lack the drivers of other machines.", missing[0])
 
 
-def kept_lines(inside: Namespaces, tree: Path) -> list[str]:
-    """Return the lines of the old fstab of *tree* that hold for any machine; the others are told."""
+def kept_lines(inside: Namespaces, tree: Path, layout: Layout) -> list[str]:
+    """Return the lines of the old fstab of *tree* that hold for any machine; others than of *layout*'s are told."""
+    mounted = [(filesystem.point or "").strip("/") for _, filesystem in layout.mounted]
     text = inside.run("chroot", str(tree), "sh", "-c", "cat /etc/fstab 2>/dev/null || :", capture=True, quiet=True)
     kept = []
     for line in text.split("\n"):
         for entry in fstab.parse(line):
             if entry.kind in _KEPT_KINDS or entry.bound is not None:
                 kept.append(line.strip())
-            elif entry.point not in ("", "none"):
+            elif entry.point not in mounted:
                 logger.info("fstab no longer has /%s, which was of %s.", entry.point, entry.spec)
     return kept
 

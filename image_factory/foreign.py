@@ -94,7 +94,9 @@ def opened(plan: Plan, path: Path) -> Iterator[tuple[Build, Artifact]]:
                 artifact = _opened(path.absolute(), own)
             except formats.UnfitError as error:
                 raise ConfigurationError(error.message, hint=error.hint) from error
-        yield _with_virt_type(build), artifact
+        # How a tree is mounted is not known yet.
+        knows = artifact.format != TREE or plan.settings.test_boot
+        yield _with_virt_type(build) if knows else build, artifact
 
 
 def _opened(path: Path, own: Path) -> Artifact:
@@ -126,7 +128,7 @@ def laid(build: Build, artifact: Artifact) -> tuple[Build, Artifact]:
     """
     if artifact.format != TREE:
         return build, artifact
-    build = dataclasses.replace(build, plan=mounts.chosen_for_laid_out(build.plan))
+    build = _with_virt_type(dataclasses.replace(build, plan=mounts.chosen_for_laid_out(build.plan)))
     as_root = build.plan.as_root
     root = layouts.root_of("ext4", "", ())
     scheme = layouts.scheme("filesystem", build.plan.settings.arch, root)

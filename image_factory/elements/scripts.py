@@ -141,13 +141,14 @@ is_of_disk() {
 }
 below() {
     local -A seen=()
-    while read -r _ _ _ _ place _; do
+    while read -r _ _ device root place _; do
         printf -v place %b "${place//\\/\\0}"
         case $place in
         "$tree"/*)
-            # What is mounted over a filesystem of the disk comes after it.
-            if is_of_disk "$place" && [ -z "${seen[$place]-}" ]; then
-                seen[$place]=yes
+            # What is mounted over a filesystem of the disk comes after it.  That is there once more for each directory
+            # around it that is mounted on itself.
+            if is_of_disk "$place" && [ "${seen[$place]-$device $root}" = "$device $root" ]; then
+                seen[$place]="$device $root"
             else
                 printf '%s\0' "$place"
             fi ;;

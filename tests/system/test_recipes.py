@@ -25,6 +25,7 @@ from image_factory.machines.arch import ARCHITECTURES, named_architectures
 from image_factory.model import Build, Plan
 from image_factory.sources import answers, forms, installer
 
+from .. import cloud_init_package
 from ..conftest import shown
 from .test_virt_install import as_lines
 
@@ -241,12 +242,8 @@ def test_autoinstall(name: str) -> None:
 @pytest.fixture(scope="module")
 def cloud_init(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The modules of cloud-init, whose package is not installed: it would set up this machine when that starts."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "image-factory-tests"
-    if not list(cache.glob("cloud-init_*.deb")):
-        cache.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", "-q", "cloud-init"], cwd=cache, check=True)
     directory = tmp_path_factory.mktemp("cloud-init")
-    subprocess.run(["dpkg", "-x", sorted(cache.glob("cloud-init_*.deb"))[-1], directory], check=True)
+    subprocess.run(["dpkg", "-x", cloud_init_package.path(), directory], check=True)
     return directory / "usr/lib/python3/dist-packages"
 
 

@@ -24,6 +24,7 @@ import hypothesis
 import pytest
 
 from image_factory import pipeline
+from image_factory.base import log
 from image_factory.machines import kvm
 from image_factory.model import Artifact, Build, Disk
 from image_factory.parts import State, Steps, carry_out, show
@@ -104,6 +105,15 @@ def run(*argv: str | Path, check: bool = True, **keywords: object) -> subprocess
     if check and done.returncode:
         pytest.fail(f"{shlex.join(map(str, argv))} failed with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """A test that runs the program in its own process leaves the log as it was."""
+    logger = log.logger
+    before = logger.propagate, logger.level, [*logger.handlers]
+    yield
+    logger.propagate, logger.level, logger.handlers[:] = before
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:

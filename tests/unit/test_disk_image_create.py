@@ -198,7 +198,14 @@ def test_yaml_that_is_not_there(program: ModuleType, tmp_path: Path) -> None:
         program.entries_of(str(tmp_path / "gone"))
 
 
-def test_signal_before_the_program_is_there(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def lock(tmp_path: Path) -> Iterator[int]:
+    """The descriptor of the lock that a program holds, too."""
+    with (tmp_path / "lock").open("w") as file:
+        yield file.fileno()
+
+
+def test_signal_before_the_program_is_there(program: ModuleType, lock: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes to the program, which ends by it."""
     running, start = program.Running(), subprocess.Popen
 
@@ -207,7 +214,7 @@ def test_signal_before_the_program_is_there(program: ModuleType, monkeypatch: py
         return start(*words, **options)
 
     monkeypatch.setattr(program.subprocess, "Popen", started)
-    assert running.run(["sleep", "600"], {"PATH": os.environ["PATH"]}, None) == 128 + signal.SIGTERM
+    assert running.run(["sleep", "600"], {"PATH": os.environ["PATH"]}, None, lock) == 128 + signal.SIGTERM
 
 
 def test_signal_when_no_program_runs(program: ModuleType) -> None:
@@ -216,9 +223,9 @@ def test_signal_when_no_program_runs(program: ModuleType) -> None:
     assert ended.value.code == 128 + signal.SIGTERM
 
 
-def test_signal_that_comes_too_late_for_the_program(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_that_comes_too_late(program: ModuleType, lock: int, monkeypatch: pytest.MonkeyPatch) -> None:
     running = program.Running()
     monkeypatch.setattr(program.subprocess.Popen, "send_signal", lambda process, number: None)
     monkeypatch.setattr(running, "_taken", signal.SIGTERM)
     with pytest.raises(SystemExit):
-        running.run(["true"], {"PATH": os.environ["PATH"]}, None)
+        running.run(["true"], {"PATH": os.environ["PATH"]}, None, lock)

@@ -10,7 +10,6 @@ from functools import partial
 from ..base import events
 from ..base.cleanup import released
 from ..base.errors import BuildError, CommandError, ConfigurationError
-from ..configuration.parsers import FIT
 from ..configuration.settings import Dependent, ImageSettings
 from ..disks import attaching, bounds, filesystems, layouts, making, standing
 from ..elements import applying, breaks, engine
@@ -24,7 +23,7 @@ from ..parts import Group, State, Step, carry_out, doing
 from ..system import loop
 from ..tasks import namespace
 from . import bootstrap
-from .kind import DiskSource, idle_beside
+from .kind import BESIDE_FIT, DiskSource, idle_beside
 from .tree_tasks import TreeTasks
 
 # The first phase that runs on the disk, where elements work on that.
@@ -283,7 +282,7 @@ def check_here(plan: Plan) -> None:
 
 _DEPENDENT: Dependent = {
     **idle_beside("elements"),
-    "extra-size": ("image-size = fit", lambda settings: settings.image_size == FIT),
+    **BESIDE_FIT,
 }
 
 SOURCE = DiskSource(

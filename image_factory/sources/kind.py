@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..base.events import InputUsed
-from ..configuration.parsers import Source
+from ..configuration.parsers import FIT, Source
 from ..configuration.settings import ANSWER_FILE_KEYS, BOOTSTRAP_KEY, Dependent, ImageSettings
 from ..model import Build, Given, Plan
 from ..parts import Steps
@@ -25,6 +25,10 @@ _OF_SOURCES = {
     "elements": _OF_TREES,
     "capture": ("capture-from", "capture-mounts", *_OF_DISKS),
 }  # fmt: skip
+
+
+# What does something beside a disk only that is as small as its tree lets it.
+BESIDE_FIT: Dependent = {"extra-size": ("image-size = fit", lambda settings: settings.image_size == FIT)}
 
 
 def idle_beside(source: str) -> Dependent:

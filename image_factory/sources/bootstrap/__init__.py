@@ -29,7 +29,7 @@ from ...parts import Group, State, Step, carry_out, doing
 from ...system import appliance
 from ...tasks import namespace
 from .. import answers
-from ..kind import DiskSource, idle_beside
+from ..kind import BESIDE_FIT, DiskSource, idle_beside
 from ..tree_tasks import TreeTasks
 from . import failures, packages, recipe, trees
 
@@ -583,7 +583,7 @@ def steps(build: Build) -> Iterator[Step | Group]:
 
 _DEPENDENT: Dependent = {
     **idle_beside("bootstrap"),
-    "extra-size": ("image-size = fit", lambda settings: settings.image_size == FIT),
+    **BESIDE_FIT,
 }
 
 SOURCE = DiskSource(

@@ -13,7 +13,7 @@ from ...base.errors import BuildError, CommandError, ConfigurationError
 from ...base.files import check_readable
 from ...base.log import logger
 from ...base.units import format_size
-from ...configuration.parsers import FIT, Origin
+from ...configuration.parsers import Origin
 from ...configuration.settings import Dependent, ImageSettings
 from ...disks import bounds, making
 from ...elements import applying
@@ -23,7 +23,7 @@ from ...model import Build, Plan
 from ...parts import Group, State, Step, carry_out, doing
 from .. import bootstrap
 from ..bootstrap import recipe
-from ..kind import DiskSource, idle_beside
+from ..kind import BESIDE_FIT, DiskSource, idle_beside
 from . import generic, hosts, streams
 
 _KEY = "capture-from"
@@ -313,7 +313,7 @@ def steps(build: Build) -> Iterator[Step | Group]:
 
 _DEPENDENT: Dependent = {
     **idle_beside("capture"),
-    "extra-size": ("image-size = fit", lambda settings: settings.image_size == FIT),
+    **BESIDE_FIT,
 }
 
 SOURCE = DiskSource(
